@@ -1,0 +1,27 @@
+"""The unfused definition of every operator in plain torch: the oracle and the baseline.
+
+Arithmetic is float32 whatever the dtype outside, float64 for float64. The helpers here state that once.
+"""
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which a tensor's arithmetic is done."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, ..., 1] in the compute dtype of `like` ([B, ...])."""
+    return values.to(compute_dtype(like)).reshape(-1, *[1] * (like.dim() - 1))
+
+
+def sum_per_sample(values: Tensor) -> Tensor:
+    """[B, ...] -> [B]."""
+    return values.reshape(values.shape[0], values[:1].numel()).sum(dim=1)
+
+
+def stored_like(result: Tensor, like: Tensor) -> Tensor:
+    """`result` in the dtype and memory layout of `like`."""
+    return torch.empty_like(like).copy_(result)

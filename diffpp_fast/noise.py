@@ -1,0 +1,96 @@
+"""Random numbers with an address: a function of (seed, stream, sample number, element), never of a global generator."""
+
+import operator
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from diffpp_fast.kernels import dispatch
+from diffpp_fast.kernels.reference.philox import Address
+
+
+class Noise:
+    """The random numbers of a batch of samples.
+
+    Element i of sample b, in logical row-major order whatever the memory format, is a lane of the Philox4x32-10 block
+    with key `seed` and counter (i // 4, stream, samples[b]). So a sample's numbers depend neither on the batch it
+    is in, nor on the device, the layout or the number of processes.
+
+    Args:
+        seed: the run's seed, in [0, 2^64).
+        samples: int64 [B], the sample numbers, on the device where the numbers are wanted. They are read as 64-bit
+            patterns, so -1 is 2^64 - 1. Overwriting the tensor in place moves the address, which is how a captured
+            CUDA graph replays with fresh noise.
+        stream: what the numbers are for, in [0, 2^32): 0 latents, 1 diffusion noise, 2 timesteps, 3 prompt order,
+            4 and up free.
+
+    Raises:
+        TypeError: `samples` is not an int64 tensor, or `seed` or `stream` not an integer.
+        ValueError: `samples` is not 1-D, or `seed` or `stream` is out of range.
+    """
+
+    __slots__ = ("samples", "seed", "stream")
+
+    def __init__(self, seed: int, samples: Tensor, stream: int = 1) -> None:
+        if not isinstance(samples, Tensor) or samples.dtype != torch.int64:
+            got = samples.dtype if isinstance(samples, Tensor) else type(samples).__name__
+            raise TypeError(f"Noise: samples must be an int64 tensor, got {got}")
+        if samples.dim() != 1:
+            raise ValueError(f"Noise: samples must have shape [B], got {list(samples.shape)}")
+        self.seed = operator.index(seed)
+        self.samples = samples
+        self.stream = operator.index(stream)
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"Noise: seed must be in [0, 2^64), got {seed}")
+        if not 0 <= self.stream < 2**32:
+            raise ValueError(f"Noise: stream must be in [0, 2^32), got {stream}")
+
+    @property
+    def address(self) -> Address:
+        """What a kernel needs to draw these numbers itself."""
+        return Address(self.seed, self.samples, self.stream)
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normals.
+
+        Args:
+            shape: the shape of one sample, without the batch; less than 2^34 elements.
+            dtype: float32, bfloat16, float16 or float64. The numbers are made in float32 and then cast.
+
+        Returns:
+            [B, *shape], contiguous.
+        """
+        shape = torch.Size(shape)
+        if any(size < 0 for size in shape):
+            raise ValueError(f"Noise.normal: negative size in shape {list(shape)}")
+        if shape.numel() >= 2**34:
+            raise ValueError(f"Noise.normal: a sample has less than 2^34 elements, got shape {list(shape)}")
+        if not dtype.is_floating_point:
+            raise TypeError(f"Noise.normal: dtype must be a floating-point type, got {dtype}")
+        drawn: Tensor = self._kernels().normal(self.address, shape, dtype)
+        return drawn
+
+    def uniform(self) -> Tensor:
+        """[B] float32, uniform in [0, 1), from element 0 of each sample."""
+        drawn: Tensor = self._kernels().uniform(self.address)
+        return drawn
+
+    def integers(self, low: int, high: int) -> Tensor:
+        """[B] int64, uniform in [low, high), from element 0 of each sample; high - low at most 2^32."""
+        low, high = operator.index(low), operator.index(high)
+        if low >= high:
+            raise ValueError(f"Noise.integers: low must be below high, got low {low} and high {high}")
+        if high - low > 2**32:
+            raise ValueError(f"Noise.integers: high - low must be at most 2^32, got {high - low}")
+        if low < -(2**63) or high > 2**63:
+            raise ValueError(f"Noise.integers: [{low}, {high}) does not fit in int64")
+        drawn: Tensor = self._kernels().integers(self.address, low, high)
+        return drawn
+
+    def __repr__(self) -> str:
+        return f"Noise(seed={self.seed}, samples={self.samples}, stream={self.stream})"
+
+    def _kernels(self) -> ModuleType:
+        return dispatch.select("philox", self.samples.device, torch.float32)

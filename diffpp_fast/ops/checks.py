@@ -1,0 +1,124 @@
+"""Checks of operator arguments. They read metadata only and never wait for a device."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from diffpp_fast.kernels.reference.philox import Address
+from diffpp_fast.kernels.reference.prediction import PREDICTION_TYPES
+from diffpp_fast.noise import Noise
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def floating(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Every argument is a tensor of a supported dtype, and all are on one device."""
+    device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        if device is not None and tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, the tensors before it on {device}")
+        device = tensor.device
+
+
+def same_shape(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Every argument has the shape of the first, [B, ...]."""
+    (first, reference), *rest = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    if reference.dim() == 0:
+        raise ValueError(f"{op}: {first} must have shape [B, ...], got a scalar")
+    for name, tensor in rest:
+        if tensor.shape != reference.shape:
+            raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, {first} has {list(reference.shape)}")
+
+
+def per_sample(op: str, batch: int, tensors: Mapping[str, Tensor | None]) -> None:
+    """Every argument has shape [B]."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != (batch,):
+            raise ValueError(f"{op}: {name} must have shape [B] = [{batch}], got {list(tensor.shape)}")
+
+
+def elements(op: str, name: str, tensor: Tensor) -> None:
+    """A sample has elements, so that its mean is a number."""
+    if tensor.shape[1:].numel() == 0:
+        raise ValueError(f"{op}: a sample of {name} has no elements, shape {list(tensor.shape)}")
+
+
+def one_of(op: str, name: str, value: str | None, known: Sequence[str | None]) -> None:
+    if value not in known:
+        raise ValueError(f"{op}: unknown {name} {value!r}; known: {', '.join(map(str, known))}")
+
+
+def prediction_type(op: str, value: str) -> None:
+    one_of(op, "prediction type", value, PREDICTION_TYPES)
+
+
+def noise(op: str, value: Noise | Tensor, like: Tensor) -> Address | Tensor:
+    """The noise as kernels take it: an address with the batch of `like`, or a tensor of its shape."""
+    if isinstance(value, Noise):
+        if value.samples.device != like.device:
+            raise ValueError(f"{op}: noise.samples is on {value.samples.device}, the data on {like.device}")
+        if value.samples.shape != like.shape[:1]:
+            raise ValueError(f"{op}: noise has {len(value.samples)} samples, the batch has {like.shape[0]}")
+        return value.address
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: noise must be a Noise or a tensor, got {type(value).__name__}")
+    floating(op, {"x0": like, "noise": value})
+    same_shape(op, {"x0": like, "noise": value})
+    return value
+
+
+def common_dtype(*values: Tensor | Address | None) -> torch.dtype:
+    """The dtype in which no tensor among `values` loses precision: kernels see one dtype."""
+    dtypes = [value.dtype for value in values if isinstance(value, Tensor)]
+    common = dtypes[0]
+    for dtype in dtypes[1:]:
+        common = torch.promote_types(common, dtype)
+    return common
+
+
+def cast_noise(value: Address | Tensor, dtype: torch.dtype) -> Address | Tensor:
+    return value.to(dtype) if isinstance(value, Tensor) else value
+
+
+def split_noise(value: Address | Tensor) -> tuple[Tensor, tuple[int, int] | None]:
+    """The tensor in `value`, for `save_for_backward` to guard against overwriting, and (seed, stream) of an address."""
+    return (value, None) if isinstance(value, Tensor) else (value.samples, (value.seed, value.stream))
+
+
+def join_noise(tensor: Tensor, key: tuple[int, int] | None) -> Address | Tensor:
+    """The inverse of `split_noise`."""
+    return tensor if key is None else Address(key[0], tensor, key[1])
+
+
+def guidance(op: str, uncond: Tensor | None, guidance_scale: float) -> None:
+    """Guidance has something to guide away from."""
+    if uncond is None and guidance_scale != 1.0:
+        raise ValueError(f"{op}: guidance_scale {guidance_scale} needs uncond; without it the scale must be 1")
+
+
+def outputs_with_target(
+    op: str,
+    fake: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    guidance_scale: float,
+    prediction: str,
+) -> None:
+    """What the losses on three network outputs and a target have in common."""
+    prediction_type(op, prediction)
+    large = {"fake": fake, "cond": cond, "uncond": uncond, "x0": x0}
+    floating(op, {**large, "alpha": alpha, "sigma": sigma})
+    same_shape(op, large)
+    per_sample(op, fake.shape[0], {"alpha": alpha, "sigma": sigma})
+    elements(op, "fake", fake)
+    guidance(op, uncond, guidance_scale)

@@ -1,0 +1,119 @@
+"""The generator loss of SIM (Luo et al., arXiv 2410.16794) and Diff-Instruct* (arXiv 2410.20898)."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from diffpp_fast.kernels import dispatch
+from diffpp_fast.kernels.reference.philox import Address
+from diffpp_fast.noise import Noise
+from diffpp_fast.ops import checks
+
+
+def sim_loss(
+    fake: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    x0: Tensor,
+    noise: Noise | Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    *,
+    guidance_scale: float,
+    prediction_type: str = "epsilon",
+    huber_c: float = 1.0,
+) -> Tensor:
+    """Q_b / sqrt(D_b + huber_c^2) per sample, in terms of scores: the pseudo-Huber distance of score implicit matching.
+
+    D = sum (score_guided - score_fake)^2 and Q = sum (score_guided - score_fake)(score_fake - score_target), where a
+    difference of scores is -m times a difference of outputs: m = 1/sigma for "epsilon", alpha/sigma for "v_prediction"
+    and "flow_prediction", alpha/sigma^2 for "sample". In terms of outputs, with d = guided - fake and
+    r = guided - target, the loss is m^2 (sum d r - sum d^2) / sqrt(m^2 sum d^2 + huber_c^2). Multiply the result by
+    w(t) for a weighted one.
+
+    Args:
+        fake: [B, ...], the output of the fake network at (x_t, t).
+        cond: [B, ...], the reference network's output with the prompt.
+        uncond: [B, ...], its output without; may be None if guidance_scale is 1.
+        x0: [B, ...], the generator's samples behind x_t.
+        noise: the noise in x_t: a `Noise` of B samples, regenerated from its address, or eps itself.
+        alpha: [B], the factor of x0 in x_t.
+        sigma: [B], the factor of the noise in x_t; not 0.
+        guidance_scale: diffusers' convention, 1 is no guidance.
+        prediction_type: "epsilon", "v_prediction", "flow_prediction" or "sample".
+        huber_c: the distance, in units of the whole sample's score, where squared turns into absolute; positive.
+
+    Returns:
+        [B], float32 (float64 for float64 inputs). Differentiable in `fake`, `cond`, `uncond`, and in `x0` as far as the
+        target holds it (all but "epsilon").
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: shapes, batch sizes or devices differ; a sample has no elements; `uncond` is missing; unknown
+            prediction type; huber_c is not positive.
+    """
+    op = "sim_loss"
+    checks.outputs_with_target(op, fake, cond, uncond, x0, alpha, sigma, guidance_scale, prediction_type)
+    if not huber_c > 0.0:
+        raise ValueError(f"{op}: huber_c must be positive, got {huber_c}")
+    eps = checks.noise(op, noise, x0)
+    dtype = checks.common_dtype(fake, cond, uncond, x0, eps)
+    loss: Tensor = _SimLoss.apply(
+        fake.to(dtype),
+        cond.to(dtype),
+        None if uncond is None else uncond.to(dtype),
+        x0.to(dtype),
+        checks.cast_noise(eps, dtype),
+        alpha,
+        sigma,
+        guidance_scale,
+        prediction_type,
+        huber_c,
+    )
+    return loss
+
+
+class _SimLoss(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        fake: Tensor,
+        cond: Tensor,
+        uncond: Tensor | None,
+        x0: Tensor,
+        noise: Address | Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        guidance_scale: float,
+        prediction_type: str,
+        huber_c: float,
+    ) -> Tensor:
+        ctx.kernels = dispatch.select("sim_loss", fake.device, fake.dtype)
+        noise_tensor, ctx.noise_key = checks.split_noise(noise)
+        ctx.options = guidance_scale, prediction_type
+        loss: Tensor
+        loss, factor, shrink = ctx.kernels.forward(fake, cond, uncond, x0, noise, alpha, sigma, *ctx.options, huber_c)
+        ctx.save_for_backward(factor, shrink, fake, cond, uncond, x0, alpha, sigma, noise_tensor)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        factor, shrink, fake, cond, uncond, x0, alpha, sigma, noise_tensor = ctx.saved_tensors
+        grads = ctx.kernels.backward(
+            grad_output,
+            factor,
+            shrink,
+            fake,
+            cond,
+            uncond,
+            x0,
+            checks.join_noise(noise_tensor, ctx.noise_key),
+            alpha,
+            sigma,
+            *ctx.options,
+            ctx.needs_input_grad[:4],
+        )
+        return (*grads, None, None, None, None, None, None)
