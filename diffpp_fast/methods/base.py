@@ -1,0 +1,78 @@
+"""What every method shares: the batch of addresses, the result of a step, and the injection of a known gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from diffpp_fast.noise import Noise
+
+#: Which stream of addressed randomness serves what. Streams from 4 on are free for other uses.
+LATENT, DIFFUSION, TIMESTEP, PROMPT_ORDER = 0, 1, 2, 3
+
+#: (z [B, *shape], conditioning) -> x0 [B, *shape]
+Generator = Callable[[torch.Tensor, Any], torch.Tensor]
+#: (x_t [B, *shape], t [B] int64, conditioning) -> the raw prediction [B, *shape]
+Denoiser = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
+#: (x0 [B, *shape], conditioning) -> one reward per sample [B]
+Reward = Callable[[torch.Tensor, Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One sub-step's inputs as addresses: no picture and no drawn noise.
+
+    Args:
+        samples: int64 [B], the numbers of these samples in the run, on the device of the networks.
+        conditioning: handed to the networks and the reward as it is.
+        seed: the run's seed.
+        shape: of one latent, without the batch.
+        null_conditioning: the unconditional counterpart, for B samples; needed when a method is guided.
+    """
+
+    samples: torch.Tensor
+    conditioning: Any
+    seed: int = 0
+    shape: tuple[int, ...] = (4, 64, 64)
+    null_conditioning: Any = None
+
+    def __len__(self) -> int:
+        return self.samples.shape[0]
+
+    def noise(self, stream: int) -> Noise:
+        """The addressed randomness of these samples in one of the streams."""
+        return Noise(self.seed, self.samples, stream=stream)
+
+
+class StepOutput(NamedTuple):
+    """A scalar to call `backward()` on, and float32 scalars to log, detached and on the device."""
+
+    loss: torch.Tensor
+    metrics: Mapping[str, torch.Tensor]
+
+
+class _InjectGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = x0.dtype
+        return 0.5 * gradient.square().sum() / len(gradient)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return (grad_output / len(gradient) * gradient).to(ctx.dtype), None
+
+
+def inject_gradient(x0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """A scalar whose derivative by x0 is `gradient` / B, exactly.
+
+    Its value is half the mean squared norm of the gradient. The familiar 0.5 (x0 - stop(x0 - gradient))^2 has the same
+    value and derivative, but loses the gradient's small digits in the subtraction.
+    """
+    return _InjectGradient.apply(x0, gradient)

@@ -1,0 +1,294 @@
+"""Diff-Instruct and Diff-Instruct++: the gradient element by element, who gets it, and where it leads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from diffpp_fast import Noise, NoiseSchedule
+from diffpp_fast.methods import Batch, DiffInstruct, DiffInstructPP
+
+T = 1000
+SHAPE = (2, 3, 3)
+
+
+def variance_preserving(prediction_type: str = "epsilon") -> NoiseSchedule:
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64).square()
+    cumulative = (1 - betas).cumprod(0)
+    return NoiseSchedule(cumulative.sqrt(), (1 - cumulative).sqrt(), prediction_type=prediction_type)
+
+
+def rectified_flow() -> NoiseSchedule:
+    sigmas = (torch.arange(T, dtype=torch.float64) + 1) / (T + 1)
+    return NoiseSchedule(1 - sigmas, sigmas, prediction_type="flow_prediction")
+
+
+SCHEDULES = {
+    "epsilon": variance_preserving(),
+    "v_prediction": variance_preserving("v_prediction"),
+    "flow_prediction": rectified_flow(),
+    "sample": variance_preserving("sample"),
+}
+
+
+class Convolution(nn.Module):
+    """A network of any role: (x, t, conditioning) or (z, conditioning) -> the shape of x."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(SHAPE[0], SHAPE[0], 3, 3, generator=generator) / 3)
+
+    def forward(self, x: torch.Tensor, *rest: object) -> torch.Tensor:
+        *_, conditioning = rest
+        return nn.functional.conv2d(x, self.weight.to(x.dtype), padding=1).tanh() + conditioning
+
+
+def batch_of(count: int = 4, first: int = 100) -> Batch:
+    return Batch(
+        torch.arange(first, first + count),
+        torch.full((count, 1, 1, 1), 0.5),
+        seed=3,
+        shape=SHAPE,
+        null_conditioning=torch.zeros(count, 1, 1, 1),
+    )
+
+
+def quadratic_reward(x0: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+    return -(x0 - conditioning).square().flatten(1).sum(1)
+
+
+def x0_of(prediction_type: str, x_t: torch.Tensor, o: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """The x0 that a prediction implies, each from its own definition."""
+    if prediction_type == "epsilon":
+        return (x_t - s * o) / a
+    if prediction_type == "v_prediction":
+        return a * x_t - s * o
+    if prediction_type == "flow_prediction":
+        return x_t - s * o
+    return o
+
+
+@pytest.mark.parametrize("weighting", ["x0", "score", "unit", "mean_abs", "function"])
+@pytest.mark.parametrize("prediction_type", list(SCHEDULES))
+def test_gradient_by_x0_is_the_papers(prediction_type: str, weighting: str) -> None:
+    """Against scores and x0 written out in float64: h d - reward_scale dr/dx0, over B."""
+    schedule, batch, guidance, reward_scale = SCHEDULES[prediction_type], batch_of(), 2.5, 0.3
+    table = nn.Parameter(torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1)))
+    fake, reference = Convolution(1), Convolution(2)
+
+    def weight_of(t: torch.Tensor) -> torch.Tensor:
+        return 1.0 + t.float() / T
+
+    method = DiffInstructPP(
+        lambda z, c: table + 0 * z,
+        fake,
+        reference,
+        schedule,
+        reward=quadratic_reward,
+        reward_scale=reward_scale,
+        guidance_scale=guidance,
+        weighting=weight_of if weighting == "function" else weighting,  # type: ignore[arg-type]
+        t_range=(100, 900),
+    )
+    method.generator_loss(batch).loss.backward()
+
+    x0 = table.detach().double()
+    t = Noise(3, batch.samples, stream=2).integers(100, 900)
+    eps = Noise(3, batch.samples, stream=1).normal(SHAPE).double()
+    a, s = (table[t].view(-1, 1, 1, 1) for table in (schedule.alphas.double(), schedule.sigmas.double()))
+    x_t = a * x0 + s * eps
+    with torch.no_grad():
+        o_fake = fake(x_t, t, batch.conditioning)
+        cond, uncond = reference(x_t, t, batch.conditioning), reference(x_t, t, batch.null_conditioning)
+    guided = uncond + guidance * (cond - uncond)
+    x_fake, x_guided = (x0_of(prediction_type, x_t, o, a, s) for o in (o_fake, guided))
+    score_fake, score_guided = ((a * x - x_t) / s**2 for x in (x_fake, x_guided))
+    if weighting == "x0":
+        expected = x_fake - x_guided
+    elif weighting in ("score", "function"):
+        w = weight_of(t).view(-1, 1, 1, 1) if weighting == "function" else 1.0
+        expected = a * w * (score_fake - score_guided)
+    else:
+        expected = (guided - o_fake) * (-1 if prediction_type == "sample" else 1)
+        if weighting == "mean_abs":
+            target = {"epsilon": eps, "v_prediction": a * eps - s * x0, "flow_prediction": eps - x0, "sample": x0}
+            expected = expected / (guided - target[prediction_type]).abs().mean((1, 2, 3), keepdim=True)
+    expected = (expected - reward_scale * -2 * (x0 - 0.5)) / len(batch)
+    assert table.grad is not None
+    torch.testing.assert_close(table.grad.double(), expected, rtol=2e-4, atol=2e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("method_class", [DiffInstruct, DiffInstructPP])
+def test_each_loss_reaches_one_network_only(method_class: type) -> None:
+    generator, fake, reference, reward_network = (Convolution(seed) for seed in range(4))
+    options: dict = {"guidance_scale": 3.0}
+    if method_class is DiffInstructPP:
+        options |= {"reward": lambda x0, c: reward_network(x0, c).flatten(1).sum(1), "reward_scale": 1.0}
+    method = method_class(generator, fake, reference, SCHEDULES["epsilon"], **options)
+
+    method.fake_loss(batch_of()).loss.backward()
+    assert fake.weight.grad is not None and fake.weight.grad.norm() > 0
+    assert all(network.weight.grad is None for network in (generator, reference, reward_network))
+
+    fake.weight.grad = None
+    method.generator_loss(batch_of()).loss.backward()
+    assert generator.weight.grad is not None and generator.weight.grad.norm() > 0
+    assert all(network.weight.grad is None for network in (fake, reference, reward_network))
+
+
+def test_reward_scale_is_the_only_thing_the_reward_changes() -> None:
+    """With scale 0 the reward is logged and the gradient is Diff-Instruct's, bit for bit."""
+    gradients = []
+    for build in (
+        lambda g: DiffInstruct(g, Convolution(1), Convolution(2), SCHEDULES["v_prediction"]),
+        lambda g: DiffInstructPP(g, Convolution(1), Convolution(2), SCHEDULES["v_prediction"], quadratic_reward, 0.0),
+    ):
+        generator = Convolution(0)
+        output = build(generator).generator_loss(batch_of())
+        output.loss.backward()
+        gradients.append(generator.weight.grad)
+    assert torch.equal(*gradients)
+    assert "reward" in output.metrics and "reward_gradient_norm" not in output.metrics
+
+
+@pytest.mark.parametrize("weighting", ["prediction", "x0", "score", "function"])
+def test_fake_loss_is_weighted_denoising(weighting: str) -> None:
+    schedule, batch, generator, fake = SCHEDULES["v_prediction"], batch_of(), Convolution(0), Convolution(1)
+    method = DiffInstruct(
+        generator,
+        fake,
+        Convolution(2),
+        schedule,
+        fake_weighting=(lambda t: 1.0 + t.float()) if weighting == "function" else weighting,  # type: ignore[arg-type]
+    )
+    loss = method.fake_loss(batch).loss
+
+    t = Noise(3, batch.samples, stream=2).integers(0, T)
+    a, s = (table[t].double().view(-1, 1, 1, 1) for table in (schedule.alphas, schedule.sigmas))
+    eps = Noise(3, batch.samples, stream=1).normal(SHAPE).double()
+    with torch.no_grad():
+        x0 = generator(Noise(3, batch.samples, stream=0).normal(SHAPE), batch.conditioning).double()
+        x_t = a * x0 + s * eps
+        o = fake(x_t, t, batch.conditioning)
+    x_fake = a * x_t - s * o
+    score, truth = (a * x_fake - x_t) / s**2, -eps / s
+    errors = {
+        "prediction": (o - (a * eps - s * x0)).square(),
+        "x0": (x_fake - x0).square(),
+        "score": (score - truth).square(),
+        "function": (1 + t.view(-1, 1, 1, 1)) * (o - (a * eps - s * x0)).square(),
+    }
+    torch.testing.assert_close(loss.double(), errors[weighting].mean(), rtol=2e-4, atol=1e-7)
+
+
+class GaussianScore(nn.Module):
+    """Exact epsilon of data N(mean, I) under a variance-preserving schedule; the conditioning shifts the mean."""
+
+    def __init__(self, schedule: NoiseSchedule, mean: torch.Tensor) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.mean = nn.Parameter(mean.clone())
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        alpha, sigma = (c.view(-1, 1) for c in self.schedule.coefficients(t))
+        return sigma * (x_t - alpha * (self.mean + shift))
+
+
+@pytest.mark.parametrize(("weighting", "guidance"), [("x0", 1.0), ("score", 1.0), ("unit", 1.0), ("x0", 3.0)])
+def test_gaussian_reaches_the_analytic_optimum(weighting: str, guidance: float) -> None:
+    """Generator N(theta, I), reference N(m, I), reward <v, x0>.
+
+    The KL's gradient is c (theta - m_guided) with c = E_t[h sigma alpha], m_guided = m_uncond + w (m_cond - m_uncond);
+    so theta* = m_guided + reward_scale v / c. The TA is trained along, as in the real algorithm.
+    """
+    schedule = SCHEDULES["epsilon"]
+    cond_mean, v, reward_scale = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.5, 1.0, -1.0]), 0.7
+    theta = nn.Parameter(torch.zeros(3))
+    reference, fake = GaussianScore(schedule, torch.zeros(3)), GaussianScore(schedule, torch.zeros(3))
+    method = DiffInstructPP(
+        lambda z, c: theta + z,
+        lambda x_t, t, c: fake(x_t, t, torch.zeros(3)),
+        reference,
+        schedule,
+        reward=lambda x0, c: x0 @ v,
+        reward_scale=reward_scale,
+        guidance_scale=guidance,
+        weighting=weighting,  # type: ignore[arg-type]
+    )
+    count, rounds = 1024, 160
+    conditioning, null = cond_mean.expand(count, 3), torch.zeros(count, 3)
+    optimizers = {
+        "fake": torch.optim.SGD(fake.parameters(), lr=2.5),
+        "generator": torch.optim.SGD([theta], lr=1.0),
+    }
+    first = 0
+    for step in range(rounds):
+        for group in optimizers["generator"].param_groups:
+            group["lr"] = 1.0 if step < rounds // 2 else 1.0 * (rounds - step) / (rounds / 2)
+        for role in ("fake", "fake", "fake", "generator"):
+            samples = torch.arange(first, first + count)
+            first += count
+            batch = Batch(samples, conditioning, seed=1, shape=(3,), null_conditioning=null)
+            loss = (method.fake_loss if role == "fake" else method.generator_loss)(batch).loss
+            optimizers[role].zero_grad()
+            loss.backward()
+            optimizers[role].step()
+
+    alpha, sigma = schedule.alphas.double(), schedule.sigmas.double()
+    curvature = {"x0": sigma**2, "score": alpha**2, "unit": sigma * alpha}[weighting].mean().float()
+    optimum = guidance * cond_mean + reward_scale * v / curvature
+    assert (theta.detach() - optimum).norm() < 0.01 * optimum.norm()
+
+
+def test_the_same_addresses_give_the_same_step() -> None:
+    method = DiffInstruct(Convolution(0), Convolution(1), Convolution(2), SCHEDULES["epsilon"])
+    assert torch.equal(method.generator_loss(batch_of()).loss, method.generator_loss(batch_of()).loss)
+    assert not torch.equal(method.generator_loss(batch_of()).loss, method.generator_loss(batch_of(first=104)).loss)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weighting": "sid"}, "weighting must be one of x0, score, unit, mean_abs"),
+        ({"fake_weighting": "snr"}, "fake_weighting must be one of"),
+        ({"t_range": (500, 500)}, r"t_range must lie within \[0, 1000\)"),
+        ({"t_range": (0, 1001)}, "t_range"),
+        ({"fake_rounds": 0}, "fake_rounds must be at least 1"),
+        ({"reward_scale": 1.0}, "reward_scale is 1.0, but no reward"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiffInstructPP(Convolution(0), Convolution(1), Convolution(2), SCHEDULES["epsilon"], **options)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda x0, c: x0.mean(), r"one number per sample, shape \(4,\), got \(\)"),
+        (lambda x0, c: x0.mean((1, 2, 3)).detach(), "no gradient by x0"),
+    ],
+)
+def test_wrong_rewards_are_refused(reward: object, message: str) -> None:
+    networks = Convolution(0), Convolution(1), Convolution(2)
+    method = DiffInstructPP(*networks, SCHEDULES["epsilon"], reward=reward, reward_scale=1.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        method.generator_loss(batch_of())
+
+
+@pytest.mark.parametrize("options", [{"weighting": "score"}, {"fake_weighting": "score"}])
+def test_a_weighting_that_is_infinite_somewhere_asks_for_a_time_range(options: dict) -> None:
+    sigmas = torch.arange(10, dtype=torch.float64) / 10
+    schedule = NoiseSchedule(1 - sigmas, sigmas, "flow_prediction")
+    with pytest.raises(ValueError, match=r"weighting 'score' is not finite at t = \[0\]"):
+        DiffInstruct(Convolution(0), Convolution(1), Convolution(2), schedule, **options)
+    DiffInstruct(Convolution(0), Convolution(1), Convolution(2), schedule, t_range=(1, 10), **options)
+
+
+def test_guidance_without_null_conditioning_is_refused() -> None:
+    method = DiffInstruct(Convolution(0), Convolution(1), Convolution(2), SCHEDULES["epsilon"], guidance_scale=2.0)
+    batch = Batch(torch.arange(2), torch.zeros(2, 1, 1, 1), shape=SHAPE)
+    with pytest.raises(ValueError, match="null_conditioning"):
+        method.generator_loss(batch)
