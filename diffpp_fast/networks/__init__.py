@@ -1,0 +1,19 @@
+"""Floor 3: diffusers' networks as the callables that methods take; diffusers is imported when one is loaded."""
+
+from diffpp_fast.networks.conditioning import Conditioning
+from diffpp_fast.networks.decoder import FrozenDecoder
+from diffpp_fast.networks.denoiser import Denoiser
+from diffpp_fast.networks.loading import load_decoder, load_denoiser, load_schedule
+from diffpp_fast.networks.one_step import OneStepGenerator
+from diffpp_fast.networks.text import TextEncoder
+
+__all__ = [
+    "Conditioning",
+    "Denoiser",
+    "FrozenDecoder",
+    "OneStepGenerator",
+    "TextEncoder",
+    "load_decoder",
+    "load_denoiser",
+    "load_schedule",
+]

@@ -1,0 +1,57 @@
+"""Who may import whom: the floors of docs/architecture.md, read off the import statements."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "diffpp_fast"
+FLOORS = {
+    "kernels": 0,
+    "noise": 1,
+    "schedule": 1,
+    "ops": 2,
+    "networks": 3,
+    "rewards": 3,
+    "methods": 4,
+    "training": 5,
+    "evaluation": 6,
+    "cli": 6,
+}
+HEAVY = {"diffusers", "transformers", "deepspeed", "bitsandbytes", "pydantic", "yaml", "rich", "safetensors", "PIL"}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in FLOORS)
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_from_its_own_and_lower_floors(path: Path) -> None:
+    room = room_of(path)
+    for name in imported(ast.parse(path.read_text())):
+        package, _, rest = name.partition(".")
+        other = rest.partition(".")[0]
+        if package == "diffpp_fast" and other in FLOORS and other != room:
+            assert FLOORS[other] < FLOORS[room], f"{room} imports {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_below_training_heavy_packages_are_imported_inside_functions(path: Path) -> None:
+    if FLOORS[room_of(path)] >= FLOORS["training"] and room_of(path) != "cli":
+        return
+    top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    roots = {name.partition(".")[0] for node in top for name in imported(node)}
+    assert not roots & HEAVY

@@ -1,0 +1,162 @@
+"""A whole run's inputs at random weights: networks in diffusers' format, a text encoder, prompts and rewards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+PROMPTS = ("a red apple", "a green frog", "a blue whale", "a yellow sun", "a red frog")
+LATENT = (4, 8, 8)
+TEXT_WIDTH = 16
+
+REWARDS = """
+import torch
+
+
+def redness(channel=0):
+    return lambda images, prompts: images[:, channel].mean((1, 2))
+
+
+class Brightness(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, images, prompts):
+        assert not self.training and not self.weight.requires_grad
+        return self.weight * images.mean((1, 2, 3))
+
+
+def wrong_shape():
+    return lambda images, prompts: images.mean()
+
+
+def no_gradient():
+    return lambda images, prompts: images.detach().mean((1, 2, 3))
+
+
+def undefined_for(word):
+    def score(images, prompts):
+        bad = torch.tensor([word in prompt for prompt in prompts])
+        return images.mean((1, 2, 3)) * torch.where(bad, torch.nan, 1.0)
+
+    return score
+"""
+
+
+def unet(seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """A UNet2DConditionModel of about 30 thousand parameters."""
+    from diffusers import UNet2DConditionModel
+
+    settings = {
+        "sample_size": LATENT[1],
+        "in_channels": LATENT[0],
+        "out_channels": LATENT[0],
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "mid_block_type": None,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "cross_attention_dim": TEXT_WIDTH,
+    }
+    return _seeded(lambda: UNet2DConditionModel(**settings | changes), seed)
+
+
+def vae(seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """An AutoencoderKL that doubles height and width."""
+    from diffusers import AutoencoderKL
+
+    settings = {
+        "latent_channels": LATENT[0],
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 4,
+        "sample_size": 2 * LATENT[1],
+    }
+    return _seeded(lambda: AutoencoderKL(**settings | changes), seed)
+
+
+def write_text_encoder(folder: Path) -> None:
+    """A BERT of one layer, and a tokenizer that knows the prompts' words."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder.mkdir(parents=True)
+    words = sorted({word for prompt in PROMPTS for word in prompt.split()})
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"))
+    settings = BertConfig(
+        vocab_size=len(words) + 5,
+        hidden_size=TEXT_WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=2 * TEXT_WIDTH,
+        max_position_embeddings=16,
+    )
+    _seeded(lambda: BertModel(settings), seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def settings() -> dict[str, Any]:
+    """The configuration that `write` writes; paths are relative to its folder."""
+    adam = {"lr": 1e-3, "betas": [0.0, 0.99], "clip": 10.0}
+    return {
+        "seed": 7,
+        "output": "run",
+        "device": "cpu",
+        "prompts": "prompts.txt",
+        "models": {
+            "text_encoder": {"path": "weights/text", "max_length": 8},
+            "scheduler": {"path": "weights/scheduler"},
+            "reference": {"path": "weights/reference"},
+            "generator": {"path": "weights/generator", "timestep": 625},
+            "decoder": {"path": "weights/vae"},
+            "latent_shape": list(LATENT),
+        },
+        "method": {"name": "diff_instruct_pp", "guidance_scale": 1.5},
+        "rewards": {
+            "optimised": {"factory": "rewards.py:redness", "arguments": {"channel": 0}, "scale": 2.0},
+            "held_out": {"factory": "rewards.py:Brightness"},
+        },
+        "optimizers": {"generator": {**adam, "warmup_steps": 2}, "fake": adam},
+        "ema": {"decay": 0.9},
+        "training": {
+            "steps": 4,
+            "global_batch": 4,
+            "log_every": 1,
+            "grid_every": 2,
+            "checkpoint_every": 2,
+            "grid_prompts": 3,
+        },
+    }
+
+
+def write(folder: Path) -> Path:
+    """Everything that a run needs, in `folder`; returns the configuration's path."""
+    from diffusers import DDPMScheduler
+
+    weights = folder / "weights"
+    unet(seed=0).save_pretrained(weights / "reference")
+    unet(seed=1).save_pretrained(weights / "generator")
+    vae().save_pretrained(weights / "vae")
+    DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(
+        weights / "scheduler"
+    )
+    write_text_encoder(weights / "text")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    (folder / "rewards.py").write_text(REWARDS)
+    config = folder / "align.yaml"
+    config.write_text(yaml.safe_dump(settings(), sort_keys=False))
+    return config
+
+
+def _seeded(build: Any, seed: int) -> Any:
+    """Initialised from a seed, without a trace in the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
