@@ -1,0 +1,59 @@
+"""`diffpp-fast`: the entry point. What a subcommand needs is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Sequence
+
+from diffpp_fast.cli import doctor, sample, train
+from diffpp_fast.version import __version__
+
+DESCRIPTION = """\
+Aligns one-step text-to-image generators with a reward (Diff-Instruct++), from prompts alone.
+
+  diffpp-fast train align.yaml training.steps=200
+  diffpp-fast sample --run runs/emoji "a red apple" --out apple.png
+  diffpp-fast doctor
+"""
+EPILOG = "`diffpp-fast COMMAND --help` tells more. The configuration is explained key by key in docs/training.md."
+
+#: Reasons to fail that lie in the machine's disk, not in the program.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand. Returns the exit code: 0, 2 for a user's error, 128 + n after signal n."""
+    parser = argparse.ArgumentParser(
+        prog="diffpp-fast",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"diffpp-fast {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in (train, sample, doctor):
+        command.add_parser(commands)
+    arguments, late = parser.parse_known_args(argv)
+    if late:
+        # argparse takes no more positional arguments once an option has stood between them.
+        if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in late):
+            parser.error(f"unrecognized arguments: {' '.join(late)}")
+        arguments.overrides += late
+
+    from diffpp_fast.training.errors import UserError
+
+    try:
+        code: int = arguments.run(arguments)
+        return code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,213 @@
+"""Configurations from YAML files and from the command line, with errors that name file, key, value and remedy."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from diffpp_fast.training.config import Config
+from diffpp_fast.training.errors import ConfigurationError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a run's configuration.
+
+    Args:
+        path: a YAML file. Relative paths of inputs in it are relative to its folder and come back absolute.
+        overrides: `section.key=value`, the value written as in YAML. Paths in them are relative to the working
+            directory.
+
+    Raises ConfigurationError for an unreadable file, an unknown key, a wrong type and parts that don't fit together.
+    """
+    file = Path(path)
+    data = _read(file)
+    _anchor(data, file.absolute().parent)
+    given = {}
+    for override in overrides:
+        key, value = _parse_override(override)
+        given[key] = override
+        _insert(data, key, value, override)
+    try:
+        # Through JSON, where a strict schema takes a list for a tuple.
+        return Config.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        lines = [_explain(key, found, given, file) for key, found in _by_key(error).items()]
+        raise ConfigurationError("\n".join(lines)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The configuration with every default written out, as YAML that `load_config` reads."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            # Other keys, such as lists, are refused by the class above.
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} stands twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        data = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigurationError(f"can't read the configuration {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from None
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{file} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigurationError(f"{file} must hold keys and values, got {data!r}")
+    return data
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigurationError(f"{override!r} is no override: write section.key=value, e.g. training.steps=200")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise ConfigurationError(f"the value in {override!r} is not valid YAML: quote it") from None
+    tree: dict[str, Any] = {}
+    _insert(tree, key, value, override)
+    _anchor(tree, Path.cwd())
+    for name in key.split("."):
+        tree = tree[name]
+    return key, tree
+
+
+def _insert(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
+    *sections, last = key.split(".")
+    for number, name in enumerate(sections, 1):
+        if tree.get(name) is None:
+            tree[name] = {}
+        tree = tree[name]
+        if not isinstance(tree, dict):
+            raise ConfigurationError(f"command line, {override}: {'.'.join(sections[:number])} has no keys in it")
+    tree[last] = value
+
+
+def _anchor(data: dict[str, Any], folder: Path) -> None:
+    """Makes the input paths in a raw configuration absolute, in place."""
+    if isinstance(data.get("prompts"), str):
+        data["prompts"] = _absolute(data["prompts"], folder)
+    for model in _mappings(data.get("models")):
+        if isinstance(model.get("path"), str):
+            model["path"] = _model_path(model["path"], folder)
+    for reward in _mappings(data.get("rewards")):
+        factory = reward.get("factory")
+        if isinstance(factory, str) and factory.rpartition(":")[0].endswith(".py"):
+            reward["factory"] = _absolute(factory, folder)
+        arguments = reward.get("arguments")
+        if isinstance(arguments, dict):
+            for name, value in arguments.items():
+                if isinstance(value, str) and value.startswith(("./", "../")):
+                    arguments[name] = _absolute(value, folder)
+
+
+def _mappings(section: Any) -> list[dict[str, Any]]:
+    return [value for value in section.values() if isinstance(value, dict)] if isinstance(section, dict) else []
+
+
+def _absolute(path: str, folder: Path) -> str:
+    return str((folder / Path(path).expanduser()).resolve())
+
+
+def _model_path(path: str, folder: Path) -> str:
+    # "weights/reference" reads like a hub id too: it is one only where there is no such folder.
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not (folder / path).exists()
+    return path if path.startswith("package:") or hub_id else _absolute(path, folder)
+
+
+def _by_key(error: ValidationError) -> dict[str, list[ErrorDetails]]:
+    """The problems of each key: a union reports one per member, with the member's name at the end of the location."""
+    found: dict[str, list[ErrorDetails]] = {}
+    for details in error.errors(include_url=False):
+        location = list(details["loc"])
+        if details["type"] not in ("extra_forbidden", "missing") or isinstance(location[-1], int):
+            while location and not _known(location):
+                location.pop()
+        found.setdefault(".".join(map(str, location)), []).append(details)
+    return found
+
+
+def _known(location: Sequence[int | str]) -> bool:
+    section: Any = Config
+    for name in location:
+        if not isinstance(name, str) or section is None or name not in section.model_fields:
+            return False
+        section = _section(section.model_fields[name].annotation)
+    return True
+
+
+def _explain(key: str, found: list[ErrorDetails], given: Mapping[str, str], file: Path) -> str:
+    overriding = (override for name, override in given.items() if f"{key}.".startswith(f"{name}."))
+    source = next((f"command line, {override}" for override in overriding), str(file))
+    first = found[0]
+    if first["type"] == "extra_forbidden":
+        return f"{source}: unknown key {key}{_suggest(key)}"
+    if first["type"] == "missing" and isinstance(first["loc"][-1], str):
+        return f"{source}: the key {key} is missing"
+    if first["type"] == "value_error":
+        return f"{source}: {first['msg'].removeprefix('Value error, ')}"
+    wishes = [
+        "should have more values" if details["type"] == "missing" else re.sub(r"^\w+ (?=should )", "", details["msg"])
+        for details in found
+    ]
+    wish = " or ".join([wishes[0], *(other.removeprefix("should be ") for other in wishes[1:])])
+    return f"{source}: {key} {wish}, got {first['input']!r}"
+
+
+def _suggest(key: str) -> str:
+    """The nearest known key: in the same section, else the name anywhere."""
+    parent, _, name = key.rpartition(".")
+    known = list(_keys(Config))
+    siblings = [other for other in known if other.rpartition(".")[0] == parent]
+    for candidates in (siblings, known):
+        names = {other.rpartition(".")[2]: other for other in reversed(candidates)}
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+        if close:
+            return f": did you mean {names[close[0]]}?"
+    return f": known here are {', '.join(other.rpartition('.')[2] for other in siblings)}" if siblings else ""
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted keys of the schema, sections included."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        inner = _section(field.annotation)
+        if inner is not None:
+            keys.extend(_keys(inner, f"{prefix}{name}."))
+    return keys
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, seen through `| None`."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next((section for part in get_args(annotation) if (section := _section(part))), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

@@ -1,0 +1,101 @@
+"""The prompt file, the addressed order of prompts, and the cache of encodings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffpp_fast.networks import Conditioning
+from diffpp_fast.training import ConfigurationError
+from diffpp_fast.training.prompts import PromptEncoder, PromptOrder, read_prompts
+
+
+def test_lines_are_stripped_and_blank_ones_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa cat\r\n\n  \na café  \n  a dog".encode())
+    assert read_prompts(path) == ["a cat", "a café", "a dog"]
+
+
+def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"a cat\n\na caf\xe9\n")
+    with pytest.raises(ConfigurationError, match=r"prompts\.txt, line 3, is not UTF-8"):
+        read_prompts(path)
+
+
+def test_empty_and_missing_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    with pytest.raises(ConfigurationError, match=r"can't read .*prompts\.txt: No such file"):
+        read_prompts(path)
+    path.write_text("\n \n")
+    with pytest.raises(ConfigurationError, match="holds no prompt"):
+        read_prompts(path)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 200, 1000])
+def test_every_epoch_is_a_permutation_of_its_own(count: int) -> None:
+    epochs = PromptOrder(3, count)(torch.arange(4 * count)).view(4, count)
+    assert torch.equal(epochs.sort().values, torch.arange(count).expand(4, count))
+    if count >= 16:
+        assert len({tuple(epoch.tolist()) for epoch in epochs}) == 4
+
+
+def test_the_order_is_a_function_of_seed_and_sample_number() -> None:
+    order = PromptOrder(3, 1000)
+    whole = order(torch.arange(3000))
+    assert torch.equal(order(torch.tensor([2999, 5, 1234])), whole[[2999, 5, 1234]])
+    assert not torch.equal(PromptOrder(4, 1000)(torch.arange(3000)), whole)
+
+
+def test_positions_are_spread_evenly() -> None:
+    """Where prompt 0 comes in an epoch: chi-squared with 9 degrees of freedom is above 33 once in 10,000 times."""
+    order = PromptOrder(0, 10)(torch.arange(10 * 5000)).view(5000, 10)
+    places = (order == 0).nonzero()[:, 1].bincount(minlength=10).double()
+    assert ((places - 500) ** 2 / 500).sum() < 33
+
+
+def test_neighbours_are_independent() -> None:
+    """How often prompt b follows prompt a: chi-squared over 56 pairs is above 110 once in 30,000 times."""
+    order = PromptOrder(1, 8)(torch.arange(8 * 4000)).view(4000, 8)
+    pairs = (order[:, :-1] * 8 + order[:, 1:]).flatten().bincount(minlength=64).view(8, 8).double()
+    off_diagonal = pairs[~torch.eye(8, dtype=torch.bool)]
+    expected = 4000 * 7 / 56
+    assert ((off_diagonal - expected) ** 2 / expected).sum() < 110
+
+
+def test_an_order_of_billions_costs_no_memory() -> None:
+    indices = PromptOrder(0, 3_000_000_000)(torch.arange(2**40, 2**40 + 64))
+    assert len(indices.unique()) == 64 and int(indices.max()) < 3_000_000_000
+
+
+class CountingEncoder:
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, ...]] = []
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        self.calls.append(tuple(prompts))
+        lengths = torch.tensor([[float(len(prompt))] for prompt in prompts])
+        tensors = {"encoder_hidden_states": lengths, "added_cond_kwargs": {"pooled": -lengths}}
+        return Conditioning(tuple(prompts), tensors)
+
+
+def test_prompts_are_encoded_once_and_alone() -> None:
+    inner = CountingEncoder()
+    encode = PromptEncoder(inner)
+    conditioning = encode(["aa", "b", "aa"])
+    assert conditioning.prompts == ("aa", "b", "aa")
+    assert conditioning.tensors["encoder_hidden_states"].tolist() == [[2.0], [1.0], [2.0]]
+    assert conditioning.tensors["added_cond_kwargs"]["pooled"].tolist() == [[-2.0], [-1.0], [-2.0]]
+    encode(["b", "aa"])
+    assert inner.calls == [("aa",), ("b",)]
+
+
+def test_the_least_recently_used_encoding_goes() -> None:
+    inner = CountingEncoder()
+    encode = PromptEncoder(inner, capacity=2 * 8)  # an encoding is two float32
+    for prompt in ("a", "b", "a", "c", "a", "b"):
+        encode([prompt])
+    assert inner.calls == [("a",), ("b",), ("c",), ("b",)]
