@@ -26,6 +26,8 @@ def test_saved_and_read_back(tmp_path: Path) -> None:
     assert find_damage(path) is None
     assert torch.equal(read_tensors(path / "weights.safetensors")["a"], torch.arange(6.0).view(2, 3).t())
     assert [other.name for other in path.parent.iterdir()] == ["step_000200"]
+    modes = {file.stat().st_mode & 0o777 for file in path.iterdir()}
+    assert modes == {path.stat().st_mode & 0o666}
 
 
 def test_the_last_ones_stay(tmp_path: Path) -> None:

@@ -92,6 +92,16 @@ class TensorBoard(Callback):
             self.writer.close()
 
 
+#: What the terminal shows of the scalars, and under which name.
+SHOWN = {
+    "fake/loss": "fake loss",
+    "generator/loss": "generator loss",
+    "generator/reward": "reward",
+    "grid/reward": "grid reward",
+    "grid/held_out": "grid held-out",
+}
+
+
 class Progress(Callback):
     """One live line on a terminal, with the time left; elsewhere one plain line per `on_log`."""
 
@@ -107,7 +117,7 @@ class Progress(Callback):
 
         self.bar = progress.Progress(
             progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
+            progress.BarColumn(bar_width=8),
             progress.MofNCompleteColumn(),
             progress.TimeRemainingColumn(),
             progress.TextColumn("{task.fields[figures]}"),
@@ -119,12 +129,12 @@ class Progress(Callback):
         if step <= 0:  # a warm-up round takes less time than a step
             self.first, self.began = step, time.monotonic()
         if self.bar is not None:
-            description = "training" if step > 0 else f"warming the fake score up, {-step} rounds to go"
+            description = "" if step > 0 else f"warming the fake score up, {-step} rounds to go"
             self.bar.update(self.task, completed=max(step, 0), description=description, figures=self.figures)
 
     def on_log(self, step: int, scalars: Mapping[str, float]) -> None:
-        names = ("fake/loss", "generator/loss", "generator/reward", "grid/reward", "grid/held_out")
-        self.figures = "  ".join(f"{name} {scalars[name]:.4g}" for name in names if name in scalars) or self.figures
+        figures = [f"{label} {scalars[name]:.4g}" for name, label in SHOWN.items() if name in scalars]
+        self.figures = "  ".join(figures) or self.figures
         if self.bar is None:
             print(f"step {step}/{self.steps}  {self._time_left(step)}  {self.figures}", flush=True)
 

@@ -76,6 +76,9 @@ def publish(target: Path, write: Callable[[Path], None]) -> None:
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         manifest = {"files": {str(path.relative_to(partial)): _facts(path) for path in files}, "complete": True}
         write_json(partial / MANIFEST, manifest)
+        for path in files:
+            # safetensors makes files that their owner alone can read; the folder's mode follows the umask.
+            path.chmod(partial.stat().st_mode & 0o666)
         for path in [*files, partial / MANIFEST, partial]:
             _sync(path)
         if target.exists():
