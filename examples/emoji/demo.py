@@ -1,0 +1,189 @@
+"""The demo: Diff-Instruct++ aligns the shipped one-step generator with a reward, next to the same run without reward.
+
+    python examples/emoji/demo.py --out runs/demo
+
+Two trainings run side by side, each on half of the cores: align.yaml into `--out`, and its control, the same with
+rewards.optimised.scale=0, into `--out`/control. At the end `--out` holds before_after.png, curves.png, figures.json
+and every generator's pictures of all captions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from evaluation import Figures, evaluate, features, reference_images
+from rich.console import Console
+from rich.table import Table
+
+from diffpp_fast.cli.quiet import hide_loading_bars
+from diffpp_fast.networks import load_denoiser
+from diffpp_fast.training.build import build_sampler
+from diffpp_fast.training.export import find_weights, load_sampler
+from diffpp_fast.training.grids import tile, write_png
+from diffpp_fast.training.loading import load_config
+from diffpp_fast.training.prompts import read_prompts
+
+HERE = Path(__file__).parent
+CONFIG = HERE / "align.yaml"
+#: Shows that everything works, in about a minute; too short to show what alignment does.
+SHORT = ["training.steps=6", "training.fake_warmup=2", "training.grid_every=3", "training.log_every=1"]
+ROWS = {
+    "optimised": "reward optimised (convolutional)",
+    "held_out": "reward held out (ImageNet)",
+    "shuffled": "held out, prompts shuffled",
+    "retrieved": "own name first of {count}",
+    "distance": "distance to the reference x 1000",
+    "spread": "spread over latents",
+}
+
+
+def reference_features(prompts: list[str], steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference's DDIM samples, one per caption, and their features."""
+    from diffusers import DDIMScheduler
+
+    config = load_config(CONFIG)
+    sampler = build_sampler(config, torch.device("cpu"))
+    reference = load_denoiser(config.models.reference.path).eval().requires_grad_(False)
+    scheduler = DDIMScheduler.from_pretrained(config.models.scheduler.path)
+    guidance = config.method.guidance_scale
+    images = reference_images(sampler, reference, scheduler, prompts, guidance_scale=guidance, steps=steps)
+    return images, features(images)
+
+
+def train_side_by_side(folders: dict[str, Path], overrides: list[str]) -> None:
+    """The aligned run's progress goes to the terminal, the control's to a file."""
+    threads = max(1, (os.cpu_count() or 2) // len(folders))
+    log = folders["control"].with_suffix(".log")
+    processes = []
+    with log.open("w") as file:
+        for name, folder in folders.items():
+            command = [sys.executable, "-m", "diffpp_fast", "train", str(CONFIG), f"output={folder}"]
+            command += [f"training.threads={threads}", *overrides]
+            command += ["rewards.optimised.scale=0"] if name == "control" else []
+            print(shlex.join(command), flush=True)
+            output = file if name == "control" else None
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+    try:
+        codes = [process.wait() for process in processes]
+    except KeyboardInterrupt:  # the trainings got it too: they save a checkpoint and say how to go on
+        codes = [process.wait() for process in processes]
+    if any(codes):
+        sys.exit(f"a training ended with exit codes {codes}; the control's output is in {log}")
+
+
+def print_table(columns: dict[str, Figures], count: int) -> None:
+    table = Table(title=f"One-step generator, {count} captions, one picture each")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for key, label in ROWS.items():
+        values = [getattr(figures, key) * (1000 if key == "distance" else 1) for figures in columns.values()]
+        table.add_row(
+            label.format(count=count), *(f"{value:.1%}" if key == "retrieved" else f"{value:.3f}" for value in values)
+        )
+    Console().print(table)
+
+
+def save_before_after(path: Path, images: dict[str, torch.Tensor], prompts: list[str], chosen: list[int]) -> None:
+    """One row for each generator, one column for each prompt."""
+    figure, axes = plt.subplots(len(images), len(chosen), figsize=(len(chosen) * 0.95, len(images) * 1.1), dpi=150)
+    for row, (name, pictures) in zip(axes, images.items(), strict=True):
+        for axis, index in zip(row, chosen, strict=True):
+            axis.imshow(tile(pictures[index : index + 1], columns=1).numpy())
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_frame_on(False)
+        row[0].set_ylabel(name, fontsize=7)
+    for axis, index in zip(axes[0], chosen, strict=True):
+        axis.set_title(prompts[index], fontsize=5.5)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def save_curves(path: Path, folders: dict[str, Path]) -> None:
+    panels = {
+        "grid/reward": "optimised reward",
+        "grid/held_out": "held-out reward",
+        "generator/score_gap": "score gap (RMS)",
+        "fake/loss": "TA's denoising loss",
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 2.8), dpi=120)
+    for name, folder in folders.items():
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for axis, (key, title) in zip(axes, panels.items(), strict=True):
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 12 else None)
+            axis.set_title(title, fontsize=9)
+            axis.set_xlabel("generator step", fontsize=8)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--short", action="store_true", help="a minute: a few steps, 20 captions")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of align.yaml, for both runs")
+    args = parser.parse_args()
+
+    hide_loading_bars()
+    began = time.monotonic()
+    out: Path = args.out
+    folders = {"aligned": out, "control": out / "control"}
+    if (out / "control.log").exists():  # the demo's own earlier result makes room, nothing else does
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    prompts = read_prompts(load_config(CONFIG).prompts)
+    if args.short:
+        prompts = prompts[:: len(prompts) // 20]
+    overrides = [*(SHORT if args.short else []), *args.overrides]
+
+    train_side_by_side(folders, overrides)
+    trained = time.monotonic() - began
+    with torch.inference_mode():
+        reference_pictures, reference = reference_features(prompts, steps=5 if args.short else 20)
+        samplers = {"before": build_sampler(load_config(CONFIG), torch.device("cpu"))}
+        for name in ("control", "aligned"):
+            samplers[name] = load_sampler(find_weights(folders[name]), torch.device("cpu"))[1]
+        measured = {name: evaluate(sampler, prompts, reference) for name, sampler in samplers.items()}
+
+    images = {"reference\n(20 steps)": reference_pictures}
+    images |= {
+        {"control": "after,\nno reward", "aligned": "after"}.get(name, name): of[1] for name, of in measured.items()
+    }
+    save_before_after(
+        out / "before_after.png", images, prompts, list(range(2, len(prompts), max(1, len(prompts) // 14)))[:14]
+    )
+    save_curves(out / "curves.png", folders)
+    for name, (_, pictures) in measured.items():
+        write_png(out / f"all_{name}.png", tile(pictures, columns=20))
+    figures = {name: of[0] for name, of in measured.items()}
+    (out / "figures.json").write_text(json.dumps({name: of.asdict() for name, of in figures.items()}, indent=2) + "\n")
+
+    names = {"before": "before", "control": "after, reward scale 0", "aligned": "after, aligned"}
+    print_table({names[name]: of for name, of in figures.items()}, len(prompts))
+    print(f"training {trained:.0f} s, in all {time.monotonic() - began:.0f} s")
+    print(f"pictures: {out / 'before_after.png'}, {out / 'curves.png'}")
+    command = ["diffpp-fast", "sample", "--run", str(out), "a red apple"]
+    print(f"to draw with the aligned generator:\n  {Path(sys.executable).parent / shlex.join(command)}")
+
+
+if __name__ == "__main__":
+    main()
