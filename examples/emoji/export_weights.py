@@ -9,6 +9,7 @@ encoder stay in their own packages.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -36,6 +37,10 @@ def main() -> None:
             continue
         network = network_class.from_pretrained(folder, torch_dtype=torch.float16, low_cpu_mem_usage=False)
         network.save_pretrained(args.out / name)
+        config = args.out / name / "config.json"
+        facts = json.loads(config.read_text())
+        facts.pop("_name_or_path", None)  # a folder of the machine that trained it
+        config.write_text(json.dumps(facts, indent=2) + "\n")
     shutil.copytree(args.build / "scheduler", args.out / "scheduler", dirs_exist_ok=True)
     for name in ("convolutional", "imagenet"):
         shutil.copy(args.build / f"reward_{name}.safetensors", args.out)
