@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "diffpp_fast"
 FLOORS = {
+    "errors": 0,
     "kernels": 0,
     "noise": 1,
     "schedule": 1,

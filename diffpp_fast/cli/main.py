@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from diffpp_fast.cli import doctor, sample, train
+from diffpp_fast.errors import UserError
 from diffpp_fast.version import __version__
 
 DESCRIPTION = """\
@@ -18,6 +19,9 @@ Aligns one-step text-to-image generators with a reward (Diff-Instruct++), from p
   diffpp-fast doctor
 """
 EPILOG = "`diffpp-fast COMMAND --help` tells more. The configuration is explained key by key in docs/training.md."
+
+#: What the extra `train` brings; operators and methods do without.
+TRAIN_PACKAGES = ("diffusers", "transformers", "safetensors", "pydantic", "yaml", "PIL", "rich", "tensorboard")
 
 #: Reasons to fail that lie in the machine's disk, not in the program.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
@@ -42,13 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(late)}")
         arguments.overrides += late
 
-    from diffpp_fast.training.errors import UserError
-
     try:
         code: int = arguments.run(arguments)
         return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in TRAIN_PACKAGES:
+            raise
+        print(f'error: {package} is not installed: pip install "diffpp-fast[train]"', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -42,8 +42,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
+    from diffpp_fast.errors import ConfigurationError
     from diffpp_fast.training.build import choose_device
-    from diffpp_fast.training.errors import ConfigurationError
     from diffpp_fast.training.export import find_weights, load_sampler
     from diffpp_fast.training.grids import decode, sample_latents, tile, write_png
 

@@ -7,9 +7,9 @@ A run from Python:
     Trainer(load_config("align.yaml", ["training.steps=200"])).run()
 """
 
+from diffpp_fast.errors import CheckpointError, ConfigurationError, NonFiniteError, UserError
 from diffpp_fast.training.callbacks import Callback
 from diffpp_fast.training.config import Config
-from diffpp_fast.training.errors import CheckpointError, ConfigurationError, NonFiniteError, UserError
 from diffpp_fast.training.loading import dump_config, load_config
 from diffpp_fast.training.trainer import Outcome, Trainer
 

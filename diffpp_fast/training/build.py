@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.methods import DiffInstruct, DiffInstructPP
 from diffpp_fast.networks import (
     Conditioning,
@@ -24,7 +25,6 @@ from diffpp_fast.networks import (
 from diffpp_fast.networks.loading import resolve
 from diffpp_fast.schedule import NoiseSchedule
 from diffpp_fast.training.config import Config, Reward
-from diffpp_fast.training.errors import ConfigurationError
 from diffpp_fast.training.prompts import PromptEncoder
 from diffpp_fast.training.rewards import LatentReward, load_scorer
 

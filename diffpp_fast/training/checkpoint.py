@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from diffpp_fast.training.errors import CheckpointError
+from diffpp_fast.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 

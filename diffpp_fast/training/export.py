@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from diffpp_fast.errors import CheckpointError
 from diffpp_fast.networks.loading import resolve
 from diffpp_fast.training.build import Sampler, build_sampler
 from diffpp_fast.training.checkpoint import MANIFEST, Checkpoints, find_damage, publish, read_tensors, write_json
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.engine import PlainEngine
-from diffpp_fast.training.errors import CheckpointError
 from diffpp_fast.training.loading import load_config
 
 

@@ -14,8 +14,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.training.config import Config
-from diffpp_fast.training.errors import ConfigurationError
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

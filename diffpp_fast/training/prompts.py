@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.methods.base import PROMPT_ORDER
 from diffpp_fast.networks import Conditioning
 from diffpp_fast.noise import Noise
-from diffpp_fast.training.errors import ConfigurationError
 
 
 def read_prompts(path: str | Path) -> list[str]:

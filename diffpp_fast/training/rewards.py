@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks import Conditioning
 from diffpp_fast.training import config
-from diffpp_fast.training.errors import ConfigurationError
 
 #: (images [B, 3, H, W] about [-1, 1], prompts) -> [B]
 Scorer = Callable[[torch.Tensor, tuple[str, ...]], torch.Tensor]

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from diffpp_fast.errors import CheckpointError
 from diffpp_fast.training.checkpoint import read_tensors, write_json, write_tensors
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.engine import PlainEngine
-from diffpp_fast.training.errors import CheckpointError
 from diffpp_fast.training.loading import dump_config, load_config
 
 #: Keys, and sections by their prefix, that don't change what a run computes. Of the prompts the text counts.

@@ -40,6 +40,7 @@ HERE = Path(__file__).parent
 CONFIG = HERE / "align.yaml"
 #: Shows that everything works, in about a minute; too short to show what alignment does.
 SHORT = ["training.steps=6", "training.fake_warmup=2", "training.grid_every=3", "training.log_every=1"]
+COLUMNS = {"before": "before", "control": "after, reward scale 0", "aligned": "after, aligned"}
 ROWS = {
     "optimised": "reward optimised (convolutional)",
     "held_out": "reward held out (ImageNet)",
@@ -85,13 +86,13 @@ def train_side_by_side(folders: dict[str, Path], overrides: list[str]) -> None:
         sys.exit(f"a training ended with exit codes {codes}; the control's output is in {log}")
 
 
-def print_table(columns: dict[str, Figures], count: int) -> None:
+def print_table(figures: dict[str, Figures], count: int) -> None:
     table = Table(title=f"One-step generator, {count} captions, one picture each")
     table.add_column("")
-    for name in columns:
-        table.add_column(name, justify="right")
+    for name in figures:
+        table.add_column(COLUMNS[name], justify="right")
     for key, label in ROWS.items():
-        values = [getattr(figures, key) * (1000 if key == "distance" else 1) for figures in columns.values()]
+        values = [getattr(of, key) * (1000 if key == "distance" else 1) for of in figures.values()]
         table.add_row(
             label.format(count=count), *(f"{value:.1%}" if key == "retrieved" else f"{value:.3f}" for value in values)
         )
@@ -107,7 +108,7 @@ def save_before_after(path: Path, images: dict[str, torch.Tensor], prompts: list
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_frame_on(False)
-        row[0].set_ylabel(name, fontsize=7)
+        row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=7)
     for axis, index in zip(axes[0], chosen, strict=True):
         axis.set_title(prompts[index], fontsize=5.5)
     figure.tight_layout(pad=0.3)
@@ -164,21 +165,16 @@ def main() -> None:
             samplers[name] = load_sampler(find_weights(folders[name]), torch.device("cpu"))[1]
         measured = {name: evaluate(sampler, prompts, reference) for name, sampler in samplers.items()}
 
-    images = {"reference\n(20 steps)": reference_pictures}
-    images |= {
-        {"control": "after,\nno reward", "aligned": "after"}.get(name, name): of[1] for name, of in measured.items()
-    }
-    save_before_after(
-        out / "before_after.png", images, prompts, list(range(2, len(prompts), max(1, len(prompts) // 14)))[:14]
-    )
+    shown = list(range(2, len(prompts), max(1, len(prompts) // 14)))[:14]
+    rows = {"reference, 20 steps": reference_pictures, **{COLUMNS[name]: of[1] for name, of in measured.items()}}
+    save_before_after(out / "before_after.png", rows, prompts, shown)
     save_curves(out / "curves.png", folders)
     for name, (_, pictures) in measured.items():
         write_png(out / f"all_{name}.png", tile(pictures, columns=20))
     figures = {name: of[0] for name, of in measured.items()}
     (out / "figures.json").write_text(json.dumps({name: of.asdict() for name, of in figures.items()}, indent=2) + "\n")
 
-    names = {"before": "before", "control": "after, reward scale 0", "aligned": "after, aligned"}
-    print_table({names[name]: of for name, of in figures.items()}, len(prompts))
+    print_table(figures, len(prompts))
     print(f"training {trained:.0f} s, in all {time.monotonic() - began:.0f} s")
     print(f"pictures: {out / 'before_after.png'}, {out / 'curves.png'}")
     command = ["diffpp-fast", "sample", "--run", str(out), "a red apple"]
