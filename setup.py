@@ -1,5 +1,197 @@
-"""Build entry point; everything that can be declared is in pyproject.toml."""
+"""Builds csrc. What can be declared is in pyproject.toml.
 
-from setuptools import setup
+With a C++17 compiler and torch's headers, csrc becomes `diffpp_fast/kernels/native/_library.so`, and with Python's
+headers also the host module `_host`; with nvcc the library holds the GPU kernels too. Where one is missing the package
+installs without it, says so, and runs on the kernels that are left. CXX, CXXFLAGS, LDFLAGS and CUDA_HOME are honoured;
+DIFFPP_FAST_BUILD=0 builds nothing, DIFFPP_FAST_CUDA=0 nothing for GPUs; DIFFPP_FAST_CUDA_ARCHS lists the GPUs to build
+for.
+"""
 
-setup()
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+LIBRARY = "diffpp_fast.kernels.native._library"
+HOST = "diffpp_fast.kernels.native._host"
+
+# The oldest torch whose stable ABI the library asks for: 2.11.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden"]
+# No flag here changes a result: square roots need no errno, floating-point traps are not used, and fused multiply-adds
+# are written out.
+KERNEL = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp-simd", "-Wno-psabi"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+# The user's, after ours.
+CXXFLAGS, LDFLAGS = (shlex.split(os.environ.get(name, "")) for name in ("CXXFLAGS", "LDFLAGS"))
+# Machine code for each, and PTX of the last for what comes after it.
+CUDA_ARCHS = os.environ.get("DIFFPP_FAST_CUDA_ARCHS", "80;90;100").split(";")
+GENCODE = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
+GENCODE.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+ISAS = {"baseline": [], "avx2": AVX2, "avx512": AVX512} if X86 else {"baseline": []}
+# For nvcc's host compiler.
+XCOMPILER = ["-Xcompiler", ",".join(COMMON[1:])]
+# Compiled once: they hold no vector code.
+PLAIN = ("isa.cpp", "filter.cpp")
+
+
+def find_compiler():
+    """A C++17 compiler that works, or None."""
+    for candidate in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
+        command = shlex.split(candidate)
+        if shutil.which(command[0]) is None:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.cpp")
+            source.write_text("#include <optional>\nint main() { return std::optional<int>(0).value(); }\n")
+            probe = [*command, *COMMON, str(source), "-o", str(Path(folder, "probe"))]
+            if subprocess.run(probe, capture_output=True).returncode == 0:
+                return command
+    return None
+
+
+def find_nvcc():
+    """CUDA's compiler, or None. Whether a GPU is there is not asked: kernels are compiled for all that they serve."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+
+
+def find_static_runtime(nvcc):
+    """The folder of libcudart_static.a: linked in, so that the library also loads where CUDA is not installed."""
+    answer = subprocess.run([nvcc, "--dryrun", "-c", "probe.cu"], capture_output=True, text=True).stderr
+    homes = [line.split("=", 1)[1] for line in answer.splitlines() if line.startswith("#$ TOP=")]
+    for home in homes:
+        for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
+            if Path(home, folder, "libcudart_static.a").exists():
+                return Path(home, folder)
+    raise SystemExit(f"diffpp_fast: no libcudart_static.a beside {nvcc}; install it, or set DIFFPP_FAST_CUDA=0")
+
+
+def find_torch():
+    """The folder of the installed torch, or None.
+
+    pip builds in an isolated environment; sysconfig still names the one that the package is for.
+    """
+    spec = importlib.util.find_spec("torch")
+    places = [Path(spec.origin).parent] if spec and spec.origin else []
+    places += [Path(sysconfig.get_path(name), "torch") for name in ("platlib", "purelib")]
+    return next((place for place in places if Path(place, "include/torch/csrc/stable/library.h").exists()), None)
+
+
+def find_python_headers():
+    """The folders of Python's and pybind11's headers, or None."""
+    include = sysconfig.get_path("include")
+    if not Path(include, "Python.h").exists() or importlib.util.find_spec("pybind11") is None:
+        return None
+    import pybind11
+
+    return [include, pybind11.get_include()]
+
+
+def execute(command):
+    if subprocess.run(command).returncode != 0:
+        switch = "DIFFPP_FAST_CUDA" if command[0] == NVCC else "DIFFPP_FAST_BUILD"
+        raise SystemExit(f"diffpp_fast: this command failed: {shlex.join(command)}\n{switch}=0 leaves it out.")
+
+
+class BuildExt(build_ext):
+    """Compiles csrc with one command per object, in parallel; objects that are newer than all of csrc are kept."""
+
+    def get_ext_filename(self, fullname):
+        # Loaded by torch, not by Python: no name of an interpreter in it.
+        if fullname.endswith("_library"):
+            return fullname.replace(".", os.sep) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def build_extension(self, extension):
+        output = Path(self.get_ext_fullpath(extension.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Replaced, not overwritten: a running process may have the old one mapped.
+        output.unlink(missing_ok=True)
+        kernels = list(self._kernels())
+        torch = find_torch()
+        if extension.name == LIBRARY:
+            includes = [f"-I{torch / 'include'}"]
+            bindings = [
+                (source, f"torch_{source.stem}", ["-O2", TORCH_TARGET, *includes])
+                for source in sorted(CSRC.glob("torch/*.cpp"))
+            ]
+            link = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
+            if NVCC is not None:
+                bindings = [(source, name, [*flags, "-DDIFFPP_CUDA"]) for source, name, flags in bindings]
+                kernels += [(source, f"cuda_{source.stem}", GENCODE) for source in sorted(CSRC.glob("cuda/*.cu"))]
+                link += [f"-L{find_static_runtime(NVCC)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        else:
+            includes = [f"-I{folder}" for folder in find_python_headers()]
+            gpus = " ".join(f"sm_{arch}" for arch in CUDA_ARCHS) if NVCC else "none"
+            facts = [
+                f'-DDIFFPP_FLAGS="{" ".join(KERNEL)}"',
+                f'-DDIFFPP_ISAS="{" ".join(ISAS)}"',
+                f'-DDIFFPP_CUDA_ARCHS="{gpus}"',
+            ]
+            bindings = [
+                (source, f"host_{source.stem}", ["-O2", *facts, *includes]) for source in CSRC.glob("host/*.cpp")
+            ]
+            link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            # GPU kernels take longest, then bindings.
+            tasks = sorted(bindings + kernels, key=lambda task: (task[0].suffix != ".cu", task[0].parent.name == "cpu"))
+            objects = list(pool.map(self._compile, tasks))
+        execute([*COMPILER, "-shared", *map(str, objects), "-o", str(output), *link, *LDFLAGS])
+
+    def _kernels(self):
+        for source in sorted(CSRC.glob("cpu/*.cpp")):
+            if source.name in PLAIN:
+                yield source, source.stem, ["-O2", "-ffp-contract=off"]
+                continue
+            for isa, flags in ISAS.items():
+                yield source, f"{source.stem}.{isa}", [*KERNEL, *flags, f"-DDIFFPP_ISA={isa}"]
+
+    def _compile(self, task):
+        source, name, flags = task
+        result = Path(self.build_temp, f"{name}.o")
+        result.parent.mkdir(parents=True, exist_ok=True)
+        newest = max(path.stat().st_mtime for path in [Path(__file__), *CSRC.rglob("*.*")])
+        if result.exists() and result.stat().st_mtime > newest and not self.force:
+            return result
+        if source.suffix == ".cu":
+            command = [NVCC, "-std=c++17", "-O3", "--expt-relaxed-constexpr", *XCOMPILER, *flags]
+        else:
+            command = [*COMPILER, *COMMON, *flags, *CXXFLAGS]
+        x86 = ["-DDIFFPP_X86"] if X86 else []
+        execute([*command, *x86, "-c", str(source), "-o", str(result)])
+        return result
+
+
+wanted = os.environ.get("DIFFPP_FAST_BUILD", "1") != "0"
+COMPILER = find_compiler() if wanted else None
+NVCC = find_nvcc() if os.environ.get("DIFFPP_FAST_CUDA", "1") != "0" else None
+extensions = []
+requires = []
+if COMPILER is None:
+    reason = "no working C++17 compiler (c++, g++, clang++ or CXX)" if wanted else "DIFFPP_FAST_BUILD is 0"
+    print(f"diffpp_fast: csrc is not built: {reason}. Operators run on the reference kernels.", file=sys.stderr)
+elif find_torch() is None:
+    # pip fetches it into the build environment and runs this file again.
+    requires = ["torch>=2.11"]
+else:
+    extensions.append(Extension(LIBRARY, []))
+    if find_python_headers() is not None:
+        extensions.append(Extension(HOST, []))
+    else:
+        print("diffpp_fast: no headers of Python or pybind11: the host module is not built.", file=sys.stderr)
+
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildExt}, setup_requires=requires)

@@ -1,11 +1,15 @@
 """What every test starts from, and the two rules they share: one for low precision, one for memory layouts."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 from torch import Tensor
+
+from diffpp_fast import use_backend
+from diffpp_fast.kernels import dispatch
 
 hypothesis.settings.register_profile("suite", max_examples=20, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
@@ -29,6 +33,24 @@ def reproducible() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs every test of an operator's file once on each backend that serves the CPU; one that was not built fails."""
+    name: str = request.param
+    with use_backend(name):
+        yield name
+
+
+@pytest.fixture
+def cpu_backend() -> Iterator[Any]:
+    """Runs a test on the compiled CPU kernels. The value is `torch.ops.diffpp_fast`, with every fake registered."""
+    with use_backend("cpu"):
+        for op, backend in dispatch._kernels:
+            if backend == "cpu":
+                dispatch.select(op, torch.device("cpu"), torch.float32)
+        yield torch.ops.diffpp_fast
 
 
 @pytest.fixture(params=LAYOUTS)

@@ -18,6 +18,7 @@ FLOORS = {
     "rewards": 3,
     "methods": 4,
     "training": 5,
+    "bench": 5,
     "evaluation": 6,
     "cli": 6,
 }

@@ -123,26 +123,3 @@ def test_a_signal_saves_and_says_how_to_go_on(number: int, code: int) -> None:
     assert f"'output={output}'" in out and out.rstrip().endswith("--resume latest")
     saved = [path.name for path in Path(output, "checkpoints").iterdir()]
     assert len(saved) == 1 and int(saved[0].removeprefix("step_")) >= 3
-
-
-def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor"]) == 0
-    said = capsys.readouterr().out
-    for word in ("torch", "deepspeed", "philox", "score_gap", "reference", "serves", "no: "):
-        assert word in said
-
-
-@pytest.mark.parametrize(("command", "code"), [("train nowhere.yaml", 2), ("sample apple", 2), ("doctor", 0)])
-def test_without_the_train_extra_it_says_what_to_install(command: str, code: int) -> None:
-    """A process in which pydantic and diffusers can't be imported."""
-    script = f"""
-import sys
-sys.modules.update(dict.fromkeys(["pydantic", "diffusers", "transformers"]))
-from diffpp_fast.cli.main import main
-sys.exit(main({command.split()!r}))
-"""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert result.returncode == code, result.stderr
-    if code:
-        assert 'is not installed: pip install "diffpp-fast[train]"' in result.stderr
-        assert "Traceback" not in result.stderr

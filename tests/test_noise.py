@@ -11,6 +11,8 @@ from hypothesis import given
 from diffpp_fast import Noise
 from diffpp_fast.kernels.reference.philox import philox4x32
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 SEED = 0x0123456789ABCDEF
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from diffpp_fast import Noise, ops
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 F64 = torch.float64
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from diffpp_fast import Noise, ops
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 F64 = torch.float64
 TARGETS = {
     "epsilon": lambda x0, eps, a, s: eps,

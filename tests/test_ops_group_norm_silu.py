@@ -11,6 +11,8 @@ from torch import Tensor
 
 from diffpp_fast import ops
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 F64 = torch.float64
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from diffpp_fast import ops
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 F64 = torch.float64
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 UNIT = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "value_range": (0.0, 1.0)}

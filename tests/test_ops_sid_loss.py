@@ -8,6 +8,8 @@ from torch import Tensor
 
 from diffpp_fast import Noise, ops
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 F64 = torch.float64
 NAMES = ("fake", "cond", "uncond", "x0")
 # k and the residual r = o - target. x0 counts where the target holds it; x_t does not appear (see below).

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from diffpp_fast import Noise, ops
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 F64 = torch.float64
 NAMES = ("fake", "cond", "uncond", "x0")
 # The score that an output implies at x_t. Its part in x_t drops out of score differences at one x_t.

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 DESCRIPTION = """\
-Shows what this machine has: versions, devices, and which backend serves which operator, or why it does not.
+Shows what this machine has: versions, devices, how the compiled kernels were built, and for every operator which
+backend serves it, whether the backend computes the right thing on small tensors, or why it does not serve. The exit
+code is 1 if a backend that serves is wrong.
 """
 PACKAGES = (
     "torch",
@@ -23,7 +29,12 @@ PACKAGES = (
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("doctor", help="show versions, devices and backends", description=DESCRIPTION)
+    parser = commands.add_parser(
+        "doctor",
+        help="show versions, devices and backends",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.set_defaults(run=run)
 
 
@@ -32,7 +43,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from diffpp_fast.kernels import dispatch
     from diffpp_fast.version import __version__
 
     print(f"diffpp-fast   {__version__}\npython        {platform.python_version()} on {platform.platform()}")
@@ -44,11 +54,50 @@ def run(arguments: argparse.Namespace) -> int:
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         print(f"cuda:{index}        {facts.name}, sm_{facts.major}{facts.minor}, {facts.total_memory / 2**30:.0f} GiB")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _print_build()
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    wrong = [failure for device in devices for failure in _print_operators(device)]
+    for failure in wrong:
+        print(f"\nWRONG: {failure}")
+    return 1 if wrong else 0
+
+
+def _print_build() -> None:
+    from diffpp_fast.kernels import native
+
+    reason = native.unavailable()
+    print(f"\nlibrary       {native.LIBRARY if reason is None else f'none: {reason}'}")
+    for name, value in native.facts().items():
+        print(f"{name:<13} {value}")
+
+
+def _print_operators(device: torch.device) -> list[str]:
+    """One line per operator, one column per backend, the reasons below. Returns what failed its self-test."""
+    from diffpp_fast.bench import selftest
+    from diffpp_fast.kernels import dispatch
+
     print(f"\nOperators on {device}, float32; requested backend: {dispatch.requested_backend()}\n")
-    for row in dispatch.table(device):
-        print(f"  {row.op:<16} {row.backend:<10} {'serves' if row.serves else f'no: {row.reason}'}")
-    return 0
+    print(f"  {'operator':<16} {'default':<10}" + "".join(f" {backend:<10}" for backend in dispatch.PREFERENCE))
+    rows = {(row.op, row.backend): row.reason for row in dispatch.table(device)}
+    notes: dict[str, int] = {}
+    failures = []
+    for op in dispatch.OPS:
+        cells = []
+        for backend in dispatch.PREFERENCE:
+            reason = rows[op, backend]
+            if reason is not None:
+                cells.append(f"no ({notes.setdefault(f'{backend}: {reason}', len(notes) + 1)})")
+                continue
+            failure = selftest.failure(op, backend, device)
+            cells.append("right" if failure is None else "WRONG")
+            if failure is not None:
+                failures.append(f"{backend} on {device}: {failure}")
+        default = dispatch.default_backend(op, device)
+        print(f"  {op:<16} {default or 'none':<10}" + "".join(f" {cell:<10}" for cell in cells))
+    print()
+    for note, number in notes.items():
+        print(f"  ({number}) {note}")
+    return failures
 
 
 def _version(package: str) -> str:

@@ -125,16 +125,21 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
 @torch.compiler.assume_constant_result
 def _load_best(op: str, device: torch.device, dtype: torch.dtype) -> str:
     name = requested_backend()
-    reasons = []
-    for backend in PREFERENCE if name == "auto" else (name,):
-        reason = why_not(op, backend, device, dtype)
-        if reason is None:
-            module = _kernels[op, backend].module
-            if module not in _loaded:
-                _loaded[module] = importlib.import_module(module)
-            return module
-        reasons.append(f"backend {backend!r} can't serve: {reason}")
+    candidates = PREFERENCE if name == "auto" else (name,)
+    for backend in candidates:
+        kernel = _kernels.get((op, backend))
+        if kernel is None or kernel.unavailable() or kernel.refuses(device, dtype):
+            continue
+        if kernel.module not in _loaded:
+            _loaded[kernel.module] = importlib.import_module(kernel.module)
+        return kernel.module
+    reasons = (f"backend {backend!r} can't serve: {why_not(op, backend, device, dtype)}" for backend in candidates)
     raise RuntimeError(f"{op}: {'; '.join(reasons)}")
+
+
+def default_backend(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """The backend that serves `op` where none is asked for, None if none does."""
+    return next((backend for backend in PREFERENCE if why_not(op, backend, device, dtype) is None), None)
 
 
 def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -28,15 +28,19 @@ def add_noise(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Noise | Tensor) -
 
     Raises:
         TypeError: an argument is not a floating-point tensor.
-        ValueError: shapes, batch sizes or devices differ.
+        ValueError: shapes, batch sizes or devices differ; alpha or sigma is not finite (seen on the CPU only).
     """
     checks.floating("add_noise", {"x0": x0, "alpha": alpha, "sigma": sigma})
     checks.same_shape("add_noise", {"x0": x0})
     checks.per_sample("add_noise", x0.shape[0], {"alpha": alpha, "sigma": sigma})
     eps = checks.noise("add_noise", noise, x0)
     dtype = checks.common_dtype(x0, eps)
-    x_t: Tensor = _AddNoise.apply(x0.to(dtype), alpha, sigma, checks.cast_noise(eps, dtype))
-    return x_t.to(x0.dtype)
+    arguments = checks.cast(x0, dtype), alpha, sigma, checks.cast(eps, dtype)
+    if checks.needs_gradient(x0):
+        x_t: Tensor = _AddNoise.apply(*arguments)
+    else:
+        x_t = dispatch.select("add_noise", x0.device, dtype).forward(*arguments)
+    return checks.cast(x_t, x0.dtype)
 
 
 class _AddNoise(Function):

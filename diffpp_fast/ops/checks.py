@@ -1,6 +1,8 @@
-"""Checks of operator arguments. They read metadata only and never wait for a device."""
+"""Checks of operator arguments. They read metadata, and [B] tensors on the CPU; they never wait for a device."""
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -8,6 +10,8 @@ from torch import Tensor
 from diffpp_fast.kernels.reference.philox import Address
 from diffpp_fast.kernels.reference.prediction import PREDICTION_TYPES
 from diffpp_fast.noise import Noise
+
+Argument = TypeVar("Argument", Tensor, Tensor | None, Tensor | Address, Tensor | Address | None)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -38,10 +42,18 @@ def same_shape(op: str, tensors: Mapping[str, Tensor | None]) -> None:
 
 
 def per_sample(op: str, batch: int, tensors: Mapping[str, Tensor | None]) -> None:
-    """Every argument has shape [B]."""
+    """Every argument has shape [B], and on the CPU its values are finite."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.shape != (batch,):
+        if tensor is None:
+            continue
+        if tensor.shape != (batch,):
             raise ValueError(f"{op}: {name} must have shape [B] = [{batch}], got {list(tensor.shape)}")
+        # Elsewhere reading a value would wait for the device, and a tracer's tensors have none.
+        if tensor.is_cpu and type(tensor) is Tensor and not torch.compiler.is_compiling():
+            values = tensor.tolist()
+            if not all(map(math.isfinite, values)):
+                wrong = next(b for b, value in enumerate(values) if not math.isfinite(value))
+                raise ValueError(f"{op}: {name} must be finite, got {values[wrong]} for sample {wrong}")
 
 
 def elements(op: str, name: str, tensor: Tensor) -> None:
@@ -83,8 +95,19 @@ def common_dtype(*values: Tensor | Address | None) -> torch.dtype:
     return common
 
 
-def cast_noise(value: Address | Tensor, dtype: torch.dtype) -> Address | Tensor:
-    return value.to(dtype) if isinstance(value, Tensor) else value
+def cast(value: Argument, dtype: torch.dtype) -> Argument:
+    """A tensor in `dtype`; an address and None as they are.
+
+    `Tensor.to` alone would do, but costs ten times as much as the comparison, which counts on small latents.
+    """
+    if not isinstance(value, Tensor) or value.dtype == dtype:
+        return value
+    return value.to(dtype)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient. Where it won't, an operator saves the microseconds of its Function."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def split_noise(value: Address | Tensor) -> tuple[Tensor, tuple[int, int] | None]:

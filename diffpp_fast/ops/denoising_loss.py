@@ -52,9 +52,19 @@ def denoising_loss(
         raise ValueError(f"{op}: the mean over an empty batch is no number, got shape {list(prediction.shape)}")
     eps = checks.noise(op, noise, x0)
     dtype = checks.common_dtype(prediction, x0, eps)
-    loss: Tensor = _DenoisingLoss.apply(
-        prediction.to(dtype), x0.to(dtype), checks.cast_noise(eps, dtype), alpha, sigma, prediction_type, weight
+    arguments = (
+        checks.cast(prediction, dtype),
+        checks.cast(x0, dtype),
+        checks.cast(eps, dtype),
+        alpha,
+        sigma,
+        prediction_type,
+        weight,
     )
+    if checks.needs_gradient(prediction):
+        loss: Tensor = _DenoisingLoss.apply(*arguments)
+    else:
+        loss, _ = dispatch.select(op, prediction.device, dtype).forward(*arguments, save_residual=False)
     return loss
 
 

@@ -54,7 +54,10 @@ def group_norm_silu(
     if not eps >= 0.0:
         raise ValueError(f"{op}: eps must not be negative, got {eps}")
     checks.one_of(op, "activation", activation, ACTIVATIONS)
-    y: Tensor = _GroupNormSilu.apply(x, weight, bias, num_groups, eps, activation)
+    if checks.needs_gradient(x, weight, bias):
+        y: Tensor = _GroupNormSilu.apply(x, weight, bias, num_groups, eps, activation)
+    else:
+        y, _, _ = dispatch.select(op, x.device, x.dtype).forward(x, num_groups, weight, bias, eps, activation)
     return y
 
 

@@ -78,7 +78,10 @@ def reward_pixels(
     preprocessing = Preprocessing(
         size, tuple(map(float, mean)), tuple(map(float, std)), filter, antialias, fit, (float(low), float(high)), clamp
     )
-    pixels: Tensor = _RewardPixels.apply(images, preprocessing, dtype)
+    if checks.needs_gradient(images):
+        pixels: Tensor = _RewardPixels.apply(images, preprocessing, dtype)
+    else:
+        pixels = dispatch.select(op, images.device, images.dtype).forward(images, preprocessing, dtype)
     return pixels
 
 

@@ -88,14 +88,14 @@ def score_gap(
     with torch.no_grad():
         return ScoreGap(
             *kernels.forward(
-                fake.to(dtype),
-                cond.to(dtype),
-                None if uncond is None else uncond.to(dtype),
+                checks.cast(fake, dtype),
+                checks.cast(cond, dtype),
+                checks.cast(uncond, dtype),
                 guidance_scale,
                 scale,
                 normalizer == "mean_abs",
-                None if x0 is None else x0.to(dtype),
-                None if eps is None else checks.cast_noise(eps, dtype),
+                checks.cast(x0, dtype),
+                checks.cast(eps, dtype),
                 alpha,
                 sigma,
                 prediction_type,

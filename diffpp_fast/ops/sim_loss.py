@@ -61,11 +61,11 @@ def sim_loss(
     eps = checks.noise(op, noise, x0)
     dtype = checks.common_dtype(fake, cond, uncond, x0, eps)
     loss: Tensor = _SimLoss.apply(
-        fake.to(dtype),
-        cond.to(dtype),
-        None if uncond is None else uncond.to(dtype),
-        x0.to(dtype),
-        checks.cast_noise(eps, dtype),
+        checks.cast(fake, dtype),
+        checks.cast(cond, dtype),
+        checks.cast(uncond, dtype),
+        checks.cast(x0, dtype),
+        checks.cast(eps, dtype),
         alpha,
         sigma,
         guidance_scale,

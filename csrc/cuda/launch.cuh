@@ -1,0 +1,28 @@
+// Grid sizes and the check after a launch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace diffpp::cuda {
+
+constexpr int kThreads = 256;
+
+inline void check_launch(const char* op) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string(op) + ": the kernel was not launched: " + cudaGetErrorString(error));
+}
+
+// Blocks of kThreads for the threads of a sample, times the batch. Kernels stride over what a grid of this size leaves.
+inline dim3 grid_of(int64_t threads, int64_t batch = 1) {
+  constexpr int64_t kMostX = 1 << 20, kMostY = 65535;
+  const int64_t blocks = (threads + kThreads - 1) / kThreads;
+  return dim3(
+      static_cast<unsigned>(blocks < kMostX ? blocks : kMostX), static_cast<unsigned>(batch < kMostY ? batch : kMostY));
+}
+
+}  // namespace diffpp::cuda

@@ -1,0 +1,87 @@
+"""How much memory a step takes for itself while it runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from diffpp_fast.bench.operators import Outputs
+
+#: Read by the profiler when it is first used; without it every use writes lines to stderr.
+LOG_LEVEL = "KINETO_LOG_LEVEL"
+
+
+def peak_temporary_bytes(call: Callable[[], Outputs], device: torch.device) -> int:
+    """Bytes allocated at the peak of a call beyond its inputs, outputs and returned gradients.
+
+    On the CPU every allocation of torch's is seen, and those that outlive the call are its results. On CUDA the bytes
+    of the results are taken off the allocator's peak, as if they were all alive at that moment.
+    """
+    return _cuda(call, device) if device.type == "cuda" else _cpu(call)
+
+
+def _cpu(call: Callable[[], Outputs]) -> int:
+    with (
+        _quiet(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
+        results = call()
+    del results  # alive until here, so that the profile holds no release of theirs
+    kineto: Any = profile.profiler
+    changes = sorted(
+        (event.start_time_ns, order, event.extra_fields.ptr, event.extra_fields.alloc_size)
+        for order, event in enumerate(_walk(kineto.kineto_results.experimental_event_tree()))
+        if event.tag == torch._C._profiler._EventType.Allocation
+    )
+    return peak_of_released([(address, size) for _, _, address, size in changes])
+
+
+def peak_of_released(changes: list[tuple[int, int]]) -> int:
+    """The most bytes alive at once among the allocations that are released again.
+
+    Args:
+        changes: (address, bytes) in the order of time, the bytes negative for a release.
+    """
+    begun: dict[int, int] = {}
+    released = set()
+    for index, (address, size) in enumerate(changes):
+        if size > 0:
+            begun[address] = index
+        elif address in begun:
+            released |= {begun.pop(address), index}
+    alive = peak = 0
+    for index in sorted(released):
+        alive += changes[index][1]
+        peak = max(peak, alive)
+    return peak
+
+
+def _cuda(call: Callable[[], Outputs], device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    results = call()
+    torch.cuda.synchronize(device)
+    kept = {result.untyped_storage().data_ptr(): result.untyped_storage().nbytes() for result in results}
+    return max(0, torch.cuda.max_memory_allocated(device) - before - sum(kept.values()))
+
+
+def _walk(events: list[Any]) -> Iterator[Any]:
+    for event in events:
+        yield event
+        yield from _walk(event.children)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = os.environ.get(LOG_LEVEL)
+    os.environ[LOG_LEVEL] = "99" if before is None else before
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[LOG_LEVEL]

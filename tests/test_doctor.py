@@ -1,0 +1,76 @@
+"""`diffpp-fast doctor`: the table of operators and backends, its self-tests, and the build facts."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from diffpp_fast.cli.main import main
+from diffpp_fast.kernels import dispatch, native
+from diffpp_fast.kernels.reference import add_noise
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    for word in ("torch", "deepspeed", "_library.so", "compiler", "running on", "triton: it has no kernel"):
+        assert word in said
+    for op in dispatch.OPS:
+        line = next(line for line in said.splitlines() if line.split()[:1] == [op])
+        assert line.split()[1] == "cpu" and line.split()[-2:] == ["right", "right"] and "no (" in line
+
+
+def test_doctor_finds_a_wrong_backend(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = ModuleType("wrong_add_noise")
+    wrong.forward = lambda x0, *rest: 1.001 * add_noise.forward(x0, *rest)  # type: ignore[attr-defined]
+    wrong.backward = add_noise.backward  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, wrong.__name__, wrong)
+    monkeypatch.setitem(dispatch._kernels, ("add_noise", "triton"), dispatch._kernels["add_noise", "cpu"])
+    dispatch.register("add_noise", "triton", wrong.__name__)
+    assert main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert "WRONG: triton on cpu: add_noise drawn noise small: output has a relative error of" in said
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_doctor_on_every_instruction_set(isa: str) -> None:
+    command = [sys.executable, "-m", "diffpp_fast", "doctor"]
+    doctor = subprocess.run(command, env={**os.environ, "DIFFPP_FAST_ISA": isa}, capture_output=True, text=True)
+    assert doctor.returncode == 0, doctor.stdout
+    (running,) = re.findall(r"running on +(\w+)", doctor.stdout)
+    # A processor that lacks it says so and takes the best that it has.
+    assert running == isa or "DIFFPP_FAST_ISA" in doctor.stderr
+
+
+def test_doctor_without_the_library(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    native.unavailable.cache_clear()
+    monkeypatch.setattr(native, "LIBRARY", Path("nowhere.so"))
+    try:
+        assert main(["doctor"]) == 0
+    finally:
+        native.unavailable.cache_clear()
+    said = capsys.readouterr().out
+    assert "cpu: csrc was not compiled when the package was installed" in said
+    assert "group_norm_silu  reference" in said
+
+
+@pytest.mark.parametrize(("command", "code"), [("train nowhere.yaml", 2), ("sample apple", 2), ("doctor", 0)])
+def test_without_the_train_extra_it_says_what_to_install(command: str, code: int) -> None:
+    """A process in which pydantic and diffusers can't be imported."""
+    script = f"""
+import sys
+sys.modules.update(dict.fromkeys(["pydantic", "diffusers", "transformers"]))
+from diffpp_fast.cli.main import main
+sys.exit(main({command.split()!r}))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    if code:
+        assert 'is not installed: pip install "diffpp-fast[train]"' in result.stderr
+        assert "Traceback" not in result.stderr

@@ -1,0 +1,68 @@
+"""The compiled library as a whole."""
+
+from __future__ import annotations
+
+import resource
+from typing import Any
+
+import pytest
+import torch
+
+from diffpp_fast.bench.cases import all_cases
+from diffpp_fast.bench.operators import fused, make_inputs, step
+from diffpp_fast.bench.selftest import small
+from diffpp_fast.kernels import dispatch, native
+
+
+def test_every_operator_has_a_compiled_kernel() -> None:
+    assert native.unavailable() is None
+    for op in dispatch.OPS:
+        assert dispatch.default_backend(op, torch.device("cpu")) == "cpu"
+
+
+def test_no_schema_takes_a_string(cpu_backend: Any) -> None:
+    """The headers of torch's stable ABI (2.13 included) leak every string that an operator takes."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("diffpp_fast::")]
+    assert len(names) >= 15
+    for name in names:
+        schema = getattr(torch.ops.diffpp_fast, name.split("::")[1]).default._schema
+        assert "str" not in {str(argument.type) for argument in schema.arguments}, schema
+
+
+def test_calls_leak_no_memory(cpu_backend: Any) -> None:
+    """Every operator, called often on small tensors, leaves the process as large as it was."""
+    cases = {small(case) for case in all_cases()}
+    steps = [(fused(case), make_inputs(case, torch.float32, torch.device("cpu"))) for case in sorted(cases)]
+
+    def call(times: int) -> int:
+        for _ in range(times):
+            for forward, inputs in steps:
+                step(forward, inputs.fused, inputs.wrt, inputs.outer)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+
+    before = call(100)
+    # A string or a small tensor that is lost per call would take more than this.
+    assert call(400) - before < 400 * len(steps) * 16 / 1024
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_expanded_inputs(op: str, cpu_backend: Any) -> None:
+    """Tensors that hold one sample in memory and are a batch of it give what their copies give."""
+    for case in sorted({small(case)._replace(layout="contiguous") for case in all_cases() if case.op == op}):
+        case = case._replace(shape=(2, *case.shape[1:]))
+        expanded: dict[str, Any] = {}
+        copied: dict[str, Any] = {}
+        inputs = make_inputs(case, torch.float32, torch.device("cpu"))
+        for name, value in inputs.fused.items():
+            if isinstance(value, torch.Tensor) and value.dim() > 1:
+                once = value.detach()[:1].clone()
+                expanded[name] = once.requires_grad_(value.requires_grad).expand_as(value)
+                copied[name] = once.detach().repeat(2, *[1] * (value.dim() - 1)).requires_grad_(value.requires_grad)
+            else:
+                expanded[name] = copied[name] = value
+        for actual, expected in zip(
+            step(fused(case), expanded, inputs.wrt, inputs.outer),
+            step(fused(case), copied, inputs.wrt, inputs.outer),
+            strict=True,
+        ):
+            assert torch.equal(actual, expected), case.name

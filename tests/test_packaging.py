@@ -1,0 +1,92 @@
+"""What `pip install` makes of the sources, with and without a compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NATIVE = "diffpp_fast/kernels/native/"
+# Runs on the package that PYTHONPATH names, away from the checkout.
+TRY = """
+import torch
+from diffpp_fast import Noise, ops
+from diffpp_fast.kernels import dispatch
+x_t = ops.add_noise(torch.zeros(2, 3), torch.ones(2), torch.ones(2), Noise(1, torch.arange(2)))
+assert torch.isfinite(x_t).all()
+print(dispatch.default_backend("add_noise", x_t.device), dispatch.why_not("add_noise", "cpu", x_t.device, x_t.dtype))
+"""
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def checkout(folder: Path) -> Path:
+    """The tracked and new files of the working tree, without what was built in it."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).exists():
+            target.write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+def wheel(source: Path, folder: Path, **environment: str) -> tuple[Path, str]:
+    """The wheel of a source tree and what pip said."""
+    command = (sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(folder), ".")
+    said = run(*command, cwd=source, DIFFPP_FAST_CUDA="0", **environment)
+    (built,) = folder.glob("*.whl")
+    return built, said
+
+
+def try_out(built: Path, folder: Path) -> str:
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(folder)
+    return run(sys.executable, "-P", "-c", TRY, cwd=folder, PYTHONPATH=str(folder)).strip()
+
+
+@pytest.mark.slow
+def test_the_sdist_makes_a_wheel_that_works(tmp_path: Path) -> None:
+    source = checkout(tmp_path / "source")
+    run(sys.executable, "-c", "import setuptools.build_meta as b; b.build_sdist('dist')", cwd=source)
+    (sdist,) = (source / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    built, _ = wheel(unpacked, tmp_path / "wheel")
+    with zipfile.ZipFile(built) as archive:
+        names = archive.namelist()
+    assert NATIVE + "_library.so" in names and "diffpp_fast/py.typed" in names
+    assert any(name.startswith(NATIVE + "_host.") for name in names)
+    assert not [name for name in names if name.startswith(("tests/", "csrc/", "examples/"))]
+    assert "linux" not in sys.platform or "none-any" not in built.name
+    assert try_out(built, tmp_path / "installed") == "cpu None"
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_reference_serves(tmp_path: Path) -> None:
+    source = checkout(tmp_path / "source")
+    # A folder with Python alone in it: no c++, no nvcc.
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "python").symlink_to(sys.executable)
+    built, said = wheel(source, tmp_path / "wheel", PATH=str(tools), CXX="")
+    assert "csrc is not built: no working C++17 compiler" in said
+    assert built.name.endswith("py3-none-any.whl")
+    served, _, reason = try_out(built, tmp_path / "installed").partition(" ")
+    assert served == "reference"
+    assert reason.startswith("csrc was not compiled when the package was installed")
