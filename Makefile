@@ -14,7 +14,7 @@ CSRC := $(wildcard csrc/*/*)
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-short test test-all sanitize lint types docs clean
+.PHONY: help setup demo demo-short test test-all sanitize lint types gpu-build gpu-check docs clean
 
 help:
 	@echo "make demo       align the emoji generator with a reward: about 5 minutes on two cores, pictures in runs/demo"
@@ -22,6 +22,8 @@ help:
 	@echo "make test-all   the same with the slow tests"
 	@echo "make demo-short the demo cut to a minute: shows that it works, not what it can do"
 	@echo "make sanitize   the tests of the compiled operators under AddressSanitizer and UBSan"
+	@echo "make gpu-build  every GPU kernel compiled for sm_80, sm_90 and sm_100: registers and spills (no GPU needed)"
+	@echo "make gpu-check  with a GPU, in 8 minutes: everything checked on it, kernels measured; REHEARSE=1 without one"
 	@echo "make docs       the documentation as a site in site/"
 	@echo "make setup      only the virtual environment and the compiled operators; every target begins with it"
 
@@ -69,6 +71,18 @@ sanitize: $(READY)
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=../$(SANITIZED)/lib PYTHONSAFEPATH=1 DIFFPP_FAST_ISA=$$isa \
 	  $(abspath $(BIN))/pytest -m "not slow" -k "$(SANITIZE)" -p no:cacheprovider test_noise.py test_native_*.py test_ops_*.py) || exit 1; \
 	done
+
+# BUDGET=write records what the kernels take now.
+BUDGET ?= check
+gpu-build: $(LIBRARY)
+	env -u TRITON_INTERPRET $(BIN)/python -m diffpp_fast.bench.gpu_build --budget $(BUDGET)
+
+# A machine with a GPU may have no network: where PYTHON has what it takes, that is used as it is. Options: GPU_CHECK.
+GPU_READY := import torch, triton, sys; sys.exit(not (torch.cuda.is_available() or "$(REHEARSE)"))
+GPU_RUN := -m diffpp_fast.bench.gpu_check $(if $(REHEARSE),--rehearse) $(GPU_CHECK)
+gpu-check:
+	if $(PYTHON) -c '$(GPU_READY)' 2> /dev/null; then PYTHONPATH=.:$$PYTHONPATH $(PYTHON) $(GPU_RUN); \
+	else $(MAKE) setup && $(BIN)/python $(GPU_RUN); fi
 
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"

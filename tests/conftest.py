@@ -1,11 +1,18 @@
 """What every test starts from, and the two rules they share: one for low precision, one for memory layouts."""
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis
 import pytest
-import torch
 from torch import Tensor
 
 from diffpp_fast import use_backend
@@ -35,12 +42,28 @@ def reproducible() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+#: Where there is a GPU, the operators' tests also run there, on tensors that are made there by default.
+ON_GPU = ("triton", "cuda") if torch.cuda.is_available() else ()
+
+
+@pytest.fixture(params=["reference", "cpu", *ON_GPU])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs every test of an operator's file once on each backend that serves the CPU; one that was not built fails."""
     name: str = request.param
-    with use_backend(name):
+    with use_backend(name), torch.device("cuda") if name in ON_GPU else nullcontext():
         yield name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Skips a test on a GPU where it asks for what the backend says that it does not serve."""
+    try:
+        yield
+    except RuntimeError as error:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if parameters.get("backend") not in ON_GPU or "can't serve" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.fixture
@@ -51,6 +74,13 @@ def cpu_backend() -> Iterator[Any]:
             if backend == "cpu":
                 dispatch.select(op, torch.device("cpu"), torch.float32)
         yield torch.ops.diffpp_fast
+
+
+@pytest.fixture
+def triton_backend() -> Iterator[torch.device]:
+    """Runs a test on the Triton kernels: on a GPU, else in the interpreter. The value is where tensors belong."""
+    with use_backend("triton"):
+        yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(params=LAYOUTS)

@@ -407,7 +407,7 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
         (["--ops", "nothing"], "--ops: unknown 'nothing'; known: philox, add_noise"),
         (["--sizes", "huge"], "--sizes: unknown 'huge'; known: quick, latents, full, sd15-b1"),
         (["--ops", "reward_pixels", "--sizes", "sdxl-b1"], "for these operators: image-512-b2, image-1024-b1"),
-        (["--backends", "auto"], "--backends: unknown 'auto'; known: cuda, triton, cpu, reference"),
+        (["--backends", "auto"], "--backends: unknown 'auto'; known: cpu, triton, cuda, reference"),
         (["--dtypes", "float64"], "--dtypes: unknown 'float64'; known: float32, bfloat16, float16"),
         (["--threads", "0"], "--threads: must be numbers from 1 up or \"all\", got '0'"),
         (["--docs", "missing.md"], "--docs missing.md: No such file"),

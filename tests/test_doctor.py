@@ -19,11 +19,11 @@ from diffpp_fast.kernels.reference import add_noise
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
-    for word in ("torch", "deepspeed", "_library.so", "compiler", "running on", "triton: it has no kernel"):
+    for word in ("torch", "deepspeed", "_library.so", "compiler", "running on", "cuda: "):
         assert word in said
     for op in dispatch.OPS:
         line = next(line for line in said.splitlines() if line.split()[:1] == [op])
-        assert line.split()[1] == "cpu" and line.split()[-2:] == ["right", "right"] and "no (" in line
+        assert line.split()[1] == "cpu" and line.split().count("right") >= 2 and "no (" in line
 
 
 def test_doctor_finds_a_wrong_backend(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +57,7 @@ def test_doctor_without_the_library(capsys: pytest.CaptureFixture[str], monkeypa
         native.unavailable.cache_clear()
     said = capsys.readouterr().out
     assert "cpu: csrc was not compiled when the package was installed" in said
-    assert "group_norm_silu  reference" in said
+    assert re.search(r"group_norm_silu +(triton|reference)", said)
 
 
 @pytest.mark.parametrize(("command", "code"), [("train nowhere.yaml", 2), ("sample apple", 2), ("doctor", 0)])

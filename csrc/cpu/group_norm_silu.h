@@ -70,7 +70,8 @@ struct GroupNormForward : GroupNormInputs {
   void* y;           // like x
   void* mean;        // T [B, G]
   void* rstd;        // T [B, G]
-  double* partials;  // [B, group pieces, 2, G]: mean, sum of squared deviations from it
+  // Mean, sum of squared deviations from it: [B, group pieces, 2, G]. GPU kernels cut otherwise, and say how much they need.
+  double* partials;
 };
 
 struct GroupNormBackward : GroupNormInputs {
@@ -78,8 +79,8 @@ struct GroupNormBackward : GroupNormInputs {
   const void* mean;         // T [B, G]
   const void* rstd;         // T [B, G]
   void* partials;           // T [B, channel pieces, 2, C]: of g and of g (x - mean), g the gradient before SiLU
-  void* sums;               // T [B, 2, C]: of g and of g (x - mean) rstd
-  void* terms;              // T [B, 2, G]: slope and offset in dx = g weight rstd + slope (x - mean) + offset
+  void* sums;               // T [B, 2, C]: of g and of g (x - mean) rstd; not on GPUs
+  void* terms;  // T [B, 2, G]: slope and offset in dx = g weight rstd + slope (x - mean) + offset; not on GPUs
   void* grad_x;             // like x, or null
   void* grad_weight;        // [C] in the dtype of weight, or null
   void* grad_bias;          // [C] in the dtype of bias, or null

@@ -16,6 +16,10 @@ struct Axis {
   const int64_t* first;  // [out]
   const int64_t* count;  // [out]
   const void* weights;   // [out, taps]
+  // On GPUs: what the outputs [t tile, (t + 1) tile) read, inputs [windows[2 t], windows[2 t + 1]). Of the columns, `tile`
+  // is 0 where the window of a single pixel is too wide for the GPU's tiles.
+  int64_t tile = 0;
+  const int64_t* windows = nullptr;
 };
 
 struct RewardPixels {
@@ -30,7 +34,7 @@ struct RewardPixels {
   int64_t inner;
   int64_t channels;
   Axis rows;
-  Axis inputs;  // the transpose of `rows`: what each input row adds to
+  Axis inputs;  // the transpose of `rows`: what each input row adds to; not on GPUs
   Axis columns;
   const double* mean;  // [C]
   const double* std;   // [C]
@@ -44,6 +48,10 @@ constexpr int64_t kTile = 512;
 
 // Output rows of a work item: a vector of them.
 constexpr int64_t band_rows(bool wide) { return wide ? 8 : 16; }
+
+// Elements of a row that a block of a GPU has at a time. Its first may be up to kGpuSlack before that of the window.
+constexpr int64_t kGpuTile = 256;
+constexpr int64_t kGpuSlack = 7;
 
 // A work item is a band of output rows of a plane.
 DIFFPP_DECLARE_KERNEL(reward_pixels_forward, RewardPixels)

@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ AddN
     const S* x0 = static_cast<const S*>(a.x0) + b * sample;
     const S* stored = static_cast<const S*>(a.noise.stored) + b * sample;
     S* x_t = static_cast<S*>(a.x_t) + b * sample;
+#pragma unroll 1
     for (int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; block < per_sample; block += step) {
       float4 drawn = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       if (a.noise.stored == nullptr) drawn = normals(block, a.noise, b);
@@ -58,6 +59,7 @@ __global__ void __launch_bounds__(kThreads) backward(const __grid_constant__ Add
     const C alpha = number<C>(a.alpha, b);
     const S* grad = static_cast<const S*>(a.x0) + b * sample;
     S* result = static_cast<S*>(a.x_t) + b * sample;
+#pragma unroll 1
     for (int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; block < per_sample; block += step) {
       if constexpr (Aligned) {
         Four<S> four = reinterpret_cast<const Four<S>*>(grad)[block];
@@ -75,19 +77,14 @@ __global__ void __launch_bounds__(kThreads) backward(const __grid_constant__ Add
   }
 }
 
-template <typename S>
-bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % alignof(Four<S>) == 0;
-}
-
 }  // namespace
 
 void add_noise_forward(const AddNoise& a, void* stream) {
   if (a.layout.batch * a.layout.sample() == 0) return;
   dispatch(a.dtype, [&](auto* kind) {
     using S = std::remove_pointer_t<decltype(kind)>;
-    const bool fours = a.layout.channels == 1 && a.layout.pixels % 4 == 0 && aligned<S>(a.x0) && aligned<S>(a.x_t) &&
-                       aligned<S>(a.noise.stored);
+    const bool fours = a.layout.channels == 1 && a.layout.pixels % 4 == 0 && aligned<Four<S>>(a.x0) && aligned<Four<S>>(a.x_t) &&
+                       aligned<Four<S>>(a.noise.stored);
     const dim3 grid = grid_of((a.layout.sample() + 3) / 4, a.layout.batch);
     (fours ? forward<S, true> : forward<S, false>)<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a);
   });
@@ -98,7 +95,7 @@ void add_noise_backward(const AddNoise& a, void* stream) {
   if (a.layout.batch * a.layout.sample() == 0) return;
   dispatch(a.dtype, [&](auto* kind) {
     using S = std::remove_pointer_t<decltype(kind)>;
-    const bool fours = a.layout.sample() % 4 == 0 && aligned<S>(a.x0) && aligned<S>(a.x_t);
+    const bool fours = a.layout.sample() % 4 == 0 && aligned<Four<S>>(a.x0) && aligned<Four<S>>(a.x_t);
     const dim3 grid = grid_of((a.layout.sample() + 3) / 4, a.layout.batch);
     (fours ? backward<S, true> : backward<S, false>)<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a);
   });

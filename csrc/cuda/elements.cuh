@@ -28,11 +28,19 @@ __device__ inline S to_stored(C value) {
   else return S(static_cast<float>(value));  // rounds to nearest even
 }
 
-// Four neighbours; moved in one access where their address is a multiple of their size.
-template <typename S>
-struct alignas(4 * sizeof(S) > 16 ? 16 : 4 * sizeof(S)) Four {
-  S values[4];
+// Neighbours; moved 16 bytes at a time where their address is a multiple of their size, or of 16 bytes if they are larger.
+template <typename S, int kCount>
+struct alignas(kCount * sizeof(S) > 16 ? 16 : kCount * sizeof(S)) Pack {
+  S values[kCount];
 };
+
+template <typename S>
+using Four = Pack<S, 4>;
+
+template <typename P>
+bool aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % alignof(P) == 0;
+}
 
 // One of the numbers of a [B] tensor, or `otherwise` where there is none.
 template <typename C>
@@ -44,6 +52,17 @@ __device__ inline C number(const PerSample& values, int64_t b, C otherwise = C(0
     case Dtype::float64: return static_cast<C>(static_cast<const double*>(values.data)[i]);
     case Dtype::bfloat16: return static_cast<C>(to_compute(static_cast<const __nv_bfloat16*>(values.data)[i]));
     default: return static_cast<C>(to_compute(static_cast<const __half*>(values.data)[i]));
+  }
+}
+
+// Writes one number of an array of any dtype.
+template <typename C>
+__device__ inline void put(void* values, Dtype dtype, int64_t i, C value) {
+  switch (dtype) {
+    case Dtype::float32: static_cast<float*>(values)[i] = to_stored<float>(value); return;
+    case Dtype::float64: static_cast<double*>(values)[i] = to_stored<double>(value); return;
+    case Dtype::bfloat16: static_cast<__nv_bfloat16*>(values)[i] = to_stored<__nv_bfloat16>(value); return;
+    default: static_cast<__half*>(values)[i] = to_stored<__half>(value);
   }
 }
 

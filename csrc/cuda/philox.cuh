@@ -44,7 +44,12 @@ __device__ inline float4 normals(int64_t block, const Noise& noise, int64_t b) {
 
 // Element i of a sample in logical order, in memory: channels_last keeps [pixel][channel], row-major [channel][pixel].
 __device__ inline int64_t in_memory(const Layout& layout, int64_t i) {
-  return layout.channels == 1 ? i : i % layout.pixels * layout.channels + i / layout.pixels;
+  if (layout.channels == 1) return i;
+  if (layout.sample() <= UINT32_MAX) {  // a 64-bit division takes several times as long
+    const uint32_t pixels = static_cast<uint32_t>(layout.pixels), index = static_cast<uint32_t>(i);
+    return static_cast<int64_t>(index % pixels) * layout.channels + index / pixels;
+  }
+  return i % layout.pixels * layout.channels + i / layout.pixels;
 }
 
 }  // namespace diffpp::cuda

@@ -38,6 +38,9 @@ void enqueue(const torch::stable::Tensor& on, Launch launch, const Arguments&...
 // Whether the tensor is on a GPU; if so, diffpp::cuda::launch(arguments..., stream) has been enqueued there.
 #define DIFFPP_ON_CUDA(tensor, launch, ...) \
   ((tensor).is_cuda() && (::diffpp::enqueue(tensor, ::diffpp::cuda::launch, __VA_ARGS__), true))
+// A number that is diffpp::cuda::on_cuda for tensors on a GPU.
+#define DIFFPP_FOR_CUDA(tensor, on_cuda, otherwise) ((tensor).is_cuda() ? ::diffpp::cuda::on_cuda : (otherwise))
 #else
 #define DIFFPP_ON_CUDA(tensor, launch, ...) false
+#define DIFFPP_FOR_CUDA(tensor, on_cuda, otherwise) (otherwise)
 #endif

@@ -1,5 +1,6 @@
 #include "../cpu/denoising_loss.h"
 
+#include "cuda.h"
 #include "outputs.h"
 
 namespace diffpp {
@@ -17,7 +18,7 @@ std::tuple<Tensor, Tensor> forward(
   OptionalResult residual(save_residual, prediction, order);
   Tensor loss = torch::stable::empty({}, compute_dtype(dtype), std::nullopt, prediction.device());
   const int64_t chunks = Chunks(order.layout()).count;
-  std::vector<double> partials(chunks);
+  const Workspace partials(chunks * static_cast<int64_t>(sizeof(double)), prediction);
   const DenoisingLoss arguments{
       ordered.const_data_ptr(),
       residual.data(),
@@ -25,10 +26,12 @@ std::tuple<Tensor, Tensor> forward(
       order.layout(),
       target.view(),
       per_sample(op, "weight", weight, order.layout().batch),
-      partials.data(),
+      partials.doubles(),
       loss.mutable_data_ptr()};
-  run(denoising_loss_forward_kernel(), arguments, chunks, kChunksPerThread);
-  denoising_loss_combine_kernel()(arguments, 0, 1);
+  if (!DIFFPP_ON_CUDA(prediction, denoising_loss_forward, arguments)) {
+    run(denoising_loss_forward_kernel(), arguments, chunks, kChunksPerThread);
+    denoising_loss_combine_kernel()(arguments, 0, 1);
+  }
   return {loss, residual.finish()};
 }
 
@@ -46,7 +49,8 @@ Tensor backward(const Tensor& grad_output, const Tensor& residual, const std::op
       order.layout(),
       {grad_output.const_data_ptr(), dtype_of(op, "grad_output", grad_output), 0},
       per_sample(op, "weight", weight, order.layout().batch)};
-  run(denoising_loss_backward_kernel(), arguments, Chunks(order.layout()).count, kChunksPerThread);
+  if (!DIFFPP_ON_CUDA(residual, denoising_loss_backward, arguments))
+    run(denoising_loss_backward_kernel(), arguments, Chunks(order.layout()).count, kChunksPerThread);
   return gradient.finish();
 }
 
@@ -63,5 +67,12 @@ STABLE_TORCH_LIBRARY_IMPL(diffpp_fast, CPU, m) {
   m.impl("denoising_loss", TORCH_BOX(&forward));
   m.impl("denoising_loss_backward", TORCH_BOX(&backward));
 }
+
+#if defined(DIFFPP_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(diffpp_fast, CUDA, m) {
+  m.impl("denoising_loss", TORCH_BOX(&forward));
+  m.impl("denoising_loss_backward", TORCH_BOX(&backward));
+}
+#endif
 
 }  // namespace diffpp

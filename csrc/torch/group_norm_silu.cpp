@@ -2,6 +2,7 @@
 
 #include <tuple>
 
+#include "cuda.h"
 #include "tensor.h"
 
 namespace diffpp {
@@ -37,27 +38,6 @@ Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype, const Tenso
   return torch::stable::empty({sizes, 2}, dtype, std::nullopt, beside.device());
 }
 
-// Uninitialised memory for one call; what small tensors need is on the stack, for an allocation costs as much as their
-// work.
-class Workspace {
- public:
-  Workspace(int64_t bytes, const Tensor& beside) {
-    const int64_t numbers = (bytes + 7) / 8;
-    if (numbers > kSmall) tensor_ = empty_vector(numbers, ScalarType::Double, beside);
-    data_ = tensor_.has_value() ? static_cast<char*>(tensor_->mutable_data_ptr()) : reinterpret_cast<char*>(small_);
-  }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-
-  void* at(int64_t byte) const { return data_ + byte; }
-
- private:
-  static constexpr int64_t kSmall = 1024;
-  double small_[kSmall];
-  optional<Tensor> tensor_;
-  char* data_;
-};
-
 // Lines go to threads whole if that keeps all threads busy, or if there is work for one alone: a line that is done in
 // all stages before the next begins comes from memory once.
 bool by_line(const GroupNormShape& shape) {
@@ -73,6 +53,23 @@ int64_t grain(int64_t elements) {
 
 int64_t grain(const Pieces& pieces) { return grain(pieces.line < pieces.length ? pieces.line : pieces.length); }
 
+int64_t bytes_for_cpu(const GroupNormForward& a) {
+  return a.shape.batch * a.shape.group_pieces().per_line * 2 * a.shape.groups * static_cast<int64_t>(sizeof(double));
+}
+
+void run_on_cpu(const GroupNormForward& arguments) {
+  const GroupNormShape& shape = arguments.shape;
+  const Pieces pieces = shape.group_pieces();
+  if (by_line(shape)) {
+    run(group_norm_forward_kernel(), arguments, pieces.lines, grain(pieces.line));
+  } else {
+    const Pieces outputs = shape.channel_pieces();
+    run(group_norm_statistics_kernel(), arguments, pieces.count(), grain(pieces));
+    run(group_norm_moments_kernel(), arguments, shape.batch * shape.groups, grain(pieces.per_line));
+    run(group_norm_activate_kernel(), arguments, outputs.count(), grain(outputs));
+  }
+}
+
 // x [B, C, ...], weight [C], bias [C] -> y like x; mean and rstd [B, num_groups] in the compute dtype.
 std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& x, int64_t num_groups, const optional<Tensor>& weight, const optional<Tensor>& bias, double eps,
@@ -82,28 +79,21 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   const Dtype dtype = dtype_of(op, "x", x);
   const Order order(x, kMostChannels);
   const GroupNormShape shape = shape_of(op, x, num_groups, order);
-  const Pieces pieces = shape.group_pieces();
   const Tensor ordered = order.of(x);
   Result y(x, order);
   Tensor mean = empty_matrix(shape.batch, num_groups, compute_dtype(dtype), x);
   Tensor rstd = empty_matrix(shape.batch, num_groups, compute_dtype(dtype), x);
-  const Workspace partials(shape.batch * pieces.per_line * 2 * num_groups * static_cast<int64_t>(sizeof(double)), x);
-  const GroupNormForward arguments{
+  GroupNormForward arguments{
       {shape, dtype, silu, ordered.const_data_ptr(), per_channel(op, "weight", weight, shape.channels),
        per_channel(op, "bias", bias, shape.channels)},
       eps,
       y.data(),
       mean.mutable_data_ptr(),
       rstd.mutable_data_ptr(),
-      static_cast<double*>(partials.at(0))};
-  if (by_line(shape)) {
-    run(group_norm_forward_kernel(), arguments, pieces.lines, grain(pieces.line));
-  } else {
-    const Pieces outputs = shape.channel_pieces();
-    run(group_norm_statistics_kernel(), arguments, pieces.count(), grain(pieces));
-    run(group_norm_moments_kernel(), arguments, shape.batch * num_groups, grain(pieces.per_line));
-    run(group_norm_activate_kernel(), arguments, outputs.count(), grain(outputs));
-  }
+      nullptr};
+  const Workspace partials(DIFFPP_FOR_CUDA(x, group_norm_workspace(arguments), bytes_for_cpu(arguments)), x);
+  arguments.partials = partials.doubles();
+  if (!DIFFPP_ON_CUDA(x, group_norm_forward, arguments)) run_on_cpu(arguments);
   return {y.finish(), mean, rstd};
 }
 
@@ -111,6 +101,35 @@ void check_saved(const char* op, const char* name, const Tensor& saved, Dtype dt
   STD_TORCH_CHECK(
       saved.dim() == 2 && saved.scalar_type() == compute_dtype(dtype) && saved.is_contiguous(), op, ": ", name,
       " must be as group_norm_silu returned it");
+}
+
+// Of the workspace: partials, sums and terms, one after the other.
+struct CpuBytes {
+  explicit CpuBytes(const GroupNormBackward& a) {
+    const GroupNormShape& shape = a.shape;
+    const int64_t pair = 2 * (a.dtype == Dtype::float64 ? sizeof(double) : sizeof(float));
+    partials = shape.batch * shape.channel_pieces().per_line * shape.channels * pair;
+    sums = shape.batch * shape.channels * pair;
+    all = partials + sums + shape.batch * shape.groups * pair;
+  }
+
+  int64_t partials, sums, all;
+};
+
+void run_on_cpu(const GroupNormBackward& arguments) {
+  const GroupNormShape& shape = arguments.shape;
+  const Pieces pieces = shape.channel_pieces();
+  if (by_line(shape)) {
+    const Pieces lines = shape.group_pieces();
+    run(group_norm_backward_kernel(), arguments, lines.lines, grain(lines.line));
+  } else {
+    run(group_norm_sums_kernel(), arguments, pieces.count(), grain(pieces));
+    run(group_norm_terms_kernel(), arguments, shape.batch * shape.groups, grain(pieces.per_line * shape.per_group()));
+    if (arguments.grad_x != nullptr)
+      run(group_norm_input_gradient_kernel(), arguments, pieces.count(), grain(pieces));
+  }
+  if (arguments.grad_weight != nullptr || arguments.grad_bias != nullptr)
+    run(group_norm_parameter_gradients_kernel(), arguments, shape.channels, grain(shape.batch));
 }
 
 // The gradients of x, weight and bias, each where needed.
@@ -129,7 +148,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const Order order(x, kMostChannels);
   const int64_t groups = mean.size(1);
   const GroupNormShape shape = shape_of(op, x, groups, order);
-  const Pieces pieces = shape.channel_pieces();
   const Tensor ordered_x = order.of(x);
   const Tensor ordered_grad = order.of(grad_output);
   optional<Result> grad_x;
@@ -143,32 +161,26 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const auto written = [](const Tensor& gradient) {
     return gradient.size(0) > 0 ? gradient.mutable_data_ptr() : nullptr;
   };
-  const int64_t size = dtype == Dtype::float64 ? sizeof(double) : sizeof(float);
-  const int64_t sums = shape.batch * pieces.per_line * 2 * shape.channels * size;
-  const int64_t terms = sums + shape.batch * 2 * shape.channels * size;
-  const Workspace workspace(terms + shape.batch * 2 * groups * size, x);
-  const GroupNormBackward arguments{
+  GroupNormBackward arguments{
       {shape, dtype, silu, ordered_x.const_data_ptr(), per_channel(op, "weight", weight, shape.channels),
        per_channel(op, "bias", bias, shape.channels)},
       ordered_grad.const_data_ptr(),
       mean.const_data_ptr(),
       rstd.const_data_ptr(),
-      workspace.at(0),
-      workspace.at(sums),
-      workspace.at(terms),
+      nullptr,
+      nullptr,
+      nullptr,
       needs_x ? grad_x->data() : nullptr,
       written(grad_weight),
       written(grad_bias)};
-  if (by_line(shape)) {
-    const Pieces lines = shape.group_pieces();
-    run(group_norm_backward_kernel(), arguments, lines.lines, grain(lines.line));
-  } else {
-    run(group_norm_sums_kernel(), arguments, pieces.count(), grain(pieces));
-    run(group_norm_terms_kernel(), arguments, shape.batch * groups, grain(pieces.per_line * shape.per_group()));
-    if (needs_x) run(group_norm_input_gradient_kernel(), arguments, pieces.count(), grain(pieces));
+  const CpuBytes cpu(arguments);
+  const Workspace workspace(DIFFPP_FOR_CUDA(x, group_norm_workspace(arguments), cpu.all), x);
+  arguments.partials = workspace.at(0);
+  if (!DIFFPP_ON_CUDA(x, group_norm_backward, arguments)) {
+    arguments.sums = workspace.at(cpu.partials);
+    arguments.terms = workspace.at(cpu.partials + cpu.sums);
+    run_on_cpu(arguments);
   }
-  if (needs_weight || needs_bias)
-    run(group_norm_parameter_gradients_kernel(), arguments, shape.channels, grain(shape.batch));
   return {needs_x ? grad_x->finish() : empty_vector(0, x.scalar_type(), x), grad_weight, grad_bias};
 }
 
@@ -187,5 +199,12 @@ STABLE_TORCH_LIBRARY_IMPL(diffpp_fast, CPU, m) {
   m.impl("group_norm_silu", TORCH_BOX(&forward));
   m.impl("group_norm_silu_backward", TORCH_BOX(&backward));
 }
+
+#if defined(DIFFPP_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(diffpp_fast, CUDA, m) {
+  m.impl("group_norm_silu", TORCH_BOX(&forward));
+  m.impl("group_norm_silu_backward", TORCH_BOX(&backward));
+}
+#endif
 
 }  // namespace diffpp

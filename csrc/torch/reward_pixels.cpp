@@ -1,5 +1,7 @@
 #include "../cpu/reward_pixels.h"
 
+#include <algorithm>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -8,6 +10,7 @@
 #include <vector>
 
 #include "../cpu/filter.h"
+#include "cuda.h"
 #include "tensor.h"
 
 namespace diffpp {
@@ -23,9 +26,13 @@ class Weights {
   explicit Weights(AxisTable table)
       : table_(std::move(table)), narrow_(table_.weights.begin(), table_.weights.end()) {}
 
+  const AxisTable& table() const { return table_; }
+  const void* weights(bool wide) const {
+    return wide ? static_cast<const void*>(table_.weights.data()) : narrow_.data();
+  }
+
   Axis view(bool wide) const {
-    const void* weights = wide ? static_cast<const void*>(table_.weights.data()) : narrow_.data();
-    return {table_.in, table_.out, table_.taps, table_.first.data(), table_.count.data(), weights};
+    return {table_.in, table_.out, table_.taps, table_.first.data(), table_.count.data(), weights(wide)};
   }
 
  private:
@@ -56,6 +63,129 @@ std::shared_ptr<const Tables> tables_of(const Key& key) {
   return tables;
 }
 
+#if defined(DIFFPP_CUDA)
+// What the outputs of each tile read: [tiles, 2] as `windows` of Axis.
+std::vector<int64_t> windows_of(const AxisTable& table, int64_t tile) {
+  std::vector<int64_t> windows;
+  for (int64_t begin = 0; begin < table.out; begin += tile) {
+    int64_t first = table.in, end = 0;
+    for (int64_t o = begin; o < std::min(begin + tile, table.out); ++o) {
+      if (table.count[o] == 0) continue;
+      first = std::min(first, table.first[o]);
+      end = std::max(end, table.first[o] + table.count[o]);
+    }
+    windows.insert(windows.end(), {end > 0 ? first : 0, end});
+  }
+  return windows;
+}
+
+// The most output pixels of `inner` channels whose windows a block of the GPU can hold, balanced over the tiles; 0 if a single
+// one is too wide.
+int64_t column_tile(const AxisTable& table, int64_t inner) {
+  const auto fits = [&](int64_t tile) {
+    const std::vector<int64_t> windows = windows_of(table, tile);
+    for (size_t t = 0; t < windows.size(); t += 2)
+      if ((windows[t + 1] - windows[t]) * inner + kGpuSlack > kGpuTile) return false;
+    return true;
+  };
+  int64_t tile = std::min(table.out, kGpuTile / inner);
+  while (tile > 0 && !fits(tile)) --tile;
+  if (tile == 0) return 0;
+  const int64_t tiles = (table.out + tile - 1) / tile;
+  return (table.out + tiles - 1) / tiles;
+}
+
+// The tables of both axes and directions with mean and std, in one piece of a GPU's memory.
+class GpuTables {
+ public:
+  GpuTables(const Tables& rows, const Tables& columns, const RewardPixels& a, const Tensor& beside) : wide_(a.wide) {
+    add(rows.forward, band_rows(wide_), axes_[0]);
+    add(columns.forward, column_tile(columns.forward.table(), a.inner), axes_[1]);
+    add(rows.adjoint, band_rows(wide_), axes_[2]);
+    add(columns.adjoint, column_tile(columns.adjoint.table(), a.inner), axes_[3]);
+    mean_ = append(a.mean, a.channels * sizeof(double));
+    std_ = append(a.std, a.channels * sizeof(double));
+    const int64_t numbers = static_cast<int64_t>(bytes_.size() / sizeof(int64_t));
+    const int64_t stride = 1;
+    const Tensor host = torch::stable::from_blob(
+        bytes_.data(), {&numbers, 1}, {&stride, 1}, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+        ScalarType::Long);
+    memory_ = empty_vector(numbers, ScalarType::Long, beside);
+    // Waits until it is there: later calls may be on other streams.
+    torch::stable::copy_(memory_, host);
+    bytes_ = {};
+  }
+
+  void view(bool adjoint, RewardPixels& a) const {
+    a.rows = axis(axes_[adjoint ? 2 : 0]);
+    a.columns = axis(axes_[adjoint ? 3 : 1]);
+    a.mean = at<double>(mean_);
+    a.std = at<double>(std_);
+  }
+
+ private:
+  struct Entry {
+    Axis sizes;
+    size_t first, count, weights, windows;
+  };
+
+  template <typename T>
+  const T* at(size_t byte) const {
+    return reinterpret_cast<const T*>(static_cast<const char*>(memory_.const_data_ptr()) + byte);
+  }
+
+  Axis axis(const Entry& entry) const {
+    Axis result = entry.sizes;
+    result.first = at<int64_t>(entry.first);
+    result.count = at<int64_t>(entry.count);
+    result.weights = at<char>(entry.weights);
+    result.windows = at<int64_t>(entry.windows);
+    return result;
+  }
+
+  void add(const Weights& weights, int64_t tile, Entry& entry) {
+    const AxisTable& table = weights.table();
+    entry.sizes = {table.in, table.out, table.taps, nullptr, nullptr, nullptr, tile};
+    entry.first = append(table.first.data(), table.first.size() * sizeof(int64_t));
+    entry.count = append(table.count.data(), table.count.size() * sizeof(int64_t));
+    entry.weights =
+        append(weights.weights(wide_), table.weights.size() * (wide_ ? sizeof(double) : sizeof(float)));
+    const std::vector<int64_t> windows = tile > 0 ? windows_of(table, tile) : std::vector<int64_t>();
+    entry.windows = append(windows.data(), windows.size() * sizeof(int64_t));
+  }
+
+  // Returns where the data begins, a multiple of eight bytes.
+  size_t append(const void* data, size_t size) {
+    const size_t begin = bytes_.size();
+    bytes_.resize((begin + size + 7) / 8 * 8);
+    if (size > 0) std::memcpy(bytes_.data() + begin, data, size);
+    return begin;
+  }
+
+  bool wide_;
+  Entry axes_[4];
+  size_t mean_, std_;
+  std::vector<char> bytes_;
+  Tensor memory_;
+};
+
+// The tables on the GPU of `beside`, copied there by the first call with them: a copy that waits, which a CUDA graph cannot
+// capture. They stay for as long as the process, for a graph may hold their address.
+const GpuTables& gpu_tables_of(
+    const Key& row_key, const Key& column_key, const Tables& rows, const Tables& columns, const RewardPixels& a,
+    const std::vector<double>& mean, const std::vector<double>& std, const Tensor& beside) {
+  using GpuKey = std::tuple<int32_t, bool, int64_t, Key, Key, std::vector<double>, std::vector<double>>;
+  static std::mutex mutex;
+  // Never destroyed: at the end of the process CUDA may be gone first.
+  static auto& cache = *new std::map<GpuKey, GpuTables>();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const GpuKey key(beside.get_device_index(), a.wide, a.inner, row_key, column_key, mean, std);
+  const auto found = cache.find(key);
+  if (found != cache.end()) return found->second;
+  return cache.try_emplace(key, rows, columns, a, beside).first->second;
+}
+#endif
+
 // What forward and backward are told alike, checked.
 struct Call {
   Call(const char* op, const Tensor& images, int64_t size, const std::vector<double>& mean,
@@ -71,8 +201,10 @@ struct Call {
     const auto chosen_fit = static_cast<Fit>(fit);
     const auto chosen_filter = static_cast<Filter>(filter);
     const int64_t height = images.size(2), width = images.size(3);
-    rows = tables_of({height, width, size, chosen_fit, chosen_filter, antialias});
-    columns = tables_of({width, height, size, chosen_fit, chosen_filter, antialias});
+    const Key row_key{height, width, size, chosen_fit, chosen_filter, antialias};
+    const Key column_key{width, height, size, chosen_fit, chosen_filter, antialias};
+    rows = tables_of(row_key);
+    columns = tables_of(column_key);
     arguments.wide = images.scalar_type() == ScalarType::Double;
     arguments.channels = images.size(1);
     arguments.inner = order.layout().channels;
@@ -80,6 +212,9 @@ struct Call {
     arguments.mean = mean.data();
     arguments.std = std.data();
     arguments.clamp = static_cast<Clamp>(clamp) != Clamp::none;
+#if defined(DIFFPP_CUDA)
+    if (images.is_cuda()) gpu = &gpu_tables_of(row_key, column_key, *rows, *columns, arguments, mean, std, images);
+#endif
   }
 
   static void check_choice(const char* op, const char* name, int64_t choice, int64_t last) {
@@ -91,6 +226,19 @@ struct Call {
     STD_TORCH_CHECK(
         images.dim() == 4 && images.size(1) > 0 && images.size(2) > 0 && images.size(3) > 0, op,
         ": images must have shape [B, C, H, W] with pixels");
+  }
+
+  // The tables of one direction, where the kernels are.
+  void choose(bool adjoint) {
+#if defined(DIFFPP_CUDA)
+    if (gpu != nullptr) return gpu->view(adjoint, arguments);
+#endif
+    const auto direction = [&](const Tables& tables, bool transposed) {
+      return (transposed ? tables.adjoint : tables.forward).view(arguments.wide);
+    };
+    arguments.rows = direction(*rows, adjoint);
+    arguments.inputs = direction(*rows, !adjoint);
+    arguments.columns = direction(*columns, adjoint);
   }
 
   void run(void (*kernel)(const RewardPixels&, int64_t, int64_t)) const {
@@ -106,6 +254,9 @@ struct Call {
   bool hard;
   std::shared_ptr<const Tables> rows;
   std::shared_ptr<const Tables> columns;
+#if defined(DIFFPP_CUDA)
+  const GpuTables* gpu = nullptr;
+#endif
   RewardPixels arguments{};
 };
 
@@ -127,12 +278,10 @@ Tensor forward(
   a.from_dtype = dtype_of(op, "images", images);
   a.to = pixels.data();
   a.to_dtype = dtype_of(op, "the result", empty);
-  a.rows = call.rows->forward.view(a.wide);
-  a.inputs = call.rows->adjoint.view(a.wide);
-  a.columns = call.columns->forward.view(a.wide);
+  call.choose(false);
   a.low = low;
   a.high = high;
-  call.run(reward_pixels_forward_kernel());
+  if (!DIFFPP_ON_CUDA(images, reward_pixels_forward, a)) call.run(reward_pixels_forward_kernel());
   return pixels.finish();
 }
 
@@ -156,12 +305,10 @@ Tensor backward(
   a.to = grad_images.data();
   a.to_dtype = dtype_of(op, "images", images);
   a.images = call.hard ? ordered.const_data_ptr() : nullptr;
-  a.rows = call.rows->adjoint.view(a.wide);
-  a.inputs = call.rows->forward.view(a.wide);
-  a.columns = call.columns->adjoint.view(a.wide);
+  call.choose(true);
   a.low = low;
   a.high = high;
-  call.run(reward_pixels_backward_kernel());
+  if (!DIFFPP_ON_CUDA(images, reward_pixels_backward, a)) call.run(reward_pixels_backward_kernel());
   return grad_images.finish();
 }
 
@@ -180,5 +327,12 @@ STABLE_TORCH_LIBRARY_IMPL(diffpp_fast, CPU, m) {
   m.impl("reward_pixels", TORCH_BOX(&forward));
   m.impl("reward_pixels_backward", TORCH_BOX(&backward));
 }
+
+#if defined(DIFFPP_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(diffpp_fast, CUDA, m) {
+  m.impl("reward_pixels", TORCH_BOX(&forward));
+  m.impl("reward_pixels_backward", TORCH_BOX(&backward));
+}
+#endif
 
 }  // namespace diffpp

@@ -1,9 +1,24 @@
 #include "../cpu/score_gap.h"
 
+#include "cuda.h"
 #include "outputs.h"
 
 namespace diffpp {
 namespace {
+
+// Either way makes the same numbers in the same order; whole samples leave threads idle where there are few of them.
+void run_on_cpu(const ScoreGap& arguments, const Chunks& chunks) {
+  const int64_t batch = arguments.outputs.layout.batch;
+  const int64_t threads = torch::stable::get_num_threads();
+  if (batch % threads == 0 || batch >= 4 * threads) {
+    const int64_t grain = (kChunksPerThread + chunks.per_sample - 1) / chunks.per_sample;
+    run(score_gap_samples_kernel(), arguments, batch, grain);
+  } else {
+    run(score_gap_sums_kernel(), arguments, chunks.count, kChunksPerThread);
+    score_gap_statistics_kernel()(arguments, 0, batch);
+    if (arguments.mean_abs) run(score_gap_normalize_kernel(), arguments, chunks.count, kChunksPerThread);
+  }
+}
 
 // fake, cond, uncond, x0 [B, ...], scales, alpha, sigma [B] -> the gradient like fake, sum d^2 [B], and for a target
 // mean|r| and sum d r [B]. x0, noise, alpha and sigma make the target: all or none. `scales` take the place of `scale`.
@@ -32,27 +47,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   Tensor residual_abs = empty_vector(has_target ? batch : 0, dtype, fake);
   Tensor gap_dot_residual = empty_vector(has_target ? batch : 0, dtype, fake);
   const Chunks chunks(order.layout());
-  std::vector<double> partials(3 * chunks.count);
+  const Workspace partials(3 * chunks.count * static_cast<int64_t>(sizeof(double)), fake);
   const ScoreGap arguments{
       outputs.view(),
       scale,
       per_sample(op, "scales", scales, batch),
       mean_abs,
       gradient.data(),
-      partials.data(),
+      partials.doubles(),
       gap_sq.mutable_data_ptr(),
       residual_abs.mutable_data_ptr(),
       gap_dot_residual.mutable_data_ptr()};
-  // Either way makes the same numbers in the same order; whole samples leave threads idle where there are few of them.
-  const int64_t threads = torch::stable::get_num_threads();
-  if (batch % threads == 0 || batch >= 4 * threads) {
-    const int64_t grain = (kChunksPerThread + chunks.per_sample - 1) / chunks.per_sample;
-    run(score_gap_samples_kernel(), arguments, batch, grain);
-  } else {
-    run(score_gap_sums_kernel(), arguments, chunks.count, kChunksPerThread);
-    score_gap_statistics_kernel()(arguments, 0, batch);
-    if (mean_abs) run(score_gap_normalize_kernel(), arguments, chunks.count, kChunksPerThread);
-  }
+  if (!DIFFPP_ON_CUDA(fake, score_gap, arguments)) run_on_cpu(arguments, chunks);
   return {gradient.finish(), gap_sq, residual_abs, gap_dot_residual};
 }
 
@@ -66,5 +72,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(diffpp_fast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(diffpp_fast, CPU, m) { m.impl("score_gap", TORCH_BOX(&forward)); }
+
+#if defined(DIFFPP_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(diffpp_fast, CUDA, m) { m.impl("score_gap", TORCH_BOX(&forward)); }
+#endif
 
 }  // namespace diffpp

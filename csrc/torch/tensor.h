@@ -150,6 +150,28 @@ inline Tensor empty_vector(int64_t n, ScalarType dtype, const Tensor& beside) {
   return torch::stable::empty({&n, 1}, dtype, std::nullopt, beside.device());
 }
 
+// Uninitialised memory for one call. What small tensors on the CPU need is on the stack, for an allocation costs as much as
+// their work; on GPUs torch keeps it until the kernels that were enqueued are through.
+class Workspace {
+ public:
+  Workspace(int64_t bytes, const Tensor& beside) {
+    const int64_t numbers = (bytes + 7) / 8;
+    if (numbers > kSmall || !beside.is_cpu()) tensor_ = empty_vector(numbers, ScalarType::Double, beside);
+    data_ = tensor_.has_value() ? static_cast<char*>(tensor_->mutable_data_ptr()) : reinterpret_cast<char*>(small_);
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  void* at(int64_t byte) const { return data_ + byte; }
+  double* doubles() const { return static_cast<double*>(at(0)); }
+
+ private:
+  static constexpr int64_t kSmall = 1024;
+  double small_[kSmall];
+  std::optional<Tensor> tensor_;
+  char* data_;
+};
+
 inline PerSample per_sample(const char* op, const char* name, const Tensor& values, int64_t batch) {
   STD_TORCH_CHECK(
       values.dim() == 1 && values.size(0) == batch, op, ": ", name, " must have shape [B] = [", batch, "]");

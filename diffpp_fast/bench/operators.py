@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,14 @@ class Inputs:
         values = (*self.unfused.values(), *self.fused.values(), self.outer)
         tensors = {id(value): value for value in values if isinstance(value, Tensor)}
         return sum(tensor.nbytes for tensor in tensors.values())
+
+    def fresh(self) -> Inputs:
+        """The same tensors with leaves of their own.
+
+        A leaf may remember the stream on which it was first used, and then can't be used in a captured graph.
+        """
+        leaves = {name: self.fused[name].detach().requires_grad_() for name in self.wrt}
+        return replace(self, unfused={**self.unfused, **leaves}, fused={**self.fused, **leaves})
 
     def double(self) -> Inputs:
         """The same values in float64, with their own graph."""
@@ -103,7 +111,7 @@ def result_names(case: Case) -> tuple[str, ...]:
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, index: int = 0) -> Inputs:
-    """Set number `index` of a case. The values do not depend on the device."""
+    """Set number `index` of a case. The values depend on the kind of device: they are drawn there."""
     draw = _Draw(case, dtype, device, index)
     if case.op == "reward_pixels":
         return _reward_pixels(draw)
@@ -117,13 +125,14 @@ class _Draw:
 
     def __init__(self, case: Case, dtype: torch.dtype, device: torch.device, index: int) -> None:
         self.case, self.dtype, self.device, self.index = case, dtype, device, index
-        self._generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()) + index)
+        # On a GPU drawing on the CPU would take longer than measuring.
+        self._generator = torch.Generator(device).manual_seed(zlib.crc32(case.name.encode()) + index)
 
     def normal(self, shape: Sequence[int] | None = None, *, mean: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """In the case's layout, dtype and device; float32 until the last cast."""
         shape = self.case.shape if shape is None else shape
-        values = torch.randn(shape, generator=self._generator) * scale
-        return self.place(values if mean is None else values + mean.to("cpu", torch.float32))
+        values = torch.randn(shape, generator=self._generator, device=self.device) * scale
+        return self.place(values if mean is None else values + mean.to(self.device, torch.float32))
 
     def place(self, values: Tensor) -> Tensor:
         last = self.case.layout == "channels_last" and values.dim() == 4
@@ -132,9 +141,9 @@ class _Draw:
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """alpha and sigma, float32 [B], of a process that suits the prediction type."""
-        alpha = torch.rand(self.case.shape[0], generator=self._generator) * 0.6 + 0.3
+        alpha = torch.rand(self.case.shape[0], generator=self._generator, device=self.device) * 0.6 + 0.3
         sigma = 1.0 - alpha if self.case.prediction_type == "flow_prediction" else (1.0 - alpha.square()).sqrt()
-        return alpha.to(self.device), sigma.to(self.device)
+        return alpha, sigma
 
     def address(self) -> Noise:
         batch = self.case.shape[0]

@@ -152,15 +152,15 @@ def _complete(
     if provider is None:
         return record
     with provider.context():
-        record = replace(record, temporary_bytes=peak_temporary_bytes(_step(provider, sets[0]), device))
+        record = replace(record, temporary_bytes=peak_temporary_bytes(_step(provider, lambda: sets[0]), device))
         if device.type == "cuda":
-            steps = [_step(provider, inputs) for inputs in sets[:CAPTURED]]
+            steps = [_step(provider, inputs.fresh) for inputs in sets[:CAPTURED]]
             record = replace(record, launches=cuda.count_launches(steps[0]), replay=cuda.replay_seconds(steps))
     return record
 
 
-def _step(provider: Provider, inputs: Inputs) -> Callable[[], tuple[torch.Tensor, ...]]:
-    return lambda: provider.step(inputs)
+def _step(provider: Provider, inputs: Callable[[], Inputs]) -> Callable[[], tuple[torch.Tensor, ...]]:
+    return lambda: provider.step(inputs())
 
 
 def _input_sets(case: Case, dtype: torch.dtype, device: torch.device, warm: bool) -> list[Inputs]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+import torch
+
 from diffpp_fast.bench.machine import Provenance
 from diffpp_fast.bench.results import Comparison, Group, absences, compare, dtype_name
 from diffpp_fast.bench.run import Record
@@ -66,6 +68,11 @@ def markdown(groups: Sequence[Group], provenance: Provenance) -> str:
     if missing:
         parts.append("Left out:\n\n" + "\n".join(f"- {sentence}" for sentence in missing) + "\n")
     return "\n".join(parts)
+
+
+def place_of(device: torch.device, warm: bool) -> str:
+    """The name of the place of these tables in the documentation."""
+    return f"{device.type}, warm" if warm else device.type
 
 
 def markers(place: str) -> tuple[str, str]:

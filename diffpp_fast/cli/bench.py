@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from diffpp_fast.bench.machine import Provenance
     from diffpp_fast.bench.results import Group
     from diffpp_fast.bench.run import Plan
 
@@ -66,6 +65,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     from diffpp_fast.bench import tables
+    from diffpp_fast.bench.files import write_results
     from diffpp_fast.bench.machine import provenance
     from diffpp_fast.bench.results import absences, failures, place
     from diffpp_fast.bench.run import measure
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     plan = _plan(arguments)
     if arguments.docs is not None:
-        tables.check_page(arguments.docs, _place(plan))
+        tables.check_page(arguments.docs, tables.place_of(plan.device, plan.warm))
     if arguments.out.exists() and not arguments.out.is_dir():
         raise ConfigurationError(f"--out {arguments.out}: it is a file; name a folder")
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     for sentence in absences(groups):
         print(sentence)
     stem = arguments.out / f"kernels-{plan.device.type}-{_selection(arguments)}"
-    for path in _write(stem, groups, origin, plan, arguments.docs):
+    for path in write_results(stem, groups, origin, plan.device, arguments.docs, warm=plan.warm):
         print(f"written: {path}")
     print(f"\n{tables.text_table(groups)}\n")
     for sentence in _verdict(groups):
@@ -121,26 +121,6 @@ def _verdict(groups: Sequence[Group]) -> list[str]:
     return sentences
 
 
-def _write(stem: Path, groups: Sequence[Group], origin: Provenance, plan: Plan, page: Path | None) -> list[Path]:
-    """Writes the results under `stem` with several suffixes, and into the page. Returns the paths."""
-    from diffpp_fast.bench import plot, tables
-    from diffpp_fast.bench.csv_file import write_csv
-
-    paths = [stem.with_suffix(suffix) for suffix in (".csv", ".md")]
-    write_csv(paths[0], groups, origin, plan.device)
-    markdown = tables.markdown(groups, origin)
-    paths[1].write_text(markdown, encoding="utf-8")
-    if plot.available():
-        paths.append(stem.with_suffix(".png"))
-        plot.write_plot(paths[-1], groups, origin.device_name)
-    else:
-        print('the plot is left out: matplotlib is not installed, pip install "diffpp-fast[bench]" brings it')
-    if page is not None:
-        tables.rewrite_page(page, _place(plan), markdown)
-        paths.append(page)
-    return paths
-
-
 def _plan(arguments: argparse.Namespace) -> Plan:
     import torch
 
@@ -166,11 +146,6 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         compile=arguments.compile,
         warm=arguments.warm,
     )
-
-
-def _place(plan: Plan) -> str:
-    """Where the tables belong in the documentation."""
-    return f"{plan.device.type}, warm" if plan.warm else plan.device.type
 
 
 def _device(name: str | None) -> torch.device:

@@ -1,0 +1,104 @@
+"""x_t = alpha x0 + sigma eps, with eps drawn where it is used."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffpp_fast.kernels.reference.philox import Address
+from diffpp_fast.kernels.triton.layout import Order, in_memory, noise_arguments, sample_index
+from diffpp_fast.kernels.triton.random import normals
+
+BLOCK = 1024
+
+
+def forward(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor | Address) -> Tensor:
+    order = Order(x0)
+    x_t = order.result(x0)
+    eps, seed, stream = noise_arguments(noise, order)
+    if x0.numel():
+        _forward[order.grid(BLOCK)](
+            order.of(x0),
+            x_t,
+            alpha,
+            alpha.stride(0),
+            sigma,
+            sigma.stride(0),
+            eps,
+            seed,
+            stream,
+            order.sample,
+            order.channels,
+            DRAWN=isinstance(noise, Address),
+            BLOCK=BLOCK,
+            **order.constants,
+        )
+    return order.finish(x_t, x0)
+
+
+def backward(grad_output: Tensor, alpha: Tensor) -> Tensor:
+    order = Order(grad_output)
+    grad_x0 = order.result(grad_output)
+    if grad_output.numel():
+        _backward[order.grid(BLOCK)](
+            order.of(grad_output),
+            grad_x0,
+            alpha,
+            alpha.stride(0),
+            order.sample,
+            WIDE=order.constants["WIDE"],
+            BLOCK=BLOCK,
+        )
+    return order.finish(grad_x0, grad_output)
+
+
+@triton.jit(do_not_specialize=["seed", "stream"])
+def _forward(
+    p_x0,  # [B, sample], as p_x_t and stored eps
+    p_x_t,
+    p_alpha,  # [B]
+    alpha_stride,
+    p_sigma,  # [B]
+    sigma_stride,
+    p_noise,  # eps, or int64 [B] sample numbers if DRAWN
+    seed,
+    stream,
+    sample,
+    channels,
+    DRAWN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    b = tl.program_id(1)
+    alpha = tl.load(p_alpha + b * alpha_stride).to(tl.float32)
+    sigma = tl.load(p_sigma + b * sigma_stride).to(tl.float32)
+    first = sample_index(tl.program_id(0), BLOCK, WIDE)
+    b_index = first + tl.arange(0, BLOCK)
+    m_inside = b_index < sample
+    b_at = b.to(tl.int64) * sample + in_memory(b_index, channels, sample // channels, CHANNELS_LAST)
+    b_x0 = tl.load(p_x0 + b_at, mask=m_inside).to(tl.float32)
+    if DRAWN:
+        b_eps = normals(seed, stream, tl.load(p_noise + b), first, BLOCK)
+    else:
+        b_eps = tl.load(p_noise + b_at, mask=m_inside).to(tl.float32)
+    b_x_t = tl.fma(b_eps, sigma, alpha * b_x0)
+    tl.store(p_x_t + b_at, b_x_t.to(p_x_t.dtype.element_ty), mask=m_inside)
+
+
+@triton.jit
+def _backward(
+    p_grad_output,  # [B, sample]
+    p_grad_x0,
+    p_alpha,  # [B]
+    alpha_stride,
+    sample,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    b = tl.program_id(1)
+    alpha = tl.load(p_alpha + b * alpha_stride).to(tl.float32)
+    b_index = sample_index(tl.program_id(0), BLOCK, WIDE) + tl.arange(0, BLOCK)
+    m_inside = b_index < sample
+    b_at = b.to(tl.int64) * sample + b_index
+    b_grad = tl.load(p_grad_output + b_at, mask=m_inside).to(tl.float32)
+    tl.store(p_grad_x0 + b_at, (alpha * b_grad).to(p_grad_x0.dtype.element_ty), mask=m_inside)

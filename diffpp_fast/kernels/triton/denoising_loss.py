@@ -1,0 +1,170 @@
+"""mean over b of weight_b * mean over elements of (prediction - target)^2."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffpp_fast.kernels.reference.philox import Address
+from diffpp_fast.kernels.triton.gap import (
+    BLOCK,
+    WARPS,
+    coefficients,
+    load,
+    per_sample,
+    regression_target,
+    target_arguments,
+    tile,
+)
+from diffpp_fast.kernels.triton.layout import Order
+
+#: Programs of the first launch, unless the batch is larger: several times what runs at once, so that the last ones
+#: leave little of a GPU idle, and no more than one program of the second launch adds up at once.
+PROGRAMS = 4096
+
+_PROGRAMS = tl.constexpr(PROGRAMS)
+
+
+def forward(
+    prediction: Tensor,
+    x0: Tensor,
+    noise: Tensor | Address,
+    alpha: Tensor,
+    sigma: Tensor,
+    prediction_type: str,
+    weight: Tensor | None,
+    save_residual: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, and prediction - target in the prediction's dtype if `save_residual`. Two launches."""
+    order = Order(prediction)
+    residual = order.result(prediction) if save_residual else None
+    programs = min(triton.cdiv(order.sample, BLOCK), triton.cdiv(PROGRAMS, order.batch))
+    count = order.batch * programs
+    partials = prediction.new_empty(count, dtype=torch.float32)
+    loss = prediction.new_empty((), dtype=torch.float32)
+    _forward[(count,)](
+        p_partials=partials,
+        p_residual=residual,
+        p_prediction=order.of(prediction),
+        p_weight=weight,
+        weight_stride=0 if weight is None else weight.stride(0),
+        programs=programs,
+        **target_arguments(prediction_type, x0, noise, alpha, sigma, order),
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
+    _finish[(1,)](loss, partials, count, float(prediction.numel()), num_warps=WARPS)
+    return loss, None if residual is None else order.finish(residual, prediction)
+
+
+def backward(grad_output: Tensor, residual: Tensor, weight: Tensor | None) -> Tensor:
+    """d loss / d prediction = grad_output * 2 weight_b / (B N) * residual."""
+    order = Order(residual)
+    gradient = order.result(residual)
+    _backward[(order.batch * triton.cdiv(order.sample, BLOCK),)](
+        gradient,
+        order.of(residual),
+        grad_output,
+        weight,
+        0 if weight is None else weight.stride(0),
+        2.0 / residual.numel(),
+        order.sample,
+        WIDE=order.constants["WIDE"],
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
+    return order.finish(gradient, residual)
+
+
+@triton.jit(do_not_specialize=["noise_seed", "noise_stream", "programs"])
+def _forward(
+    p_partials,  # float32 [B, programs], weighted
+    p_residual,  # [B, sample] as the prediction, or None
+    p_prediction,  # [B, sample]
+    p_weight,  # [B], or None for 1
+    weight_stride,
+    programs,
+    p_x0,  # [B, sample]
+    p_noise,  # eps [B, sample], or int64 [B] sample numbers if DRAWN
+    p_alpha,  # [B]
+    alpha_stride,
+    p_sigma,  # [B]
+    sigma_stride,
+    noise_seed,
+    noise_stream,
+    sample,
+    channels,
+    PREDICTION: tl.constexpr,
+    DRAWN: tl.constexpr,
+    PIXEL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    b = tl.program_id(0) // programs
+    program = tl.program_id(0) % programs
+    start = b.to(tl.int64) * sample
+    alpha, sigma, number = coefficients(p_alpha, alpha_stride, p_sigma, sigma_stride, p_noise, b, PREDICTION, DRAWN)
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for step in range(tl.cdiv(tl.cdiv(sample, BLOCK) - program, programs)):
+        first, b_at, m_inside = tile(program + step * programs, sample, channels, CHANNELS_LAST, WIDE, BLOCK)
+        b_target = regression_target(
+            p_x0,
+            p_noise,
+            alpha,
+            sigma,
+            number,
+            noise_seed,
+            noise_stream,
+            sample,
+            start,
+            first,
+            b_at,
+            m_inside,
+            PREDICTION,
+            DRAWN,
+            PIXEL,
+            BLOCK,
+        )
+        b_residual = load(p_prediction + start, b_at, m_inside) - b_target
+        if p_residual is not None:
+            tl.store(p_residual + start + b_at, b_residual.to(p_residual.dtype.element_ty), mask=m_inside)
+        b_residual = tl.where(m_inside, b_residual, 0.0)
+        b_sum += b_residual * b_residual
+    weight = per_sample(p_weight, weight_stride, b, 1.0)
+    tl.store(p_partials + tl.program_id(0), weight * tl.sum(b_sum))
+
+
+@triton.jit(do_not_specialize=["count"])
+def _finish(
+    p_loss,  # float32 []
+    p_partials,  # float32 [count]
+    count,
+    elements,
+):
+    b_sum = tl.zeros([_PROGRAMS], tl.float32)
+    for step in range(tl.cdiv(count, _PROGRAMS)):
+        b_partial = step * _PROGRAMS + tl.arange(0, _PROGRAMS)
+        b_sum += tl.load(p_partials + b_partial, mask=b_partial < count, other=0.0)
+    tl.store(p_loss, tl.div_rn(tl.sum(b_sum), elements))
+
+
+@triton.jit
+def _backward(
+    p_gradient,  # [B, sample] as the residual
+    p_residual,  # [B, sample]
+    p_grad_output,  # []
+    p_weight,  # [B], or None for 1
+    weight_stride,
+    mean,  # 2 / (B sample)
+    sample,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(sample, BLOCK)
+    b = tl.program_id(0) // blocks
+    start = b.to(tl.int64) * sample
+    scale = tl.load(p_grad_output).to(tl.float32) * mean * per_sample(p_weight, weight_stride, b, 1.0)
+    _, b_at, m_inside = tile(tl.program_id(0) % blocks, sample, 1, False, WIDE, BLOCK)
+    b_gradient = scale * load(p_residual + start, b_at, m_inside)
+    tl.store(p_gradient + start + b_at, b_gradient.to(p_gradient.dtype.element_ty), mask=m_inside)

@@ -1,0 +1,91 @@
+"""Addressed random numbers as tensors."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffpp_fast.kernels.reference.philox import Address
+from diffpp_fast.kernels.triton.layout import INT32_ELEMENTS, sample_index
+from diffpp_fast.kernels.triton.random import normals, words
+
+BLOCK = 1024
+#: Samples of a program that draws one number for each.
+BLOCK_SAMPLES = 128
+
+
+def normal(address: Address, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    samples, seed = address.samples.contiguous(), _signed(address.seed)
+    batch, count = samples.shape[0], math.prod(shape)
+    drawn = torch.empty(batch, *shape, dtype=dtype, device=samples.device)
+    if drawn.numel():
+        grid = (triton.cdiv(count, BLOCK), batch)
+        _normal[grid](drawn, samples, seed, address.stream, count, WIDE=count >= INT32_ELEMENTS, BLOCK=BLOCK)
+    return drawn
+
+
+def uniform(address: Address) -> Tensor:
+    samples = address.samples.contiguous()
+    drawn = torch.empty(samples.shape, dtype=torch.float32, device=samples.device)
+    if drawn.numel():
+        grid = (triton.cdiv(samples.shape[0], BLOCK_SAMPLES),)
+        _uniform[grid](drawn, samples, _signed(address.seed), address.stream, samples.shape[0], BLOCK=BLOCK_SAMPLES)
+    return drawn
+
+
+def integers(address: Address, low: int, high: int) -> Tensor:
+    samples = address.samples.contiguous()
+    drawn = torch.empty_like(samples)
+    if drawn.numel():
+        grid = (triton.cdiv(samples.shape[0], BLOCK_SAMPLES),)
+        _integers[grid](
+            drawn,
+            samples,
+            _signed(address.seed),
+            address.stream,
+            low,
+            high - low,
+            samples.shape[0],
+            BLOCK=BLOCK_SAMPLES,
+        )
+    return drawn
+
+
+def _signed(word: int) -> int:
+    return word - 2**64 if word >= 2**63 else word
+
+
+@triton.jit(do_not_specialize=["seed", "stream"])
+def _normal(p_to, p_samples, seed, stream, count, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    b = tl.program_id(1)
+    first = sample_index(tl.program_id(0), BLOCK, WIDE)
+    b_index = first + tl.arange(0, BLOCK)
+    b_drawn = normals(seed, stream, tl.load(p_samples + b), first, BLOCK)
+    tl.store(p_to + b.to(tl.int64) * count + b_index, b_drawn.to(p_to.dtype.element_ty), mask=b_index < count)
+
+
+@triton.jit
+def _first_word(p_samples, seed, stream, b_sample, batch):
+    """Lane 0 of block 0 of each sample."""
+    b_number = tl.load(p_samples + b_sample, mask=b_sample < batch, other=0)
+    word, _, _, _ = words(seed, stream, b_number, b_sample ^ b_sample)
+    return word
+
+
+@triton.jit(do_not_specialize=["seed", "stream"])
+def _uniform(p_to, p_samples, seed, stream, batch, BLOCK: tl.constexpr):
+    b_sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b_word = _first_word(p_samples, seed, stream, b_sample, batch)
+    tl.store(p_to + b_sample, (b_word >> 8).to(tl.float32) * 5.9604644775390625e-08, mask=b_sample < batch)
+
+
+@triton.jit(do_not_specialize=["seed", "stream", "low", "span"])
+def _integers(p_to, p_samples, seed, stream, low, span, batch, BLOCK: tl.constexpr):
+    b_sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b_word = _first_word(p_samples, seed, stream, b_sample, batch).to(tl.uint64)
+    # span is at most 2^32, so the unsigned product fits in 64 bits.
+    b_offset = (b_word * span.to(tl.uint64)) >> 32
+    tl.store(p_to + b_sample, low + b_offset.to(tl.int64), mask=b_sample < batch)

@@ -1,0 +1,181 @@
+"""`make gpu-build`: one kernel from end to end, what it refuses, and how it reads cuobjdump."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffpp_fast.bench import gpu_build, variants
+from diffpp_fast.bench.gpu_build import BUDGET, Resources, Usage
+from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.kernels import dispatch
+
+DUMP = """
+Fatbin elf code:
+================
+arch = sm_80
+code version = [1,8]
+host = linux
+compile_size = 64bit
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _ZN6diffpp4cuda45_GLOBAL__N__5a29ad14_12_add_noise_cu_a48784778backwardIdLb0EEEvNS_8AddNoiseE:
+  REG:40 STACK:0 SHARED:16 LOCAL:0 CONSTANT[0]:488 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _ZN6diffpp4cuda45_GLOBAL__N__5a29ad14_12_add_noise_cu_a48784778backwardIfLb1EEEvNS_8AddNoiseE:
+  REG:24 STACK:48 SHARED:0 LOCAL:8 CONSTANT[0]:488 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+Fatbin elf code:
+================
+arch = sm_100a
+code version = [1,8]
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _normal:
+  REG:32 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:416 CONSTANT[2]:8 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+Fatbin ptx code:
+================
+arch = sm_100
+code version = [9,0]
+"""
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [
+        sys.executable,
+        "-m",
+        "diffpp_fast.bench.gpu_build",
+        "--no-csrc",
+        "--archs",
+        "90",
+        "--jobs",
+        "1",
+        *options,
+    ]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_kernel_from_end_to_end(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    budget = tmp_path / "budget.json"
+    # By a script: the whole of an operator takes longer.
+    script = f"""
+import sys, torch
+from pathlib import Path
+from diffpp_fast import Noise
+from diffpp_fast.bench import gpu_build
+with gpu_build.compiling(90) as cubins:
+    Noise(1, torch.arange(3)).uniform()
+((cubin, (kernel, shared)),) = cubins.items()
+path = Path({str(tmp_path / "kernel.cubin")!r})
+path.write_bytes(cubin)
+(usage,) = gpu_build.dump(path)
+found = [gpu_build.Resources(kernel, 90, *usage[2:])]
+print(gpu_build.table(found))
+assert kernel == "triton.philox.uniform" and 8 <= usage.registers <= 255, (kernel, usage)
+gpu_build.write_budget(Path({str(budget)!r}), gpu_build.budget_of(found, {{}}))
+assert not gpu_build.failures(found, gpu_build.read_budget(Path({str(budget)!r})))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(budget.read_text()).keys() == {"triton.philox.uniform"}
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    budget = tmp_path / "budget.json"
+    options = ("--ops", "philox", "--budget-file", str(budget))
+    refused = run(*options)
+    assert refused.returncode == 1
+    assert "triton.philox.normal on sm_90 has no budget: `make gpu-build BUDGET=write`" in refused.stdout
+    assert run(*options, "--budget", "write").returncode == 0
+    allowed = run(*options)
+    assert allowed.returncode == 0 and "0 failures" in allowed.stdout
+
+
+def test_what_cuobjdump_says() -> None:
+    library, spilling, cubin = gpu_build.parse(DUMP)
+    assert library[1:] == (80, 40, 16, 0)
+    assert spilling[1:] == (80, 24, 0, 56)
+    assert cubin == Usage("_normal", 100, 32, 0, 0)
+
+
+def in_file(name: str) -> str:
+    """The anonymous namespace that nvcc makes for a file."""
+    namespace = f"_GLOBAL__N__b49ea0d8_{len(name)}_{name}_6f0c0d41_123456"
+    return f"{len(namespace)}{namespace}"
+
+
+@pytest.mark.parametrize(
+    ("mangled", "name"),
+    [
+        (next(gpu_build.parse(DUMP)).function, "cuda.add_noise.backward"),
+        (f"_ZN6diffpp4cuda{in_file('denoising_loss_cu')}7forwardIfLb1EEEvv", "cuda.denoising_loss.forward"),
+        ("_ZN6diffpp4cuda6finishIfEEvv", "cuda.finish"),
+        ("_Z6kernelPf", "cuda.kernel"),
+    ],
+)
+def test_names_of_kernels(mangled: str, name: str) -> None:
+    assert gpu_build.kernel_name(mangled) == name
+
+
+def test_the_largest_specialisation_counts() -> None:
+    found = [Resources("k", 90, 40, 0, 0), Resources("k", 90, 32, 16, 8), Resources("k", 80, 24, 0, 0)]
+    assert gpu_build.largest(found) == [Resources("k", 80, 24, 0, 0), Resources("k", 90, 40, 16, 8)]
+
+
+def test_spills_overruns_and_new_kernels_are_caught() -> None:
+    found = [Resources("k", 90, 40, 0, 0)]
+    budget = gpu_build.budget_of([Resources("k", 90, 33, 0, 0)], {})
+    assert budget == {"k": {"sm_90": 40}}
+    assert gpu_build.failures(found, budget) == []
+    (overrun,) = gpu_build.failures([found[0]._replace(registers=41)], budget)
+    assert overrun.startswith("k on sm_90 takes 41 registers, 40 are in the budget") and "BUDGET=write" in overrun
+    (spill,) = gpu_build.failures([found[0]._replace(spilled=8)], budget)
+    assert spill.startswith("k on sm_90 spills 8 bytes")
+    (new,) = gpu_build.failures([found[0]._replace(arch=100)], budget)
+    assert new == "k on sm_100 has no budget: `make gpu-build BUDGET=write` records one"
+
+
+def test_a_new_budget_keeps_what_was_not_compiled(tmp_path: Path) -> None:
+    old = {"a": {"sm_80": 16, "sm_90": 24}, "b": {"sm_90": 8}}
+    new = gpu_build.budget_of([Resources("a", 90, 30, 0, 0)], old)
+    assert new == {"a": {"sm_80": 16, "sm_90": 32}, "b": {"sm_90": 8}}
+    gpu_build.write_budget(tmp_path / "budget.json", new)
+    assert gpu_build.read_budget(tmp_path / "budget.json") == new
+
+
+def test_the_recorded_budget_knows_the_kernels_of_every_operator() -> None:
+    recorded = {tuple(name.split(".")[:2]) for name in gpu_build.read_budget(BUDGET)}
+    served = {("triton", op) for op, backend in dispatch._kernels if backend == "triton"}
+    assert served <= recorded
+
+
+def test_a_library_without_gpu_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_build.native, "LIBRARY", tmp_path / "none.so")
+    with pytest.raises(ConfigurationError, match="csrc is not compiled: install CUDA's compiler"):
+        gpu_build.library_resources([90])
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_the_first_variants_hold_every_pair_of_options(op: str) -> None:
+    every, count = variants.ordered(op, variants.DTYPES[:2])
+    assert len({variant.name for variant in every}) == len(every)
+
+    def pairs(some: list[variants.Variant]) -> set[object]:
+        return {(a, b) for variant in some for a in variant.options for b in variant.options}
+
+    assert pairs(every[:count]) == pairs(every)
+    assert count < len(every) or op == "philox"

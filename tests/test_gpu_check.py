@@ -1,0 +1,183 @@
+"""`make gpu-check` as far as it goes without a GPU: its checks, its processes, and a rehearsal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffpp_fast.bench import gpu_gate, variants
+from diffpp_fast.bench.gpu_check import main
+from diffpp_fast.bench.gpu_gate import Checks, failure, judge
+from diffpp_fast.bench.gpu_jobs import Job, State, digest, run_jobs
+from diffpp_fast.kernels import dispatch
+from diffpp_fast.kernels.reference import add_noise
+
+CPU = torch.device("cpu")
+FEW = Checks(CPU, graphs=False, compiler=None, most=3)
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_every_pair_of_options_is_right_on_the_cpu(op: str, backend: str) -> None:
+    verdict = judge(op, backend, FEW._replace(most=None), deadline=0.0)
+    assert verdict.wrong == []
+    assert verdict.checked == verdict.wanted and verdict.summary == "right"
+
+
+class Noisy:
+    """A kernel module that spoils the results of the reference."""
+
+    def __init__(self, spoil: Any) -> None:
+        self.spoil = spoil
+
+    def forward(self, x0: Tensor, *others: Any) -> Tensor:
+        return self.spoil(x0, add_noise.forward(x0, *others))
+
+    def backward(self, *arguments: Any) -> Tensor:
+        return add_noise.backward(*arguments)
+
+
+def overwrite(x0: Tensor, x_t: Tensor) -> Tensor:
+    x0.data.view(-1)[0] += 1.0
+    return x_t
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x0, x_t: x_t * 1.01, "output has a relative error"),
+        (lambda x0, x_t: x_t + 0.1 * torch.rand_like(x_t), "other bits than the first"),
+        (lambda x0, x_t: torch.empty_like(x_t), "other bits than the first"),
+        (overwrite, "an input was overwritten"),
+        (lambda x0, x_t: 1 / 0, "ZeroDivisionError"),
+    ],
+    ids=["wrong", "random", "unwritten", "overwritten", "error"],
+)
+def test_faults_are_found(spoil: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dispatch._loaded, "diffpp_fast.kernels.native.add_noise", Noisy(spoil))
+    verdict = judge("add_noise", "cpu", FEW, time.monotonic() + 60.0)
+    assert verdict.summary == "WRONG" and len(verdict.wrong) >= 3
+    assert message in verdict.wrong[0]
+
+
+def test_a_backend_that_does_not_serve_says_why() -> None:
+    (sentence,) = judge("add_noise", "cuda", FEW, 0.0).wrong
+    assert sentence.startswith("it can't serve: ")
+
+
+def test_strides_of_gradients_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Transposing(Noisy):
+        def backward(self, grad_output: Tensor, alpha: Tensor) -> Tensor:
+            grad = add_noise.backward(grad_output, alpha)
+            return grad.transpose(1, 3).contiguous().transpose(1, 3)
+
+    monkeypatch.setitem(dispatch._loaded, "diffpp_fast.kernels.native.add_noise", Transposing(lambda x0, x_t: x_t))
+    chosen = next(
+        variant
+        for variant in variants.every("add_noise")
+        if variant["gradient"] and variant["shape"] == "even" and variant["layout"] == "contiguous"
+    )
+    with dispatch.use_backend("cpu"):
+        assert str(failure(chosen, CPU, graph=False)).startswith("gradient of x0 has strides")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_compiled_in_one_graph(op: str) -> None:
+    verdict = judge(op, "cpu", FEW._replace(compiler="aot_eager"), time.monotonic() + 60.0)
+    assert verdict.wrong == [] and verdict.compiled > 0
+
+
+# Processes
+
+
+def python(name: str, code: str, limit: float = 30.0) -> Job:
+    return Job(name, [sys.executable, "-c", code], limit, {"SHOWN": "yes", "HOME": None})
+
+
+def test_jobs_end_fail_and_are_stopped() -> None:
+    jobs = [
+        python("shows", "import os; print(os.environ['SHOWN'], 'HOME' in os.environ)"),
+        python("fails", "import sys; print('some'); print('reason'); sys.exit(3)"),
+        python("hangs", "import time; time.sleep(60)", limit=1.0),
+    ]
+    began = time.monotonic()
+    ended = {each.job.name: each for each in run_jobs(jobs, 3, began + 30.0)}
+    assert time.monotonic() - began < 20.0
+    assert (ended["shows"].code, ended["shows"].output) == (0, "yes False\n")
+    assert ended["fails"].why == "exit code 3: reason"
+    assert ended["hangs"].code is None and ended["hangs"].why.startswith("no end within 1 s")
+
+
+def test_after_the_deadline_nothing_is_started(tmp_path: Path) -> None:
+    assert list(run_jobs([python("late", f"open({str(tmp_path / 'made')!r}, 'w')")], 1, time.monotonic())) == []
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_state_survives_a_torn_end(tmp_path: Path) -> None:
+    state = State(tmp_path / "state")
+    assert state.read() == {}
+    state.add(("a",), 1)
+    state.add(("a",), 2)
+    State(state.path).add(("b", "c"), None)
+    whole = state.path.read_bytes()
+    state.path.write_bytes(whole[:-3])
+    assert state.read() == {("a",): 2}
+    state.path.write_bytes(whole)
+    assert state.read() == {("a",): 2, ("b", "c"): None}
+
+
+def test_the_digest_tells_machines_apart() -> None:
+    assert digest("one", "two") == digest("one", "two") != digest("onetwo")
+
+
+# Rehearsal
+
+
+@pytest.mark.slow
+def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    arguments = ["--rehearse", "--ops", "philox,add_noise", "--out", str(tmp_path), "--seconds", "200"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    table = said[said.index("op         backend") :].splitlines()
+    assert [line.split()[:4] for line in table[1:5]] == [
+        [op, backend, "right", "1"] for op in ("philox", "add_noise") for backend in ("triton", "cpu")
+    ]
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {"gpu-check.md", "gpu-check.log", "kernels-cpu-gpu-check.csv", "kernels-cpu-gpu-check.md"} <= files
+    assert len(files) <= 8
+    # A second call has nothing left to check or measure.
+    began = time.monotonic()
+    assert main([*arguments, "--seconds", "100"]) == 0
+    assert "gate" not in capsys.readouterr().out
+    assert time.monotonic() - began < 30.0
+
+
+def test_time_that_is_over_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--rehearse", "--ops", "add_noise", "--out", str(tmp_path), "--seconds", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "left out, the time was over" in said and "add_noise on triton" in said
+    assert "0 failures, 4 left out" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "make gpu-check REHEARSE=1" in capsys.readouterr().err
+
+
+def test_unknown_operators_are_refused() -> None:
+    with pytest.raises(SystemExit):
+        main(["--rehearse", "--ops", "nothing"])
+
+
+def test_what_is_never_written_shows() -> None:
+    with gpu_gate._poisoned():
+        assert torch.empty(4).isnan().all()
