@@ -37,10 +37,11 @@ struct RewardPixels {
   Axis inputs;  // the transpose of `rows`: what each input row adds to; not on GPUs
   Axis columns;
   const double* mean;  // [C]
-  const double* std;   // [C]
+  const double* std;   // [C]; not on GPUs
   double low;
   double high;
   bool clamp;
+  const double* per_std = nullptr;  // [C], 1 / std: on GPUs, where a division takes registers
 };
 
 // Elements of a row that are worked on at a time, and the most channels of channels_last: a tile holds whole pixels.

@@ -13,6 +13,7 @@ __global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ AddN
   const int64_t sample = a.layout.sample();
   const int64_t per_sample = (sample + 3) / 4;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  const uint64_t per_pixels = Aligned ? 0 : Walk::reciprocal(a.layout);
   for (int64_t b = blockIdx.y; b < a.layout.batch; b += gridDim.y) {
     const C alpha = number<C>(a.alpha, b);
     const C sigma = number<C>(a.sigma, b);
@@ -35,11 +36,11 @@ __global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ AddN
         }
         reinterpret_cast<Four<S>*>(x_t)[block] = noisy;
       } else {
+        Walk walk(a.layout, per_pixels, 4 * block);
 #pragma unroll
-        for (int lane = 0; lane < 4; ++lane) {
-          const int64_t i = 4 * block + lane;
-          if (i >= sample) break;
-          const int64_t at = in_memory(a.layout, i);
+        for (int lane = 0; lane < 4; ++lane, walk.next()) {
+          if (4 * block + lane >= sample) break;
+          const int64_t at = walk.in_memory();
           const C e = a.noise.stored != nullptr ? to_compute(stored[at]) : static_cast<C>(eps[lane]);
           x_t[at] = to_stored<S>(fma(sigma, e, alpha * to_compute(x0[at])));
         }

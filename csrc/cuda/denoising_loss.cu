@@ -7,15 +7,16 @@ namespace {
 
 // The partial sums of r^2, r = prediction - target: [B, gridDim.x]; and r itself where it is kept.
 template <typename S, bool kPacked>
-__global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ DenoisingLoss a) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<S>) forward(const __grid_constant__ DenoisingLoss a) {
   using R = Run<S, kPacked>;
   using C = typename R::C;
   const int64_t runs = R::per_sample(a.layout);
+  const typename R::Start start(a.layout);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t b = blockIdx.y; b < a.layout.batch; b += gridDim.y) {
     double total[1] = {};
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < runs; i += step) {
-      const R run(a.layout, b, i);
+      const R run(start, b, i);
       C residual[R::kCount], target[R::kCount];
       run.load(a.prediction, residual);
       run.target(a.target, target);
@@ -50,12 +51,13 @@ __global__ void __launch_bounds__(kThreads) backward(const __grid_constant__ Den
   using C = typename R::C;
   const Layout layout = in_any_order(a.layout);
   const int64_t runs = R::per_sample(layout);
+  const typename R::Start start(layout);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   const C mean = static_cast<C>(2.0 / static_cast<double>(a.layout.batch * a.layout.sample()));
   for (int64_t b = blockIdx.y; b < a.layout.batch; b += gridDim.y) {
     const C scale = number<C>(a.grad_output, 0) * mean * number<C>(a.weight, b, C(1));
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < runs; i += step) {
-      const R run(layout, b, i);
+      const R run(start, b, i);
       C values[R::kCount];
       run.load(a.residual, values);
 #pragma unroll

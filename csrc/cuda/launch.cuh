@@ -11,6 +11,11 @@ namespace diffpp::cuda {
 
 constexpr int kThreads = 256;
 
+// Blocks that an SM must hold at least, for a kernel of elements S: 128 registers are a thread's then. Left alone, the compiler
+// spills for a larger share of the SM; float64 pairs do not fit in what it chooses.
+template <typename S>
+constexpr int kBlocksPerSm = sizeof(S) == sizeof(double) ? 2 : 0;
+
 inline void check_launch(const char* op) {
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)

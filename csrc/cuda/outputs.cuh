@@ -23,15 +23,24 @@ class Run {
     return (layout.sample() + kCount - 1) / kCount;
   }
 
-  __device__ Run(const Layout& layout, int64_t b, int64_t number) : b_(b), number_(number) {
+  // What a thread knows of every run before the first.
+  struct Start {
+    const Layout& layout;
+    uint64_t per_pixels;
+
+    __device__ explicit Start(const Layout& layout)
+        : layout(layout), per_pixels(kPacked ? 0 : Walk::reciprocal(layout)) {}
+  };
+
+  __device__ Run(const Start& start, int64_t b, int64_t number) : b_(b), number_(number) {
+    const Layout& layout = start.layout;
     if constexpr (kPacked) {
       at_[0] = b * layout.sample() + number * kCount;
     } else {
+      Walk walk(layout, start.per_pixels, number * kCount);
 #pragma unroll
-      for (int lane = 0; lane < kCount; ++lane) {
-        const int64_t i = number * kCount + lane;
-        at_[lane] = i < layout.sample() ? b * layout.sample() + in_memory(layout, i) : -1;
-      }
+      for (int lane = 0; lane < kCount; ++lane, walk.next())
+        at_[lane] = number * kCount + lane < layout.sample() ? b * layout.sample() + walk.in_memory() : -1;
     }
   }
 

@@ -42,14 +42,37 @@ __device__ inline float4 normals(int64_t block, const Noise& noise, int64_t b) {
   return result;
 }
 
-// Element i of a sample in logical order, in memory: channels_last keeps [pixel][channel], row-major [channel][pixel].
-__device__ inline int64_t in_memory(const Layout& layout, int64_t i) {
-  if (layout.channels == 1) return i;
-  if (layout.sample() <= UINT32_MAX) {  // a 64-bit division takes several times as long
-    const uint32_t pixels = static_cast<uint32_t>(layout.pixels), index = static_cast<uint32_t>(i);
-    return static_cast<int64_t>(index % pixels) * layout.channels + index / pixels;
+// Walks a sample in logical order and tells where its elements are in memory: channels_last keeps [pixel][channel],
+// row-major [channel][pixel].
+class Walk {
+ public:
+  // `per_pixels`: reciprocal(layout).
+  __device__ Walk(const Layout& layout, uint64_t per_pixels, int64_t i) : layout_(layout) {
+    channel_ = static_cast<int64_t>(__umul64hi(static_cast<uint64_t>(i), per_pixels));
+    pixel_ = i - channel_ * layout.pixels;
+    if (pixel_ >= layout.pixels) next_channel();
   }
-  return i % layout.pixels * layout.channels + i / layout.pixels;
-}
+
+  // 2^64 / pixels, rounded down: i times this is the channel of element i or the one before it. Divisions of 64 bits take
+  // long, and registers: one for a thread, none for an element.
+  __device__ static uint64_t reciprocal(const Layout& layout) {
+    return layout.channels == 1 ? 0 : UINT64_MAX / static_cast<uint64_t>(layout.pixels);
+  }
+
+  __device__ int64_t in_memory() const { return pixel_ * layout_.channels + channel_; }
+
+  __device__ void next() {
+    if (++pixel_ == layout_.pixels) next_channel();
+  }
+
+ private:
+  __device__ void next_channel() {
+    pixel_ -= layout_.pixels;
+    ++channel_;
+  }
+
+  const Layout& layout_;
+  int64_t channel_, pixel_;
+};
 
 }  // namespace diffpp::cuda

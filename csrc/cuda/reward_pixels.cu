@@ -40,8 +40,9 @@ struct Edge {
         least(a.clamp ? T(0) : -static_cast<T>(INFINITY)),
         most(a.clamp ? T(1) : static_cast<T>(INFINITY)) {}
 
-  __device__ int64_t channel(int64_t plane, int64_t element) const {
-    return a.inner == 1 ? plane % a.channels : element % a.inner;
+  // Of a plane and a place in its pixels. A division of 64 bits would take longer; the binding refuses more planes.
+  __device__ int64_t channel(int64_t plane, int64_t c) const {
+    return a.inner == 1 ? static_cast<uint32_t>(plane) % static_cast<uint32_t>(a.channels) : c;
   }
 
   // Value range to [0, 1] and clamp. In this order NaN stays NaN.
@@ -51,9 +52,11 @@ struct Edge {
     return most < pixel ? most : pixel;
   }
 
-  // Element i of `from`; `std` is that of its channel, for the adjoint.
-  __device__ T load(int64_t i, T std) const {
-    if constexpr (kAdjoint) return read<T>(a.from, a.from_dtype, i) / std;
+  __device__ T per_std(int64_t channel) const { return static_cast<T>(a.per_std[channel]); }
+
+  // Element i of `from`; `scale` is its channel's 1 / std, for the adjoint.
+  __device__ T load(int64_t i, T scale) const {
+    if constexpr (kAdjoint) return read<T>(a.from, a.from_dtype, i) * scale;
     return normalise(to_compute(static_cast<const S*>(a.from)[i]));
   }
 
@@ -66,16 +69,20 @@ struct Edge {
       }
       static_cast<S*>(a.to)[i] = to_stored<S>(grad);
     } else {
-      put(a.to, a.to_dtype, i, (resized - static_cast<T>(a.mean[channel])) / static_cast<T>(a.std[channel]));
+      put(a.to, a.to_dtype, i, (resized - static_cast<T>(a.mean[channel])) * per_std(channel));
     }
   }
 };
+
+__host__ __device__ inline int64_t tiles_of(const RewardPixels& a) {
+  return (a.columns.out + a.columns.tile - 1) / a.columns.tile;
+}
 
 // A block makes a tile of a band of output rows: it stages the input rows that the band reads, few at a time, adds each to the
 // band's rows, one column per thread, and then resizes the columns of what came out. `packed`: every row of `from` begins
 // and ends with a whole pack.
 template <typename S, bool kAdjoint>
-__global__ void __launch_bounds__(kThreads) resample(const __grid_constant__ RewardPixels a, bool packed) {
+__global__ void __launch_bounds__(kThreads, 3) resample(const __grid_constant__ RewardPixels a, bool packed) {
   using T = typename Storage<S>::Compute;
   constexpr int kRows = kBand<T>;
   constexpr int kPack = 16 / sizeof(S);
@@ -85,11 +92,10 @@ __global__ void __launch_bounds__(kThreads) resample(const __grid_constant__ Rew
   __shared__ int64_t first[kRows], end[kRows];
   const Edge<S, kAdjoint> edge(a);
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t bands = (a.rows.out + kRows - 1) / kRows;
-  const int64_t tiles = (a.columns.out + a.columns.tile - 1) / a.columns.tile;
+  const auto tiles = static_cast<uint32_t>(tiles_of(a));
+  const int64_t tile = blockIdx.x % tiles, top = static_cast<int64_t>(blockIdx.x / tiles) * kRows;
   const int64_t line = a.columns.in * a.inner;
-  for (int64_t item = blockIdx.x; item < a.planes * bands * tiles; item += gridDim.x) {
-    const int64_t tile = item % tiles, top = item / tiles % bands * kRows, plane = item / (tiles * bands);
+  for (int64_t plane = blockIdx.y; plane < a.planes; plane += gridDim.y) {
     const int rows = static_cast<int>(a.rows.out - top < kRows ? a.rows.out - top : kRows);
     const int64_t row_begin = a.rows.windows[2 * (top / kRows)], row_end = a.rows.windows[2 * (top / kRows) + 1];
     const int64_t end_element = a.columns.windows[2 * tile + 1] * a.inner;
@@ -100,7 +106,8 @@ __global__ void __launch_bounds__(kThreads) resample(const __grid_constant__ Rew
       first[thread] = thread < rows ? a.rows.first[top + thread] : 0;
       end[thread] = thread < rows ? first[thread] + a.rows.count[top + thread] : 0;
     }
-    const T std = kAdjoint ? static_cast<T>(a.std[edge.channel(plane, element)]) : T(1);
+    // Only the forward direction is packed: of the adjoint, the window's first element is the first of a pixel.
+    const T per_std = kAdjoint ? edge.per_std(edge.channel(plane, thread % static_cast<int>(a.inner))) : T(1);
 
     // The thread's share of the rows [i, i + kStaged): packs, or its own column.
     T next[kStaged];
@@ -124,7 +131,7 @@ __global__ void __launch_bounds__(kThreads) resample(const __grid_constant__ Rew
       }
 #pragma unroll
       for (int row = 0; row < kStaged; ++row)
-        if (i + row < row_end && element < end_element) next[row] = edge.load(offset + row * line + thread, std);
+        if (i + row < row_end && element < end_element) next[row] = edge.load(offset + row * line + thread, per_std);
     };
     const auto stage = [&] {
       if (!kAdjoint && packed) {
@@ -189,28 +196,29 @@ __global__ void __launch_bounds__(kThreads) resample(const __grid_constant__ Rew
 // Where the window of a single pixel does not fit in a tile (an image shrunk to a hundredth, hundreds of channels innermost): a
 // thread per output element adds up all of its inputs, in the order of the tiles: rows, then columns.
 template <typename S, bool kAdjoint>
-__global__ void __launch_bounds__(kThreads) resample_directly(const __grid_constant__ RewardPixels a) {
+__global__ void __launch_bounds__(kThreads, 3) resample_directly(const __grid_constant__ RewardPixels a) {
   using T = typename Storage<S>::Compute;
   const Edge<S, kAdjoint> edge(a);
   const int64_t line = a.columns.out * a.inner;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  const int64_t count = a.planes * a.rows.out * line;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += step) {
-    const int64_t plane = i / (a.rows.out * line), row = i / line % a.rows.out, pixel = i % line / a.inner;
-    const int64_t c = i % a.inner;
+  const uint32_t element = blockIdx.x * kThreads + threadIdx.x;
+  if (element >= line) return;
+  const int64_t pixel = element / static_cast<uint32_t>(a.inner), c = element % static_cast<uint32_t>(a.inner);
+  for (int64_t plane = blockIdx.z; plane < a.planes; plane += gridDim.z) {
     const int64_t channel = edge.channel(plane, c);
-    const T std = kAdjoint ? static_cast<T>(a.std[channel]) : T(1);
-    const T* row_weights = static_cast<const T*>(a.rows.weights) + row * a.rows.taps;
-    const T* weights = static_cast<const T*>(a.columns.weights) + pixel * a.columns.taps;
-    T sum = 0;
-    for (int64_t k = 0; k < a.columns.count[pixel]; ++k) {
-      const int64_t from = (plane * a.rows.in + a.rows.first[row]) * a.columns.in + a.columns.first[pixel] + k;
-      T of_column = 0;
-      for (int64_t r = 0; r < a.rows.count[row]; ++r)
-        of_column = fma(row_weights[r], edge.load((from + r * a.columns.in) * a.inner + c, std), of_column);
-      sum = fma(weights[k], of_column, sum);
+    const T per_std = kAdjoint ? edge.per_std(channel) : T(1);
+    for (int64_t row = blockIdx.y; row < a.rows.out; row += gridDim.y) {
+      const T* row_weights = static_cast<const T*>(a.rows.weights) + row * a.rows.taps;
+      const T* weights = static_cast<const T*>(a.columns.weights) + pixel * a.columns.taps;
+      T sum = 0;
+      for (int64_t k = 0; k < a.columns.count[pixel]; ++k) {
+        const int64_t from = (plane * a.rows.in + a.rows.first[row]) * a.columns.in + a.columns.first[pixel] + k;
+        T of_column = 0;
+        for (int64_t r = 0; r < a.rows.count[row]; ++r)
+          of_column = fma(row_weights[r], edge.load((from + r * a.columns.in) * a.inner + c, per_std), of_column);
+        sum = fma(weights[k], of_column, sum);
+      }
+      edge.store(sum, channel, (plane * a.rows.out + row) * line + element);
     }
-    edge.store(sum, channel, i);
   }
 }
 
@@ -221,16 +229,20 @@ void launch(const char* op, const RewardPixels& a, void* stream) {
   dispatch(kAdjoint ? a.to_dtype : a.from_dtype, [&](auto* kind) {
     using S = std::remove_pointer_t<decltype(kind)>;
     using T = typename Storage<S>::Compute;
+    constexpr int64_t kMost = 65535;  // of a grid's second and third extent
+    const auto planes = static_cast<unsigned>(a.planes < kMost ? a.planes : kMost);
     if (a.columns.tile == 0) {
-      const dim3 grid = grid_of(a.planes * a.rows.out * a.columns.out * a.inner);
+      const dim3 grid(
+          static_cast<unsigned>((a.columns.out * a.inner + kThreads - 1) / kThreads),
+          static_cast<unsigned>(a.rows.out < kMost ? a.rows.out : kMost), planes);
       resample_directly<S, kAdjoint><<<grid, kThreads, 0, on>>>(a);
       return;
     }
     using P = Pack<S, 16 / sizeof(S)>;
     const bool packed = !kAdjoint && a.columns.in * a.inner % (16 / sizeof(S)) == 0 && aligned<P>(a.from);
-    const int64_t tiles = (a.columns.out + a.columns.tile - 1) / a.columns.tile;
-    const int64_t blocks = a.planes * ((a.rows.out + kBand<T> - 1) / kBand<T>)*tiles;
-    resample<S, kAdjoint><<<grid_of(blocks * kThreads), kThreads, 0, on>>>(a, packed);
+    const int64_t bands = (a.rows.out + kBand<T> - 1) / kBand<T>;
+    const dim3 grid(static_cast<unsigned>(bands * tiles_of(a)), planes);
+    resample<S, kAdjoint><<<grid, kThreads, 0, on>>>(a, packed);
   });
   check_launch(op);
 }

@@ -11,19 +11,20 @@ constexpr bool kKeepsGap = sizeof(S) >= sizeof(float);
 
 // The partial sums of d^2, |r| and d r: [3, B, gridDim.x]; and factor d to the gradient.
 template <typename S, bool kPacked, bool kTarget>
-__global__ void __launch_bounds__(kThreads) sums(const __grid_constant__ ScoreGap a) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<S>) sums(const __grid_constant__ ScoreGap a) {
   using R = Run<S, kPacked>;
   using C = typename R::C;
   const Outputs& outputs = a.outputs;
   const Layout& layout = outputs.layout;
   const int64_t runs = R::per_sample(layout);
+  const typename R::Start start(layout);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   const bool write = !a.mean_abs || kKeepsGap<S>;
   for (int64_t b = blockIdx.y; b < layout.batch; b += gridDim.y) {
     const C factor = a.mean_abs ? C(1) : number<C>(a.scales, b, static_cast<C>(a.scale));
     double totals[3] = {};
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < runs; i += step) {
-      const R run(layout, b, i);
+      const R run(start, b, i);
       C guided[R::kCount], fake[R::kCount], target[R::kCount];
       run.load(outputs.fake, fake);
       run.guided(outputs, guided);
@@ -95,6 +96,7 @@ __global__ void __launch_bounds__(kThreads) normalize(const __grid_constant__ Sc
   const Outputs& outputs = a.outputs;
   const Layout layout = in_any_order(outputs.layout);
   const int64_t runs = R::per_sample(layout);
+  const typename R::Start start(layout);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t b = blockIdx.y; b < layout.batch; b += gridDim.y) {
     if (blockIdx.x == 0 && threadIdx.x < kWarp) write_statistics<C>(a, b, gridDim.x);
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(kThreads) normalize(const __grid_constant__ Sc
     const C floor = static_cast<C>(kMeanAbsFloor);
     const C factor = number<C>(a.scales, b, static_cast<C>(a.scale)) / (mean < floor ? floor : mean);
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < runs; i += step) {
-      const R run(layout, b, i);
+      const R run(start, b, i);
       C gap[R::kCount];
       if constexpr (kKeepsGap<S>) {
         run.load(a.gradient, gap);

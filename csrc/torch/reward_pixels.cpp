@@ -104,7 +104,9 @@ class GpuTables {
     add(rows.adjoint, band_rows(wide_), axes_[2]);
     add(columns.adjoint, column_tile(columns.adjoint.table(), a.inner), axes_[3]);
     mean_ = append(a.mean, a.channels * sizeof(double));
-    std_ = append(a.std, a.channels * sizeof(double));
+    std::vector<double> per_std(a.std, a.std + a.channels);
+    for (double& value : per_std) value = 1.0 / value;
+    per_std_ = append(per_std.data(), per_std.size() * sizeof(double));
     const int64_t numbers = static_cast<int64_t>(bytes_.size() / sizeof(int64_t));
     const int64_t stride = 1;
     const Tensor host = torch::stable::from_blob(
@@ -120,7 +122,7 @@ class GpuTables {
     a.rows = axis(axes_[adjoint ? 2 : 0]);
     a.columns = axis(axes_[adjoint ? 3 : 1]);
     a.mean = at<double>(mean_);
-    a.std = at<double>(std_);
+    a.per_std = at<double>(per_std_);
   }
 
  private:
@@ -164,7 +166,7 @@ class GpuTables {
 
   bool wide_;
   Entry axes_[4];
-  size_t mean_, std_;
+  size_t mean_, per_std_;
   std::vector<char> bytes_;
   Tensor memory_;
 };
@@ -213,6 +215,9 @@ struct Call {
     arguments.std = std.data();
     arguments.clamp = static_cast<Clamp>(clamp) != Clamp::none;
 #if defined(DIFFPP_CUDA)
+    STD_TORCH_CHECK(
+        !images.is_cuda() || std::max({arguments.planes, height, width * arguments.inner}) <= UINT32_MAX, op,
+        ": images with 2^32 or more planes, rows or elements of a row are not served on GPUs");
     if (images.is_cuda()) gpu = &gpu_tables_of(row_key, column_key, *rows, *columns, arguments, mean, std, images);
 #endif
   }
