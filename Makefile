@@ -14,7 +14,7 @@ CSRC := $(wildcard csrc/*/*)
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-short test test-all sanitize lint types gpu-build gpu-check docs clean
+.PHONY: help setup demo demo-short test test-all sanitize emulate lint types gpu-build gpu-check docs clean
 
 help:
 	@echo "make demo       align the emoji generator with a reward: about 5 minutes on two cores, pictures in runs/demo"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-all   the same with the slow tests"
 	@echo "make demo-short the demo cut to a minute: shows that it works, not what it can do"
 	@echo "make sanitize   the tests of the compiled operators under AddressSanitizer and UBSan"
+	@echo "make emulate    the tests of the operators on csrc's GPU kernels, thread by thread on the CPU (needs CUDA's headers)"
 	@echo "make gpu-build  every GPU kernel compiled for sm_80, sm_90 and sm_100: registers and spills (no GPU needed)"
 	@echo "make gpu-check  with a GPU, in 8 minutes: everything checked on it, kernels measured; REHEARSE=1 without one"
 	@echo "make docs       the documentation as a site in site/"
@@ -57,6 +58,7 @@ test: $(LIBRARY) lint types
 
 test-all: $(LIBRARY) lint types
 	$(BIN)/pytest
+	if command -v nvcc > /dev/null; then $(MAKE) emulate; else echo "no nvcc: csrc's GPU kernels are not emulated"; fi
 
 # A copy of the package with an instrumented library; leaks are Python's own at exit.
 SANITIZED := build/sanitized
@@ -71,6 +73,15 @@ sanitize: $(READY)
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=../$(SANITIZED)/lib PYTHONSAFEPATH=1 DIFFPP_FAST_ISA=$$isa \
 	  $(abspath $(BIN))/pytest -m "not slow" -k "$(SANITIZE)" -p no:cacheprovider test_noise.py test_native_*.py test_ops_*.py) || exit 1; \
 	done
+
+# A copy of the package whose backend "cpu" runs csrc's GPU kernels, a fiber for each thread (tests/emulation/emulation.h). Left out:
+# statistics that the CPU's kernels round less, and their exponential of numbers below -87.
+EMULATED := build/emulated
+emulate: $(READY)
+	$(BIN)/python tests/emulation/build.py $(EMULATED)
+	cd tests && PYTHONPATH=../$(EMULATED) PYTHONSAFEPATH=1 $(abspath $(BIN))/pytest -p no:cacheprovider \
+	  -m "not slow" -k "not compiles and not reference and not far_apart and not every_magnitude" \
+	  $(foreach op,add_noise denoising_loss score_gap reward_pixels group_norm_silu,test_native_$(op).py test_ops_$(op).py) test_noise.py
 
 # BUDGET=write records what the kernels take now.
 BUDGET ?= check
