@@ -112,8 +112,8 @@ class Session:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.partition("\n\n")[0])
     add = parser.add_argument
-    out = Path(os.environ.get("OUT") or "benchmarks/results")
-    add("--out", type=Path, default=out, metavar="FOLDER", help="for files ($OUT, else benchmarks/results)")
+    out = "for files ($OUT, else benchmarks/results; of a rehearsal build/rehearsal)"
+    add("--out", type=Path, default=os.environ.get("OUT") or None, metavar="FOLDER", help=out)
     add("--seconds", type=float, default=SECONDS, metavar="N", help=f"for everything ({SECONDS:.0f})")
     add("--ops", type=lambda text: text.split(","), metavar="NAME,...", help="operators (all)")
     add("--rehearse", action="store_true", help="the same steps without a GPU, on tiny tensors")
@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--most", type=int, help=argparse.SUPPRESS)
     add("--sanitized", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    arguments.out = arguments.out or Path("build/rehearsal" if arguments.rehearse else "benchmarks/results")
     unknown = [op for op in arguments.ops or () if op not in dispatch.OPS]
     if unknown:
         parser.error(f"--ops: unknown {', '.join(unknown)}; known: {', '.join(dispatch.OPS)}")

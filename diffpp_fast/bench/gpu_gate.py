@@ -82,7 +82,7 @@ def judge(op: str, backend: str, checks: Checks, deadline: float) -> Verdict:
             other = torch.device("cuda", 1)
             verdict = _note(verdict, "a device that is not current", lambda: failure(every[0], other, False))
         if checks.compiler is not None:
-            for variant in _to_compile(every):
+            for variant in to_compile(every):
                 if verdict.fatal:
                     break
                 name = f"torch.compile of {variant.name}"
@@ -162,8 +162,18 @@ def _replayed(variant: Variant, inputs: Inputs, eager: Outputs) -> str | None:
     return None
 
 
-def _compiled(variant: Variant, device: torch.device, compiler: str) -> str | None:
-    """None if one graph without breaks serves two sets of sample numbers and equals eager, else what is wrong."""
+class Traced(NamedTuple):
+    """An operator's call, the same under torch.compile, and two sets of arguments that one graph has to serve."""
+
+    call: Callable[..., Any]
+    compiled: Callable[..., Any]
+    counter: Any  # of graphs, in `frame_count`
+    inputs: Inputs
+    arguments: list[dict[str, Any]]
+
+
+def traced(variant: Variant, device: torch.device, compiler: str) -> Traced:
+    """Nothing is compiled before the first call. The two sets differ in their sample numbers, where noise is drawn."""
     import torch._dynamo.testing
 
     forward, inputs = variants.forward(variant), variants.make(variant, device)
@@ -181,8 +191,14 @@ def _compiled(variant: Variant, device: torch.device, compiler: str) -> str | No
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
     compiled = torch.compile(call, fullgraph=True, backend=counter)
-    for later in (0, LATER):
-        named = {**arguments, "samples": None if samples is None else samples + later}
+    named = [{**arguments, "samples": None if samples is None else samples + later} for later in (0, LATER)]
+    return Traced(call, compiled, counter, inputs, named)
+
+
+def _compiled(variant: Variant, device: torch.device, compiler: str) -> str | None:
+    """None if one graph without breaks serves two sets of sample numbers and equals eager, else what is wrong."""
+    call, compiled, counter, inputs, arguments = traced(variant, device, compiler)
+    for named in arguments:
         expected, actual = (_detached(step(each, named, inputs.wrt, inputs.outer)) for each in (call, compiled))
         tolerance = TOLERANCE.get(variant.dtype, DRAWN)
         wrong = compare(variants.names(variant, inputs), _on_cpu(actual), _on_cpu(expected), tolerance)
@@ -191,7 +207,7 @@ def _compiled(variant: Variant, device: torch.device, compiler: str) -> str | No
     return None if counter.frame_count == 1 else f"it took {counter.frame_count} graphs instead of one"
 
 
-def _to_compile(every: Sequence[Variant]) -> Iterator[Variant]:
+def to_compile(every: Sequence[Variant]) -> Iterator[Variant]:
     """One combination that draws noise and one that does not, in two dtypes, with gradients where there are any."""
     for dtype, drawn in ((torch.float32, True), (torch.bfloat16, False)):
         chosen = [

@@ -5,12 +5,14 @@ import triton.language as tl
 from torch import Tensor
 
 from diffpp_fast.kernels.reference.philox import Address
-from diffpp_fast.kernels.triton.layout import Order, in_memory, noise_arguments, sample_index
+from diffpp_fast.kernels.triton.device import on_its_device
+from diffpp_fast.kernels.triton.layout import Order, in_memory, noise_arguments, place, sample_index
 from diffpp_fast.kernels.triton.random import normals
 
 BLOCK = 1024
 
 
+@on_its_device
 def forward(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor | Address) -> Tensor:
     order = Order(x0)
     x_t = order.result(x0)
@@ -35,6 +37,7 @@ def forward(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor | Address) -
     return order.finish(x_t, x0)
 
 
+@on_its_device
 def backward(grad_output: Tensor, alpha: Tensor) -> Tensor:
     order = Order(grad_output)
     grad_x0 = order.result(grad_output)
@@ -69,10 +72,10 @@ def _forward(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    b = tl.program_id(1)
+    b, block = place(sample, BLOCK)
     alpha = tl.load(p_alpha + b * alpha_stride).to(tl.float32)
     sigma = tl.load(p_sigma + b * sigma_stride).to(tl.float32)
-    first = sample_index(tl.program_id(0), BLOCK, WIDE)
+    first = sample_index(block, BLOCK, WIDE)
     b_index = first + tl.arange(0, BLOCK)
     m_inside = b_index < sample
     b_at = b.to(tl.int64) * sample + in_memory(b_index, channels, sample // channels, CHANNELS_LAST)
@@ -95,9 +98,9 @@ def _backward(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    b = tl.program_id(1)
+    b, block = place(sample, BLOCK)
     alpha = tl.load(p_alpha + b * alpha_stride).to(tl.float32)
-    b_index = sample_index(tl.program_id(0), BLOCK, WIDE) + tl.arange(0, BLOCK)
+    b_index = sample_index(block, BLOCK, WIDE) + tl.arange(0, BLOCK)
     m_inside = b_index < sample
     b_at = b.to(tl.int64) * sample + b_index
     b_grad = tl.load(p_grad_output + b_at, mask=m_inside).to(tl.float32)

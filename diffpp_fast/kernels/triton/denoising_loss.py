@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffpp_fast.kernels.reference.philox import Address
+from diffpp_fast.kernels.triton.device import on_its_device
 from diffpp_fast.kernels.triton.gap import (
     BLOCK,
     WARPS,
@@ -25,6 +26,7 @@ PROGRAMS = 4096
 _PROGRAMS = tl.constexpr(PROGRAMS)
 
 
+@on_its_device
 def forward(
     prediction: Tensor,
     x0: Tensor,
@@ -57,6 +59,7 @@ def forward(
     return loss, None if residual is None else order.finish(residual, prediction)
 
 
+@on_its_device
 def backward(grad_output: Tensor, residual: Tensor, weight: Tensor | None) -> Tensor:
     """d loss / d prediction = grad_output * 2 weight_b / (B N) * residual."""
     order = Order(residual)

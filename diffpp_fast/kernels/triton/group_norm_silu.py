@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffpp_fast.kernels.triton.device import on_its_device
 from diffpp_fast.kernels.triton.layout import Order
 
 #: Elements of a tile: 16 a thread, so that a thread has at least two loads of 16 bytes in flight, and four programs
@@ -116,6 +117,7 @@ def cut(x: Tensor, num_groups: int, order: Order) -> Cut:
     )
 
 
+@on_its_device
 def forward(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,6 +157,7 @@ def forward(
     return order.finish(y, x), mean, rstd
 
 
+@on_its_device
 def backward(
     grad_output: Tensor,
     x: Tensor,

@@ -36,9 +36,9 @@ class Order:
         """The compile-time arguments of every kernel."""
         return {"CHANNELS_LAST": self.channels_last, "WIDE": self.sample >= INT32_ELEMENTS}
 
-    def grid(self, block: int) -> tuple[int, int]:
-        """Programs for the blocks of a sample, times the batch."""
-        return triton.cdiv(self.sample, block), self.batch
+    def grid(self, block: int) -> tuple[int]:
+        """Programs for the blocks of a sample, times the batch: on one axis, for the others end at 65535."""
+        return (triton.cdiv(self.sample, block) * self.batch,)
 
     def of(self, tensor: Tensor) -> Tensor:
         """The tensor itself, or a copy in this order."""
@@ -60,6 +60,13 @@ def noise_arguments(noise: Tensor | Address, order: Order) -> tuple[Tensor, int,
         seed = noise.seed
         return noise.samples.contiguous(), seed - 2**64 if seed >= 2**63 else seed, noise.stream
     return order.of(noise), 0, 0
+
+
+@triton.jit
+def place(sample, BLOCK: tl.constexpr):
+    """The sample of this program of `Order.grid`, and its block there."""
+    blocks = tl.cdiv(sample, BLOCK)
+    return tl.program_id(0) // blocks, tl.program_id(0) % blocks
 
 
 @triton.jit

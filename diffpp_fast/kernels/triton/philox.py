@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from diffpp_fast.kernels.reference.philox import Address
-from diffpp_fast.kernels.triton.layout import INT32_ELEMENTS, sample_index
+from diffpp_fast.kernels.triton.device import on_its_device
+from diffpp_fast.kernels.triton.layout import INT32_ELEMENTS, place, sample_index
 from diffpp_fast.kernels.triton.random import normals, words
 
 BLOCK = 1024
@@ -17,16 +18,18 @@ BLOCK = 1024
 BLOCK_SAMPLES = 128
 
 
+@on_its_device
 def normal(address: Address, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     samples, seed = address.samples.contiguous(), _signed(address.seed)
     batch, count = samples.shape[0], math.prod(shape)
     drawn = torch.empty(batch, *shape, dtype=dtype, device=samples.device)
     if drawn.numel():
-        grid = (triton.cdiv(count, BLOCK), batch)
+        grid = (triton.cdiv(count, BLOCK) * batch,)
         _normal[grid](drawn, samples, seed, address.stream, count, WIDE=count >= INT32_ELEMENTS, BLOCK=BLOCK)
     return drawn
 
 
+@on_its_device
 def uniform(address: Address) -> Tensor:
     samples = address.samples.contiguous()
     drawn = torch.empty(samples.shape, dtype=torch.float32, device=samples.device)
@@ -36,6 +39,7 @@ def uniform(address: Address) -> Tensor:
     return drawn
 
 
+@on_its_device
 def integers(address: Address, low: int, high: int) -> Tensor:
     samples = address.samples.contiguous()
     drawn = torch.empty_like(samples)
@@ -60,8 +64,8 @@ def _signed(word: int) -> int:
 
 @triton.jit(do_not_specialize=["seed", "stream"])
 def _normal(p_to, p_samples, seed, stream, count, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    b = tl.program_id(1)
-    first = sample_index(tl.program_id(0), BLOCK, WIDE)
+    b, block = place(count, BLOCK)
+    first = sample_index(block, BLOCK, WIDE)
     b_index = first + tl.arange(0, BLOCK)
     b_drawn = normals(seed, stream, tl.load(p_samples + b), first, BLOCK)
     tl.store(p_to + b.to(tl.int64) * count + b_index, b_drawn.to(p_to.dtype.element_ty), mask=b_index < count)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffpp_fast.kernels.reference.reward_pixels import Preprocessing, axis_matrix
+from diffpp_fast.kernels.triton.device import on_its_device
 from diffpp_fast.kernels.triton.layout import INT32_ELEMENTS, Order
 
 #: A tile of the rows' resize: a row of it is a warp's loads of 16 bytes of bfloat16, and its rows share most of the
@@ -39,6 +40,7 @@ class Axis(NamedTuple):
     end: int
 
 
+@on_its_device
 def forward(images: Tensor, preprocessing: Preprocessing, dtype: torch.dtype) -> Tensor:
     order = Order(images)
     batch, channels, height, _ = images.shape
@@ -55,6 +57,7 @@ def forward(images: Tensor, preprocessing: Preprocessing, dtype: torch.dtype) ->
     return pixels
 
 
+@on_its_device
 def backward(grad_output: Tensor, images: Tensor, preprocessing: Preprocessing) -> Tensor:
     order = Order(images)
     height, size = images.shape[2], preprocessing.size
@@ -77,10 +80,9 @@ class _Call:
     def __init__(self, images: Tensor, preprocessing: Preprocessing, order: Order) -> None:
         batch, channels, height, width = images.shape
         size, mean, std, filter, antialias, fit, (self.low, self.high), clamp = preprocessing
-        options = size, fit, filter, antialias
-        self.rows = _tables(images.device, height, width, *options)
-        self.columns = _tables(images.device, width, height, *options)
-        self.mean, self.std = (_per_channel(values, images.device) for values in (mean, std))
+        self.rows, self.columns, self.mean, self.std = _constants(
+            images.device, height, width, size, fit, filter, antialias, mean, std
+        )
         self.clamps = clamp != "none"
         self.channels, self.channels_last = channels, order.channels_last
         self.inner = order.channels
@@ -163,6 +165,30 @@ class _Call:
             BLOCK_X=block_x,
             num_warps=WARPS,
         )
+
+
+# torch.compile can't trace how they are made, and must not copy them to the device in every call: they are constants of
+# its graph. It looks through the cache, so this has to be a function of its own.
+@torch.compiler.assume_constant_result
+def _constants(
+    device: torch.device,
+    height: int,
+    width: int,
+    size: int,
+    fit: str,
+    filter: str,
+    antialias: bool,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> tuple[tuple[Axis, Axis], tuple[Axis, Axis], Tensor, Tensor]:
+    """The tables of rows and of columns, mean and std on the device."""
+    options = size, fit, filter, antialias
+    return (
+        _tables(device, height, width, *options),
+        _tables(device, width, height, *options),
+        _per_channel(mean, device),
+        _per_channel(std, device),
+    )
 
 
 # Cached, so that a call copies nothing to the device.

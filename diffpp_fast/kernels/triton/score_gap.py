@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffpp_fast.kernels.reference.philox import Address
+from diffpp_fast.kernels.triton.device import on_its_device
 from diffpp_fast.kernels.triton.gap import (
     BLOCK,
     WARPS,
@@ -19,6 +20,7 @@ from diffpp_fast.kernels.triton.gap import (
 )
 
 
+@on_its_device
 def forward(
     fake: Tensor,
     cond: Tensor,

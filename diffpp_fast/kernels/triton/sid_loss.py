@@ -5,9 +5,11 @@ import triton.language as tl
 from torch import Tensor
 
 from diffpp_fast.kernels.reference.philox import Address
+from diffpp_fast.kernels.triton.device import on_its_device
 from diffpp_fast.kernels.triton.gap import Outputs, combine, floored_mean, per_sample
 
 
+@on_its_device
 def forward(
     fake: Tensor,
     cond: Tensor,
@@ -42,6 +44,7 @@ def forward(
     return loss, factor
 
 
+@on_its_device
 def backward(
     grad_output: Tensor,
     factor: Tensor,

@@ -1,0 +1,63 @@
+"""What the Triton kernels need from the process around them: the right device, and graphs of torch.compile."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from diffpp_fast.kernels import dispatch
+from diffpp_fast.kernels.triton.device import on_its_device
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_every_operator_launches_on_the_device_of_its_tensors(op: str) -> None:
+    module = import_module(f"diffpp_fast.kernels.triton.{op}")
+    names = [name for name in ("forward", "backward", "normal", "uniform", "integers") if hasattr(module, name)]
+    assert names
+    for name in names:
+        assert getattr(module, name).__code__ is on_its_device(lambda: None).__code__, name
+
+
+@pytest.mark.parametrize(("current", "entered"), [(0, [1]), (1, [])])
+def test_the_current_device_changes_only_where_it_must(
+    current: int, entered: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class OnDeviceOne(torch.Tensor):
+        is_cuda = True
+        device: Any = SimpleNamespace(index=1)
+
+        def get_device(self) -> int:
+            return 1
+
+    def enter(device: Any) -> Any:
+        seen.append(device.index)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    assert on_its_device(lambda x, y: y)(torch.zeros(1).as_subclass(OnDeviceOne), 5) == 5
+    assert seen == entered
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu-check compiles them for the GPU that is there")
+def test_every_operator_compiles_to_one_graph() -> None:
+    # Not in this process, whose Triton is an interpreter.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, TESTS / "triton_graphs.py"], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert dict(line.split() for line in done.stdout.splitlines()) == dict.fromkeys(dispatch.OPS, "1")

@@ -1,0 +1,30 @@
+"""Traces every operator's Triton kernels with torch.compile, without a GPU: prints how many graphs each took.
+
+Kernels are compiled for sm_90 instead of launched, so that results hold nothing; whether they are right is for the
+interpreter and for `make gpu-check`.
+"""
+
+import torch
+import torch.utils._triton
+
+from diffpp_fast.bench import variants
+from diffpp_fast.bench.gpu_build import CPU, compiling
+from diffpp_fast.bench.gpu_gate import to_compile, traced
+from diffpp_fast.bench.operators import step
+from diffpp_fast.kernels import dispatch
+
+# Without a GPU Dynamo takes Triton's kernels for any other Python.
+torch.utils._triton.has_triton = lambda *_: True
+
+
+def graphs(variant: variants.Variant) -> int:
+    _, compiled, counter, inputs, arguments = traced(variant, CPU, "aot_eager")
+    for named in arguments:
+        step(compiled, named, inputs.wrt, inputs.outer)
+    return counter.frame_count
+
+
+with compiling(90):
+    for op in dispatch.OPS:
+        every, _ = variants.ordered(op, (torch.float32, torch.bfloat16))
+        print(op, max(graphs(variant) for variant in to_compile(every)))
