@@ -95,7 +95,7 @@ def sid_loss(
     gap = guided - fake.float()
     residual = guided - regression_target(prediction_type, x0.float(), eps.float(), alpha, sigma)
     mean_abs = residual.detach().abs().flatten(1).mean(1).clamp(min=1e-6)
-    k = {"epsilon": sigma / alpha, "sample": torch.ones_like(sigma)}.get(prediction_type, sigma)
+    k = sigma / alpha if prediction_type == "epsilon" else 1.0 if prediction_type == "sample" else sigma
     return k * (gap * (residual - sid_alpha * gap)).flatten(1).sum(1) / mean_abs
 
 
@@ -116,9 +116,13 @@ def sim_loss(
     guided = guide(cond, uncond, guidance_scale)
     gap = guided - fake.float()
     residual = guided - regression_target(prediction_type, x0.float(), eps.float(), alpha, sigma)
-    m = {"epsilon": 1.0 / sigma, "sample": alpha / sigma.square()}.get(prediction_type, alpha / sigma)
-    distance = torch.sqrt(m.square() * gap.square().flatten(1).sum(1) + huber_c**2)
-    return m.square() * (gap * (residual - gap)).flatten(1).sum(1) / distance
+    if prediction_type == "epsilon":
+        m = 1.0 / sigma
+    else:
+        m = alpha / (sigma.square() if prediction_type == "sample" else sigma)
+    m_sq = m.square()
+    distance = torch.sqrt(m_sq * gap.square().flatten(1).sum(1) + huber_c**2)
+    return m_sq * (gap * (residual - gap)).flatten(1).sum(1) / distance
 
 
 def reward_pixels(images: Tensor, mean: Tensor, std: Tensor, *, size: int) -> Tensor:

@@ -196,7 +196,7 @@ def _latents(draw: _Draw) -> Inputs:
 def _reward_pixels(draw: _Draw) -> Inputs:
     images = draw.normal(scale=0.5)
     # Where the clamp begins, a rounding decides whether a pixel gets a gradient, and float64 may decide otherwise.
-    images = images.masked_fill((images.abs() - 1.0).abs() < 0.01, 0.0).requires_grad_()
+    images = draw.place(images.masked_fill((images.abs() - 1.0).abs() < 0.01, 0.0)).requires_grad_()
     mean, std = _per_channel(draw.device)
     outer = draw.normal((*images.shape[:2], REWARD_SIZE, REWARD_SIZE))
     return Inputs(
