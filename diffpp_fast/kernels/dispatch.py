@@ -77,7 +77,7 @@ def register(
     Args:
         op: one of `OPS`.
         backend: one of `PREFERENCE`.
-        module: dotted name of the module with the kernels, imported when it is first selected.
+        module: dotted name of the module with the kernels, imported when the first operator is called.
         unavailable: returns None, or why this process can't use the module at all (no GPU, not compiled). It runs
             on every selection: cache what is slow.
         refuses: returns None, or why the module can't serve tensors of this device and dtype.
@@ -133,10 +133,17 @@ def _load_best(op: str, device: torch.device, dtype: torch.dtype) -> str:
         if kernel is None or kernel.unavailable() or kernel.refuses(device, dtype):
             continue
         if kernel.module not in _loaded:
-            _loaded[kernel.module] = importlib.import_module(kernel.module)
+            _load_all()
         return kernel.module
     reasons = (f"backend {backend!r} can't serve: {why_not(op, backend, device, dtype)}" for backend in candidates)
     raise RuntimeError(f"{op}: {'; '.join(reasons)}")
+
+
+# All at once: torch.compile copies `_loaded` at the first operator of a graph, and would not find the second's module.
+def _load_all() -> None:
+    for kernel in _kernels.values():
+        if kernel.unavailable() is None:
+            _loaded[kernel.module] = importlib.import_module(kernel.module)
 
 
 def default_backend(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:

@@ -95,6 +95,11 @@ def common_dtype(*values: Tensor | Address | None) -> torch.dtype:
     return common
 
 
+def target_x0(prediction_type: str, x0: Tensor, like: Tensor) -> Tensor:
+    """x0, or `like` where the target holds no x0: then neither its dtype nor a cast nor keeping it costs anything."""
+    return like.detach() if prediction_type == "epsilon" else x0
+
+
 def cast(value: Argument, dtype: torch.dtype) -> Argument:
     """A tensor in `dtype`; an address and None as they are.
 

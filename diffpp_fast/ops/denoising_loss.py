@@ -4,12 +4,12 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from diffpp_fast.kernels import dispatch
 from diffpp_fast.kernels.reference.philox import Address
 from diffpp_fast.noise import Noise
 from diffpp_fast.ops import checks
+from diffpp_fast.ops.autograd import once_differentiable
 
 
 def denoising_loss(
@@ -51,6 +51,7 @@ def denoising_loss(
     if prediction.numel() == 0:
         raise ValueError(f"{op}: the mean over an empty batch is no number, got shape {list(prediction.shape)}")
     eps = checks.noise(op, noise, x0)
+    x0 = checks.target_x0(prediction_type, x0, prediction)
     dtype = checks.common_dtype(prediction, x0, eps)
     arguments = (
         checks.cast(prediction, dtype),

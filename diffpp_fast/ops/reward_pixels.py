@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from diffpp_fast.kernels import dispatch
 from diffpp_fast.kernels.reference.reward_pixels import SUPPORT, Preprocessing
 from diffpp_fast.ops import checks
+from diffpp_fast.ops.autograd import once_differentiable
 
 FITS = ("crop", "pad", "stretch")
 CLAMPS = ("hard", "straight_through", "none")

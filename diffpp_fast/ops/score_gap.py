@@ -83,6 +83,7 @@ def score_gap(
         raise ValueError(f"{op}: the target needs x0, noise, alpha and sigma; missing: {', '.join(missing)}")
 
     eps = None if noise is None else checks.noise(op, noise, fake)
+    x0 = None if x0 is None else checks.target_x0(prediction_type, x0, fake)
     dtype = checks.common_dtype(fake, cond, uncond, x0, eps)
     kernels = dispatch.select(op, fake.device, dtype)
     with torch.no_grad():

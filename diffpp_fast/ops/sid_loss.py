@@ -4,12 +4,12 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from diffpp_fast.kernels import dispatch
 from diffpp_fast.kernels.reference.philox import Address
 from diffpp_fast.noise import Noise
 from diffpp_fast.ops import checks
+from diffpp_fast.ops.autograd import once_differentiable
 
 
 def sid_loss(
@@ -56,6 +56,7 @@ def sid_loss(
     op = "sid_loss"
     checks.outputs_with_target(op, fake, cond, uncond, x0, alpha, sigma, guidance_scale, prediction_type)
     eps = checks.noise(op, noise, x0)
+    x0 = checks.target_x0(prediction_type, x0, fake)
     dtype = checks.common_dtype(fake, cond, uncond, x0, eps)
     loss: Tensor = _SidLoss.apply(
         checks.cast(fake, dtype),

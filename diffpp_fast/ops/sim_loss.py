@@ -4,12 +4,12 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from diffpp_fast.kernels import dispatch
 from diffpp_fast.kernels.reference.philox import Address
 from diffpp_fast.noise import Noise
 from diffpp_fast.ops import checks
+from diffpp_fast.ops.autograd import once_differentiable
 
 
 def sim_loss(
@@ -59,6 +59,7 @@ def sim_loss(
     if not huber_c > 0.0:
         raise ValueError(f"{op}: huber_c must be positive, got {huber_c}")
     eps = checks.noise(op, noise, x0)
+    x0 = checks.target_x0(prediction_type, x0, fake)
     dtype = checks.common_dtype(fake, cond, uncond, x0, eps)
     loss: Tensor = _SimLoss.apply(
         checks.cast(fake, dtype),

@@ -171,8 +171,10 @@ def backward(
     order = Order(x)
     needs_x, needs_weight, needs_bias = needs
     grad_x = order.result(x) if needs_x else None
-    grad_weight = _gradient_of(weight) if needs_weight else None
-    grad_bias = _gradient_of(bias) if needs_bias else None
+    # Of an empty batch they are zero, and nothing is launched that writes them.
+    new = x.new_empty if x.numel() else x.new_zeros
+    grad_weight = new(weight.shape, dtype=weight.dtype) if needs_weight and weight is not None else None
+    grad_bias = new(bias.shape, dtype=bias.dtype) if needs_bias and bias is not None else None
     needs_parameters = grad_weight is not None or grad_bias is not None
     if x.numel() and (needs_x or needs_parameters):
         how, values, grads = cut(x, mean.shape[1], order), order.of(x), order.of(grad_output)
@@ -216,11 +218,6 @@ def backward(
                 BLOCK_C=PARAMETER_CHANNELS,
             )
     return None if grad_x is None else order.finish(grad_x, x), grad_weight, grad_bias
-
-
-def _gradient_of(parameter: Tensor | None) -> Tensor | None:
-    """Where a kernel writes it; zero, should the batch be empty."""
-    return None if parameter is None else torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
 
 
 def _parameters(weight: Tensor | None, bias: Tensor | None) -> dict[str, Tensor | int | None]:
