@@ -138,6 +138,49 @@ def test_each_loss_reaches_one_network_only(method_class: type) -> None:
     assert all(network.weight.grad is None for network in (fake, reference, reward_network))
 
 
+@pytest.mark.parametrize("clip", [0.5, 1e6])
+def test_the_reward_term_is_shortened_by_sample_to_a_share_of_the_score_term(clip: float) -> None:
+    batch, rewards = batch_of(), 0.3
+
+    def gradient(
+        reward_scale: float, reward_clip: float | None, part: slice = slice(None)
+    ) -> tuple[torch.Tensor, dict]:
+        table = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1))
+        # Of very different lengths, and one of none.
+        table = table * torch.tensor([0.01, 1.0, 100.0, 1.0]).reshape(4, 1, 1, 1)
+        table[3] = 0.5
+        x0 = table[part].requires_grad_()
+        of_part = Batch(batch.samples[part], batch.conditioning[part], batch.seed, SHAPE)
+        method = DiffInstructPP(
+            lambda z, conditioning: x0,
+            Convolution(1),
+            Convolution(2),
+            SCHEDULES["epsilon"],
+            reward=quadratic_reward,
+            reward_scale=reward_scale,
+            reward_clip=reward_clip,
+        )
+        output = method.generator_loss(of_part)
+        (grad,) = torch.autograd.grad(output.loss, x0)
+        return grad.double() * len(x0), dict(output.metrics)
+
+    (score, _), (whole, plain), (clipped, metrics) = (
+        gradient(0.0, None),
+        gradient(rewards, None),
+        gradient(rewards, clip),
+    )
+    norms = score.flatten(1).norm(dim=1)
+    term, kept = whole - score, clipped - score
+    lengths = term.flatten(1).norm(dim=1)
+    limit = (clip * norms / lengths).clamp(max=1.0).nan_to_num(1.0).reshape(4, 1, 1, 1)
+    torch.testing.assert_close(kept, term * limit, rtol=1e-4, atol=1e-5)
+    assert metrics["reward_clipped"] == (limit < 1).float().mean() and "reward_clipped" not in plain
+    for name in ("reward_gradient_norm", "score_gradient_norm", "gradient_cosine"):
+        assert metrics[name] == plain[name]
+    alone, _ = gradient(rewards, clip, slice(1, 2))
+    torch.testing.assert_close(alone, clipped[1:2], rtol=1e-5, atol=1e-6)
+
+
 def test_reward_scale_is_the_only_thing_the_reward_changes() -> None:
     """With scale 0 the reward is logged and the gradient is Diff-Instruct's, bit for bit."""
     gradients = []

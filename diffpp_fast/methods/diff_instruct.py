@@ -108,10 +108,8 @@ class DiffInstruct:
         """The generator's loss: its gradient by x0[b] is (h d - reward_scale dr/dx0)[b] / B (to the generator only)."""
         x0 = self._sample(batch)
         gradient, metrics = self._score_gradient(batch, x0.detach())
-        reward_gradient = self._reward_gradient(batch, x0.detach(), metrics)
+        reward_gradient = self._reward_gradient(batch, x0.detach(), gradient, metrics)
         if reward_gradient is not None:
-            metrics["reward_gradient_norm"] = _norms(reward_gradient).mean()
-            metrics["gradient_cosine"] = _cosines(gradient, -reward_gradient).mean()
             gradient = gradient - reward_gradient
         loss = inject_gradient(x0, gradient)
         samples = x0.detach().float()
@@ -161,7 +159,9 @@ class DiffInstruct:
             "score_gradient_norm": _norms(gap.gradient).mean(),
         }
 
-    def _reward_gradient(self, batch: Batch, x0: torch.Tensor, metrics: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    def _reward_gradient(
+        self, batch: Batch, x0: torch.Tensor, score_gradient: torch.Tensor, metrics: dict[str, torch.Tensor]
+    ) -> torch.Tensor | None:
         """What the reward subtracts from the gradient: nothing in plain Diff-Instruct."""
         return None
 
@@ -201,6 +201,9 @@ class DiffInstructPP(DiffInstruct):
     Args, beyond those of `DiffInstruct`:
         reward: (x0, conditioning) -> [B]; None is plain Diff-Instruct. Differentiated by x0 only.
         reward_scale: alpha_rew. With 0 the reward is still evaluated and logged, without gradient.
+        reward_clip: the most that the norm of a sample's reward term alpha_rew dr/dx0 may be, in norms of its score
+            term h d: a longer one is shortened, in its direction. None: as long as it is. By sample, so that it
+            depends on no other of the batch. The norms that are logged are those before.
 
     The reward's graph is differentiated and freed inside `generator_loss`, so that only one vector of x0's size of it
     meets the generator's own backward pass.
@@ -219,6 +222,7 @@ class DiffInstructPP(DiffInstruct):
         t_range: tuple[int, int] | None = None,
         fake_rounds: int = 1,
         fake_weighting: FakeWeighting | TimeFunction = "prediction",
+        reward_clip: float | None = None,
     ) -> None:
         super().__init__(
             generator,
@@ -233,10 +237,15 @@ class DiffInstructPP(DiffInstruct):
         )
         if reward is None and reward_scale != 0.0:
             raise ValueError(f"reward_scale is {reward_scale}, but no reward was given")
+        if reward_clip is not None and not reward_clip > 0.0:
+            raise ValueError(f"reward_clip must be above 0, or None, got {reward_clip}")
         self.reward = reward
         self.reward_scale = reward_scale
+        self.reward_clip = reward_clip
 
-    def _reward_gradient(self, batch: Batch, x0: torch.Tensor, metrics: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    def _reward_gradient(
+        self, batch: Batch, x0: torch.Tensor, score_gradient: torch.Tensor, metrics: dict[str, torch.Tensor]
+    ) -> torch.Tensor | None:
         if self.reward is None:
             return None
         optimised = self.reward_scale != 0.0
@@ -254,7 +263,17 @@ class DiffInstructPP(DiffInstruct):
         if not reward.requires_grad:
             raise ValueError("the reward has no gradient by x0: it must be differentiable, or reward_scale 0")
         (gradient,) = torch.autograd.grad(reward.sum(), x0)
-        return self.reward_scale * gradient.float()
+        gradient = self.reward_scale * gradient.float()
+        norms = _norms(gradient)
+        metrics["reward_gradient_norm"] = norms.mean()
+        metrics["gradient_cosine"] = _cosines(score_gradient, -gradient).mean()
+        if self.reward_clip is not None:
+            share = self.reward_clip * _norms(score_gradient) / norms
+            metrics["reward_clipped"] = (share < 1.0).float().mean()
+            # A sample without a reward gradient has nothing to shorten.
+            share = torch.where(norms == 0.0, 1.0, share).clamp(max=1.0)
+            gradient = gradient * share.reshape(-1, *[1] * (gradient.dim() - 1))
+        return gradient
 
 
 def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -131,7 +131,8 @@ def build_run(config: Config, device: torch.device) -> Run:
     arguments: dict[str, Any] = settings.model_dump(exclude={"name"})
     if settings.name == "diff_instruct_pp":
         assert config.rewards.optimised is not None  # the schema sees to it
-        arguments.update(reward=reward, reward_scale=config.rewards.optimised.scale)
+        optimised = config.rewards.optimised
+        arguments.update(reward=reward, reward_scale=optimised.scale, reward_clip=optimised.clip)
     with _naming("method"):
         method = (DiffInstructPP if settings.name == "diff_instruct_pp" else DiffInstruct)(
             sampler.generator,

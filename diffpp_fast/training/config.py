@@ -82,6 +82,8 @@ class Reward(Section):
 class OptimisedReward(Reward):
     #: alpha_rew. With 0 the reward is evaluated and logged, without gradient.
     scale: float
+    #: The most that a sample's reward gradient may be, in norms of its score gradient; null: it is not clipped.
+    clip: Annotated[float, Field(gt=0)] | None = None
 
 
 class Rewards(Section):
