@@ -241,6 +241,7 @@ def test_a_single_reward_from_a_configuration(name: str, folder: Path) -> None:
         ({"clip": {"weight": 1.0, "arguments": [1]}}, "arguments of clip must be a mapping"),
         ({"beauty": {"weight": 1.0}}, "no reward 'beauty' for beauty; known: pickscore"),
         ({"mine": {"weight": 1.0, "reward": "nothing.py:make"}}, "no such file: .*nothing.py"),
+        ({"mine": {"weight": 1.0, "reward": "no_such_module:make"}}, "can't import no_such_module, the reward of mine"),
         ({"mine": {"weight": 1.0, "reward": "math:nothing"}}, "math has no function nothing"),
         ({"clip": {"weight": 1.0, "arguments": {"path": "./clip", "color": 1}}}, "color"),
         ({"clip": {"weight": float("nan"), "arguments": {"path": "./clip"}}}, "weight of clip must be finite"),

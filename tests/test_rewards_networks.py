@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -280,6 +282,20 @@ def test_formats_hold_the_same_network(tmp_path: Path) -> None:
         for key, value in official.transformers_clip_state(STATE).items():
             assert state[key].dtype == torch.float32
             torch.testing.assert_close(state[key], value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reward_that_is_dropped_is_freed_at_once(name: str, load: Callable[..., rewards.Reward]) -> None:
+    """No reference cycle holds gigabytes until the garbage collector comes."""
+    reward = load(name, checkpoint=True)
+    reward(IMAGES.float(), PROMPTS)
+    weights = weakref.ref(next(reward.parameters()))
+    gc.disable()
+    try:
+        del reward
+        assert weights() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow

@@ -107,23 +107,23 @@ class Encoder:
 
 def test_the_cache_encodes_each_prompt_once_and_forgets_the_oldest() -> None:
     encode = Encoder()
-    cache = text.PromptCache(encode, 3)
-    assert cache(["aa", "b", "aa"])[:, 0].tolist() == [2, 1, 2]
-    assert cache(["b", "ccc", "aa"])[:, 0].tolist() == [1, 3, 2]
+    cache = text.PromptCache(3)
+    assert cache(["aa", "b", "aa"], encode)[:, 0].tolist() == [2, 1, 2]
+    assert cache(["b", "ccc", "aa"], encode)[:, 0].tolist() == [1, 3, 2]
     assert encode.calls == [("aa", "b"), ("ccc",)]
-    cache(["dddd"])  # forgets b, the one asked for longest ago
+    cache(["dddd"], encode)  # forgets b, the one asked for longest ago
     assert len(cache) == 3
-    cache(["aa", "ccc", "dddd"])
+    cache(["aa", "ccc", "dddd"], encode)
     assert len(encode.calls) == 3
-    assert cache(["b"])[:, 0].tolist() == [1]
+    assert cache(["b"], encode)[:, 0].tolist() == [1]
     assert encode.calls[3:] == [("b",)]
 
 
 def test_a_batch_may_be_larger_than_the_cache_and_than_a_chunk() -> None:
     encode = Encoder()
-    cache = text.PromptCache(encode, 5)
+    cache = text.PromptCache(5)
     prompts = ["p" * length for length in range(300)]
-    assert cache(prompts)[:, 0].tolist() == list(range(300))
+    assert cache(prompts, encode)[:, 0].tolist() == list(range(300))
     assert [len(call) for call in encode.calls] == [128, 128, 44]
     assert len(cache) == 5
 

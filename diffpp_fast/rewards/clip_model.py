@@ -101,7 +101,7 @@ class Clip(nn.Module):
         self.text_projection: Any = getattr(model, "text_projection", None)
         self.scale = scale
         self.image_size: int = config.vision_config.image_size
-        self.cache = PromptCache(self._encode, capacity)
+        self.cache = PromptCache(capacity)
         if self.text_model is not None:
             text = config.text_config
             if text.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: transformers takes the highest token's place
@@ -120,7 +120,7 @@ class Clip(nn.Module):
                 layer.mlp.activation_fn = QuickGelu()
         if checkpoint:
             recompute(self.vision_model.encoder.layers)
-        self.register_load_state_dict_post_hook(lambda *_: self.cache.clear())
+        self.register_load_state_dict_post_hook(lambda module, _: module.cache.clear())
         self.eval().requires_grad_(False)
 
     @property
@@ -135,7 +135,7 @@ class Clip(nn.Module):
         """Unit features [B, D] of prompts, float32, without gradient."""
         if self.text_model is None:
             raise ConfigurationError("this CLIP was loaded without its text encoder")
-        return self.cache(prompts)
+        return self.cache(prompts, self._encode)
 
     def clear_cache(self) -> None:
         """Forgets the prompts' features."""

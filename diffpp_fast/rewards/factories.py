@@ -321,12 +321,19 @@ def _make(name: str, kind: str, arguments: dict[str, Any], folder: Path) -> Scor
         raise ConfigurationError(
             f"mixture: there is no reward {kind!r} for {name}; known: {', '.join(FACTORIES)}, file.py:name, module:name"
         )
-    module = _import_file(folder / source, name) if source.endswith(".py") else importlib.import_module(source)
+    module = _import_file(folder / source, name) if source.endswith(".py") else _import_module(source, name)
     factory = getattr(module, function, None)
     if not callable(factory):
         raise ConfigurationError(f"mixture: {source} has no function {function}, the reward of {name}")
     scorer: Scorer = factory(**arguments)
     return scorer
+
+
+def _import_module(source: str, name: str) -> Any:
+    try:
+        return importlib.import_module(source)
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(f"mixture: can't import {source}, the reward of {name}: {error}") from error
 
 
 def _import_file(path: Path, name: str) -> Any:

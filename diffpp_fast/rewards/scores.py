@@ -117,7 +117,7 @@ class ImageReward(Reward):
         self.vision, self.text, self.head, self.preprocessing = vision, text, head, preprocessing
         self.mean, self.std = mean, std
         self.tokenize = PromptTokenizer(tokenizer, length, self.name)
-        self.cache = PromptCache(self._tokens, capacity)
+        self.cache = PromptCache(capacity)
         for layer in vision.encoder.layers:
             layer.self_attn = SelfAttention(layer.self_attn)
         for layer in text.encoder.layer:
@@ -129,7 +129,7 @@ class ImageReward(Reward):
 
     def score(self, batch: ImageBatch, prompts: tuple[str, ...]) -> Tensor:
         pixels = batch.pixels(self.preprocessing, self.vision.post_layernorm.weight.dtype)
-        ids, mask = self.cache(prompts).unbind(1)
+        ids, mask = self.cache(prompts, self._tokens).unbind(1)
         hidden = self.text(
             input_ids=ids,
             attention_mask=mask.bool()[:, None, None],  # in its last form: transformers would ask the device about it

@@ -63,26 +63,20 @@ class PromptTokenizer:
 
 
 class PromptCache:
-    """What `encode` gave for the prompts asked for last.
-
-    Args:
-        encode: prompts -> [B, ...] on the model's device.
-        capacity: prompts that are kept.
-    """
+    """What an encoder gave for the prompts asked for last, `capacity` of them."""
 
     #: Prompts that are encoded at a time.
     CHUNK = 128
 
-    def __init__(self, encode: Callable[[Sequence[str]], Tensor], capacity: int) -> None:
-        self.encode = encode
+    def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._known: OrderedDict[str, Tensor] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._known)
 
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """B prompts -> [B, ...]; without gradient."""
+    def __call__(self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Tensor]) -> Tensor:
+        """B prompts -> [B, ...], without gradient; `encode` gives it for those that are not known."""
         rows = {prompt: self._known.get(prompt) for prompt in prompts}
         missing = [prompt for prompt, row in rows.items() if row is None]
         # A tensor made under inference mode could not take part in a later backward pass.
@@ -90,7 +84,7 @@ class PromptCache:
             for start in range(0, len(missing), self.CHUNK):
                 part = missing[start : start + self.CHUNK]
                 # Clones: a view would keep its whole chunk alive.
-                rows.update((prompt, row.clone()) for prompt, row in zip(part, self.encode(part), strict=True))
+                rows.update((prompt, row.clone()) for prompt, row in zip(part, encode(part), strict=True))
         for prompt, row in rows.items():
             assert row is not None
             self._known[prompt] = row

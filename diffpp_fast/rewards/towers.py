@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -62,5 +62,16 @@ class TextAttention(nn.Module):
 def recompute(layers: Iterable[nn.Module]) -> None:
     """Each layer keeps its input alone, and is computed once more in the backward pass."""
     for layer in layers:
-        # transformers' own recomputation works in training mode only, which a frozen tower never is in. No layer draws.
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.__class__ = _recomputing(type(layer))
+
+
+# transformers' own recomputation works in training mode only, in which a frozen tower never is.
+@lru_cache
+def _recomputing(kind: Any) -> Any:
+    def forward(self: nn.Module, *inputs: Any, **options: Any) -> Any:
+        # No layer draws random numbers.
+        return checkpoint(
+            partial(kind.forward, self), *inputs, use_reentrant=False, preserve_rng_state=False, **options
+        )
+
+    return type(f"Recomputing{kind.__name__}", (kind,), {"forward": forward})
