@@ -135,7 +135,7 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise huggingface_hub.errors.LocalEntryNotFoundError("outgoing traffic has been disabled")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(ConfigurationError, match=r"hf download THUDM/ImageReward ImageReward.pt; then give its path"):
+    with pytest.raises(ConfigurationError, match=r"hf download THUDM/ImageReward ImageReward.pt; then give the path"):
         rewards.imagereward()
 
 

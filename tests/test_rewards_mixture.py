@@ -7,14 +7,16 @@ from typing import Any
 
 import official_rewards as official
 import pytest
+import tiny
 import torch
+import yaml
 from torch import Tensor, nn
 
 from diffpp_fast import rewards
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.kernels import dispatch
 from diffpp_fast.rewards import Margin, Mixture, Normalized
-from diffpp_fast.training import config
+from diffpp_fast.training import Callback, Trainer, config, load_config
 from diffpp_fast.training.rewards import LatentReward, load_scorer
 
 PROMPTS = ("a cat", "the dogs")
@@ -223,6 +225,26 @@ def test_mixture_from_a_configuration(folder: Path) -> None:
     assert set(scorer.last) == {
         *("aesthetic", "clip", "clip/normalized", "clip/margin", "second", "mine", "total"),
     }
+
+
+def test_a_run_trains_on_a_mixture(folder: Path, tmp_path: Path) -> None:
+    arguments = {"folder": str(folder), "rewards": {name: entries()[name] for name in ("aesthetic", "clip")}}
+    path = tiny.write(tmp_path)
+    settings = tiny.settings()
+    settings["rewards"]["optimised"] = {"factory": "diffpp_fast.rewards:mixture", "arguments": arguments, "scale": 1.0}
+    held_out = {"path": str(folder / "other"), "dtype": "bfloat16"}
+    settings["rewards"]["held_out"] = {"factory": "diffpp_fast.rewards:clip", "arguments": held_out}
+    path.write_text(yaml.safe_dump(settings))
+    logs: list[dict[str, float]] = []
+
+    class Log(Callback):
+        def on_log(self, step: int, scalars: Any) -> None:
+            logs.append(dict(scalars))
+
+    run = load_config(path, [f"output={tmp_path / 'run'}", "training.steps=1", "training.grid_every=1"])
+    assert Trainer(run, callbacks=[Log()]).run().step == 1
+    assert any(scalars.get("generator/reward_gradient_norm", 0) > 0 for scalars in logs)
+    assert any("grid/held_out" in scalars for scalars in logs)
 
 
 @pytest.mark.parametrize("name", ["clip", "pickscore"])

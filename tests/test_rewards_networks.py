@@ -144,6 +144,14 @@ def test_nan_reaches_the_score_of_its_image_alone(name: str, load: Callable[...,
     assert load(name)(images, PROMPTS).isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize(("name", "cleaned"), [("clip", True), ("hpsv2.1", True), ("pickscore", False)])
+def test_whose_tokenizer_cleans_prompts(name: str, cleaned: bool, load: Callable[..., rewards.Reward]) -> None:
+    """OpenAI's and open_clip's do, transformers' does not."""
+    reward, images = load(name), IMAGES[:1].float()
+    same = torch.equal(reward(images, ("cats &amp; dogs",)), reward(images, ("cats & dogs",)))
+    assert same == cleaned
+
+
 @pytest.mark.parametrize("clamp", ["hard", "straight_through"])
 def test_clamp_decides_on_the_gradient_outside(clamp: str, load: Callable[..., rewards.Reward]) -> None:
     images = IMAGES.float().requires_grad_()
@@ -263,6 +271,15 @@ def test_position_ids_are_counted_where_a_network_has_them() -> None:
 def test_the_scale_is_read_before_it_is_rounded(load: Callable[..., rewards.Reward]) -> None:
     reward: Any = load("pickscore", dtype="bfloat16")
     assert reward.factor == pytest.approx(float(STATE["logit_scale"].double().exp()), rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "state", "prefix"), [("imagereward", BLIP_STATE, "mlp."), ("aesthetic", HEAD, "")])
+def test_heads_are_not_rounded(
+    name: str, state: official.State, prefix: str, load: Callable[..., rewards.Reward]
+) -> None:
+    reward: Any = load(name, dtype="bfloat16")
+    for key, value in reward.head.state_dict().items():
+        torch.testing.assert_close(value, state[prefix + key], rtol=0, atol=0)
 
 
 def test_formats_hold_the_same_network(tmp_path: Path) -> None:

@@ -58,9 +58,10 @@ def _download(repository: str, name: str, what: str) -> Path:
         return Path(hf_hub_download(repository, name))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        command = f"hf download {repository}" + ("" if name == "config.json" else f" {name}")
         raise ConfigurationError(
             f"{what}: there is no folder {repository}, and the hub gave no {name} of that repository ({reason}). "
-            f"Where there is a network: hf download {repository} {name}; then give its path."
+            f"Where there is a network: {command}; then give the path."
         ) from error
 
 

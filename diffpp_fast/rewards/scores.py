@@ -193,9 +193,8 @@ def load_imagereward(
         parts.text = BlipTextModel(text_config, add_pooling_layer=False)
         parts.head = Head(architecture["text"]["hidden_size"])
     spare = (r"^blip\.(vision|text)_proj\.",)  # of BLIP's pretraining; the reward has no use for them
-    fit(parts, read_tensors(path, what), path, what, source=_from_blip, spare=spare, dtype=dtype)
-    parts.head.to(head_dtype(dtype))
-    return parts.vision, parts.text, parts.head
+    fit(parts, read_tensors(path, what), path, what, source=_from_blip, spare=spare, dtype=head_dtype(dtype))
+    return parts.vision.to(dtype), parts.text.to(dtype), parts.head
 
 
 def head_dtype(dtype: torch.dtype) -> torch.dtype:

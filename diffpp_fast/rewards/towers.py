@@ -62,7 +62,8 @@ class TextAttention(nn.Module):
 def recompute(layers: Iterable[nn.Module]) -> None:
     """Each layer keeps its input alone, and is computed once more in the backward pass."""
     for layer in layers:
-        layer.__class__ = _recomputing(type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = _recomputing(kind)
 
 
 # transformers' own recomputation works in training mode only, in which a frozen tower never is.
