@@ -79,8 +79,7 @@ class PromptCache:
         """B prompts -> [B, ...], without gradient; `encode` gives it for those that are not known."""
         rows = {prompt: self._known.get(prompt) for prompt in prompts}
         missing = [prompt for prompt, row in rows.items() if row is None]
-        # A tensor made under inference mode could not take part in a later backward pass.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             for start in range(0, len(missing), self.CHUNK):
                 part = missing[start : start + self.CHUNK]
                 # Clones: a view would keep its whole chunk alive.
