@@ -1,6 +1,6 @@
 """Diff-Instruct++ and its relatives: one-step text-to-image generators aligned with human preference.
 
-`import diffpp_fast` needs torch alone. `diffpp_fast.networks` and `diffpp_fast.methods` load on first use.
+`import diffpp_fast` needs torch alone. `diffpp_fast.networks`, `.rewards` and `.methods` load on first use.
 """
 
 import importlib
@@ -12,9 +12,9 @@ from diffpp_fast.noise import Noise
 from diffpp_fast.schedule import NoiseSchedule
 from diffpp_fast.version import __version__
 
-__all__ = ["Noise", "NoiseSchedule", "__version__", "methods", "networks", "ops", "use_backend"]
+__all__ = ["Noise", "NoiseSchedule", "__version__", "methods", "networks", "ops", "rewards", "use_backend"]
 
-_LAZY = ("methods", "networks")
+_LAZY = ("methods", "networks", "rewards")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -1,0 +1,26 @@
+"""Floor 3: reward models, (images in [-1, 1], prompts) -> scores; transformers is imported when one is loaded."""
+
+from diffpp_fast.rewards.base import ImageBatch, Preprocessing, Reward, Scorer, score
+from diffpp_fast.rewards.clip_model import Clip
+from diffpp_fast.rewards.combine import Margin, Mixture, Normalized
+from diffpp_fast.rewards.factories import aesthetic, clip, hpsv2, imagereward, load, load_clip, mixture, pickscore
+
+__all__ = [
+    "Clip",
+    "ImageBatch",
+    "Margin",
+    "Mixture",
+    "Normalized",
+    "Preprocessing",
+    "Reward",
+    "Scorer",
+    "aesthetic",
+    "clip",
+    "hpsv2",
+    "imagereward",
+    "load",
+    "load_clip",
+    "mixture",
+    "pickscore",
+    "score",
+]

@@ -1,0 +1,195 @@
+"""What every reward has in common: checked input, one pixel pass per preprocessing, scores in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffpp_fast import ops
+
+#: (images [B, 3, H, W] about [-1, 1], prompts) -> [B]
+Scorer = Callable[[Tensor, tuple[str, ...]], Tensor]
+
+#: Mean and standard deviation that OpenAI's CLIP, and all rewards built on CLIP or BLIP, normalise pixels by.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Arguments of `ops.reward_pixels`; two rewards with equal ones share the result."""
+
+    size: int
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    filter: str = "bicubic"
+    antialias: bool = True
+    fit: str = "crop"
+    clamp: str = "hard"
+
+    def __call__(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """images [B, 3, H, W] in [-1, 1] -> [B, 3, size, size] in `dtype`."""
+        return ops.reward_pixels(
+            images,
+            self.size,
+            mean=self.mean,
+            std=self.std,
+            filter=self.filter,
+            antialias=self.antialias,
+            fit=self.fit,
+            clamp=self.clamp,
+            dtype=dtype,
+        )
+
+
+class ImageBatch:
+    """A batch of images, and what has been computed from it: rewards that need the same thing share it.
+
+    Args:
+        images: [B, 3, H, W], floating-point, in [-1, 1] as a VAE decoder gives them, not clamped.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor [B, 3, H, W], got {type(images).__name__}")
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating-point in [-1, 1], got {images.dtype}; uint8: x / 127.5 - 1")
+        if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape:
+            raise ValueError(f"images must have shape [B, 3, H, W] with pixels, got {list(images.shape)}")
+        self.images = images
+        self._known: dict[Hashable, tuple[Tensor, bool]] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pixels(self, preprocessing: Preprocessing, dtype: torch.dtype) -> Tensor:
+        """The images as a network takes them, [B, 3, size, size]."""
+        return self.once((preprocessing, dtype), lambda: preprocessing(self.images, dtype))
+
+    def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` gives, computed at the first call with this `key`.
+
+        A result without a graph is not handed to a caller who needs one.
+        """
+        known = self._known.get(key)
+        if known is None or (torch.is_grad_enabled() and not known[1]):
+            known = compute(), torch.is_grad_enabled()
+            self._known[key] = known
+        return known[0]
+
+
+class Reward(nn.Module):
+    """A frozen scorer: images [B, 3, H, W] in [-1, 1] and B prompts -> [B] float32, differentiable in the images.
+
+    A subclass defines `score`, calls `freeze` at the end of its construction, and takes everything that depends on
+    the images alone from the batch, so that rewards share it. Surrounding autocast is ignored: a reward computes in
+    the dtype that its weights have. An image with NaN gives a NaN score, without waiting for the device;
+    `rewards.score` checks.
+    """
+
+    #: What messages call it.
+    name = "reward"
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The scores [B].
+
+        Raises:
+            TypeError: images that are no floating-point tensor, prompts that are no strings.
+            ValueError: images of another shape, or another number of prompts.
+        """
+        batch = ImageBatch(images)
+        prompts = check_prompts(prompts, len(batch))
+        with torch.autocast(images.device.type, enabled=False):
+            return self.score(batch, prompts)
+
+    def score(self, batch: ImageBatch, prompts: tuple[str, ...]) -> Tensor:
+        """The scores [B] float32 of a checked batch."""
+        raise NotImplementedError
+
+    def stages(self, batch: ImageBatch, prompts: tuple[str, ...]) -> dict[str, Tensor]:
+        """The scores [B] by what has been done to them, from "raw" to what `score` gives."""
+        return {"raw": self.score(batch, prompts)}
+
+    def freeze(self) -> None:
+        """No weight wants a gradient, and autograd keeps nothing for one."""
+        self.eval().requires_grad_(False)
+
+
+class CallableReward(Reward):
+    """Any (images, prompts) -> [B] as a `Reward`; a module among them is frozen."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__()
+        if not callable(scorer):
+            raise TypeError(f"a reward must be callable with (images, prompts), got {type(scorer).__name__}")
+        self.scorer = scorer
+        self.name = getattr(scorer, "__name__", type(scorer).__name__)
+        self.freeze()
+
+    def score(self, batch: ImageBatch, prompts: tuple[str, ...]) -> Tensor:
+        values: Any = self.scorer(batch.images, prompts)
+        if not isinstance(values, Tensor) or values.shape != (len(batch),):
+            got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"{self.name} must give one number per image, shape [{len(batch)}], got {got}")
+        return values.float()
+
+
+def as_reward(scorer: Scorer) -> Reward:
+    """`scorer` itself, or wrapped if it is no `Reward`."""
+    return scorer if isinstance(scorer, Reward) else CallableReward(scorer)
+
+
+def check_prompts(prompts: Sequence[str], count: int) -> tuple[str, ...]:
+    """The prompts as a tuple; raises unless they are `count` strings."""
+    if isinstance(prompts, str):
+        raise TypeError("prompts must be a sequence of strings, got a single string")
+    prompts = tuple(prompts)
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompts must be strings, got {type(prompt).__name__}")
+    if len(prompts) != count:
+        raise ValueError(f"{count} images need {count} prompts, got {len(prompts)}")
+    return prompts
+
+
+@torch.no_grad()
+def score(scorer: Scorer, images: Tensor, prompts: Sequence[str], *, batch_size: int | None = None) -> Tensor:
+    """Scores images for reading: without gradient, in batches, and checked.
+
+    Args:
+        scorer: a reward or any (images, prompts) -> [B].
+        images: [B, 3, H, W] in [-1, 1]; moved to the reward's device batch by batch.
+        prompts: B strings.
+        batch_size: images at a time; None: all of them.
+
+    Returns:
+        [B] float32, on the device of `images`.
+
+    Raises:
+        ValueError: an image or a score is not finite (this waits for the device), or what `Reward.forward` refuses.
+    """
+    reward = as_reward(scorer)
+    prompts = check_prompts(prompts, len(ImageBatch(images)))
+    bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"{len(bad)} of {len(images)} images are not finite, the first is number {bad[0]}")
+    size = batch_size or len(images)
+    if size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    weight = next(reward.parameters(), None)
+    device = images.device if weight is None else weight.device
+    parts = [
+        reward(images[start : start + size].to(device), prompts[start : start + size])
+        for start in range(0, len(images), size)
+    ]
+    scores = torch.cat(parts).float().to(images.device)
+    bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"{reward.name} is not finite for {len(bad)} of {len(images)} images, e.g. {prompts[bad[0]]!r}"
+        )
+    return scores

@@ -1,0 +1,182 @@
+"""Weights of reward models: found, read without unpickling, and fitted to a network key by key."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffpp_fast.errors import ConfigurationError
+
+#: Where the value of a network's key comes from: the key in the file, and how the tensor there becomes the value.
+Source = Callable[[str], tuple[str, Callable[[Tensor], Tensor]]]
+
+# What a file with such a key is, most telling first.
+_KINDS = (
+    (r"blip\.visual_encoder\.", "ImageReward"),
+    (r"visual_encoder\.(blocks|pos_embed)", "BLIP in its authors' format"),
+    (r"visual\.(conv1|transformer|trunk)", "CLIP in OpenAI's or open_clip's format"),
+    (r"vision_model\.", "CLIP or BLIP in transformers' format"),
+    (r"text_model\.", "a text encoder in transformers' format"),
+    (r"layers\.[0-9]+\.weight$", "an MLP such as the aesthetic predictor's"),
+    (r"(decoder|encoder)\.(up|down)_blocks\.", "a diffusers autoencoder"),
+    (r"(down|up|mid)_blocks?\.", "a diffusers UNet"),
+    (r"transformer_blocks\.", "a diffusion transformer"),
+    (r"param_groups", "an optimizer's state"),
+)
+
+
+def locate(path: str | Path, names: Sequence[str], what: str) -> Path:
+    """A file that is given itself, or one of `names` in a folder, or the first of them in a repository of the hub.
+
+    Raises ConfigurationError, naming `what`, where there is none.
+    """
+    local = Path(path).expanduser()
+    if local.is_file():
+        return local
+    if local.is_dir():
+        found = next((local / name for name in names if (local / name).is_file()), None)
+        if found is None:
+            held = ", ".join(sorted(entry.name for entry in local.iterdir())[:8]) or "nothing"
+            raise ConfigurationError(f"{what}: {local} has no {' or '.join(names)}; it holds {held}")
+        return found
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+        raise ConfigurationError(f"{what}: no such file or folder: {local}")
+    return _download(str(path), names[0], what)
+
+
+def _download(repository: str, name: str, what: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(repository, name))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        command = f"hf download {repository}" + ("" if name == "config.json" else f" {name}")
+        raise ConfigurationError(
+            f"{what}: there is no folder {repository}, and the hub gave no {name} of that repository ({reason}). "
+            f"Where there is a network: {command}; then give the path."
+        ) from error
+
+
+def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of what torch.save wrote, on the CPU; nothing is unpickled.
+
+    A state dict inside a checkpoint's "state_dict", "model" or "module" is taken out, and the prefix that
+    DistributedDataParallel adds to every key is cut off.
+    """
+    tensors = _read_safetensors(path, what) if path.suffix == ".safetensors" else _read_pickled(path, what)
+    if tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    return tensors
+
+
+def _read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ConfigurationError(f"{what}: {path} can't be read as safetensors: {error}. Is it whole?") from error
+
+
+def _read_pickled(path: Path, what: str) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ConfigurationError(
+            f"{what}: {path} holds more than tensors, and nothing else is unpickled, because unpickling runs code. If "
+            "you trust it, write its state dict once with safetensors.torch.save_file and give that file's path. "
+            f"({_first_line(error)})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"{what}: {path} can't be read: {_first_line(error)}. It should be what torch.save wrote of a state "
+            "dict (no TorchScript), or .safetensors; is it whole?"
+        ) from error
+    for name in ("state_dict", "model", "module"):
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise ConfigurationError(f"{what}: {path} holds no state dict: {type(content).__name__}")
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def unchanged(key: str) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """The source of a file with the network's own keys."""
+    return key, lambda value: value
+
+
+def fit(
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    what: str,
+    *,
+    source: Source = unchanged,
+    spare: Iterable[str] = (),
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Fills a network that was built on the meta device.
+
+    Args:
+        network: takes `tensors`, or its converted copies, as its weights.
+        source: which key of the file a key of the network comes from, and how.
+        spare: regular expressions of keys that the file may hold though the network has no use for them.
+        dtype: of the weights.
+
+    Raises ConfigurationError, naming the file and the first keys in question, unless every key fits.
+    """
+    values, missing, shapes, used = {}, [], [], set()
+    for key, wanted in network.state_dict().items():
+        name, convert = source(key)
+        used.add(name)
+        if name not in tensors:
+            missing.append(name)
+            continue
+        try:
+            value = convert(tensors[name])
+        except (RuntimeError, IndexError):
+            value = tensors[name]
+        if value.shape != wanted.shape:
+            shapes.append(f"{name} has shape {list(tensors[name].shape)}, for a {key} of {list(wanted.shape)}")
+        values[key] = value.to(dtype) if value.is_floating_point() else value
+    spares = re.compile("|".join(f"(?:{pattern})" for pattern in (*spare, r"(^|\.)position_ids$")))
+    unexpected = [name for name in tensors if name not in used and not spares.search(name)]
+    if missing or shapes or unexpected:
+        raise ConfigurationError(_misfit(what, path, tensors, missing, shapes, unexpected))
+    network.load_state_dict(values, assign=True)
+    for module in network.modules():
+        positions = module._buffers.get("position_ids")
+        if positions is not None and positions.is_meta:  # transformers saves it no more: it counts the positions
+            module._buffers["position_ids"] = torch.arange(positions.shape[-1]).expand(positions.shape)
+
+
+def _misfit(
+    what: str, path: Path, tensors: Mapping[str, Tensor], missing: list[str], shapes: list[str], unexpected: list[str]
+) -> str:
+    found = [
+        f"{title} ({len(items)}): {', '.join(items[:3])}{', ...' if len(items) > 3 else ''}"
+        for title, items in (("missing", missing), ("shapes", shapes), ("unexpected", unexpected))
+        if items
+    ]
+    return f"{what}: {path} does not fit. It looks like {kind_of(tensors)}. {'; '.join(found)}"
+
+
+def kind_of(tensors: Mapping[str, Tensor]) -> str:
+    """What a file with these keys seems to be."""
+    for pattern, kind in _KINDS:
+        if any(re.match(pattern, name) for name in tensors):
+            return kind
+    return f"nothing known (first keys: {', '.join(list(tensors)[:3]) or 'none'})"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

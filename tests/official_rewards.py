@@ -1,0 +1,379 @@
+"""Reward models as their authors wrote them: keys and shapes of their files, and their scores in float64.
+
+Written from openai/CLIP clip/model.py, open_clip model_configs/ViT-H-14.json, salesforce/BLIP models/vit.py and med.py,
+THUDM/ImageReward ImageReward.py and christophschuhmann/improved-aesthetic-predictor simple_inference.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Shapes = dict[str, tuple[int, ...]]
+State = dict[str, Tensor]
+
+
+class Tower(NamedTuple):
+    width: int
+    layers: int
+    heads: int
+    patch: int = 0
+    image: int = 0
+    vocabulary: int = 0
+    length: int = 0
+
+
+class ClipSizes(NamedTuple):
+    vision: Tower
+    text: Tower
+    features: int
+
+
+VIT_H_14 = ClipSizes(Tower(1280, 32, 16, 14, 224), Tower(1024, 24, 16, vocabulary=49408, length=77), 1024)
+VIT_L_14 = ClipSizes(Tower(1024, 24, 16, 14, 224), Tower(768, 12, 12, vocabulary=49408, length=77), 768)
+#: Of a CLIP that runs in milliseconds; the vocabulary is that of `write_clip_tokenizer`.
+SMALL_CLIP = ClipSizes(Tower(48, 3, 4, 8, 32), Tower(32, 2, 4, vocabulary=518, length=12), 768)
+
+BLIP_L = (Tower(1024, 24, 16, 16, 224), Tower(768, 12, 12, vocabulary=30524, length=512))
+SMALL_BLIP = (Tower(48, 3, 4, 8, 32), Tower(32, 2, 4, vocabulary=14, length=40))
+
+
+# -- keys and shapes ---------------------------------------------------------------------------------------------------
+
+
+def clip_shapes(sizes: ClipSizes) -> Shapes:
+    """Of a CLIP's state dict in OpenAI's and open_clip's format."""
+    vision, text, features = sizes
+    shapes: Shapes = {
+        "positional_embedding": (text.length, text.width),
+        "text_projection": (text.width, features),
+        "logit_scale": (),
+        "visual.class_embedding": (vision.width,),
+        "visual.positional_embedding": ((vision.image // vision.patch) ** 2 + 1, vision.width),
+        "visual.proj": (vision.width, features),
+        "visual.conv1.weight": (vision.width, 3, vision.patch, vision.patch),
+        "token_embedding.weight": (text.vocabulary, text.width),
+        **_affine("visual.ln_pre", vision.width),
+        **_affine("visual.ln_post", vision.width),
+        **_affine("ln_final", text.width),
+    }
+    for prefix, tower in (("visual.transformer", vision), ("transformer", text)):
+        for layer in range(tower.layers):
+            block, width = f"{prefix}.resblocks.{layer}", tower.width
+            shapes |= {
+                **_affine(f"{block}.ln_1", width),
+                f"{block}.attn.in_proj_weight": (3 * width, width),
+                f"{block}.attn.in_proj_bias": (3 * width,),
+                **_linear(f"{block}.attn.out_proj", width, width),
+                **_affine(f"{block}.ln_2", width),
+                **_linear(f"{block}.mlp.c_fc", width, 4 * width),
+                **_linear(f"{block}.mlp.c_proj", 4 * width, width),
+            }
+    return shapes
+
+
+def imagereward_shapes(towers: tuple[Tower, Tower]) -> Shapes:
+    vision, text = towers
+    visual, encoder = "blip.visual_encoder", "blip.text_encoder"
+    shapes: Shapes = {
+        f"{visual}.cls_token": (1, 1, vision.width),
+        f"{visual}.pos_embed": (1, (vision.image // vision.patch) ** 2 + 1, vision.width),
+        f"{visual}.patch_embed.proj.weight": (vision.width, 3, vision.patch, vision.patch),
+        f"{visual}.patch_embed.proj.bias": (vision.width,),
+        **_affine(f"{visual}.norm", vision.width),
+        f"{encoder}.embeddings.word_embeddings.weight": (text.vocabulary, text.width),
+        f"{encoder}.embeddings.position_embeddings.weight": (text.length, text.width),
+        **_affine(f"{encoder}.embeddings.LayerNorm", text.width),
+    }
+    for layer in range(vision.layers):
+        block, width = f"{visual}.blocks.{layer}", vision.width
+        shapes |= {
+            **_affine(f"{block}.norm1", width),
+            **_linear(f"{block}.attn.qkv", width, 3 * width),
+            **_linear(f"{block}.attn.proj", width, width),
+            **_affine(f"{block}.norm2", width),
+            **_linear(f"{block}.mlp.fc1", width, 4 * width),
+            **_linear(f"{block}.mlp.fc2", 4 * width, width),
+        }
+    for layer in range(text.layers):
+        block, width = f"{encoder}.encoder.layer.{layer}", text.width
+        for attention, source in (("attention", width), ("crossattention", vision.width)):
+            shapes |= {
+                **_linear(f"{block}.{attention}.self.query", width, width),
+                **_linear(f"{block}.{attention}.self.key", source, width),
+                **_linear(f"{block}.{attention}.self.value", source, width),
+                **_linear(f"{block}.{attention}.output.dense", width, width),
+                **_affine(f"{block}.{attention}.output.LayerNorm", width),
+            }
+        shapes |= {
+            **_linear(f"{block}.intermediate.dense", width, 4 * width),
+            **_linear(f"{block}.output.dense", 4 * width, width),
+            **_affine(f"{block}.output.LayerNorm", width),
+        }
+    return shapes | {f"mlp.{name}": shape for name, shape in head_shapes(text.width).items()}
+
+
+def head_shapes(width: int) -> Shapes:
+    sizes = (width, 1024, 128, 64, 16, 1)
+    shapes: Shapes = {}
+    for place, inputs, outputs in zip((0, 2, 4, 6, 7), sizes, sizes[1:], strict=False):
+        shapes |= _linear(f"layers.{place}", inputs, outputs)
+    return shapes
+
+
+def _linear(name: str, inputs: int, outputs: int) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _affine(name: str, width: int) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def random_state(shapes: Shapes, seed: int = 0) -> State:
+    """Weights at which features and gradients are of order 1."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in shapes.items():
+        value = torch.randn(shape, generator=generator)
+        if re.search(r"(ln_\w+|norm\d?|LayerNorm)\.weight$", name):
+            value = 1 + 0.2 * value
+        elif len(shape) > 1 and "embed" not in name and "token" not in name:
+            value = value / math.sqrt(math.prod(shape[1:]))
+        state[name] = value if name == "logit_scale" else value * (0.1 if name.endswith("bias") else 1.0)
+    if "logit_scale" in state:
+        state["logit_scale"] = torch.tensor(4.6052)
+    return state
+
+
+def transformers_clip_state(state: State) -> State:
+    """The same weights under the keys of transformers' CLIPModel."""
+    converted = {
+        "logit_scale": state["logit_scale"],
+        "text_projection.weight": state["text_projection"].T.contiguous(),
+        "visual_projection.weight": state["visual.proj"].T.contiguous(),
+        "text_model.embeddings.token_embedding.weight": state["token_embedding.weight"],
+        "text_model.embeddings.position_embedding.weight": state["positional_embedding"],
+        "vision_model.embeddings.class_embedding": state["visual.class_embedding"],
+        "vision_model.embeddings.position_embedding.weight": state["visual.positional_embedding"],
+        "vision_model.embeddings.patch_embedding.weight": state["visual.conv1.weight"],
+    }
+    norms = {"visual.ln_pre": "vision_model.pre_layrnorm", "visual.ln_post": "vision_model.post_layernorm"}
+    for ours, theirs in {**norms, "ln_final": "text_model.final_layer_norm"}.items():
+        for part in ("weight", "bias"):
+            converted[f"{theirs}.{part}"] = state[f"{ours}.{part}"]
+    for prefix, model in (("visual.transformer", "vision_model"), ("transformer", "text_model")):
+        for layer in range(sum(name.startswith(prefix) and name.endswith("ln_1.bias") for name in state)):
+            old, new = f"{prefix}.resblocks.{layer}", f"{model}.encoder.layers.{layer}"
+            for part in ("weight", "bias"):
+                width = state[f"{old}.ln_1.bias"].numel()
+                packed = state[f"{old}.attn.in_proj_{part}"]
+                for index, letter in enumerate("qkv"):
+                    rows = packed[index * width : (index + 1) * width].clone()
+                    converted[f"{new}.self_attn.{letter}_proj.{part}"] = rows
+                for ours, theirs in (
+                    ("attn.out_proj", "self_attn.out_proj"),
+                    ("ln_1", "layer_norm1"),
+                    ("ln_2", "layer_norm2"),
+                    ("mlp.c_fc", "mlp.fc1"),
+                    ("mlp.c_proj", "mlp.fc2"),
+                ):
+                    converted[f"{new}.{theirs}.{part}"] = state[f"{old}.{ours}.{part}"]
+    return converted
+
+
+# -- forward passes, float64 -------------------------------------------------------------------------------------------
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores + mask
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def _norm(x: Tensor, state: State, name: str, eps: float) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    scaled = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+
+def _affine_map(x: Tensor, state: State, name: str) -> Tensor:
+    return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def _clip_tower(x: Tensor, state: State, prefix: str, tower: Tower, quick: bool, mask: Tensor | None) -> Tensor:
+    for layer in range(tower.layers):
+        block = f"{prefix}.resblocks.{layer}"
+        packed = _norm(x, state, f"{block}.ln_1", 1e-5) @ state[f"{block}.attn.in_proj_weight"].T
+        q, k, v = (packed + state[f"{block}.attn.in_proj_bias"]).chunk(3, -1)
+        x = x + _affine_map(_attend(q, k, v, tower.heads, mask), state, f"{block}.attn.out_proj")
+        hidden = _affine_map(_norm(x, state, f"{block}.ln_2", 1e-5), state, f"{block}.mlp.c_fc")
+        hidden = hidden * torch.sigmoid(1.702 * hidden) if quick else _gelu(hidden)
+        x = x + _affine_map(hidden, state, f"{block}.mlp.c_proj")
+    return x
+
+
+def double(state: State) -> State:
+    return {name: value.double() for name, value in state.items()}
+
+
+def clip_image(state: State, sizes: ClipSizes, pixels: Tensor, *, quick: bool) -> Tensor:
+    """Unit image features [B, D] of pixels [B, 3, size, size], float64."""
+    tower = sizes.vision
+    x = F.conv2d(pixels.double(), state["visual.conv1.weight"], stride=tower.patch).flatten(2).transpose(1, 2)
+    x = torch.cat((state["visual.class_embedding"].expand(len(x), 1, -1), x), 1) + state["visual.positional_embedding"]
+    x = _clip_tower(_norm(x, state, "visual.ln_pre", 1e-5), state, "visual.transformer", tower, quick, None)
+    features = _norm(x[:, 0], state, "visual.ln_post", 1e-5) @ state["visual.proj"]
+    return features / features.norm(dim=1, keepdim=True)
+
+
+def clip_text(state: State, sizes: ClipSizes, ids: Tensor, *, quick: bool) -> Tensor:
+    """Unit text features [B, D] of ids [B, L] whose highest number ends the prompt, float64."""
+    length = ids.shape[1]
+    mask = torch.full((length, length), -torch.inf, dtype=torch.float64).triu(1)
+    x = state["token_embedding.weight"][ids] + state["positional_embedding"][:length]
+    x = _norm(_clip_tower(x, state, "transformer", sizes.text, quick, mask), state, "ln_final", 1e-5)
+    features = x[torch.arange(len(ids)), ids.argmax(1)] @ state["text_projection"]
+    return features / features.norm(dim=1, keepdim=True)
+
+
+def head_score(state: State, features: Tensor, prefix: str = "") -> Tensor:
+    for place in (0, 2, 4, 6, 7):
+        features = _affine_map(features, state, f"{prefix}layers.{place}")
+    return features.squeeze(1)
+
+
+def imagereward_score(state: State, towers: tuple[Tower, Tower], pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    vision, text = towers
+    root = "blip.visual_encoder"
+    weight, bias = state[f"{root}.patch_embed.proj.weight"], state[f"{root}.patch_embed.proj.bias"]
+    x = F.conv2d(pixels.double(), weight, bias, stride=vision.patch).flatten(2).transpose(1, 2)
+    x = torch.cat((state[f"{root}.cls_token"].expand(len(x), -1, -1), x), 1) + state[f"{root}.pos_embed"]
+    for layer in range(vision.layers):
+        block = f"{root}.blocks.{layer}"
+        q, k, v = _affine_map(_norm(x, state, f"{block}.norm1", 1e-6), state, f"{block}.attn.qkv").chunk(3, -1)
+        x = x + _affine_map(_attend(q, k, v, vision.heads), state, f"{block}.attn.proj")
+        hidden = _gelu(_affine_map(_norm(x, state, f"{block}.norm2", 1e-6), state, f"{block}.mlp.fc1"))
+        x = x + _affine_map(hidden, state, f"{block}.mlp.fc2")
+    image = _norm(x, state, f"{root}.norm", 1e-6)
+
+    root = "blip.text_encoder"
+    y = state[f"{root}.embeddings.word_embeddings.weight"][ids]
+    y = y + state[f"{root}.embeddings.position_embeddings.weight"][: ids.shape[1]]
+    y = _norm(y, state, f"{root}.embeddings.LayerNorm", 1e-12)
+    padding = (1.0 - mask.double())[:, None, None] * -1e9
+    for layer in range(text.layers):
+        block = f"{root}.encoder.layer.{layer}"
+        for name, source, forbidden in (("attention", None, padding), ("crossattention", image, None)):
+            part = f"{block}.{name}"
+            states = y if source is None else source
+            q = _affine_map(y, state, f"{part}.self.query")
+            k, v = (_affine_map(states, state, f"{part}.self.{which}") for which in ("key", "value"))
+            out = _affine_map(_attend(q, k, v, text.heads, forbidden), state, f"{part}.output.dense")
+            y = _norm(out + y, state, f"{part}.output.LayerNorm", 1e-12)
+        hidden = _gelu(_affine_map(y, state, f"{block}.intermediate.dense"))
+        y = _norm(_affine_map(hidden, state, f"{block}.output.dense") + y, state, f"{block}.output.LayerNorm", 1e-12)
+    return (head_score(state, y[:, 0], "mlp.") - 0.16717362830052426) / 1.0333394966054072
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+MERGES = ("c a", "ca t</w>", "d o", "do g</w>")
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cat", "dog", "##s", "the", ",", "[DEC]", "[ENC]")
+
+
+def write_clip_tokenizer(folder: Path) -> Path:
+    """A file of merges as OpenAI's, of 4 merges: 256 letters, 256 with </w>, the merges, start, end: 518 tokens."""
+    path = folder / "bpe.txt"
+    path.write_text("\n".join(("#version: 0.2", *MERGES, "")), encoding="utf-8")
+    return path
+
+
+def write_bert_vocabulary(folder: Path) -> Path:
+    """12 words; BLIP's two tokens come after them."""
+    path = folder / "vocab.txt"
+    path.write_text("\n".join(WORDS[:12]) + "\n")
+    return path
+
+
+def clip_architecture(sizes: ClipSizes, activation: str) -> dict[str, Any]:
+    """Arguments of transformers' CLIPConfig."""
+    vision, text, features = sizes
+    return {
+        "vision_config": {
+            "hidden_size": vision.width,
+            "intermediate_size": 4 * vision.width,
+            "num_hidden_layers": vision.layers,
+            "num_attention_heads": vision.heads,
+            "patch_size": vision.patch,
+            "image_size": vision.image,
+            "hidden_act": activation,
+            "projection_dim": features,
+        },
+        "text_config": {
+            "hidden_size": text.width,
+            "intermediate_size": 4 * text.width,
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "vocab_size": text.vocabulary,
+            "max_position_embeddings": text.length,
+            "hidden_act": activation,
+            "eos_token_id": text.vocabulary - 1,
+            "projection_dim": features,
+        },
+        "projection_dim": features,
+    }
+
+
+def blip_architecture(towers: tuple[Tower, Tower]) -> dict[str, Any]:
+    from diffpp_fast.rewards.scores import IMAGEREWARD
+
+    vision, text = towers
+    return {
+        "vision": {
+            **IMAGEREWARD["vision"],
+            "hidden_size": vision.width,
+            "intermediate_size": 4 * vision.width,
+            "num_hidden_layers": vision.layers,
+            "num_attention_heads": vision.heads,
+            "patch_size": vision.patch,
+            "image_size": vision.image,
+        },
+        "text": {
+            **IMAGEREWARD["text"],
+            "vocab_size": text.vocabulary,
+            "hidden_size": text.width,
+            "encoder_hidden_size": vision.width,
+            "intermediate_size": 4 * text.width,
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "max_position_embeddings": text.length,
+        },
+    }
+
+
+def write_clip_folder(
+    folder: Path, state: State, sizes: ClipSizes = SMALL_CLIP, activation: str = "quick_gelu"
+) -> Path:
+    """A CLIP in transformers' format, with its tokenizer."""
+    from safetensors.torch import save_file
+    from transformers import CLIPConfig
+
+    from diffpp_fast.rewards.text import load_clip_tokenizer
+
+    folder.mkdir(parents=True)
+    CLIPConfig(**clip_architecture(sizes, activation)).save_pretrained(folder)
+    save_file(transformers_clip_state(state), folder / "model.safetensors")
+    load_clip_tokenizer(write_clip_tokenizer(folder)).save_pretrained(folder)
+    return folder
