@@ -140,7 +140,7 @@ def test_each_loss_reaches_one_network_only(method_class: type) -> None:
 
 @pytest.mark.parametrize("clip", [0.5, 1e6])
 def test_the_reward_term_is_shortened_by_sample_to_a_share_of_the_score_term(clip: float) -> None:
-    batch, rewards = batch_of(), 0.3
+    batch, scale = batch_of(), 0.3
 
     def gradient(
         reward_scale: float, reward_clip: float | None, part: slice = slice(None)
@@ -166,8 +166,8 @@ def test_the_reward_term_is_shortened_by_sample_to_a_share_of_the_score_term(cli
 
     (score, _), (whole, plain), (clipped, metrics) = (
         gradient(0.0, None),
-        gradient(rewards, None),
-        gradient(rewards, clip),
+        gradient(scale, None),
+        gradient(scale, clip),
     )
     norms = score.flatten(1).norm(dim=1)
     term, kept = whole - score, clipped - score
@@ -177,7 +177,7 @@ def test_the_reward_term_is_shortened_by_sample_to_a_share_of_the_score_term(cli
     assert metrics["reward_clipped"] == (limit < 1).float().mean() and "reward_clipped" not in plain
     for name in ("reward_gradient_norm", "score_gradient_norm", "gradient_cosine"):
         assert metrics[name] == plain[name]
-    alone, _ = gradient(rewards, clip, slice(1, 2))
+    alone, _ = gradient(scale, clip, slice(1, 2))
     torch.testing.assert_close(alone, clipped[1:2], rtol=1e-5, atol=1e-6)
 
 
