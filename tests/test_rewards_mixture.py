@@ -245,6 +245,12 @@ def test_a_run_trains_on_a_mixture(folder: Path, tmp_path: Path) -> None:
     assert Trainer(run, callbacks=[Log()]).run().step == 1
     assert any(scalars.get("generator/reward_gradient_norm", 0) > 0 for scalars in logs)
     assert any("grid/held_out" in scalars for scalars in logs)
+    (trained,) = (scalars for scalars in logs if "generator/reward" in scalars)
+    weights = {name: entries()[name]["weight"] for name in ("aesthetic", "clip")}
+    # What is weighted of "clip" is its margin.
+    parts = {"aesthetic": trained["generator/reward/aesthetic"], "clip": trained["generator/reward/clip/margin"]}
+    total = sum(weights[name] * part for name, part in parts.items())
+    assert trained["generator/reward"] == pytest.approx(total, rel=1e-5) and "generator/reward/total" not in trained
 
 
 @pytest.mark.parametrize("name", ["clip", "pickscore"])

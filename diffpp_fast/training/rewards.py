@@ -16,6 +16,7 @@ from torch import nn
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks import Conditioning
+from diffpp_fast.rewards import Mixture
 from diffpp_fast.training import config
 
 #: (images [B, 3, H, W] about [-1, 1], prompts) -> [B]
@@ -36,6 +37,7 @@ class LatentReward:
         self.scorer = scorer
         self.decoder = decoder
         self._given: list[torch.Tensor] = []
+        self._parts: dict[str, list[torch.Tensor]] = {}
 
     def __call__(self, x0: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """x0 [B, C, h, w] -> [B]; differentiable in x0 as far as the scorer is in its images."""
@@ -45,6 +47,9 @@ class LatentReward:
                 f"{self.name} has no gradient by the images: it must be differentiable, or its scale 0"
             )
         self._given.append(values.detach().float())
+        if isinstance(self.scorer, Mixture):
+            for name, part in self.scorer.last.items():
+                self._parts.setdefault(name, []).append(part)
         return values
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -59,6 +64,11 @@ class LatentReward:
         """The rewards of all calls since the last taking, in order, float32."""
         given, self._given = self._given, []
         return torch.cat(given)
+
+    def take_parts(self) -> dict[str, torch.Tensor]:
+        """What a mixture consists of, by name, of all calls since the last taking; nothing of any other scorer."""
+        parts, self._parts = self._parts, {}
+        return {name: torch.cat(values) for name, values in parts.items() if name != "total"}
 
 
 def load_scorer(key: str, reward: config.Reward, device: torch.device) -> Scorer:

@@ -174,7 +174,9 @@ class Trainer:
         rewards = None
         if engine is self.generator and self.run_parts.reward is not None:
             rewards = self.run_parts.reward.take_given()
-            self._means.add({"reward": rewards.mean(), "reward_std": rewards.std(correction=0)}, prefix=engine.role)
+            parts = {f"reward/{name}": part.mean() for name, part in self.run_parts.reward.take_parts().items()}
+            spread = {"reward": rewards.mean(), "reward_std": rewards.std(correction=0)}
+            self._means.add({**spread, **parts}, prefix=engine.role)
         if not torch.isfinite(loss + norm if rewards is None else loss + norm + rewards.sum()):
             raise NonFiniteError(self._explain_non_finite(engine, loss, norm, prompts, rewards))
         self._means.add({"gradient_norm": norm}, prefix=engine.role)
