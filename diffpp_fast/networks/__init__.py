@@ -3,6 +3,7 @@
 from diffpp_fast.networks.conditioning import Conditioning
 from diffpp_fast.networks.decoder import FrozenDecoder
 from diffpp_fast.networks.denoiser import Denoiser
+from diffpp_fast.networks.fusion import FusionRow, fuse, fusion_report, unfuse
 from diffpp_fast.networks.loading import load_decoder, load_denoiser, load_schedule
 from diffpp_fast.networks.one_step import OneStepGenerator
 from diffpp_fast.networks.text import TextEncoder
@@ -11,9 +12,13 @@ __all__ = [
     "Conditioning",
     "Denoiser",
     "FrozenDecoder",
+    "FusionRow",
     "OneStepGenerator",
     "TextEncoder",
+    "fuse",
+    "fusion_report",
     "load_decoder",
     "load_denoiser",
     "load_schedule",
+    "unfuse",
 ]
