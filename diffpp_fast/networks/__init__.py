@@ -1,5 +1,6 @@
 """Floor 3: diffusers' networks as the callables that methods take; diffusers is imported when one is loaded."""
 
+from diffpp_fast.networks.attention import AttentionProcessor, set_attention
 from diffpp_fast.networks.conditioning import Conditioning
 from diffpp_fast.networks.decoder import FrozenDecoder
 from diffpp_fast.networks.denoiser import Denoiser
@@ -9,6 +10,7 @@ from diffpp_fast.networks.one_step import OneStepGenerator
 from diffpp_fast.networks.text import TextEncoder
 
 __all__ = [
+    "AttentionProcessor",
     "Conditioning",
     "Denoiser",
     "FrozenDecoder",
@@ -20,5 +22,6 @@ __all__ = [
     "load_decoder",
     "load_denoiser",
     "load_schedule",
+    "set_attention",
     "unfuse",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffpp_fast import ops
 
 
-class Fused:
+class Fused(nn.Module):
     """What every fused class has: the class that it took the place of."""
 
     unfused_class: ClassVar[type[nn.Module]]
@@ -92,7 +92,7 @@ class ResnetForward(Fused):
         """input_tensor [B, C, H, W], temb [B, E] or None -> [B, C', H', W']."""
         if args or kwargs or (temb is None) != (self.time_emb_proj is None):
             # Unusual: the norms know how to be what they were.
-            unfused: Tensor = super().forward(input_tensor, temb, *args, **kwargs)  # type: ignore[misc]
+            unfused: Tensor = super().forward(input_tensor, temb, *args, **kwargs)
             return unfused
         hidden: Tensor = self.norm1(input_tensor, activation="silu")
         resample = self.upsample or self.downsample
@@ -125,7 +125,7 @@ class GegluForward(Fused):
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """hidden_states [..., D] -> [..., D']."""
         if args or kwargs:
-            unfused: Tensor = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            unfused: Tensor = super().forward(hidden_states, *args, **kwargs)
             return unfused
         return ops.geglu(self.proj(hidden_states))
 
@@ -147,7 +147,7 @@ class AdaNormSingleForward(Fused):
         """hidden_states [B, N, D], timestep [B, 6 D] -> [B, N, D]."""
         attention = dict(cross_attention_kwargs or {})
         if timestep is None or self._chunk_size is not None or attention.get("gligen") is not None:
-            unfused: Tensor = super().forward(  # type: ignore[misc]
+            unfused: Tensor = super().forward(
                 hidden_states,
                 attention_mask,
                 encoder_hidden_states,

@@ -67,7 +67,8 @@ def unfuse(module: nn.Module) -> int:
                 "take that off first"
             )
     for _, part in fused:
-        part.__class__ = part.unfused_class
+        unfused: Any = part.unfused_class
+        part.__class__ = unfused
     return count
 
 
