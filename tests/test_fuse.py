@@ -96,6 +96,7 @@ def step(network: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
     output = network(**inputs, return_dict=False)[0]
     probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=F64).to(dtype)
     named = {"input": inputs[first], **dict(network.named_parameters())}
+    named = {name: leaf for name, leaf in named.items() if leaf.requires_grad}
     grads = torch.autograd.grad(output, list(named.values()), probe, allow_unused=True)
     found = {name: grad for name, grad in zip(named, grads, strict=True) if grad is not None}
     return {"output": output.detach(), **found}
