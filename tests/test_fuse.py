@@ -15,6 +15,8 @@ import torch._dynamo.testing
 from torch import Tensor, nn
 
 from diffpp_fast import networks
+from diffpp_fast.bench import blocks
+from diffpp_fast.bench.blocks import saved_bytes
 
 F64 = torch.float64
 
@@ -436,23 +438,6 @@ def test_other_adaptive_norms_are_left() -> None:
     assert networks.fusion_report(affine)[0].reason == "norm1 has parameters"
 
 
-def saved_bytes(run: Callable[[], Tensor], parameters: list[nn.Parameter]) -> int:
-    """Of what autograd keeps for the backward pass beyond the parameters, each storage once."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    alive = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: alive.append(tensor) or pack(tensor), lambda x: x):
-        run()
-    return sum(kept.values())
-
-
 def test_less_is_kept_for_the_backward_pass() -> None:
     """Of a residual block: two norms' outputs of the six tensors; of a feed-forward gate: its gelu."""
     from diffusers.models.activations import GEGLU
@@ -460,12 +445,26 @@ def test_less_is_kept_for_the_backward_pass() -> None:
 
     block = ResnetBlock2D(in_channels=32, out_channels=32, temb_channels=16, groups=8)
     x, temb = torch.randn(1, 32, 16, 16, requires_grad=True), torch.randn(1, 16)
-    before = saved_bytes(lambda: block(x, temb), list(block.parameters()))
+    before = saved_bytes(lambda: block(x, temb), block)
     networks.fuse(block)
-    after = saved_bytes(lambda: block(x, temb), list(block.parameters()))
+    after = saved_bytes(lambda: block(x, temb), block)
     assert before - after == pytest.approx(2 * x.nbytes, rel=0.01)
     gate = GEGLU(16, 64)
     tokens = torch.randn(1, 128, 16, requires_grad=True)
-    before = saved_bytes(lambda: gate(tokens), list(gate.parameters()))
+    before = saved_bytes(lambda: gate(tokens), gate)
     networks.fuse(gate)
-    assert before - saved_bytes(lambda: gate(tokens), list(gate.parameters())) == 4 * 128 * 64
+    assert before - saved_bytes(lambda: gate(tokens), gate) == 4 * 128 * 64
+
+
+def test_the_command_that_measures(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models.activations import GEGLU
+
+    case = blocks.BlockCase("gate", lambda: GEGLU(8, 16), ((1, 4, 8),))
+    monkeypatch.setattr(blocks, "cases", lambda: [case])
+    threads = str(torch.get_num_threads())
+    assert blocks.main(["--device", "cpu", "--min-time", "0.001", "--threads", threads]) == 0
+    *_, row = capsys.readouterr().out.splitlines()
+    assert row.startswith("| gate | float32 |")
+    monkeypatch.setattr(networks, "fuse", lambda module: module.proj.weight.data.mul_(1.01))
+    with pytest.raises(AssertionError, match="gate: fusing changes the output by"):
+        blocks.main(["--device", "cpu"])
