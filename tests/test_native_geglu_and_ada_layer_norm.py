@@ -64,6 +64,6 @@ def test_same_bits_for_any_threads() -> None:
     assert_same_bits_for_any_threads(normalised)
 
 
-def test_one_graph_of_torch_compile() -> None:
+def test_compiles_once() -> None:
     assert_compiles_once(ops.geglu, *[(torch.randn(2, 3, 8, requires_grad=True),) for _ in range(2)])
     assert_compiles_once(ops.ada_layer_norm, *[modulated(2, 3, 8) for _ in range(2)])
