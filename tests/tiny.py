@@ -67,6 +67,36 @@ def unet(seed: int = 0, **changes: Any) -> torch.nn.Module:
     return _seeded(lambda: UNet2DConditionModel(**settings | changes), seed)
 
 
+def sdxl_unet(seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """A UNet2DConditionModel as Stable Diffusion XL has it: linear projections, several transformer blocks, sizes."""
+    settings: dict[str, Any] = {
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "use_linear_projection": True,
+        "transformer_layers_per_block": (1, 2),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 6 * 4 + TEXT_WIDTH,
+    }
+    return unet(seed, **settings | changes)
+
+
+def pixart(seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """A PixArtTransformer2DModel of two blocks; it predicts a variance, too."""
+    from diffusers import PixArtTransformer2DModel
+
+    settings: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": LATENT[0],
+        "out_channels": 2 * LATENT[0],
+        "num_layers": 2,
+        "cross_attention_dim": 16,
+        "sample_size": LATENT[1],
+        "caption_channels": TEXT_WIDTH,
+    }
+    return _seeded(lambda: PixArtTransformer2DModel(**settings | changes), seed)
+
+
 def vae(seed: int = 0, **changes: Any) -> torch.nn.Module:
     """An AutoencoderKL that doubles height and width."""
     from diffusers import AutoencoderKL

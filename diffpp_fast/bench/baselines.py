@@ -137,6 +137,17 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int,
     return F.silu(F.group_norm(x, num_groups, weight, bias, eps))
 
 
+def geglu(x: Tensor) -> Tensor:
+    """a gelu(b) of the halves of [..., 2 D], as diffusers has it."""
+    a, b = x.chunk(2, dim=-1)
+    return a * F.gelu(b)
+
+
+def ada_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float) -> Tensor:
+    """Layer norm of [B, N, D] without parameters, modulated by [B, 1, D] in the dtype of `x`."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
 def regression_target(prediction_type: str, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """What the network is to predict, [B, ...]."""
     if prediction_type == "epsilon":

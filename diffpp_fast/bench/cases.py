@@ -44,8 +44,18 @@ VAE = {
 }
 #: [B, C, H, W] before the first group norms of its U-Net, which is trained: the affine parameters get gradients too.
 UNET = {"unet-320x64-b4": Size((4, 320, 64, 64))}
+#: [B, N, 2 D] in the feed-forward layers of the same U-Net at 512 x 512 and of SDXL's at 1024 x 1024.
+FEED_FORWARD = {
+    "sd15-ff-4096": Size((1, 4096, 2560), quick=True),
+    "sdxl-ff-1024-b4": Size((4, 1024, 10240)),
+}
+#: [B, N, D] in PixArt's blocks at 512 x 512 and 1024 x 1024.
+TOKENS = {
+    "pixart-1024": Size((1, 1024, 1152), quick=True),
+    "pixart-4096-b4": Size((4, 4096, 1152)),
+}
 
-SIZES = {**LATENTS, **IMAGES, **VAE, **UNET}
+SIZES = {**LATENTS, **IMAGES, **VAE, **UNET, **FEED_FORWARD, **TOKENS}
 SELECTIONS = ("quick", "latents", "full")
 
 
@@ -89,6 +99,8 @@ FAMILIES = (
     ),
     Family("group_norm_silu", "frozen", ("none",), "x -> y; x grad_y -> grad_x", VAE, LAYOUTS),
     Family("group_norm_silu", "trained", ("none",), "x -> y; x grad_y -> grad_x", UNET, LAYOUTS),
+    Family("geglu", "", ("none",), "x -> y; x grad_y -> grad_x", FEED_FORWARD),
+    Family("ada_layer_norm", "", ("none",), "x -> y; x grad_y -> grad_x", TOKENS),
 )
 
 
@@ -120,6 +132,8 @@ class Case(NamedTuple):
         """Of a tensor named in `traffic`."""
         if tensor.removeprefix("grad_") == "pixels":
             return math.prod(self.shape[:2]) * REWARD_SIZE**2
+        if self.op == "geglu" and tensor.removeprefix("grad_") == "y":
+            return math.prod(self.shape) // 2
         return math.prod(self.shape)
 
     def bytes(self, itemsize: int) -> int:

@@ -28,6 +28,8 @@ NETWORK_ERROR = 0.3
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 GROUPS, GROUP_EPS = 32, 1e-6
+LAYER_EPS = 1e-6
+ADA_LAYER_NORM_WRT = ("x", "scale", "shift")
 #: sid_alpha and huber_c of the two losses.
 SID_ALPHA, HUBER_C = 1.0, 1.0
 
@@ -106,6 +108,8 @@ def result_names(case: Case) -> tuple[str, ...]:
         "denoising_loss": ("prediction",),
         "reward_pixels": ("images",),
         "group_norm_silu": _group_norm_wrt(case),
+        "geglu": ("x",),
+        "ada_layer_norm": ADA_LAYER_NORM_WRT,
     }.get(case.op, ("fake", "cond", "uncond"))
     return ("output", *(f"gradient of {name}" for name in wrt))
 
@@ -117,6 +121,10 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, index: int
         return _reward_pixels(draw)
     if case.op == "group_norm_silu":
         return _group_norm_silu(draw)
+    if case.op == "geglu":
+        return _geglu(draw)
+    if case.op == "ada_layer_norm":
+        return _ada_layer_norm(draw)
     return _latents(draw)
 
 
@@ -230,6 +238,23 @@ def _group_norm_silu(draw: _Draw) -> Inputs:
 
 def _group_norm_wrt(case: Case) -> tuple[str, ...]:
     return ("x", "weight", "bias") if case.variant == "trained" else ("x",)
+
+
+def _geglu(draw: _Draw) -> Inputs:
+    batch, tokens, width = draw.case.shape
+    arguments = {"x": draw.normal().requires_grad_()}
+    return Inputs(arguments, arguments, ("x",), draw.normal((batch, tokens, width // 2)))
+
+
+def _ada_layer_norm(draw: _Draw) -> Inputs:
+    batch, _, width = draw.case.shape
+    arguments: dict[str, Any] = {
+        "x": draw.normal().requires_grad_(),
+        "scale": draw.normal((batch, 1, width), scale=0.3).requires_grad_(),
+        "shift": draw.normal((batch, 1, width), scale=0.3).requires_grad_(),
+        "eps": LAYER_EPS,
+    }
+    return Inputs(arguments, arguments, ADA_LAYER_NORM_WRT, draw.normal())
 
 
 def _double(value: Any) -> Any:

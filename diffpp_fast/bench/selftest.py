@@ -10,7 +10,12 @@ from diffpp_fast.bench.gate import Gate
 from diffpp_fast.bench.operators import make_inputs
 
 #: Sides that no vector or block length divides; other operators take `SHAPE`.
-SHAPES = {"reward_pixels": (1, 3, 37, 53), "group_norm_silu": (2, 64, 7, 9)}
+SHAPES = {
+    "reward_pixels": (1, 3, 37, 53),
+    "group_norm_silu": (2, 64, 7, 9),
+    "geglu": (2, 5, 46),
+    "ada_layer_norm": (2, 5, 23),
+}
 SHAPE = (2, 4, 13, 17)
 
 

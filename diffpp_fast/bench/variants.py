@@ -26,10 +26,14 @@ REWARD_SIZE = 24
 #: Groups that lie in memory one after another and, of the last, groups of one channel.
 ACTIVATIONS = {"even": (2, 32, 16, 16), "odd": (3, 6, 7, 9), "long": (1, 8, 96, 64)}
 GROUPS = {"even": 8, "odd": 3, "long": 8}
+#: [B, N, D]: rows that block lengths divide and that they don't, short ones in numbers, long ones.
+TOKENS = {"even": (2, 40, 256), "odd": (3, 7, 90), "short": (2, 300, 16), "long": (2, 3, 8192)}
 
 SEED, STREAM = 2**64 - 3, 2**31 + 5
 GUIDANCE_SCALE = 4.5
 
+#: Their rows lie along the last dimension: channels_last means nothing to them.
+TOKEN_OPS = ("geglu", "ada_layer_norm")
 NOISES = ("drawn", "stored")
 TARGET = {"noise": NOISES, "prediction_type": PREDICTION_TYPES}
 LOSS = {**TARGET, "uncond": (True, False), "wrt": ("fake", "outputs", "all"), "shape": (*LATENTS,)}
@@ -62,6 +66,12 @@ OPTIONS: Mapping[str, Mapping[str, Sequence[Any]]] = {
         "affine": ("both", "weight", "none"),
         "wrt": ("x", "all", "none"),
         "shape": (*ACTIVATIONS,),
+    },
+    "geglu": {"gradient": (True, False), "shape": (*TOKENS,)},
+    "ada_layer_norm": {
+        "wrt": ("x", "modulation", "all", "none"),
+        "modulation": ("rows", "chunks", "float32"),
+        "shape": (*TOKENS,),
     },
 }
 
@@ -136,7 +146,11 @@ def make(variant: Variant, device: torch.device) -> Inputs:
         return _philox(draw)
     if variant.op == "reward_pixels":
         return _reward_pixels(draw)
-    return _group_norm_silu(draw) if variant.op == "group_norm_silu" else _latents(draw)
+    if variant.op == "group_norm_silu":
+        return _group_norm_silu(draw)
+    if variant.op == "geglu":
+        return _geglu(draw)
+    return _ada_layer_norm(draw) if variant.op == "ada_layer_norm" else _latents(draw)
 
 
 def names(variant: Variant, inputs: Inputs) -> list[str]:
@@ -153,7 +167,7 @@ def _makes_sense(variant: Variant) -> bool:
         return options["layout"] == "contiguous" and (
             options["draws"] == "normal" or (options["shape"], options["dtype"]) == ("even", torch.float32)
         )
-    if options["shape"] == "video" and options["layout"] == "channels_last":
+    if options["layout"] == "channels_last" and (options["shape"] == "video" or variant.op in TOKEN_OPS):
         return False
     if variant.op == "score_gap" and options["noise"] == "none":
         return options["normalizer"] is None and options["prediction_type"] == "epsilon"
@@ -275,6 +289,28 @@ def _group_norm_silu(draw: _Draw) -> Inputs:
     for name in affine:
         arguments[name] = draw.normal((channels,), scale=0.2, mean=1.0 if name == "weight" else 0.0)
     wrt = {"x": ("x",), "all": ("x", *affine), "none": ()}[options["wrt"]]
+    return _with_gradients(arguments, wrt, draw.normal(shape))
+
+
+def _geglu(draw: _Draw) -> Inputs:
+    batch, tokens, width = TOKENS[draw.variant["shape"]]
+    arguments: dict[str, Any] = {"x": draw.normal((batch, tokens, width))}
+    wrt = ("x",) if draw.variant["gradient"] else ()
+    return _with_gradients(arguments, wrt, draw.normal((batch, tokens, width // 2)))
+
+
+def _ada_layer_norm(draw: _Draw) -> Inputs:
+    options = dict(draw.variant.options)
+    shape = batch, _, width = TOKENS[options["shape"]]
+    scale, shift = (draw.normal((batch, 1, width), scale=0.3) for _ in range(2))
+    if options["modulation"] == "chunks":
+        # As networks have them: parts of one tensor.
+        scale, shift = torch.cat((scale, shift), dim=1).chunk(2, dim=1)
+    elif options["modulation"] == "float32" and draw.variant.dtype != torch.float64:
+        scale, shift = scale.float().flatten(1), shift.float().flatten(1)
+    arguments: dict[str, Any] = {"x": draw.normal(shape, mean=0.5), "scale": scale, "shift": shift}
+    modulation = ("scale", "shift")
+    wrt = {"x": ("x",), "modulation": modulation, "all": ("x", *modulation), "none": ()}[options["wrt"]]
     return _with_gradients(arguments, wrt, draw.normal(shape))
 
 

@@ -25,6 +25,8 @@ OPS = (
     "sim_loss",
     "reward_pixels",
     "group_norm_silu",
+    "geglu",
+    "ada_layer_norm",
 )
 # On the CPU "cpu" comes before Triton's interpreter; it serves nothing on GPUs. There Triton comes first until both
 # were measured.

@@ -1,19 +1,27 @@
 """Floor 3: diffusers' networks as the callables that methods take; diffusers is imported when one is loaded."""
 
+from diffpp_fast.networks.attention import AttentionProcessor, set_attention
 from diffpp_fast.networks.conditioning import Conditioning
 from diffpp_fast.networks.decoder import FrozenDecoder
 from diffpp_fast.networks.denoiser import Denoiser
+from diffpp_fast.networks.fusion import FusionRow, fuse, fusion_report, unfuse
 from diffpp_fast.networks.loading import load_decoder, load_denoiser, load_schedule
 from diffpp_fast.networks.one_step import OneStepGenerator
 from diffpp_fast.networks.text import TextEncoder
 
 __all__ = [
+    "AttentionProcessor",
     "Conditioning",
     "Denoiser",
     "FrozenDecoder",
+    "FusionRow",
     "OneStepGenerator",
     "TextEncoder",
+    "fuse",
+    "fusion_report",
     "load_decoder",
     "load_denoiser",
     "load_schedule",
+    "set_attention",
+    "unfuse",
 ]

@@ -5,8 +5,10 @@ tensors of different dtypes are promoted to their common one first. channels_las
 written, and nothing waits for the device.
 """
 
+from diffpp_fast.ops.ada_layer_norm import ada_layer_norm
 from diffpp_fast.ops.add_noise import add_noise
 from diffpp_fast.ops.denoising_loss import denoising_loss
+from diffpp_fast.ops.geglu import geglu
 from diffpp_fast.ops.group_norm_silu import group_norm_silu
 from diffpp_fast.ops.reward_pixels import reward_pixels
 from diffpp_fast.ops.score_gap import ScoreGap, score_gap
@@ -15,8 +17,10 @@ from diffpp_fast.ops.sim_loss import sim_loss
 
 __all__ = [
     "ScoreGap",
+    "ada_layer_norm",
     "add_noise",
     "denoising_loss",
+    "geglu",
     "group_norm_silu",
     "reward_pixels",
     "score_gap",

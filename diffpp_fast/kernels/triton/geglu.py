@@ -1,0 +1,99 @@
+"""a gelu(b) of the halves of the last dimension, each direction in one launch."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Elements of a tile: 8 a thread, so that a thread loads 16 bytes of bfloat16 at a time.
+TILE = 1024
+WARPS = 4
+#: Columns of a tile: every feed-forward width of Stable Diffusion's and PixArt's transformers is a multiple.
+TILE_COLUMNS = 256
+
+
+def forward(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    y = torch.empty(*x.shape[:-1], half, dtype=x.dtype, device=x.device)
+    if y.numel():
+        rows = y.numel() // half
+        _forward[_grid(rows, half)](x.contiguous(), y, rows, half, **_tile(half), num_warps=WARPS)
+    return y
+
+
+def backward(grad_output: Tensor, x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    values = x.contiguous()
+    grad_x = torch.empty_like(values)
+    if values.numel():
+        rows = values.numel() // (2 * half)
+        _backward[_grid(rows, half)](
+            grad_output.contiguous(), values, grad_x, rows, half, **_tile(half), num_warps=WARPS
+        )
+    return grad_x if x.is_contiguous() else torch.empty_like(x).copy_(grad_x)
+
+
+def _tile(half: int) -> dict[str, int]:
+    columns = min(TILE_COLUMNS, triton.next_power_of_2(half))
+    return {"BLOCK_R": TILE // columns, "BLOCK_C": columns}
+
+
+def _grid(rows: int, half: int) -> tuple[int]:
+    tile = _tile(half)
+    return (triton.cdiv(rows, tile["BLOCK_R"]) * triton.cdiv(half, tile["BLOCK_C"]),)
+
+
+@triton.jit
+def _place(rows, half, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where this program's tile is in [rows, half], as rows and columns, and what of it is inside."""
+    tiles = tl.cdiv(half, BLOCK_C)
+    program = tl.program_id(0)
+    b_r = (program // tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
+    b_c = (program % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return b_r.to(tl.int64)[:, None], b_c[None, :], (b_r < rows)[:, None] & (b_c < half)[None, :]
+
+
+@triton.jit
+def _below(b_gate):
+    """The standard normal distribution function."""
+    return 0.5 * (1.0 + tl.erf(b_gate * 0.7071067811865476))
+
+
+@triton.jit
+def _forward(
+    p_x,  # [rows, 2 half]
+    p_y,  # [rows, half]
+    rows,
+    half,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    b_r, b_c, m_inside = _place(rows, half, BLOCK_R, BLOCK_C)
+    p_a = p_x + b_r * (2 * half) + b_c
+    b_a = tl.load(p_a, mask=m_inside, other=0.0).to(tl.float32)
+    b_gate = tl.load(p_a + half, mask=m_inside, other=0.0).to(tl.float32)
+    b_y = b_a * (b_gate * _below(b_gate))
+    tl.store(p_y + b_r * half + b_c, b_y.to(p_y.dtype.element_ty), mask=m_inside)
+
+
+@triton.jit
+def _backward(
+    p_grad,  # [rows, half]
+    p_x,  # [rows, 2 half], as p_grad_x
+    p_grad_x,
+    rows,
+    half,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    b_r, b_c, m_inside = _place(rows, half, BLOCK_R, BLOCK_C)
+    b_at = b_r * (2 * half) + b_c
+    b_grad = tl.load(p_grad + b_r * half + b_c, mask=m_inside, other=0.0).to(tl.float32)
+    b_a = tl.load(p_x + b_at, mask=m_inside, other=0.0).to(tl.float32)
+    b_gate = tl.load(p_x + b_at + half, mask=m_inside, other=0.0).to(tl.float32)
+    b_below = _below(b_gate)
+    b_density = 0.3989422804014327 * tl.exp(-0.5 * b_gate * b_gate)
+    b_grad_a = b_grad * (b_gate * b_below)
+    b_grad_b = b_grad * b_a * tl.fma(b_gate, b_density, b_below)
+    tl.store(p_grad_x + b_at, b_grad_a.to(p_grad_x.dtype.element_ty), mask=m_inside)
+    tl.store(p_grad_x + b_at + half, b_grad_b.to(p_grad_x.dtype.element_ty), mask=m_inside)

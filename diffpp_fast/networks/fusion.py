@@ -1,0 +1,217 @@
+"""Fused blocks in diffusers' networks, in place and undone at will."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from diffpp_fast.networks import fused_blocks as blocks
+
+logger = logging.getLogger("diffpp_fast")
+
+
+class FusionRow(NamedTuple):
+    """One block of a network: whether it is fused and, if not, why."""
+
+    name: str  # its path in the module; "" for the module itself
+    kind: str  # the class of diffusers or torch
+    fused: bool
+    reason: str | None
+
+
+def fuse(module: nn.Module) -> int:
+    """Gives the blocks of a diffusers network fused forwards, in place. `unfuse` undoes it.
+
+    Modules stay the objects that they are, and so do parameters, state_dict keys, hooks, LoRA layers and what
+    `save_pretrained` writes: only their classes change. Outputs and gradients are those of the unfused network but for
+    rounding. Fuse before modules are sharded (FSDP) or given forwards of their own (offloading hooks); blocks that are
+    so already are left. What was left and why is logged at INFO and is in `fusion_report`.
+
+    Args:
+        module: a UNet2DConditionModel, a PixArtTransformer2DModel, an AutoencoderKL, or any module that holds such
+            blocks.
+
+    Returns:
+        How many blocks this call has fused: 0 the second time.
+    """
+    found = list(_blocks(module))
+    to_do = [block for block in found if block.reason is None and not block.fused]
+    for block in to_do:
+        for part, fused in block.parts:
+            part.__class__ = fused
+    for sentence in _in_words(_rows(found)):
+        logger.info("fuse %s: %s", type(module).__name__, sentence)
+    return len(to_do)
+
+
+def unfuse(module: nn.Module) -> int:
+    """Gives every block that `fuse` has fused its own class again.
+
+    Returns:
+        How many blocks were fused.
+
+    Raises:
+        RuntimeError: a fused block was sharded or given a forward of its own since; nothing is changed then.
+    """
+    count = sum(row.fused for row in fusion_report(module))
+    fused = [(name, part) for name, part in module.named_modules() if isinstance(part, blocks.Fused)]
+    for name, part in fused:
+        if _is_wrapped(part):
+            raise RuntimeError(
+                f"unfuse: {name or type(part).__name__} was wrapped after it was fused (FSDP, offloading hooks); "
+                "take that off first"
+            )
+    for _, part in fused:
+        unfused: Any = part.unfused_class
+        part.__class__ = unfused
+    return count
+
+
+def fusion_report(module: nn.Module) -> list[FusionRow]:
+    """Every block of `module` that is fused, could be, or looks as if it could be."""
+    return _rows(list(_blocks(module)))
+
+
+@dataclass
+class _Block:
+    """Modules that are fused together or not at all, each with the class that it gets."""
+
+    name: str
+    kind: str
+    parts: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
+    reason: str | None = None
+
+    def add(self, role: str, part: Any, expected: type[nn.Module], fused: type[nn.Module]) -> None:
+        """Leaves the block if the part is not what it should be."""
+        self.parts.append((part, fused))
+        if isinstance(part, fused):
+            return
+        if type(part) is not expected:
+            remedy = ": fuse before it is wrapped or sharded" if isinstance(part, expected) else ""
+            self.leave(f"{role} is a {type(part).__name__}, not a {expected.__name__}{remedy}")
+        elif "forward" in vars(part):
+            self.leave(f"{role} has a forward of its own (a hook): fuse before that is put on")
+
+    def leave(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+    @property
+    def fused(self) -> bool:
+        return self.reason is None and all(isinstance(part, fused) for part, fused in self.parts)
+
+
+def _blocks(module: nn.Module) -> Iterator[_Block]:
+    """The blocks of a network, then the group norms that belong to none."""
+    claimed: set[nn.Module] = set()
+    for name, part in module.named_modules():
+        for block in _of(name, part):
+            claimed |= {part for part, _ in block.parts}
+            yield block
+    for name, part in module.named_modules():
+        if isinstance(part, nn.GroupNorm) and part not in claimed:
+            parent = module.get_submodule(name.rpartition(".")[0])
+            yield _Block(name, "GroupNorm", reason=f"{type(parent).__name__} has no fused version")
+
+
+def _of(name: str, module: nn.Module) -> Iterator[_Block]:
+    """The blocks that `module` is, or that are made of its children."""
+    from diffusers.models.activations import GEGLU
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    if isinstance(module, ResnetBlock2D):
+        yield _resnet(name, module, ResnetBlock2D)
+    elif isinstance(module, GEGLU):
+        block = _Block(name, "GEGLU")
+        block.add("it", module, GEGLU, blocks.fused_class(blocks.GegluForward, GEGLU))
+        yield block
+    elif isinstance(module, BasicTransformerBlock):
+        yield from _transformer(name, module, BasicTransformerBlock)
+    elif isinstance(module, Transformer2DModel):
+        if isinstance(norm := getattr(module, "norm", None), nn.GroupNorm):
+            block = _Block(_join(name, "norm"), "GroupNorm")
+            block.add("it", norm, nn.GroupNorm, blocks.FusedGroupNorm)
+            yield block
+    elif isinstance(module, PixArtTransformer2DModel):
+        yield _Block(
+            _join(name, "norm_out"), "LayerNorm", reason="its modulation is part of the network's forward, and is small"
+        )
+    elif getattr(module, "conv_norm_out", None) is not None and getattr(module, "conv_act", None) is not None:
+        yield _final_norm(name, module)
+
+
+def _resnet(name: str, module: Any, base: type[nn.Module]) -> _Block:
+    block = _Block(name, base.__name__)
+    block.add("it", module, base, blocks.fused_class(blocks.ResnetForward, base))
+    if type(module.nonlinearity) is not nn.SiLU:
+        block.leave(f"its activation is {type(module.nonlinearity).__name__}, not SiLU")
+    for role in ("norm1", "norm2"):
+        block.add(role, getattr(module, role), nn.GroupNorm, blocks.FusedGroupNorm)
+    return block
+
+
+def _transformer(name: str, module: Any, base: type[nn.Module]) -> Iterator[_Block]:
+    block = _Block(name, base.__name__)
+    if module.norm_type != "ada_norm_single":
+        # Affine layer norms are one kernel already.
+        if module.norm_type.startswith("ada_"):
+            block.leave(f"its norm_type is {module.norm_type!r}; only 'ada_norm_single' has a fused version")
+            yield block
+        return
+    block.add("it", module, base, blocks.fused_class(blocks.AdaNormSingleForward, base))
+    for role in ("norm1", "norm2"):
+        norm = getattr(module, role)
+        if getattr(norm, "elementwise_affine", False):
+            block.leave(f"{role} has parameters")
+        block.add(role, norm, nn.LayerNorm, blocks.FusedLayerNorm)
+    yield block
+
+
+def _final_norm(name: str, module: Any) -> _Block:
+    """The last norm and activation of a network that calls one right after the other."""
+    from diffusers.models.autoencoders.vae import Decoder, Encoder
+    from diffusers.models.unets.unet_2d import UNet2DModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    block = _Block(_join(name, "conv_norm_out"), "GroupNorm")
+    known = (UNet2DConditionModel, UNet2DModel, Encoder, Decoder)
+    if all(type(module).forward is not network.forward for network in known):
+        block.leave(f"how {type(module).__name__} goes on after it is not known")
+    if not isinstance(module.conv_act, nn.SiLU):
+        block.leave(f"the activation after it is {type(module.conv_act).__name__}, not SiLU")
+    block.add("it", module.conv_norm_out, nn.GroupNorm, blocks.FusedGroupNormSiLU)
+    block.add("conv_act", module.conv_act, nn.SiLU, blocks.AbsorbedSiLU)
+    return block
+
+
+def _is_wrapped(part: nn.Module) -> bool:
+    """Whether a fused module has got a class derived from its fused one, or a forward of its own, since."""
+    return "unfused_class" not in vars(type(part)) or "forward" in vars(part)
+
+
+def _rows(found: list[_Block]) -> list[FusionRow]:
+    return [FusionRow(block.name, block.kind, block.fused, _reason(block)) for block in found]
+
+
+def _reason(block: _Block) -> str | None:
+    return block.reason or (None if block.fused else "fuse was not called")
+
+
+def _in_words(rows: list[FusionRow]) -> Iterator[str]:
+    """How many blocks are fused, by kind, and how many are left, by kind and reason."""
+    fused = Counter(row.kind for row in rows if row.fused)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in fused.items())
+    yield f"{fused.total()} blocks are fused{f' ({kinds})' if kinds else ''}"
+    for (kind, reason), count in Counter((row.kind, row.reason) for row in rows if not row.fused).items():
+        yield f"{count} {kind} left: {reason}"
+
+
+def _join(parent: str, child: str) -> str:
+    return f"{parent}.{child}" if parent else child

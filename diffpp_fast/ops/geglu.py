@@ -1,0 +1,52 @@
+"""The gated linear unit of transformers' feed-forward layers, forward and backward."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from diffpp_fast.kernels import dispatch
+from diffpp_fast.ops import checks
+
+
+def geglu(x: Tensor) -> Tensor:
+    """a gelu(b), where a is the first half of the last dimension of x and b the second (Shazeer, arXiv 2002.05202).
+
+    gelu(b) = b Phi(b) is the exact one, with Phi the standard normal distribution function. diffusers' `GEGLU` applies
+    this to the output of its projection. Only x is kept for the backward pass.
+
+    Args:
+        x: [..., 2 D].
+
+    Returns:
+        [..., D] in the dtype of `x`, row-major. Differentiable in `x`.
+
+    Raises:
+        TypeError: x is not a floating-point tensor.
+        ValueError: the last dimension of x is odd or missing.
+    """
+    op = "geglu"
+    checks.floating(op, {"x": x})
+    if x.dim() == 0 or x.shape[-1] % 2:
+        raise ValueError(f"{op}: x must have shape [..., 2 D], got {list(x.shape)}")
+    if checks.needs_gradient(x):
+        y: Tensor = _Geglu.apply(x)
+    else:
+        y = dispatch.select(op, x.device, x.dtype).forward(x)
+    return y
+
+
+class _Geglu(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.kernels = dispatch.select("geglu", x.device, x.dtype)
+        ctx.save_for_backward(x)
+        y: Tensor = ctx.kernels.forward(x)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        grad: Tensor = ctx.kernels.backward(grad_output, *ctx.saved_tensors)
+        return grad
