@@ -49,6 +49,8 @@ def test_python_block(block: Block) -> None:
 
 
 # The tables of docs/operators.md. Their rows are the benchmark's cases, on tensors small enough for the interpreter.
+#: Samples, tokens, channels.
+TOKENS = (2, 64, 512)
 LATENTS, IMAGES, LARGE_GROUPS, SMALL_GROUPS = (2, 4, 16, 32), (1, 3, 128, 128), (1, 4, 64, 72), (1, 4, 16, 32)
 #: To 7/16, as 512 to 224.
 PIXELS = 56
@@ -60,6 +62,12 @@ HOSTS = {
     "score_gap": ("score_gap.cu", "score_gap", None),
     "reward_pixels": ("reward_pixels.cu", "launch", "launch"),
     "group_norm_silu": ("group_norm_silu.cu", "group_norm_forward", "group_norm_backward"),
+}
+SHAPES = {
+    "reward_pixels": [IMAGES],
+    "group_norm_silu": [LARGE_GROUPS, SMALL_GROUPS],
+    "geglu": [TOKENS],
+    "ada_layer_norm": [TOKENS],
 }
 #: Launched for the gradients of weight and bias alone.
 FOR_PARAMETERS = "parameter_gradients"
@@ -90,7 +98,7 @@ def rows_of_page() -> list[Row]:
 def table_cases() -> Iterator[tuple[str, Case]]:
     """What the tables call a case, and the case."""
     for family in FAMILIES:
-        shapes = {"reward_pixels": [IMAGES], "group_norm_silu": [LARGE_GROUPS, SMALL_GROUPS]}.get(family.op, [LATENTS])
+        shapes = SHAPES.get(family.op, [LATENTS])
         for shape in shapes:
             small = shape == SMALL_GROUPS
             # The layout changes nothing about a resize, nor about groups that are done in one launch.
@@ -98,7 +106,7 @@ def table_cases() -> Iterator[tuple[str, Case]]:
                 for noise in family.noise:
                     parts = [family.variant, f"{noise} noise" if noise != "none" and family.op != "philox" else ""]
                     parts += ["small groups" if small else "", "" if layout == "contiguous" else layout]
-                    name = ", ".join(filter(None, parts))
+                    name = ", ".join(filter(None, parts)) or "any"
                     yield name, Case(family.op, family.variant, name, shape, layout, noise, "epsilon", "")
 
 

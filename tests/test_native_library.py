@@ -40,9 +40,9 @@ def test_calls_leak_no_memory(cpu_backend: Any) -> None:
                 step(forward, inputs.fused, inputs.wrt, inputs.outer)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
 
-    before = call(100)
-    # A string or a small tensor that is lost per call would take more than this.
-    assert call(400) - before < 400 * len(steps) * 16 / 1024
+    sizes = [call(times) for times in (100, 200, 200, 200)]
+    # Allocators grow now and then; a leak grows every time. A string or a small tensor lost per call would take more.
+    assert min(after - before for before, after in zip(sizes, sizes[1:], strict=False)) < 200 * len(steps) * 16 / 1024
 
 
 @pytest.mark.parametrize("op", dispatch.OPS)

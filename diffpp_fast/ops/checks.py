@@ -96,8 +96,11 @@ def common_dtype(*values: Tensor | Address | None) -> torch.dtype:
 
 
 def target_x0(prediction_type: str, x0: Tensor, like: Tensor) -> Tensor:
-    """x0, or `like` where the target holds no x0: then neither its dtype nor a cast nor keeping it costs anything."""
-    return like.detach() if prediction_type == "epsilon" else x0
+    """x0, or `like` where the target holds no x0: then neither its dtype nor a cast nor keeping it costs anything.
+
+    An x0 that autograd may ask about stays, and gets zeros.
+    """
+    return like.detach() if prediction_type == "epsilon" and not x0.requires_grad else x0
 
 
 def cast(value: Argument, dtype: torch.dtype) -> Argument:

@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from diffpp_fast.kernels import dispatch
 from diffpp_fast.ops import checks
+from diffpp_fast.ops.autograd import once_differentiable
 
 
 def geglu(x: Tensor) -> Tensor:

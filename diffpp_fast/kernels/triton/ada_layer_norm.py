@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffpp_fast.kernels.triton.device import on_its_device
+
 #: The widest row that registers hold, with the gradient's sums beside it.
 MOST_COLUMNS = 8192
 #: Elements of a row per warp: 8 a thread.
@@ -22,6 +24,7 @@ LEAST_ROWS, MOST_ROWS = 8, 64
 SUM_ROWS, SUM_COLUMNS = 32, 64
 
 
+@on_its_device
 def forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     batch, rows, width = _shape(x)
     values = x.contiguous()
@@ -47,6 +50,7 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor
     return _like(y, x), mean, rstd
 
 
+@on_its_device
 def backward(
     grad_output: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

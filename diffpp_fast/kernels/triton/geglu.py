@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffpp_fast.kernels.triton.device import on_its_device
+
 #: Elements of a tile: 8 a thread, so that a thread loads 16 bytes of bfloat16 at a time.
 TILE = 1024
 WARPS = 4
@@ -12,6 +14,7 @@ WARPS = 4
 TILE_COLUMNS = 256
 
 
+@on_its_device
 def forward(x: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     y = torch.empty(*x.shape[:-1], half, dtype=x.dtype, device=x.device)
@@ -21,6 +24,7 @@ def forward(x: Tensor) -> Tensor:
     return y
 
 
+@on_its_device
 def backward(grad_output: Tensor, x: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     values = x.contiguous()
