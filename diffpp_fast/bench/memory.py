@@ -32,11 +32,11 @@ def kept_bytes(forward: Callable[[Tensor], Tensor], x: Tensor, *networks: nn.Mod
     """
     x = x.detach().requires_grad_(gradient)
     owned = [value for network in networks for value in (*network.parameters(), *network.buffers())]
-    apart = {_address(value) for value in (x, *owned)}
-    storages: dict[int, torch.UntypedStorage] = {}  # alive to the end: no address comes twice
+    apart = {_identity(value) for value in (x, *owned)}
+    storages: dict[int, torch.UntypedStorage] = {}  # alive to the end: no number comes twice
 
     def pack(tensor: Tensor) -> Tensor:
-        storages[_address(tensor)] = tensor.untyped_storage()
+        storages[_identity(tensor)] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -91,8 +91,8 @@ def _cuda(call: Callable[[], Outputs], device: torch.device) -> int:
     return max(0, torch.cuda.max_memory_allocated(device) - before - sum(kept.values()))
 
 
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _identity(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _walk(events: list[Any]) -> Iterator[Any]:
