@@ -167,7 +167,8 @@ def _status(record: Record) -> str:
 
 
 def _milliseconds(record: Record, phase: str) -> str:
-    return f"{1e3 * record.timings[phase].median:#.3g}".rstrip(".")
+    value = 1e3 * record.timings[phase].median
+    return f"{value:.0f}" if value >= 100.0 else f"{value:#.3g}".rstrip(".")
 
 
 def _dtype(plan: Plan) -> str:
