@@ -22,6 +22,7 @@ from diffpp_fast.bench.memory import kept_bytes, peak_temporary_bytes
 from diffpp_fast.bench.operators import PIXEL_MEAN, PIXEL_STD
 from diffpp_fast.bench.timing import Clock, Timing, wall_clock
 from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.kernels import dispatch
 from diffpp_fast.networks import FrozenDecoder
 
 PHASES = ("decode", "pixels", "reward", "reward backward", "pixels adjoint", "decode backward")
@@ -120,9 +121,9 @@ class Networks:
         return other
 
     def reward(self, pixels: Tensor) -> Tensor:
-        """The mean of the tower's embedding, [B] float32: what stands for a reward's head."""
+        """The mean square of the tower's embedding, [B] float32. Nothing cancels in it, so that its error tells."""
         embedding: Tensor = self.vision(pixel_values=pixels).image_embeds
-        return embedding.float().mean(1)
+        return embedding.float().square().mean(1)
 
 
 def eager(networks: Networks) -> Path:
@@ -323,7 +324,8 @@ def _kept_at_full_size(plan: Plan, name: str) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     model = MODELS[plan.model]
-    with FakeTensorMode():
+    # Kernels for GPUs may have been asked for, and take no tensors of the CPU.
+    with dispatch.use_backend("auto"), FakeTensorMode():
         networks = Networks(replace(plan, batch=1, latent=model.latent, device=torch.device("cpu")))
         return kept_bytes(PROVIDERS[name](networks).decode, networks.latents, networks.vae)
 
