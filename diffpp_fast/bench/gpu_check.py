@@ -40,7 +40,7 @@ SECONDS, REPORT = 460.0, 15.0
 CHECKS = 0.6
 #: Seconds in which a check goes beyond all pairs of options, and after which it is stopped.
 GATE_SECONDS, GATE_LIMIT = 40.0, 170.0
-SANITIZER_LIMIT, TESTS_LIMIT, BUILD_LIMIT = 150.0, 170.0, 200.0
+SANITIZER_LIMIT, TESTS_LIMIT, BUILD_LIMIT, REWARD_LIMIT = 150.0, 170.0, 200.0, 120.0
 #: The exit code of compute-sanitizer when it has found errors.
 SANITIZER_ERRORS = 86
 #: Per provider and case of the benchmark.
@@ -145,7 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             session.say(f"{session.origin.device_name}, torch {session.origin.torch}, triton {session.origin.triton}")
             _check(session)
+            _measure_reward_path(session, "eager and fused", "--no-compile")
             _measure(session)
+            if not session.rehearse:  # the compiler takes minutes without a GPU
+                _measure_reward_path(session, "compiled", "--providers", "eager,compile,fused,fused-compile")
         except KeyboardInterrupt:
             session.say("interrupted: what is done is reported")
         with on_termination(lambda: None):
@@ -305,6 +308,36 @@ def _measure(session: Session) -> None:
         before, left = left, _left(session)
         if len(left) == len(before):
             return  # it does not even begin
+
+
+def _measure_reward_path(session: Session, which: str, *options: str) -> None:
+    """`diffpp-fast bench reward`, as long as it may take: its figures are files of their own."""
+    missing = [package for package in ("diffusers", "transformers") if importlib.util.find_spec(package) is None]
+    name = f"reward path, {which}"
+    if missing:
+        session.say(f"{name}: left out, for {' and '.join(missing)} is not installed")
+        return
+    if session.state.read().get(("step", name), ("", False))[1]:
+        return
+    model = ("small", "--rounds", "2") if session.rehearse else ("sd15", "--rounds", "10")
+    out = session.out / "reward-path" / which.replace(" ", "-")
+    command = [
+        sys.executable,
+        "-m",
+        "diffpp_fast",
+        "bench",
+        "reward",
+        "--device",
+        session.device.type,
+        "--model",
+        *model,
+    ]
+    job = Job(name, [*command, *options, "--out", str(out)], REWARD_LIMIT, session.environment)
+    for ended in session.run([job], 1, session.deadline):
+        session.say(f"{name}: {ended.why}")
+        if ended.code is not None:
+            session.state.add(("step", name), (ended.why, ended.code == 0))
+        print(ended.output if ended.code == 0 else "", flush=True)
 
 
 def _left(session: Session) -> list[tuple[Case, torch.dtype]]:

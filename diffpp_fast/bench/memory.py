@@ -1,4 +1,4 @@
-"""How much memory a step takes for itself while it runs."""
+"""How much memory a step takes for itself while it runs, and how much it keeps for its backward pass."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from diffpp_fast.bench.operators import Outputs
 
@@ -22,6 +23,26 @@ def peak_temporary_bytes(call: Callable[[], Outputs], device: torch.device) -> i
     of the results are taken off the allocator's peak, as if they were all alive at that moment.
     """
     return _cuda(call, device) if device.type == "cuda" else _cpu(call)
+
+
+def kept_bytes(forward: Callable[[Tensor], Tensor], x: Tensor, *networks: nn.Module, gradient: bool = True) -> int:
+    """Bytes that `forward(x)` keeps for the gradient of x, without parameters and buffers of `networks` and without x.
+
+    Every storage counts once and whole, however many saved tensors lie in it.
+    """
+    x = x.detach().requires_grad_(gradient)
+    owned = [value for network in networks for value in (*network.parameters(), *network.buffers())]
+    apart = {_identity(value) for value in (x, *owned)}
+    storages: dict[int, torch.UntypedStorage] = {}  # alive to the end: no number comes twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[_identity(tensor)] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward(x)
+    del result
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in apart)
 
 
 def _cpu(call: Callable[[], Outputs]) -> int:
@@ -68,6 +89,10 @@ def _cuda(call: Callable[[], Outputs], device: torch.device) -> int:
     torch.cuda.synchronize(device)
     kept = {result.untyped_storage().data_ptr(): result.untyped_storage().nbytes() for result in results}
     return max(0, torch.cuda.max_memory_allocated(device) - before - sum(kept.values()))
+
+
+def _identity(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _walk(events: list[Any]) -> Iterator[Any]:

@@ -60,7 +60,7 @@ def text_table(groups: Sequence[Group]) -> str:
 def markdown(groups: Sequence[Group], provenance: Provenance) -> str:
     """The same for the documentation, after a summary per operator."""
     comparisons = [comparison for group in groups for comparison in compare(group)]
-    parts = [_origin(provenance), LEGEND, _markdown_table(_summary(comparisons))]
+    parts = [origin_line(provenance), LEGEND, _markdown_table(_summary(comparisons))]
     for op, of_op in groupby(comparisons, lambda comparison: comparison.eager.case.op):
         rows = list(of_op)
         parts.append(f"### {op}\n\n" + _markdown_table([_header(rows), *map(_cells, rows)]))
@@ -75,28 +75,28 @@ def place_of(device: torch.device, warm: bool) -> str:
     return f"{device.type}, warm" if warm else device.type
 
 
-def markers(place: str) -> tuple[str, str]:
-    """The two lines between which a page holds the tables of this kind of device."""
-    begin, end = (f"<!-- diffpp-fast bench kernels, {place}: {edge} -->" for edge in ("begin", "end"))
+def markers(place: str, subject: str = "kernels") -> tuple[str, str]:
+    """The two lines between which a page holds the tables of this kind of device and subject of `bench`."""
+    begin, end = (f"<!-- diffpp-fast bench {subject}, {place}: {edge} -->" for edge in ("begin", "end"))
     return begin, end
 
 
-def check_page(page: Path, place: str) -> None:
+def check_page(page: Path, place: str, subject: str = "kernels") -> None:
     """Raises ConfigurationError unless the page has a place for the tables."""
     try:
         text = page.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(f"--docs {page}: {error.strerror}") from error
-    begin, end = markers(place)
+    begin, end = markers(place, subject)
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ConfigurationError(
             f"--docs {page}: the tables need a place; write these two lines where they are to be:\n{begin}\n{end}"
         )
 
 
-def rewrite_page(page: Path, place: str, tables: str) -> None:
+def rewrite_page(page: Path, place: str, tables: str, subject: str = "kernels") -> None:
     """Replaces what is between the markers; `check_page` has passed."""
-    begin, end = markers(place)
+    begin, end = markers(place, subject)
     text = page.read_text(encoding="utf-8")
     head, rest = text.split(begin)
     page.write_text(f"{head}{begin}\n{tables.strip()}\n{end}{rest.split(end)[1]}", encoding="utf-8")
@@ -156,7 +156,8 @@ def _range(ratios: Sequence[float]) -> str:
     return f"{statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def _origin(provenance: Provenance) -> str:
+def origin_line(provenance: Provenance) -> str:
+    """Where, when and with what it was measured."""
     commit = f", commit {provenance.commit}" if provenance.commit else ""
     changed = " with uncommitted changes" if provenance.dirty == "yes" else ""
     triton = f", triton {provenance.triton}" if provenance.triton else ""

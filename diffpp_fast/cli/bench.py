@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from diffpp_fast.bench.run import Plan
 
 DESCRIPTION = """\
-Measures every operator on this machine against the code that it replaces.
+Measures every operator, and the reward path, on this machine against the code that they replace.
 """
 KERNELS = """\
 Times every operator against the same step written in plain torch, eagerly and under torch.compile.
@@ -26,6 +26,17 @@ Times every operator against the same step written in plain torch, eagerly and u
 
 First every provider is checked against the float64 reference; one that is wrong is reported and not timed, and the
 exit code is 1. Into --out go a CSV with everything that was measured, the tables in Markdown, and a plot.
+"""
+REWARD = """\
+Times the reward path phase by phase: decode, pixels, reward model, and the way back; and counts what the decode keeps
+for its backward pass. Networks have their true architecture and random weights; needs diffusers and transformers.
+
+  diffpp-fast bench reward
+  diffpp-fast bench reward --model sd15 --latent 32
+  diffpp-fast bench reward --model sdxl --batch 4 --providers eager,compile,fused
+
+First every provider's images, rewards and gradient are checked; one that is wrong is reported and not timed, and the
+exit code is 1. Into --out go a CSV and the table in Markdown.
 """
 #: A spread of the times that casts doubt on a row.
 RESTLESS = 0.25
@@ -61,6 +72,25 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--out", type=Path, default=Path("benchmarks/results"), metavar="FOLDER", help="for files (benchmarks/results)")
     add("--docs", type=Path, metavar="PAGE.md", help="also put the tables between the page's markers")
     kernels.set_defaults(run=run)
+    reward = subjects.add_parser(
+        "reward",
+        help="the reward path, phase by phase",
+        description=REWARD,
+        epilog="How it measures, and how to read the numbers: docs/reward-path.md.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = reward.add_argument
+    add("--model", metavar="NAME", help='"small", "sd15" or "sdxl" (sd15 on a GPU, else small)')
+    add("--batch", type=_count, metavar="N", help="images (1, 4 and 2)")
+    add("--latent", type=_count, metavar="N", help="side of the latents (32, 64 and 128)")
+    add("--dtype", choices=DTYPES, help="(bfloat16 on a GPU, else float32)")
+    add("--providers", type=_names, metavar="NAME,...", help="of what is compared (all)")
+    add("--device", choices=["cpu", "cuda"], help="where to measure (cuda if there is one)")
+    add("--rounds", type=_count, default=7, metavar="N", help="in which all are timed by turns (7)")
+    add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    add("--out", type=Path, default=Path("benchmarks/results"), metavar="FOLDER", help="for files (benchmarks/results)")
+    add("--docs", type=Path, metavar="PAGE.md", help="also put the table between the page's markers")
+    reward.set_defaults(run=run_reward)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -69,14 +99,11 @@ def run(arguments: argparse.Namespace) -> int:
     from diffpp_fast.bench.machine import provenance
     from diffpp_fast.bench.results import absences, failures, place
     from diffpp_fast.bench.run import measure
-    from diffpp_fast.errors import ConfigurationError
 
     plan = _plan(arguments)
     if arguments.docs is not None:
         tables.check_page(arguments.docs, tables.place_of(plan.device, plan.warm))
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise ConfigurationError(f"--out {arguments.out}: it is a file; name a folder")
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    _make_folder(arguments.out)
     origin = provenance(plan.device)
     print(f"{origin.device_name}: {len(plan.cases)} cases, backends: {', '.join(plan.backends) or 'none that serves'}")
 
@@ -97,6 +124,47 @@ def run(arguments: argparse.Namespace) -> int:
     for sentence in _verdict(groups):
         print(sentence)
     return 1 if any(failures(group) for group in groups) else 0
+
+
+def run_reward(arguments: argparse.Namespace) -> int:
+    import diffusers  # noqa: F401 - said to be missing before work begins
+    import torch
+    import transformers  # noqa: F401
+
+    from diffpp_fast.bench import reward_path, reward_tables, tables
+    from diffpp_fast.bench.machine import provenance
+
+    plan = reward_path.plan(
+        arguments.model,
+        device=_device(arguments.device),
+        batch=arguments.batch,
+        latent=arguments.latent,
+        dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
+        names=arguments.providers,
+        compile=arguments.compile,
+        rounds=arguments.rounds,
+    )
+    place = reward_tables.place_of(plan)
+    if arguments.docs is not None:
+        tables.check_page(arguments.docs, place, reward_tables.SUBJECT)
+    _make_folder(arguments.out)
+    origin = provenance(plan.device)
+    print(f"{origin.device_name}: {', '.join(plan.names)}")
+    records = reward_path.measure(plan)
+    for path in reward_tables.write(arguments.out / f"reward-path-{place}", plan, records, origin, arguments.docs):
+        print(f"written: {path}")
+    print(f"\n{reward_tables.text_table(records)}\n")
+    for sentence in reward_tables.sentences(records):
+        print(sentence)
+    return 1 if any(record.wrong for record in records) else 0
+
+
+def _make_folder(path: Path) -> None:
+    from diffpp_fast.errors import ConfigurationError
+
+    if path.exists() and not path.is_dir():
+        raise ConfigurationError(f"--out {path}: it is a file; name a folder")
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def _verdict(groups: Sequence[Group]) -> list[str]:
@@ -187,6 +255,12 @@ def _names(text: str) -> list[str]:
     if not names:
         raise argparse.ArgumentTypeError("must be one or more names, separated by commas")
     return names
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 up, got {text}")
+    return int(text)
 
 
 def _seconds(text: str) -> float:

@@ -40,7 +40,7 @@ def load_denoiser(path: str, *, dtype: torch.dtype = torch.float32) -> Denoiser:
 
 
 def load_decoder(path: str, *, dtype: torch.dtype = torch.float32, checkpoint: bool = False) -> FrozenDecoder:
-    """An autoencoder, frozen."""
+    """An `AutoencoderKL` or `AutoencoderTiny`, frozen."""
     return FrozenDecoder(_load(path, dtype), checkpoint=checkpoint)
 
 

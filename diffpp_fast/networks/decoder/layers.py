@@ -1,0 +1,142 @@
+"""Layers with frozen weights: linear maps that keep the weight alone, and the nonlinear ones with what they need.
+
+Torch's convolution keeps its input, which only the weight's gradient needs. Here the backward pass is the adjoint
+map, which is a convolution of the transposed kind and takes nothing but the weight. Weights are read, and cast to the
+dtype of the data, at every use: what was loaded, moved or cast in the meantime counts. None ever gets a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from diffpp_fast import ops
+
+
+def convolution(x: Tensor, layer: nn.Conv2d, *, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    """layer(x) [B, C', H', W'], plus `residual` of that shape, then ReLU; each of the two if asked for.
+
+    Keeps nothing, or one byte per output of the ReLU. Stride 1.
+    """
+    geometry = (layer.padding, layer.dilation, layer.groups)
+    y: Tensor = _Convolution.apply(x, layer.weight, layer.bias, residual, relu, geometry)
+    return y
+
+
+def enlarged_convolution(x: Tensor, layer: nn.Conv2d, taps: Tensor) -> Tensor:
+    """layer(x enlarged twofold by nearest neighbours): x [B, C, H, W] -> [B, C', 2H, 2W]. Keeps nothing.
+
+    Each output sees only 2 x 2 different pixels of x. Summing the weights that meet at a pixel gives a transposed
+    convolution, 4 x 4 with stride 2, which is equal but for the rounding of the sums, takes 16 of 36 multiplications
+    and makes no enlarged copy.
+
+    Args:
+        layer: 3 x 3 with padding 1.
+        taps: from `enlarging_taps`.
+    """
+    y: Tensor = _EnlargedConvolution.apply(x, layer.weight, layer.bias, taps)
+    return y
+
+
+def enlarging_taps(like: Tensor) -> Tensor:
+    """[9, 16] of zeros and ones: which of 3 x 3 weights add up to each of 4 x 4. Made on the device, without a copy."""
+    row = torch.ones(3, 4, dtype=like.dtype, device=like.device).triu().tril(1).flip(0)
+    return (row[:, None, :, None] * row[None, :, None, :]).reshape(9, 16)
+
+
+def linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """layer(x), [..., C] -> [..., C']. Keeps nothing."""
+    y: Tensor = _Linear.apply(x, layer.weight, layer.bias)
+    return y
+
+
+def group_norm(x: Tensor, layer: nn.GroupNorm, activation: str = "silu") -> Tensor:
+    """activation(layer(x)). Keeps x and two statistics per group."""
+    weight, bias = (None if value is None else value.detach() for value in (layer.weight, layer.bias))
+    return ops.group_norm_silu(x, layer.num_groups, weight, bias, layer.eps, activation)
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """The memory format of x [B, C, H, W]."""
+    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+
+
+class _Convolution(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+        geometry: tuple[Any, Any, int],
+    ) -> Tensor:
+        padding, dilation, groups = geometry
+        y = F.conv2d(x, weight.to(x.dtype), _cast(bias, x), 1, padding, dilation, groups)
+        if residual is not None:
+            y += residual
+        blocked = None
+        if relu:
+            y = y.relu_()
+            blocked = y <= 0
+        ctx.save_for_backward(weight, blocked)
+        ctx.geometry, ctx.layout = geometry, layout(x)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, blocked = ctx.saved_tensors
+        needs_x, _, _, needs_residual, _, _ = ctx.needs_input_grad
+        padding, dilation, groups = ctx.geometry
+        if blocked is not None:
+            grad = grad.masked_fill(blocked, 0.0)
+        grad = grad.contiguous(memory_format=ctx.layout)
+        grad_x = None
+        if needs_x:
+            grad_x = F.conv_transpose2d(grad, weight.to(grad.dtype), None, 1, padding, 0, groups, dilation)
+        return grad_x, None, None, grad if needs_residual else None, None, None
+
+
+class _EnlargedConvolution(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, taps)
+        ctx.layout = layout(x)
+        return F.conv_transpose2d(x, _summed(weight, taps, x.dtype), _cast(bias, x), stride=2, padding=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, taps = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=ctx.layout)
+        return F.conv2d(grad, _summed(weight, taps, grad.dtype), stride=2, padding=1), None, None, None
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype), _cast(bias, x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return F.linear(grad, weight.to(grad.dtype).t()), None, None
+
+
+def _summed(weight: Tensor, taps: Tensor, dtype: torch.dtype) -> Tensor:
+    """[C', C, 3, 3] -> [C, C', 4, 4], each sum rounded once."""
+    sums = weight.flatten(2) @ taps.to(weight.dtype)
+    return sums.unflatten(2, (4, 4)).transpose(0, 1).to(dtype)
+
+
+def _cast(bias: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(like.dtype)

@@ -1,0 +1,110 @@
+"""The way through diffusers' decoders: their modules in order, as steps from tensor to tensor.
+
+The modules' own `forward` is not called. The steps are grouped in stages, one per resolution: a stage ends before an
+enlargement, where the tensor between two steps is smallest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffpp_fast.networks.decoder.layers import (
+    convolution,
+    enlarged_convolution,
+    enlarging_taps,
+    group_norm,
+    linear,
+)
+
+Step = Callable[[Tensor], Tensor]
+Stage = list[Step]
+
+
+def kl_stages(vae: Any, like: Tensor) -> list[Stage]:
+    """Of an `AutoencoderKL`: unscaled latents -> images. `like` has the dtype and device of the decode."""
+    decoder, taps = vae.decoder, enlarging_taps(like)
+    entrance = [layer for layer in (vae.post_quant_conv, decoder.conv_in) if layer is not None]
+    steps: Stage = [partial(convolution, layer=layer) for layer in entrance]
+    first, *rest = decoder.mid_block.resnets
+    steps.append(partial(_resnet, first))
+    for attention, resnet in zip(decoder.mid_block.attentions, rest, strict=True):
+        if attention is not None:
+            steps.append(partial(_attention, attention))
+        steps.append(partial(_resnet, resnet))
+    stages = [steps]
+    for block in decoder.up_blocks:
+        stages[-1] += [partial(_resnet, resnet) for resnet in block.resnets]
+        for upsampler in block.upsamplers or ():
+            stages.append([partial(enlarged_convolution, layer=upsampler.conv, taps=taps)])
+    stages[-1] += [partial(group_norm, layer=decoder.conv_norm_out), partial(convolution, layer=decoder.conv_out)]
+    return stages
+
+
+def tiny_stages(vae: Any, like: Tensor) -> list[Stage]:
+    """Of an `AutoencoderTiny`."""
+    layers, taps = list(vae.decoder.layers), enlarging_taps(like)
+    stages: list[Stage] = [[_soft_clamp]]
+    while layers:
+        layer = layers.pop(0)
+        if isinstance(layer, nn.Conv2d):
+            relu = bool(layers) and isinstance(layers[0], nn.ReLU)
+            if relu:
+                layers.pop(0)
+            stages[-1].append(partial(convolution, layer=layer, relu=relu))
+        elif isinstance(layer, nn.Upsample):
+            if layer.mode == "nearest" and layer.scale_factor == 2:
+                stages.append([partial(enlarged_convolution, layer=layers.pop(0), taps=taps)])
+            else:
+                stages.append([layer])
+        elif hasattr(layer, "fuse"):
+            stages[-1].append(partial(_tiny_block, layer))
+        else:
+            stages[-1].append(layer)  # an activation
+    stages[-1].append(_to_signed)
+    return stages
+
+
+def _resnet(block: Any, x: Tensor) -> Tensor:
+    """A `ResnetBlock2D` without time embedding."""
+    h = convolution(group_norm(x, block.norm1), block.conv1)
+    shortcut = x if block.conv_shortcut is None else convolution(x, block.conv_shortcut)
+    y = convolution(group_norm(h, block.norm2), block.conv2, residual=shortcut)
+    return y if block.output_scale_factor == 1.0 else y / block.output_scale_factor
+
+
+def _attention(block: Any, x: Tensor) -> Tensor:
+    """An `Attention` over the pixels, with its residual connection. Keeps q, k, v, the output and its row sums."""
+    tokens = group_norm(x, block.group_norm, "identity").permute(0, 2, 3, 1).flatten(1, 2)
+    q, k, v = (
+        linear(tokens, layer).unflatten(2, (block.heads, -1)).transpose(1, 2)
+        for layer in (block.to_q, block.to_k, block.to_v)
+    )
+    attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    y = x + linear(attended, block.to_out[0]).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+    return y if block.rescale_output_factor == 1.0 else y / block.rescale_output_factor
+
+
+def _tiny_block(block: Any, x: Tensor) -> Tensor:
+    """An `AutoencoderTinyBlock`."""
+    first, activation, second, _, third = block.conv
+    relu = isinstance(activation, nn.ReLU)
+    h = x
+    for layer in (first, second):
+        h = convolution(h, layer, relu=relu)
+        h = h if relu else activation(h)
+    shortcut = convolution(x, block.skip) if isinstance(block.skip, nn.Conv2d) else x
+    return convolution(h, third, residual=shortcut, relu=True)
+
+
+def _soft_clamp(x: Tensor) -> Tensor:
+    return 3.0 * torch.tanh(x / 3.0)
+
+
+def _to_signed(x: Tensor) -> Tensor:
+    return 2.0 * x - 1.0
