@@ -160,6 +160,8 @@ class _Call:
             TAPS=axis.weights.shape[0],
             NORMALISE=normalise,
             CHANNELS_LAST=self.channels_last,
+            # Four taps of channels_last at a time would take 190 registers: their addresses have nothing in common.
+            UNROLL=2 if self.channels_last else 4,
             WIDE=rows * max(from_width, to_width) >= INT32_ELEMENTS,
             BLOCK_R=block_r,
             BLOCK_X=block_x,
@@ -316,6 +318,7 @@ def _columns(
     TAPS: tl.constexpr,
     NORMALISE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    UNROLL: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_X: tl.constexpr,
@@ -335,7 +338,7 @@ def _columns(
     plane = plane.to(tl.int64)
     p_plane = p_from + plane * rows * from_width
     b_sum = tl.zeros([BLOCK_R, BLOCK_X], tl.float32)
-    for k in tl.range(TAPS, loop_unroll_factor=4):
+    for k in tl.range(TAPS, loop_unroll_factor=UNROLL):
         m_tap = k < b_count
         b_weight = tl.load(p_weights + k * out + b_pixel, mask=m_tap, other=0.0)
         b_at = _within(b_r[:, None], (b_from + (b_first + k) * inner)[None, :], from_width, WIDE)
