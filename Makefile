@@ -13,6 +13,8 @@ CSRC := $(wildcard csrc/*/*)
 # Busy-waiting threads cost more than they gain when cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# DeepSpeed without its compiled operators: what needs one builds it when it is first used.
+export DS_BUILD_OPS ?= 0
 
 .PHONY: help setup demo demo-short test test-all sanitize emulate lint types gpu-build gpu-check docs clean
 

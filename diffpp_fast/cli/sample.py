@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from diffpp_fast.errors import ConfigurationError
-    from diffpp_fast.training.build import choose_device
+    from diffpp_fast.training.distributed import choose_device
     from diffpp_fast.training.export import find_weights, load_sampler
     from diffpp_fast.training.grids import decode, sample_latents, tile, write_png
 

@@ -80,13 +80,6 @@ class Run:
     held_out: LatentReward | None
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of a configuration; "auto" is the GPU where there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError("device is cuda, but PyTorch sees no CUDA device: use device=cpu or device=auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def build_sampler(config: Config, device: torch.device) -> Sampler:
     """Loads the generator, the text encoder and the decoder.
 

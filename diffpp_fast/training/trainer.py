@@ -13,10 +13,11 @@ import torch
 
 from diffpp_fast.errors import CheckpointError, ConfigurationError, NonFiniteError
 from diffpp_fast.methods import Batch, StepOutput
-from diffpp_fast.training.build import build_run, choose_device
+from diffpp_fast.training.build import build_run
 from diffpp_fast.training.callbacks import Callback, JsonLines, Progress, TensorBoard
 from diffpp_fast.training.checkpoint import Checkpoints
 from diffpp_fast.training.config import Config
+from diffpp_fast.training.distributed import choose_device
 from diffpp_fast.training.engine import PlainEngine
 from diffpp_fast.training.export import export_generator
 from diffpp_fast.training.grids import FIRST_GRID_SAMPLE, decode, sample_latents, tile, write_png

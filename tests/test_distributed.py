@@ -1,0 +1,68 @@
+"""How processes find each other, and what they agree on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+
+from diffpp_fast.training import ConfigurationError
+from diffpp_fast.training.distributed import World, choose_device
+
+WORKER = """
+import torch
+from diffpp_fast.training.distributed import World
+
+world = World.join("cpu")
+assert (world.size, world.device.type) == (3, "cpu")
+assert world.is_main == (world.rank == 0)
+assert world.share(torch.arange(10, 22)).tolist() == [10 + 4 * world.rank + place for place in range(4)]
+assert world.any(world.rank == 2) and not world.any(False)
+mine = torch.tensor([1.0, float(world.rank)])
+assert world.sum(mine).tolist() == [3.0, 3.0] and mine.tolist() == [1.0, float(world.rank)]
+assert world.first_error(None) is None
+assert world.first_error(ValueError(f"rank {world.rank}: schön") if world.rank else None) == "rank 1: schön"
+assert world.first_error(ValueError() if world.rank == 2 else None) == "ValueError"
+assert len(world.first_error(ValueError("x" * 10_000))) < 10_000
+world.barrier()
+world.close()
+print("agreed")
+"""
+
+
+def test_processes_agree(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    assert [output.strip() for output in processes.run([str(script)], 3)] == ["agreed"] * 3
+
+
+def test_alone_nothing_is_distributed() -> None:
+    world = World.join("cpu", {})
+    assert (world.rank, world.size, world.is_main) == (0, 1, True)
+    assert world.any(True) and not world.any(False)
+    assert world.first_error(None) is None and world.first_error(ValueError("no")) == "no"
+    numbers = torch.arange(5)
+    assert torch.equal(world.share(numbers), numbers) and torch.equal(world.sum(numbers), numbers)
+    world.barrier()
+    world.close()
+    assert not torch.distributed.is_initialized()
+
+
+def test_one_process_under_a_launcher_is_alone() -> None:
+    assert World.join("cpu", {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}).size == 1
+    assert not torch.distributed.is_initialized()
+
+
+def test_half_a_launch_environment_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"RANK and WORLD_SIZE are set, but not LOCAL_RANK and MASTER_ADDR"):
+        World.join("cpu", {"RANK": "1", "WORLD_SIZE": "2"})
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", 1) == torch.device("cuda", 1)
+    with pytest.raises(ConfigurationError, match="LOCAL_RANK is 2, but PyTorch sees 2 GPUs"):
+        choose_device("cuda", 2)
