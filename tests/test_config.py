@@ -167,6 +167,34 @@ def test_a_missing_file(tmp_path: Path) -> None:
     assert "No such file" in refusal(tmp_path / "nothing.yaml")
 
 
+def test_a_file_extends_another(file: Path, tmp_path: Path) -> None:
+    """Two files above each other, in folders of their own: the nearest key counts, and paths stay with their file."""
+    middle, top = tmp_path / "middle" / "gpus.yaml", tmp_path / "top.yaml"
+    middle.parent.mkdir()
+    middle.write_text("extends: ../project/align.yaml\nprompts: other.txt\ntraining: {steps: 9, micro_batch: 2}\n")
+    top.write_text("extends: middle/gpus.yaml\ntraining: {steps: 11}\nrewards: {held_out: null}\n")
+    config = load_config(top, ["training.keep=7"])
+    assert (config.training.steps, config.training.micro_batch, config.training.keep) == (11, 2, 7)
+    assert config.training.global_batch == load_config(file).training.global_batch
+    assert config.rewards.held_out is None and config.rewards.optimised is not None
+    assert config.prompts == str(middle.parent / "other.txt")
+    assert config.models.reference.path == load_config(file).models.reference.path
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("extends: nothing.yaml\n", r"extends .*nothing.yaml: no such file"),
+        ("extends: [a, b]\n", r"extends should be the path of a YAML file"),
+        ("extends: align.yaml\n", r"extends .*align.yaml, which extends it"),
+    ],
+)
+def test_what_can_not_be_extended(file: Path, text: str, said: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigurationError, match=said):
+        load_config(file)
+
+
 def test_no_override(file: Path) -> None:
     assert "write section.key=value" in refusal(file, "training.steps")
     assert "training.steps has no keys in it" in refusal(file, "training.steps.many=3")

@@ -22,15 +22,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a run's configuration.
 
     Args:
-        path: a YAML file. Relative paths of inputs in it are relative to its folder and come back absolute.
+        path: a YAML file. Relative paths of inputs in it are relative to its folder and come back absolute. The key
+            `extends` names another such file, relative to its folder too: its keys count where this one has none.
         overrides: `section.key=value`, the value written as in YAML. Paths in them are relative to the working
             directory.
 
     Raises ConfigurationError for an unreadable file, an unknown key, a wrong type and parts that don't fit together.
     """
     file = Path(path)
-    data = _read(file)
-    _anchor(data, file.absolute().parent)
+    data = _read_extended(file)
     given = {}
     for override in overrides:
         key, value = _parse_override(override)
@@ -82,6 +82,33 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigurationError(f"{file} must hold keys and values, got {data!r}")
     return data
+
+
+def _read_extended(file: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file on top of the one that it extends, with absolute paths; `readers` are the files that lead to it."""
+    data = _read(file)
+    _anchor(data, file.absolute().parent)
+    if "extends" not in data:
+        return data
+    name = data.pop("extends")
+    if not isinstance(name, str):
+        raise ConfigurationError(f"{file}: extends should be the path of a YAML file, got {name!r}")
+    other = file.parent / Path(name).expanduser()
+    chain = (*readers, file.resolve())
+    if other.resolve() in chain:
+        raise ConfigurationError(f"{file} extends {other}, which extends it")
+    if not other.is_file():
+        raise ConfigurationError(f"{file} extends {other}: no such file")
+    return _merge(_read_extended(other, chain), data)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key; everything else that stands above replaces what stands below."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
 
 
 def _parse_override(override: str) -> tuple[str, Any]:
