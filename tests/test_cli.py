@@ -70,7 +70,7 @@ def test_pictures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
     both = draw("both.png", "a red apple", "a green frog", "--count", "3")
     said = capsys.readouterr().out
-    assert "weights: runs/demo/checkpoints/step_000002/ema.safetensors" in said and str(tmp_path / "both.png") in said
+    assert "weights: runs/demo/checkpoints/step_000002/generator_ema" in said and str(tmp_path / "both.png") in said
     assert both.size == (3 * 16, 2 * 16)
     # A row does not depend on the other rows, nor on whether the run or its checkpoint is named.
     frog = draw("frog.png", "a green frog", "--count", "3", "--run", "runs/demo/checkpoints/step_000002")

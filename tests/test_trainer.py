@@ -128,7 +128,7 @@ def test_a_run_leaves_all_that_it_promises(config_of) -> None:  # type: ignore[n
     assert [record["step"] for record in records(config) if "grid/held_out" in record] == [-2, 2, 4]
 
     exported = UNet2DConditionModel.from_pretrained(output / "generator").state_dict()
-    assert_equal(exported, read_tensors(output / "checkpoints" / "step_000004" / "ema.safetensors"))
+    assert_equal(exported, read_tensors(output / "checkpoints" / "step_000004" / "generator_ema.safetensors"))
     assert len(load_schedule(str(output / "generator"))) == 1000
     call = json.loads((output / "generator" / "generator.json").read_text())
     assert call == {"timestep": 625, "input_scale": "sigma"}
@@ -142,7 +142,7 @@ def test_training_changes_both_networks_and_their_average(config_of) -> None:  #
         name, before = next(iter(start.state_dict().items()))
         assert not torch.equal(after[f"{role}.{name}"], before)
     name, before = next(iter(tiny.unet(seed=1).state_dict().items()))
-    assert (after[f"ema.{name}"] - before).norm() < (after[f"generator.{name}"] - before).norm()
+    assert (after[f"generator_ema.{name}"] - before).norm() < (after[f"generator.{name}"] - before).norm()
 
 
 def test_micro_batches_change_memory_only(config_of) -> None:  # type: ignore[no-untyped-def]
@@ -241,7 +241,7 @@ def test_diff_instruct_without_reward_decoder_and_average(config_of) -> None:  #
     )
     Trainer(config).run()
     assert "generator/reward" not in records(config)[0]
-    assert not (Path(config.output) / "checkpoints" / "step_000001" / "ema.safetensors").exists()
+    assert not (Path(config.output) / "checkpoints" / "step_000001" / "generator_ema.safetensors").exists()
 
 
 def test_bfloat16_trains_float32_weights(config_of) -> None:  # type: ignore[no-untyped-def]

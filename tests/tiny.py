@@ -11,6 +11,7 @@ import yaml
 PROMPTS = ("a red apple", "a green frog", "a blue whale", "a yellow sun", "a red frog")
 LATENT = (4, 8, 8)
 TEXT_WIDTH = 16
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 REWARDS = """
 import torch
@@ -130,6 +131,112 @@ def write_text_encoder(folder: Path) -> None:
     )
     _seeded(lambda: BertModel(settings), seed=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def clip(seed: int = 0, width: int = TEXT_WIDTH, projection: bool = False) -> torch.nn.Module:
+    """A CLIP text encoder of two layers; with `projection` one that also gives `text_embeds` of TEXT_WIDTH."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    settings = CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=TEXT_WIDTH,
+        bos_token_id=52,
+        eos_token_id=53,
+    )
+    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
+    return _seeded(lambda: kind(settings), seed).eval()
+
+
+def clip_tokenizer() -> Any:
+    """Letters, as CLIP's tokenizer has them inside and at the end of a word."""
+    from transformers import CLIPTokenizer
+
+    pieces = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+
+
+def t5(seed: int = 0) -> torch.nn.Module:
+    """T5's encoder, of one layer."""
+    from transformers import T5Config, T5EncoderModel
+
+    settings = T5Config(vocab_size=30, d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return _seeded(lambda: T5EncoderModel(settings), seed).eval()
+
+
+def t5_tokenizer() -> Any:
+    """Letters, and the space in front of a word."""
+    from transformers import T5Tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((letter, -3.0) for letter in LETTERS)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def pipeline(family: str, **changes: Any) -> Any:
+    """A whole pipeline of diffusers: "stable_diffusion", "stable_diffusion_xl" or "pixart".
+
+    Args:
+        family: which.
+        changes: `prediction_type` of the scheduler, `force_zeros_for_empty_prompt`, and settings of the network.
+    """
+    from diffusers import DDIMScheduler, PixArtAlphaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        steps_offset=1,
+        prediction_type=changes.pop("prediction_type", "epsilon"),
+    )
+    zeros = changes.pop("force_zeros_for_empty_prompt", True)
+    if family == "pixart":
+        network = pixart(**changes)
+        # Networks begin as zero at these places, and would not listen to their conditioning.
+        with torch.random.fork_rng(devices=[]):
+            torch.nn.init.normal_(network.proj_out.weight, std=0.3)
+        return PixArtAlphaPipeline(
+            tokenizer=t5_tokenizer(), text_encoder=t5(), vae=vae(), transformer=network.eval(), scheduler=scheduler
+        )
+    if family == "stable_diffusion":
+        return StableDiffusionPipeline(
+            vae=vae(),
+            text_encoder=clip(),
+            tokenizer=clip_tokenizer(),
+            unet=unet(**changes).eval(),
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    return StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=clip(width=TEXT_WIDTH // 2),
+        text_encoder_2=clip(seed=1, width=TEXT_WIDTH // 2, projection=True),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=sdxl_unet(**changes).eval(),
+        scheduler=scheduler,
+        force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False,
+    )
+
+
+def write_base(folder: Path, family: str, **changes: Any) -> Path:
+    """A run on a whole pipeline in `folder / "base"`; returns the configuration's path."""
+    pipeline(family, **changes).save_pretrained(folder / "base")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    (folder / "rewards.py").write_text(REWARDS)
+    config = folder / "align.yaml"
+    training = {"steps": 1, "global_batch": 2, "log_every": 1, "checkpoint_every": 1}
+    shape = {"models": {"base": "base"}, "training": training}
+    reward = {"optimised": {"factory": "rewards.py:redness", "arguments": {"channel": 0}, "scale": 2.0}}
+    config.write_text(yaml.safe_dump({**settings(), **shape, "rewards": reward}, sort_keys=False))
+    return config
 
 
 def settings() -> dict[str, Any]:

@@ -7,7 +7,7 @@ import errno
 import sys
 from collections.abc import Sequence
 
-from diffpp_fast.cli import bench, doctor, sample, train
+from diffpp_fast.cli import bench, doctor, export, sample, train
 from diffpp_fast.errors import UserError
 from diffpp_fast.version import __version__
 
@@ -16,6 +16,7 @@ Aligns one-step text-to-image generators with a reward (Diff-Instruct++), from p
 
   diffpp-fast train align.yaml training.steps=200
   diffpp-fast sample --run runs/emoji "a red apple" --out apple.png
+  diffpp-fast export runs/emoji --out generator
   diffpp-fast bench kernels
   diffpp-fast doctor
 """
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"diffpp-fast {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (train, sample, bench, doctor):
+    for command in (train, sample, export, bench, doctor):
         command.add_parser(commands)
     arguments, late = parser.parse_known_args(argv)
     if late:

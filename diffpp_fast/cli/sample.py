@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     config, sampler = load_sampler(weights, device)
     if sampler.decoder is None:
-        raise ConfigurationError(f"{weights.parent / 'config.yaml'}: models.decoder is missing, so there are no images")
+        raise ConfigurationError(f"{weights.folder / 'config.yaml'}: models.decoder is missing, so there are no images")
     count = arguments.count
     latents = sample_latents(
         sampler,

@@ -11,8 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from diffpp_fast.noise import Noise
 
-#: Which stream of addressed randomness serves what. Streams from 4 on are free for other uses.
-LATENT, DIFFUSION, TIMESTEP, PROMPT_ORDER = 0, 1, 2, 3
+#: Which stream of addressed randomness serves what. The last two initialise LoRA adapters, where samples are layers.
+#: Streams from 6 on are free for other uses.
+LATENT, DIFFUSION, TIMESTEP, PROMPT_ORDER, GENERATOR_ADAPTER, FAKE_ADAPTER = 0, 1, 2, 3, 4, 5
 
 #: (z [B, *shape], conditioning) -> x0 [B, *shape]
 Generator = Callable[[torch.Tensor, Any], torch.Tensor]

@@ -7,12 +7,13 @@ from diffpp_fast.networks.denoiser import Denoiser
 from diffpp_fast.networks.fusion import FusionRow, fuse, fusion_report, unfuse
 from diffpp_fast.networks.loading import load_decoder, load_denoiser, load_schedule
 from diffpp_fast.networks.one_step import OneStepGenerator
-from diffpp_fast.networks.text import TextEncoder
+from diffpp_fast.networks.text import DualTextEncoder, TextEncoder
 
 __all__ = [
     "AttentionProcessor",
     "Conditioning",
     "Denoiser",
+    "DualTextEncoder",
     "FrozenDecoder",
     "FusionRow",
     "OneStepGenerator",

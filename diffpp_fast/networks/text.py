@@ -1,9 +1,9 @@
-"""Prompts to `encoder_hidden_states`, with any text encoder that transformers loads."""
+"""Prompts to what networks are conditioned on, with the text encoders that transformers loads."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,12 @@ import torch
 from torch import nn
 
 from diffpp_fast.networks.conditioning import Conditioning
+from diffpp_fast.networks.loading import pretrained_arguments
 
 logger = logging.getLogger("diffpp_fast")
+
+#: Overflow in float16; bfloat16 has the range of float32.
+OVERFLOWING = ("mt5", "t5", "umt5")
 
 
 class TextEncoder(nn.Module):
@@ -22,43 +26,186 @@ class TextEncoder(nn.Module):
         model: gives `last_hidden_state` [B, L, D] for `input_ids` and `attention_mask`; frozen and set to eval here.
         tokenizer: the model's, from transformers.
         max_length: tokens per prompt, the special ones included. Longer prompts are cut, with a warning.
-        mask_padding: hand `encoder_attention_mask` on, so that networks do not attend to padding. Networks that were
-            trained without it (Stable Diffusion 1.5) want False.
+        mask_padding: neither the encoder nor the networks attend to padding; these get `encoder_attention_mask`.
+            Networks that were trained without it (all of Stable Diffusion) want False.
+        lowercase: prompts are stripped and lowered first, as PixArt's pipeline does.
+        added: what every prompt is conditioned on besides, by name, tensors [n] for `added_cond_kwargs`.
+        zero_empty: `null` is zeros instead of the encoded empty prompt.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, max_length: int, mask_padding: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        max_length: int,
+        mask_padding: bool = True,
+        *,
+        lowercase: bool = False,
+        added: Mapping[str, torch.Tensor] | None = None,
+        zero_empty: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.mask_padding = mask_padding
+        self.lowercase = lowercase
+        self.added = dict(added or {})
+        self.zero_empty = zero_empty
+        # Some CLIP encoders were trained to mask what the networks behind them attend to.
+        config: Any = model.config
+        self.mask_inside = mask_padding or bool(getattr(config, "use_attention_mask", False))
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, max_length: int = 77, mask_padding: bool = True) -> TextEncoder:
-        """From a hub id or a folder with the model (safetensors) and its tokenizer. Of T5 it takes the encoder."""
-        from transformers import AutoModelForTextEncoding, AutoTokenizer
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        max_length: int = 77,
+        mask_padding: bool = True,
+        *,
+        tokenizer: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        **arguments: Any,
+    ) -> TextEncoder:
+        """From a hub id or a folder with the model (safetensors). Of T5 it takes the encoder.
 
-        model = AutoModelForTextEncoding.from_pretrained(path, use_safetensors=True)
-        return cls(model, AutoTokenizer.from_pretrained(path), max_length, mask_padding)
+        Args:
+            path, max_length, mask_padding, arguments: as above.
+            tokenizer: where the tokenizer is; None: with the model.
+            dtype: of the weights.
+
+        Raises ValueError for float16 where it overflows.
+        """
+        model = load_text_model(str(path), dtype)
+        return cls(model, load_tokenizer(str(tokenizer or path)), max_length, mask_padding, **arguments)
+
+    @property
+    def width(self) -> int:
+        """Channels of the hidden states."""
+        config: Any = self.model.config
+        return int(config.hidden_size)
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> Conditioning:
         """B prompts -> hidden states [B, max_length, D] float32 and, if asked for, their mask [B, max_length] int64."""
-        device = next(self.model.parameters()).device
-        self._warn_of_cuts(prompts)
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
-        ).to(device)
-        hidden = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
-        tensors = {"encoder_hidden_states": hidden.float()}
+        texts = [prompt.lower().strip() for prompt in prompts] if self.lowercase else list(prompts)
+        tokens = tokenize(self.tokenizer, texts, self.max_length).to(_device(self.model))
+        mask = tokens["attention_mask"]
+        hidden = self.model(
+            input_ids=tokens["input_ids"], attention_mask=mask if self.mask_inside else None
+        ).last_hidden_state
+        tensors: dict[str, Any] = {"encoder_hidden_states": hidden.float()}
         if self.mask_padding:
-            tensors["encoder_attention_mask"] = tokens["attention_mask"]
+            tensors["encoder_attention_mask"] = mask
+        if self.added:
+            tensors["added_cond_kwargs"] = _repeat(self.added, hidden)
         return Conditioning(tuple(prompts), tensors)
 
-    def _warn_of_cuts(self, prompts: Sequence[str]) -> None:
-        whole = self.tokenizer(list(prompts), verbose=False)["input_ids"]
-        cut = [prompt for prompt, tokens in zip(prompts, whole, strict=True) if len(tokens) > self.max_length]
-        if cut:
-            logger.warning(
-                "%d of %d prompts cut to %d tokens, e.g. %r", len(cut), len(prompts), self.max_length, cut[0]
-            )
+    def null(self) -> Conditioning:
+        """The unconditional counterpart of one prompt, for guidance."""
+        return _zeroed(self([""]), "encoder_hidden_states") if self.zero_empty else self([""])
+
+
+class DualTextEncoder(nn.Module):
+    """The two frozen text encoders of Stable Diffusion XL: prompts -> `Conditioning`.
+
+    Hidden states are those before the last layer of each encoder, side by side. Networks attend to padding, and so do
+    the encoders. The pooled projection is the second encoder's.
+
+    Args:
+        first, second: models and tokenizers; `second` gives `text_embeds` [B, P].
+        max_length: tokens per prompt, of both. Longer prompts are cut, with a warning.
+        time_ids: [6]: height and width of the original, top and left of the crop, height and width of the target.
+        zero_empty: `null` is zeros instead of the encoded empty prompt.
+    """
+
+    def __init__(
+        self,
+        first: tuple[nn.Module, Any],
+        second: tuple[nn.Module, Any],
+        max_length: int,
+        *,
+        time_ids: torch.Tensor,
+        zero_empty: bool,
+    ) -> None:
+        super().__init__()
+        self.models = nn.ModuleList([first[0], second[0]]).eval().requires_grad_(False)
+        self.tokenizers = first[1], second[1]
+        self.max_length = max_length
+        self.time_ids = time_ids.float()
+        self.zero_empty = zero_empty
+
+    @property
+    def width(self) -> int:
+        """Channels of the hidden states, both encoders' together."""
+        configs: list[Any] = [model.config for model in self.models]
+        return sum(int(config.hidden_size) for config in configs)
+
+    @property
+    def pooled_width(self) -> int:
+        """Channels of the pooled projection."""
+        config: Any = self.models[1].config
+        return int(config.projection_dim)
+
+    @torch.no_grad()
+    def forward(self, prompts: Sequence[str]) -> Conditioning:
+        """B prompts -> hidden states [B, max_length, D1 + D2], pooled [B, P] and time ids [B, 6], all float32."""
+        hidden = []
+        for model, tokenizer in zip(self.models, self.tokenizers, strict=True):
+            ids = tokenize(tokenizer, list(prompts), self.max_length)["input_ids"].to(_device(model))
+            output = model(input_ids=ids, output_hidden_states=True)
+            hidden.append(output.hidden_states[-2].float())
+        states = torch.cat(hidden, dim=-1)
+        added = {"text_embeds": output.text_embeds.float(), **_repeat({"time_ids": self.time_ids}, states)}
+        return Conditioning(tuple(prompts), {"encoder_hidden_states": states, "added_cond_kwargs": added})
+
+    def null(self) -> Conditioning:
+        """The unconditional counterpart of one prompt, for guidance."""
+        return _zeroed(self([""]), "encoder_hidden_states", "text_embeds") if self.zero_empty else self([""])
+
+
+def load_text_model(path: str, dtype: torch.dtype = torch.float32, *, projection: bool = False) -> nn.Module:
+    """A text encoder from safetensors; with `projection` a CLIP that also gives `text_embeds`."""
+    from transformers import AutoConfig, AutoModelForTextEncoding, CLIPTextModelWithProjection
+
+    where: dict[str, Any] = pretrained_arguments(path)
+    kind = AutoConfig.from_pretrained(**where).model_type
+    if dtype == torch.float16 and kind in OVERFLOWING:
+        raise ValueError(f"{path}: {kind} overflows in float16; use dtype bfloat16 or float32")
+    loader = CLIPTextModelWithProjection if projection else AutoModelForTextEncoding
+    return loader.from_pretrained(**where, dtype=dtype, use_safetensors=True)
+
+
+def load_tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    arguments: dict[str, Any] = pretrained_arguments(path)
+    return AutoTokenizer.from_pretrained(**arguments)
+
+
+def tokenize(tokenizer: Any, prompts: list[str], max_length: int) -> Any:
+    """B prompts -> `input_ids` and `attention_mask` [B, max_length], cut or padded; a warning says what is cut."""
+    whole = tokenizer(prompts, verbose=False)["input_ids"]
+    cut = [prompt for prompt, tokens in zip(prompts, whole, strict=True) if len(tokens) > max_length]
+    if cut:
+        logger.warning("%d of %d prompts cut to %d tokens, e.g. %r", len(cut), len(prompts), max_length, cut[0])
+    return tokenizer(prompts, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _repeat(conditions: Mapping[str, torch.Tensor], like: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tensors [n] -> [B, n], for each sample of `like` and on its device."""
+    return {name: tensor.to(like.device).expand(len(like), -1) for name, tensor in conditions.items()}
+
+
+def _zeroed(conditioning: Conditioning, *names: str) -> Conditioning:
+    def zero(tensors: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: zero(value) if isinstance(value, Mapping) else torch.zeros_like(value) if name in names else value
+            for name, value in tensors.items()
+        }
+
+    return Conditioning(conditioning.prompts, zero(conditioning.tensors))

@@ -11,6 +11,8 @@ from diffpp_fast.methods.diff_instruct import FakeWeighting, Weighting
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["sdpa", "math", "flash", "cudnn", "efficient", "flash_attn", "xformers"]
 
 
 class Section(BaseModel):
@@ -22,41 +24,95 @@ class Section(BaseModel):
 class Folder(Section):
     """Where something in diffusers' or transformers' format lies."""
 
-    #: A folder, relative to the configuration file; `package:NAME/sub/folder` inside an installed package; or a hub id.
+    #: A folder, relative to the configuration file; `package:NAME/sub/folder` inside an installed package; or a hub id
+    #: `owner/name`, also with a folder in it, `owner/name/sub/folder`.
     path: str
 
 
 class TextEncoder(Folder):
-    #: Tokens per prompt; longer prompts are cut.
-    max_length: Positive = 77
-    #: Networks do not attend to padding. False for those trained without a mask, such as Stable Diffusion 1.5.
-    mask_padding: bool = True
+    #: Where the tokenizer is; null: with the model.
+    tokenizer: str | None = None
+    #: Tokens per prompt; longer prompts are cut. null: 120 for PixArt's networks, else 77.
+    max_length: Positive | None = None
+    #: Networks do not attend to padding. null: false for CLIP, behind which all of Stable Diffusion was trained without
+    #: a mask, else true.
+    mask_padding: bool | None = None
+    #: Of the weights; "auto" is float32.
+    dtype: Dtype = "auto"
 
 
-class Generator(Folder):
+class Frozen(Folder):
+    #: Of the weights and of what is computed with them; "auto" is the run's precision.
+    dtype: Dtype = "auto"
+
+
+class Lora(Section):
+    """Low-rank adapters on frozen weights, instead of training all of them."""
+
+    rank: Positive = 64
+    #: Updates are alpha / rank B A; null: the rank.
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    #: The ends of the names of the layers that get one.
+    targets: Annotated[list[str], Field(min_length=1)] = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+class Generator(Section):
     """The one-step generator's initial weights, and how a single call of them makes a sample."""
 
+    #: A folder as elsewhere, or a `.safetensors` file with all weights of a network like the reference; null: the
+    #: reference's weights.
+    path: str | None = None
     timestep: NotNegative = 625
     #: The network is fed this times z; "sigma" is the schedule's sigma at `timestep`.
     input_scale: Literal["sigma"] | float = "sigma"
+    #: null: all weights are trained.
+    lora: Lora | None = None
 
 
-class Decoder(Folder):
+class Fake(Section):
+    """The teaching assistant."""
+
+    #: Its initial weights, as the generator's; null: those of the reference.
+    path: str | None = None
+    #: null: all weights are trained.
+    lora: Lora | None = None
+
+
+class Decoder(Frozen):
     #: Recompute the decode in the backward pass and keep nothing of it.
     checkpoint: bool = False
 
 
+class SizeConditions(Section):
+    """What Stable Diffusion XL and PixArt at 1024 are told about the picture, in pixels: heights and widths."""
+
+    #: null: the size of the decoded picture.
+    original: tuple[Positive, Positive] | None = None
+    #: Top and left of the crop.
+    crop: tuple[NotNegative, NotNegative] = (0, 0)
+    #: null: the size of the decoded picture.
+    target: tuple[Positive, Positive] | None = None
+
+
 class Models(Section):
+    #: A whole pipeline in diffusers' format: a folder or hub id with `model_index.json`. What the sections below leave
+    #: open is taken from its subfolders, and stands in them once a configuration is loaded.
+    base: str | None = None
     text_encoder: TextEncoder
+    #: Stable Diffusion XL's second, with the pooled projection.
+    text_encoder_2: TextEncoder | None = None
     scheduler: Folder
     #: The frozen diffusion model that is distilled.
-    reference: Folder
-    generator: Generator
-    #: The teaching assistant's initial weights; null: those of the reference.
-    fake: Folder | None = None
+    reference: Frozen
+    generator: Generator = Generator()
+    fake: Fake = Fake()
     #: Latents to images; needed by rewards and by sample grids.
     decoder: Decoder | None = None
-    #: Channels, height and width of one latent.
+    #: What guidance leads away from: the encoded empty prompt, or zeros. "auto" is "zeros" for Stable Diffusion XL,
+    #: unless the base says otherwise, and "encoded" for all others.
+    empty_prompt: Literal["auto", "encoded", "zeros"] = "auto"
+    size_conditions: SizeConditions = SizeConditions()
+    #: Channels, height and width of one latent; where it is left open, the reference's.
     latent_shape: tuple[Positive, Positive, Positive]
 
 
@@ -136,6 +192,14 @@ class Training(Section):
     grid_prompts: Positive | Annotated[list[str], Field(min_length=1)] = 16
     #: Threads of the CPU; null: what PyTorch takes by itself.
     threads: Positive | None = None
+    #: Compute the blocks of generator and fake score again in the backward pass instead of keeping what they compute.
+    activation_checkpointing: bool = False
+    #: torch.compile for generator, fake score and reference.
+    compile: bool = False
+    #: Fused blocks in these three.
+    fuse: bool = True
+    #: The kernel that attends in them; null: PyTorch's choice.
+    attention: Attention | None = None
 
 
 class Config(Section):

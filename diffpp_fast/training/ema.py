@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,19 +16,26 @@ class Ema:
         network: whose parameters are averaged; the average starts as a copy of them.
         decay: in [0, 1).
         warmup: after n updates the decay is min(decay, (1 + n) / (10 + n)).
+        parameters: those that are averaged, by name; None: all of the network's.
     """
 
-    def __init__(self, network: nn.Module, decay: float, warmup: bool = False) -> None:
-        self.network = network
+    def __init__(
+        self,
+        network: nn.Module,
+        decay: float,
+        warmup: bool = False,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
+        self.parameters = dict(network.named_parameters() if parameters is None else parameters)
         self.decay = decay
         self.warmup = warmup
-        self.average = {name: weight.detach().clone() for name, weight in network.named_parameters()}
+        self.average = {name: weight.detach().clone() for name, weight in self.parameters.items()}
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Takes in the weights after an update; `updates` counts those before it."""
         decay = min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
-        weights = [weight.detach() for weight in self.network.parameters()]
+        weights = [weight.detach() for weight in self.parameters.values()]
         torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
 
     @contextmanager
@@ -40,15 +47,11 @@ class Ema:
         finally:
             self._swap()
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The network's whole state with averaged parameters: what `network.load_state_dict` takes."""
-        return {**self.network.state_dict(), **self.average}
-
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         for name, average in self.average.items():
             average.copy_(state[name])
 
     def _swap(self) -> None:
-        for name, weight in self.network.named_parameters():
+        for name, weight in self.parameters.items():
             weight.data, self.average[name] = self.average[name], weight.data

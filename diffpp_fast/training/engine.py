@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -16,26 +17,33 @@ class PlainEngine:
 
     Args:
         role: "generator" or "fake", for messages.
-        network: the module whose `state_dict` is saved; all of its parameters are trained.
+        network: the module that is trained.
         settings: of AdamW, the clipping and the warm-up of the learning rate.
         ema: keep a moving average of the weights.
+        parameters: those that are trained, and saved, by name; None: all of the network's.
     """
 
     def __init__(
-        self, role: str, network: nn.Module, settings: config.Optimizer, ema: config.Ema | None = None
+        self,
+        role: str,
+        network: nn.Module,
+        settings: config.Optimizer,
+        ema: config.Ema | None = None,
+        parameters: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         self.role = role
-        self.network = network.requires_grad_(True)
+        self.network = network
+        self.parameters = dict(network.named_parameters() if parameters is None else parameters)
         self.settings = settings
         self.optimizer = torch.optim.AdamW(
-            network.parameters(),
+            self.parameters.values(),
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.ema = Ema(network, ema.decay, ema.warmup) if ema is not None else None
+        self.ema = Ema(network, ema.decay, ema.warmup, self.parameters) if ema is not None else None
         self.updates = 0
 
     @property
@@ -51,7 +59,7 @@ class PlainEngine:
     @torch.no_grad()
     def gradient_norm(self) -> torch.Tensor:
         """The norm of the whole gradient (scalar, on the device); the gradient is clipped if it is to be."""
-        parameters = [p for p in self.network.parameters() if p.grad is not None]
+        parameters = [p for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.settings.clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.settings.clip, norm)

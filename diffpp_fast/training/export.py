@@ -2,47 +2,133 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from diffpp_fast.errors import CheckpointError
-from diffpp_fast.networks.loading import resolve
-from diffpp_fast.training.build import Sampler, build_sampler
-from diffpp_fast.training.checkpoint import MANIFEST, Checkpoints, find_damage, publish, read_tensors, write_json
+from diffpp_fast.errors import CheckpointError, ConfigurationError
+from diffpp_fast.networks.loading import load_scheduler, resolve
+from diffpp_fast.training.build import Sampler, Trained, build_sampler, build_trained
+from diffpp_fast.training.checkpoint import MANIFEST, Checkpoints, find_damage, publish, write_json
 from diffpp_fast.training.config import Config
-from diffpp_fast.training.engine import PlainEngine
 from diffpp_fast.training.loading import load_config
+from diffpp_fast.training.one_step_scheduler import one_step_scheduler
+from diffpp_fast.training.weights import find_role, load_role, read_role
+
+#: How a generator is called, and the mark of a folder that was exported.
+CALL = "generator.json"
 
 
-def export_generator(folder: Path, config: Config, engine: PlainEngine) -> None:
-    """Writes the averaged weights and the schedule in diffusers' format, and how to call them (`generator.json`).
+class Weights(NamedTuple):
+    """A generator in a checkpoint: the folder, and which of its weights, `generator` or `generator_ema`."""
+
+    folder: Path
+    name: str
+
+    def __str__(self) -> str:
+        return str(self.folder / self.name)
+
+
+def export_generator(
+    folder: Path,
+    config: Config,
+    generator: Trained,
+    state: Mapping[str, torch.Tensor] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    merge: bool = True,
+) -> None:
+    """Writes a generator in diffusers' format: weights, `scheduler_config.json` with the schedule of training, a
+    scheduler for one step in `scheduler/` where diffusers has one, and how to call it (`generator.json`).
+
+    Args:
+        folder: is replaced as a whole.
+        config: the run's.
+        generator: from `build_run`.
+        state: the network's `state_dict` with whole tensors; None: as they are now.
+        dtype: of the weights in the file; None: as they are, and float32 where adapters were merged.
+        merge: of LoRA: into the weights, a network like any other. Else the adapters alone, in the format that
+            pipelines load with `load_lora_weights`.
 
     Raises CheckpointError if the folder can't be written; it is then as it was before.
     """
-    from diffusers import DDPMScheduler
-
-    models = config.models
-    network: Any = engine.network
-    # Of any scheduler: the file's name and form are the same for all classes.
-    scheduler = DDPMScheduler.load_config(resolve(models.scheduler.path))
 
     def write(folder: Path) -> None:
-        with engine.averaged():
-            network.save_pretrained(folder)
-        write_json(folder / "scheduler_config.json", scheduler)
-        call = {"timestep": models.generator.timestep, "input_scale": models.generator.input_scale}
-        write_json(folder / "generator.json", call)
+        whole = generator.network.state_dict() if state is None else state
+        if generator.adapters is not None and not merge:
+            _write_adapter(folder, generator, whole, dtype)
+        else:
+            plain_network(generator, whole, dtype).save_pretrained(folder)
+        scheduler = load_scheduler(config.models.scheduler.path)
+        write_json(folder / "scheduler_config.json", _scheduler_config(scheduler))
+        if hasattr(scheduler, "betas"):
+            _one_step_scheduler(config).save_pretrained(folder / "scheduler")
+        _write_call(folder, config)
 
     publish(folder, write)
 
 
-def find_weights(source: Path | None) -> Path:
-    """The file to sample from: averaged weights where there are any, of the newest undamaged checkpoint.
+def export_pipeline(
+    folder: Path,
+    config: Config,
+    generator: Trained,
+    state: Mapping[str, torch.Tensor] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes the whole pipeline of `models.base` with the generator and a scheduler for one step in it.
+
+    The folder loads with diffusers' `DiffusionPipeline.from_pretrained`, and a call with `num_inference_steps=1` and
+    `guidance_scale=1.0` is the generator's. Arguments are those of `export_generator`; adapters are merged.
+
+    Raises:
+        ConfigurationError: the run has no base or does not compute with its encoders and decoder, or no scheduler
+            makes one step of its schedule.
+        CheckpointError: the folder can't be written.
+    """
+    from diffusers import DiffusionPipeline
+
+    base = _pipeline_base(config)
+    scheduler = _one_step_scheduler(config)
+
+    def write(folder: Path) -> None:
+        whole = generator.network.state_dict() if state is None else state
+        network = plain_network(generator, whole, dtype)
+        parts = {_part(generator.network): network, "scheduler": scheduler}
+        pipeline = DiffusionPipeline.from_pretrained(
+            base, **parts, torch_dtype=dtype or torch.float32, use_safetensors=True
+        )
+        pipeline.save_pretrained(folder)
+        _write_call(folder, config)
+
+    publish(folder, write)
+
+
+def plain_network(generator: Trained, state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> Any:
+    """A network of diffusers for saving: the generator's without adapters, fused blocks and other changes.
+
+    Its weights are those of `state`, not copied unless `dtype` says so; buffers that are not saved are empty.
+    """
+    network: Any = generator.network
+    if generator.adapters is not None:
+        state = generator.adapters.merged(state, generator.role)
+    with torch.device("meta"):
+        plain = type(network).from_config(network.config)
+    # The frozen part of merged weights may be in another dtype than the merged ones.
+    dtype = dtype or (torch.float32 if generator.adapters is not None else None)
+    plain.load_state_dict({name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}, assign=True)
+    return plain
+
+
+def find_weights(source: Path | None, *, raw: bool = False) -> Weights:
+    """What to sample from or to export: averaged weights where there are any, of the newest undamaged checkpoint.
 
     Args:
         source: a run's output folder or a checkpoint; None: the run under runs/ that saved last.
+        raw: the weights themselves, not their average.
 
     Raises CheckpointError where there is none.
     """
@@ -52,10 +138,32 @@ def find_weights(source: Path | None) -> Path:
         checkpoint = Checkpoints(source / "checkpoints").latest()
     elif damage := find_damage(source):
         raise CheckpointError(f"{source}: {damage}")
-    if checkpoint is None:
+    if checkpoint is None or not (checkpoint / "state.json").is_file():
         raise CheckpointError(f"{source} holds no checkpoint that is whole")
-    averaged = checkpoint / "ema.safetensors"
-    return averaged if averaged.is_file() else checkpoint / "generator.safetensors"
+    averaged = not raw and bool(find_role(checkpoint, "generator_ema"))
+    return Weights(checkpoint, "generator_ema" if averaged else "generator")
+
+
+def load_sampler(weights: Weights, device: torch.device) -> tuple[Config, Sampler]:
+    """The generator of a checkpoint with what surrounds it, and the configuration that it was saved with."""
+    config = load_config(weights.folder / "config.yaml")
+    sampler = build_sampler(config, device)
+    load_role(sampler.trained, read_role(*weights), weights.folder)
+    return config, sampler
+
+
+def load_generator(weights: Weights) -> tuple[Config, Trained]:
+    """The generator of a checkpoint alone, on the CPU, and the configuration that it was saved with."""
+    config = load_config(weights.folder / "config.yaml")
+    generator = build_trained(config, "generator", torch.device("cpu"))
+    load_role(generator, read_role(*weights), weights.folder)
+    return config, generator
+
+
+def refuse_foreign_folder(folder: Path) -> None:
+    """Raises CheckpointError for a folder that an export would replace and that is none."""
+    if folder.exists() and not (folder / CALL).is_file():
+        raise CheckpointError(f"{folder} exists and is no exported generator: choose another --out FOLDER")
 
 
 def _last_run() -> Path:
@@ -65,9 +173,57 @@ def _last_run() -> Path:
     return manifests[-1].parents[2]
 
 
-def load_sampler(weights: Path, device: torch.device) -> tuple[Config, Sampler]:
-    """The generator of a checkpoint, with the configuration that it was saved with."""
-    config = load_config(weights.parent / "config.yaml")
-    sampler = build_sampler(config, device)
-    sampler.network.load_state_dict(read_tensors(weights))
-    return config, sampler
+def _write_call(folder: Path, config: Config) -> None:
+    call = config.models.generator
+    write_json(folder / CALL, {"timestep": call.timestep, "input_scale": call.input_scale})
+
+
+def _write_adapter(
+    folder: Path, generator: Trained, state: Mapping[str, torch.Tensor], dtype: torch.dtype | None
+) -> None:
+    from diffusers.loaders.lora_base import LoraBaseMixin
+
+    network: Any = generator.network
+    part, role = _part(generator.network), generator.role
+    weights = {
+        f"{part}.{name.removesuffix(f'.{role}.weight')}.weight": state[name].detach().to("cpu", dtype).contiguous()
+        for name in generator.parameters
+    }
+    settings = {f"{part}.{key}": value for key, value in network.peft_config[role].to_dict().items()}
+    LoraBaseMixin.write_lora_layers(
+        state_dict=weights,
+        save_directory=str(folder),
+        is_main_process=True,
+        weight_name=None,
+        save_function=None,
+        safe_serialization=True,
+        lora_adapter_metadata=settings,
+    )
+
+
+def _part(network: nn.Module) -> str:
+    """What pipelines call the network."""
+    return "transformer" if "Transformer" in type(network).__name__ else "unet"
+
+
+def _scheduler_config(scheduler: Any) -> dict[str, Any]:
+    return {**scheduler.config, "_class_name": type(scheduler).__name__}
+
+
+def _one_step_scheduler(config: Config) -> Any:
+    call = config.models.generator
+    return one_step_scheduler(load_scheduler(config.models.scheduler.path), call.timestep, call.input_scale)
+
+
+def _pipeline_base(config: Config) -> str:
+    models = config.models
+    if models.base is None:
+        raise ConfigurationError("--pipeline: the run's configuration has no models.base to take the other parts from")
+    sections = {"text_encoder": models.text_encoder, "text_encoder_2": models.text_encoder_2, "vae": models.decoder}
+    for part, section in sections.items():
+        if section is not None and section.path != f"{models.base}/{part}":
+            raise ConfigurationError(
+                f"--pipeline: the run does not compute with the {part} of models.base but with {section.path}; "
+                "export without --pipeline, and put the pipeline together in Python"
+            )
+    return resolve(models.base)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.training.base_pipeline import fill_models
 from diffpp_fast.training.config import Config
 
 
@@ -27,6 +28,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         overrides: `section.key=value`, the value written as in YAML. Paths in them are relative to the working
             directory.
 
+    What `models` leaves open is filled in from `models.base` and from the reference, which may ask the hub.
+
     Raises ConfigurationError for an unreadable file, an unknown key, a wrong type and parts that don't fit together.
     """
     file = Path(path)
@@ -36,6 +39,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         key, value = _parse_override(override)
         given[key] = override
         _insert(data, key, value, override)
+    fill_models(data, file)
     try:
         # Through JSON, where a strict schema takes a list for a tuple.
         return Config.model_validate_json(json.dumps(data, default=str))
@@ -142,9 +146,11 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
     """Makes the input paths in a raw configuration absolute, in place."""
     if isinstance(data.get("prompts"), str):
         data["prompts"] = _absolute(data["prompts"], folder)
-    for model in _mappings(data.get("models")):
-        if isinstance(model.get("path"), str):
-            model["path"] = _model_path(model["path"], folder)
+    models = data.get("models")
+    for model in (models, *_mappings(models)) if isinstance(models, dict) else ():
+        for key in ("base", "path", "tokenizer"):
+            if isinstance(model.get(key), str):
+                model[key] = _model_path(model[key], folder)
     for reward in _mappings(data.get("rewards")):
         factory = reward.get("factory")
         if isinstance(factory, str) and factory.rpartition(":")[0].endswith(".py"):
@@ -166,7 +172,7 @@ def _absolute(path: str, folder: Path) -> str:
 
 def _model_path(path: str, folder: Path) -> str:
     # "weights/reference" reads like a hub id too: it is one only where there is no such folder.
-    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not (folder / path).exists()
+    hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+", path) and not (folder / path).exists()
     return path if path.startswith("package:") or hub_id else _absolute(path, folder)
 
 

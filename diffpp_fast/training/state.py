@@ -20,6 +20,7 @@ FREE_KEYS = (
     "output",
     "device",
     "prompts",
+    "models.base",
     "models.decoder.checkpoint",
     "rewards.held_out",
     "training.steps",
@@ -30,6 +31,10 @@ FREE_KEYS = (
     "training.keep",
     "training.grid_prompts",
     "training.threads",
+    "training.activation_checkpointing",
+    "training.compile",
+    "training.fuse",
+    "training.attention",
 )
 
 
@@ -50,10 +55,10 @@ def write_state(
 ) -> None:
     """Fills a checkpoint's folder."""
     for engine in engines:
-        write_tensors(folder / f"{engine.role}.safetensors", engine.network.state_dict())
+        write_tensors(folder / f"{engine.role}.safetensors", engine.parameters)
         write_tensors(folder / f"{engine.role}_optimizer.safetensors", engine.optimizer_state())
         if engine.ema is not None:
-            write_tensors(folder / "ema.safetensors", engine.ema.state_dict())
+            write_tensors(folder / f"{engine.role}_ema.safetensors", engine.ema.average)
     (folder / "config.yaml").write_text(dump_config(config))
     state = {
         **asdict(position),
@@ -68,11 +73,11 @@ def read_state(folder: Path, engines: Sequence[PlainEngine]) -> Position:
     """Brings the engines to where they were, to the bit."""
     state = json.loads((folder / "state.json").read_text())
     for engine in engines:
-        engine.network.load_state_dict(read_tensors(folder / f"{engine.role}.safetensors"))
+        engine.network.load_state_dict(read_tensors(folder / f"{engine.role}.safetensors"), strict=False)
         engine.load_optimizer_state(read_tensors(folder / f"{engine.role}_optimizer.safetensors"))
         engine.updates = state["updates"][engine.role]
         if engine.ema is not None:
-            engine.ema.load_state_dict(read_tensors(folder / "ema.safetensors"))
+            engine.ema.load_state_dict(read_tensors(folder / f"{engine.role}_ema.safetensors"))
     return Position(state["step"], state["warmup"], state["samples"])
 
 

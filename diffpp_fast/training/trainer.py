@@ -65,10 +65,11 @@ class Trainer:
             torch.set_num_threads(config.training.threads)
         self.device = choose_device(config.device)
         self.run_parts = build_run(config, self.device)
+        generator, fake = self.run_parts.sampler.trained, self.run_parts.fake
         self.generator = PlainEngine(
-            "generator", self.run_parts.sampler.network, config.optimizers.generator, config.ema
+            "generator", generator.network, config.optimizers.generator, config.ema, generator.parameters
         )
-        self.fake = PlainEngine("fake", self.run_parts.fake_network, config.optimizers.fake)
+        self.fake = PlainEngine("fake", fake.network, config.optimizers.fake, parameters=fake.parameters)
         self.position = Position()
         self._saved: Position | None = None
         if checkpoint is not None:
@@ -112,7 +113,8 @@ class Trainer:
                     self._save()
             if self.step < settings.steps:
                 return Outcome(self.step, interrupt.signal)
-            export_generator(self.output / "generator", self.config, self.generator)
+            with self.generator.averaged():
+                export_generator(self.output / "generator", self.config, self.run_parts.sampler.trained)
             return Outcome(self.step, None)
         finally:
             self._tell("on_end", self.step)
@@ -166,7 +168,8 @@ class Trainer:
             batch = self._batch(numbers[part], prompts[part])
             output = loss_of(batch)
             weight = len(batch) / settings.global_batch
-            engine.backward(weight * output.loss)
+            with (self.run_parts.fake if engine is self.fake else self.run_parts.sampler.trained).active():
+                engine.backward(weight * output.loss)
             loss += weight * output.loss.detach()
             # Of the reward the whole batch's statistics are logged below.
             metrics = {name: value for name, value in output.metrics.items() if name not in ("reward", "reward_std")}

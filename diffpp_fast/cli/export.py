@@ -1,0 +1,75 @@
+"""`diffpp-fast export`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from diffpp_fast.cli.quiet import hide_loading_bars
+
+DESCRIPTION = """\
+Writes a trained generator as a folder in diffusers' format.
+
+  diffpp-fast export runs/sdxl --out generator
+  diffpp-fast export runs/sdxl --out generator-fp16 --dtype float16
+  diffpp-fast export runs/sdxl/checkpoints/step_002000 --out pipeline --pipeline
+  diffpp-fast export runs/sdxl-lora --out lora --no-merge
+
+The folder holds the weights, a scheduler with which diffusers makes the generator's single step, and generator.json.
+With --pipeline it is a whole pipeline, which DiffusionPipeline.from_pretrained loads.
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a trained generator in diffusers' format",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, metavar="RUN", help="a run's output folder, or one of its checkpoints")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="an earlier export is replaced")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; default: float32")
+    parser.add_argument("--raw", action="store_true", help="the weights themselves, not their moving average")
+    parser.add_argument(
+        "--merge",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="LoRA adapters as part of the weights (default), or as a file for load_lora_weights",
+    )
+    parser.add_argument("--pipeline", action="store_true", help="the whole pipeline of the run's models.base")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from diffpp_fast.errors import ConfigurationError
+    from diffpp_fast.training.export import (
+        export_generator,
+        export_pipeline,
+        find_weights,
+        load_generator,
+        refuse_foreign_folder,
+    )
+    from diffpp_fast.training.one_step_scheduler import latents_scale
+
+    if arguments.pipeline and not arguments.merge:
+        raise ConfigurationError("--pipeline holds merged weights: leave --no-merge out, or export the adapters alone")
+    refuse_foreign_folder(arguments.out)
+    weights = find_weights(arguments.source, raw=arguments.raw)
+    print(f"weights: {weights}")
+    hide_loading_bars()
+    config, generator = load_generator(weights)
+    if not arguments.merge and generator.adapters is None:
+        raise ConfigurationError("--no-merge: the run trained all weights of its generator, there are no adapters")
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    if arguments.pipeline:
+        export_pipeline(arguments.out, config, generator, dtype=dtype)
+    else:
+        export_generator(arguments.out, config, generator, dtype=dtype, merge=arguments.merge)
+    scale = latents_scale(config.models.generator.input_scale)
+    latents = "" if scale == 1.0 else f", latents={scale:g} * z"
+    print(f"exported: {arguments.out}")
+    print(f"a call in diffusers: pipeline(prompt, num_inference_steps=1, guidance_scale=1.0{latents})")
+    return 0

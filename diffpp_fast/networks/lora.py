@@ -1,0 +1,133 @@
+"""LoRA adapters on a frozen network, several of which share one copy of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffpp_fast.noise import Noise
+
+
+class Adapters:
+    """The LoRA adapters of one network, by name. One of them is active at a time, or none: the network as it was.
+
+    Adding one injects peft's layers in place; parameters keep their places, and their names get `base_layer` in them.
+    All of the network is frozen but the adapters, whichever is active: an adapter that is not active is not part of
+    the graph. A switch changes no tensor.
+
+    Under gradient checkpointing blocks are computed again in the backward pass, which must therefore run while the
+    adapter of the forward pass is active.
+
+    Args:
+        network: from diffusers; fuse it and set its attention first.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network.requires_grad_(False)
+        self._layers: dict[str, Any] = {}
+
+    def add(
+        self, name: str, *, rank: int, alpha: float, targets: Sequence[str], seed: int, stream: int
+    ) -> dict[str, nn.Parameter]:
+        """Injects an adapter that changes nothing yet: B = 0, and A normal with standard deviation 1 / rank.
+
+        Args:
+            name: of the adapter.
+            rank: of every layer's update alpha / rank B A.
+            alpha: see there.
+            targets: the ends of the names of the linear layers and convolutions that get one.
+            seed, stream: of the addressed randomness of A; its sample number counts the layers.
+
+        Returns:
+            The adapter's parameters, float32, by their names in the network's `state_dict`.
+
+        Raises:
+            ValueError: no layer matches, or one is neither linear nor a convolution.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora.layer import LoraLayer
+
+        settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none")
+        # peft initialises from the global generator; what it draws is replaced below.
+        with torch.random.fork_rng(devices=[]):
+            inject_adapter_in_model(settings, self.network, name)
+        modules = self.network.named_modules()
+        self._layers = {path: layer for path, layer in modules if isinstance(layer, LoraLayer)}
+        for layer in self._layers.values():
+            layer._active_adapter = []
+        adapted = {path: layer for path, layer in self._layers.items() if name in layer.lora_A}
+        parameters = {}
+        for number, (path, layer) in enumerate(adapted.items()):
+            down, up = layer.lora_A[name], layer.lora_B[name]
+            noise = Noise(seed, torch.tensor([number]), stream=stream).normal(tuple(down.weight.shape))[0]
+            down.weight.data = (noise / rank).to(down.weight.device)
+            up.weight.data = torch.zeros_like(up.weight, dtype=torch.float32)
+            parameters[f"{path}.lora_A.{name}.weight"] = down.weight
+            parameters[f"{path}.lora_B.{name}.weight"] = up.weight
+        # peft freezes an adapter while another one is active.
+        for layer in self._layers.values():
+            layer.lora_A.requires_grad_(True)
+            layer.lora_B.requires_grad_(True)
+        return parameters
+
+    @contextmanager
+    def active(self, name: str | None) -> Iterator[None]:
+        """Inside, the network computes with this adapter; with None, as it did before it had any."""
+        before = [layer._active_adapter for layer in self._layers.values()]
+        # Not peft's `set_adapter`, which also changes what requires gradient.
+        chosen = [] if name is None else [name]
+        for layer in self._layers.values():
+            layer._active_adapter = chosen
+        try:
+            yield
+        finally:
+            for layer, active in zip(self._layers.values(), before, strict=True):
+                layer._active_adapter = active
+
+    def merged(self, state: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+        """The weights that the network would have without adapters to compute what it does with this one.
+
+        Args:
+            state: as the network's `state_dict` has it, with whole tensors.
+            name: of the adapter.
+
+        Returns:
+            Tensors by the names of the network without adapters; sums are computed in float32.
+        """
+        plain = {
+            key.replace(".base_layer.", "."): tensor
+            for key, tensor in state.items()
+            if ".lora_A." not in key and ".lora_B." not in key
+        }
+        for path, layer in self._layers.items():
+            if name not in layer.lora_A:
+                continue
+            down, up = state[f"{path}.lora_A.{name}.weight"], state[f"{path}.lora_B.{name}.weight"]
+            weight = plain[f"{path}.weight"]
+            update = layer.scaling[name] * (up.float().flatten(1) @ down.float().flatten(1))
+            plain[f"{path}.weight"] = weight.float() + update.view_as(weight)
+        return plain
+
+
+class Adapted(nn.Module):
+    """A callable on a network with adapters that computes with one of them, or with none.
+
+    Args:
+        network: calls the network that has the adapters.
+        adapters: that network's.
+        name: of the adapter; None is the network without any.
+    """
+
+    def __init__(self, network: nn.Module, adapters: Adapters, name: str | None) -> None:
+        super().__init__()
+        self.network = network
+        self.adapters = adapters
+        self.name = name
+
+    def forward(self, *inputs: Any) -> torch.Tensor:
+        with self.adapters.active(self.name):
+            return self.network(*inputs)

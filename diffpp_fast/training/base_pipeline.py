@@ -1,0 +1,84 @@
+"""A whole pipeline in diffusers' format as the default of what a configuration's `models` leave open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.networks.loading import read_config
+
+#: The pipelines whose networks are conditioned as diffpp_fast does it.
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtAlphaPipeline")
+
+
+def fill_models(data: dict[str, Any], file: Path) -> None:
+    """Fills in the sections of a raw configuration's `models` from `models.base`, and the shape of a latent.
+
+    What is given wins, key by key; a section with a path of its own gets nothing of the base's.
+
+    Args:
+        data: as it was read, with absolute paths.
+        file: for messages.
+
+    Raises ConfigurationError for a base that can't be read or is of another family.
+    """
+    models = data.get("models")
+    if not isinstance(models, dict):
+        return
+    if isinstance(models.get("base"), str):
+        for key, section in _sections(models["base"], file).items():
+            given = models.get(key, {})
+            if isinstance(section, str):
+                models.setdefault(key, section)
+            elif isinstance(given, dict) and "path" not in given:
+                models[key] = {**section, **given}
+    reference = models.get("reference")
+    if "latent_shape" not in models and isinstance(reference, dict) and isinstance(reference.get("path"), str):
+        models["latent_shape"] = _latent_shape(reference["path"], file)
+
+
+def _sections(base: str, file: Path) -> dict[str, Any]:
+    """The sections of `models` that a pipeline has, with the paths of its subfolders."""
+    index = _read(base, "model_index.json", f"{file}: models.base")
+    if index.get("_class_name") not in PIPELINES:
+        raise ConfigurationError(
+            f"{file}: models.base ({base}) is a {index.get('_class_name')}; known are {', '.join(PIPELINES)}"
+        )
+    # A component that a pipeline does without is [null, null].
+    parts = {name for name, value in index.items() if isinstance(value, list) and value[0] is not None}
+    sections: dict[str, Any] = {}
+    for key, part in (
+        ("text_encoder", "text_encoder"),
+        ("text_encoder_2", "text_encoder_2"),
+        ("scheduler", "scheduler"),
+        ("reference", "unet"),
+        ("reference", "transformer"),
+        ("decoder", "vae"),
+    ):
+        if part in parts:
+            sections[key] = {"path": f"{base}/{part}"}
+    for key, part in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        if key in sections and part in parts:
+            sections[key]["tokenizer"] = f"{base}/{part}"
+    if "force_zeros_for_empty_prompt" in index:
+        sections["empty_prompt"] = "zeros" if index["force_zeros_for_empty_prompt"] else "encoded"
+    return sections
+
+
+def _latent_shape(reference: str, file: Path) -> list[int]:
+    config = _read(reference, "config.json", f"{file}: models.latent_shape is missing, and so is the reference's")
+    size = config.get("sample_size")
+    height, width = (size, size) if isinstance(size, int) else size or (None, None)
+    if height is None or config.get("in_channels") is None:
+        raise ConfigurationError(
+            f"{file}: the key models.latent_shape is missing, and {reference}/config.json names no sample_size"
+        )
+    return [config["in_channels"], height, width]
+
+
+def _read(path: str, name: str, key: str) -> dict[str, Any]:
+    try:
+        return read_config(path, name)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{key} ({path}): {error}") from error

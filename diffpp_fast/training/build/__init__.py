@@ -1,0 +1,6 @@
+"""From a configuration to a run's networks, rewards and method; what doesn't fit together is refused here."""
+
+from diffpp_fast.training.build.networks import Trained
+from diffpp_fast.training.build.run import Run, Sampler, build_run, build_sampler, build_trained
+
+__all__ = ["Run", "Sampler", "Trained", "build_run", "build_sampler", "build_trained"]

@@ -1,0 +1,144 @@
+"""What a run computes with: the sampler, and around it the method with its rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffpp_fast.methods import DiffInstruct, DiffInstructPP
+from diffpp_fast.networks import (
+    Conditioning,
+    DualTextEncoder,
+    OneStepGenerator,
+    TextEncoder,
+    load_decoder,
+    load_schedule,
+)
+from diffpp_fast.schedule import NoiseSchedule
+from diffpp_fast.training.build.checks import agree, naming
+from diffpp_fast.training.build.networks import Networks, Trained
+from diffpp_fast.training.build.precision import compute_dtype, precise
+from diffpp_fast.training.build.text import load_text
+from diffpp_fast.training.config import Config, Reward
+from diffpp_fast.training.prompts import PromptEncoder
+from diffpp_fast.training.rewards import LatentReward, load_scorer
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What turns prompts and latents into pictures.
+
+    Attributes:
+        encode: prompts -> their conditioning.
+        trained: the generator's network, with those of its weights that are saved and loaded.
+        generator: (z, conditioning) -> x0, one call of it.
+        decoder: latents -> images [B, 3, H, W] about [-1, 1].
+    """
+
+    schedule: NoiseSchedule
+    encode: PromptEncoder
+    trained: Trained
+    generator: OneStepGenerator
+    decoder: Callable[[torch.Tensor], torch.Tensor] | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a training run computes with.
+
+    Attributes:
+        sampler: the generator with what surrounds it.
+        fake: the teaching assistant.
+        null: the empty prompt's conditioning, of one sample; None where the method is not guided.
+        reward, held_out: the rewards of the configuration, on latents.
+    """
+
+    sampler: Sampler
+    fake: Trained
+    method: DiffInstruct
+    null: Conditioning | None
+    reward: LatentReward | None
+    held_out: LatentReward | None
+
+
+def build_sampler(config: Config, device: torch.device) -> Sampler:
+    """Loads the generator, the text encoders and the decoder.
+
+    Raises ConfigurationError for what can't be loaded and for networks whose shapes don't agree.
+    """
+    text, facts = load_text(config.models)
+    return _build_sampler(config, device, text, Networks(config, facts, device))
+
+
+def build_run(config: Config, device: torch.device) -> Run:
+    """Loads everything that a training run needs; raises like `build_sampler`."""
+    settings = config.method
+    text, facts = load_text(config.models)
+    networks = Networks(config, facts, device)
+    sampler = _build_sampler(config, device, text, networks)
+    reference, fake = networks.reference(), networks.trained("fake")
+    reward = _load_reward("rewards.optimised", config.rewards.optimised, sampler, device)
+    held_out = _load_reward("rewards.held_out", config.rewards.held_out, sampler, device)
+    arguments: dict[str, Any] = settings.model_dump(exclude={"name"})
+    if settings.name == "diff_instruct_pp":
+        assert config.rewards.optimised is not None  # the schema sees to it
+        optimised = config.rewards.optimised
+        arguments.update(reward=reward, reward_scale=optimised.scale, reward_clip=optimised.clip)
+    with naming("method"):
+        method = (DiffInstructPP if settings.name == "diff_instruct_pp" else DiffInstruct)(
+            sampler.generator, fake.denoise, reference, sampler.schedule, **arguments
+        )
+    null = text.null() if settings.guidance_scale != 1.0 else None
+    return Run(sampler, fake, method, null, reward, held_out)
+
+
+def build_trained(config: Config, role: str, device: torch.device) -> Trained:
+    """Loads the network of one role and nothing else; raises like `build_sampler`."""
+    return Networks(config, None, device).trained(role)
+
+
+def _build_sampler(
+    config: Config, device: torch.device, text: TextEncoder | DualTextEncoder, networks: Networks
+) -> Sampler:
+    models = config.models
+    with naming("models.scheduler", models.scheduler.path):
+        schedule = load_schedule(models.scheduler.path)
+    trained = networks.trained("generator")
+    with naming("models.generator", models.generator.path):
+        generator = OneStepGenerator(
+            trained.denoise,
+            schedule,
+            timestep=models.generator.timestep,
+            input_scale=models.generator.input_scale,
+        )
+    return Sampler(
+        schedule=schedule,
+        encode=PromptEncoder(text.to(device)),
+        trained=trained,
+        generator=generator,
+        decoder=_load_decoder(config, device),
+    )
+
+
+def _load_decoder(config: Config, device: torch.device) -> nn.Module | None:
+    section = config.models.decoder
+    if section is None:
+        return None
+    dtype = compute_dtype(section.dtype, config)
+    with naming("models.decoder", section.path):
+        decoder = load_decoder(section.path, dtype=dtype, checkpoint=section.checkpoint)
+    vae: Any = decoder.vae
+    channels = config.models.latent_shape[0]
+    agree("models.decoder", "latent channels", vae.config.latent_channels, "models.latent_shape", channels)
+    return precise(decoder.to(device), dtype, device)
+
+
+def _load_reward(key: str, reward: Reward | None, sampler: Sampler, device: torch.device) -> LatentReward | None:
+    if reward is None:
+        return None
+    assert sampler.decoder is not None  # the schema sees to it
+    return LatentReward(f"{key} ({reward.factory})", load_scorer(key, reward, device), sampler.decoder)
