@@ -92,7 +92,10 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
         (["train", "nothing.yaml"], "can't read the configuration nothing.yaml"),
         (["train", "align.yaml", "training.stepz=3"], "did you mean training.steps?"),
         (["train", "align.yaml", "output=runs/demo"], "--resume latest"),
-        (["sample", "a red apple", "--run", "nowhere"], "nowhere holds no checkpoint that is whole"),
+        (
+            ["sample", "a red apple", "--run", "nowhere"],
+            "nowhere is neither a whole checkpoint (no manifest.json) nor a run",
+        ),
         (["sample", "a red apple", "--seed", "-1"], "--seed must be in"),
     ],
 )

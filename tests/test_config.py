@@ -55,7 +55,7 @@ def test_paths_in_the_file_are_relative_to_it(file: Path) -> None:
     folder = file.parent
     (folder / "weights" / "vae").mkdir(parents=True)
     config = load_config(file, [])
-    assert config.prompts == str(folder / "prompts.txt")
+    assert config.prompts.path == str(folder / "prompts.txt")
     assert config.models.decoder is not None and config.models.decoder.path == str(folder / "weights" / "vae")
     assert config.rewards.held_out is not None
     assert config.rewards.held_out.factory == f"{folder / 'rewards.py'}:Brightness"
@@ -68,7 +68,7 @@ def test_paths_on_the_command_line_are_relative_to_the_working_directory(
     monkeypatch.chdir(tmp_path)
     arguments = "rewards.optimised.arguments={weights: ./judge, channel: 1}"
     config = load_config(file, ["prompts=mine.txt", "models.reference.path=./mine", arguments])
-    assert config.prompts == str(tmp_path / "mine.txt")
+    assert config.prompts.path == str(tmp_path / "mine.txt")
     assert config.models.reference.path == str(tmp_path / "mine")
     assert config.rewards.optimised is not None
     assert config.rewards.optimised.arguments == {"weights": str(tmp_path / "judge"), "channel": 1}
@@ -142,6 +142,19 @@ def test_a_missing_key_is_named(file: Path) -> None:
         (["rewards.optimised=null"], "needs rewards.optimised"),
         (["models.decoder=null"], "models.decoder is missing"),
         (["training.grid_every=null"], "set training.grid_every"),
+        (["precision=float16"], "its numbers end at 65504"),
+        (["optimizers.fake.final_lr=0.1"], "final_lr belongs to the schedules linear and cosine"),
+        (["optimizers.fake.name=lion8bit", "optimizers.fake.betas=null", "optimizers.fake.eps=1e-8"], "takes no eps"),
+        (["optimizers.fake.name=lion8bit"], "betas don't mean what AdamW's do"),
+        (["distributed.fake={stage: 0, offload_optimizer: cpu}"], "offloading needs stage 1, 2 or 3"),
+        (["distributed.fake.offload_parameters=cpu"], "offload_parameters needs stage 3"),
+        (["distributed.fake.offload_optimizer=nvme"], "offload_optimizer: nvme needs stage 3"),
+        (["distributed.fake={stage: 3, offload_optimizer: nvme}"], "distributed.nvme_path is missing"),
+        (["distributed.engine=plain", "distributed.reference=shard"], "the plain engine offloads nothing"),
+        (
+            ["optimizers.fake.name=adamw8bit", "distributed.fake.offload_optimizer=cpu"],
+            "optimizers.fake.name is adamw8bit, which updates on the GPU",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_together(file: Path, overrides: list[str], said: str) -> None:
@@ -177,7 +190,7 @@ def test_a_file_extends_another(file: Path, tmp_path: Path) -> None:
     assert (config.training.steps, config.training.micro_batch, config.training.keep) == (11, 2, 7)
     assert config.training.global_batch == load_config(file).training.global_batch
     assert config.rewards.held_out is None and config.rewards.optimised is not None
-    assert config.prompts == str(middle.parent / "other.txt")
+    assert config.prompts.path == str(middle.parent / "other.txt")
     assert config.models.reference.path == load_config(file).models.reference.path
 
 

@@ -16,8 +16,15 @@ from diffpp_fast.bench.cases import FAMILIES, Case
 
 ROOT = Path(__file__).parent.parent
 #: Pages whose Python blocks run, each alone and as it is, but for those whose title says that they need more.
-PAGES = ("README.md", "docs/index.md", "docs/operators.md", "docs/randomness.md", "docs/training.md")
-NEEDS = {"a GPU": torch.cuda.is_available(), "the runs above": False}
+PAGES = (
+    "README.md",
+    "docs/index.md",
+    "docs/models.md",
+    "docs/operators.md",
+    "docs/randomness.md",
+    "docs/training.md",
+)
+NEEDS = {"a GPU": torch.cuda.is_available(), "the runs above": False, "the downloads": False}
 
 
 class Block(NamedTuple):

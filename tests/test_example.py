@@ -31,7 +31,7 @@ def test_there_are_200_different_captions_and_each_names_an_emoji() -> None:
 @pytest.mark.parametrize("name", ["distil.yaml", "align.yaml"])
 def test_configurations_load_and_what_they_name_is_there(name: str) -> None:
     config = load_config(EMOJI / name)
-    assert Path(config.prompts).is_file()
+    assert Path(config.prompts.path).is_file()
     for role in ("scheduler", "reference", "generator", "decoder"):
         assert Path(getattr(config.models, role).path).is_dir(), role
 

@@ -31,7 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "stable_diffusion_xl": ("stable_diffusion_xl", {}),
     "stable_diffusion_xl_encoded_empty": ("stable_diffusion_xl", {"force_zeros_for_empty_prompt": False}),
     "pixart": ("pixart", {}),
-    # At 1024 x 1024 the network is told resolution and aspect ratio, in thirds of its width; the latents may be smaller.
+    # At 1024 x 1024 the network is told resolution and aspect ratio, in thirds of its width. Latents may be smaller.
     "pixart_1024": ("pixart", {"sample_size": 128, "attention_head_dim": 12, "cross_attention_dim": 24}),
 }
 

@@ -1,38 +1,14 @@
-"""The prompt file, the addressed order of prompts, and the cache of encodings."""
+"""The addressed order of prompts, and the encodings that are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
 
 from diffpp_fast.networks import Conditioning
-from diffpp_fast.training import ConfigurationError
-from diffpp_fast.training.prompts import PromptEncoder, PromptOrder, read_prompts
-
-
-def test_lines_are_stripped_and_blank_ones_skipped(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeffa cat\r\n\n  \na café  \n  a dog".encode())
-    assert read_prompts(path) == ["a cat", "a café", "a dog"]
-
-
-def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(b"a cat\n\na caf\xe9\n")
-    with pytest.raises(ConfigurationError, match=r"prompts\.txt, line 3, is not UTF-8"):
-        read_prompts(path)
-
-
-def test_empty_and_missing_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    with pytest.raises(ConfigurationError, match=r"can't read .*prompts\.txt: No such file"):
-        read_prompts(path)
-    path.write_text("\n \n")
-    with pytest.raises(ConfigurationError, match="holds no prompt"):
-        read_prompts(path)
+from diffpp_fast.training.prompts import PromptEncoder, PromptOrder
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 200, 1000])

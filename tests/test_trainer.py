@@ -23,9 +23,6 @@ from diffpp_fast.training import (
     load_config,
 )
 from diffpp_fast.training.checkpoint import read_tensors
-from diffpp_fast.training.config import Optimizer
-from diffpp_fast.training.ema import Ema
-from diffpp_fast.training.engine import PlainEngine
 
 QUIET = ("training.grid_every=null", "rewards.held_out=null")
 
@@ -156,7 +153,8 @@ def test_micro_batches_change_memory_only(config_of) -> None:  # type: ignore[no
         Trainer(parts).run()
         one, other = weights(whole, 2), weights(parts, 2)
         for name, tensor in one.items():
-            assert (tensor - other[name]).norm() <= 1e-3 * tensor.norm(), name
+            difference = (tensor - other[name]).double()
+            assert difference.norm() <= 1e-3 * tensor.double().norm(), name
         for before, after in zip(records(whole), records(parts), strict=True):
             for name in names:
                 assert before[name] == pytest.approx(after[name], rel=1e-4)
@@ -172,7 +170,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(config_of) -> None:  # type
         assert (outcome.step, outcome.signal) == (stop, signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         assert not (Path(cut.output) / "generator").exists()
-        outcome = Trainer(cut, resume=True).run()
+        outcome = Trainer(cut, resume="latest").run()
         assert (outcome.step, outcome.signal) == (4, None)
         assert_equal(weights(cut, 4), weights(straight, 4))
         grid = Path("grids") / "step_000004.png"
@@ -185,7 +183,7 @@ def test_a_damaged_checkpoint_costs_only_its_steps(config_of, caplog: pytest.Log
     before, lines = weights(config, 4), records(config)
     checkpoints = Path(config.output) / "checkpoints"
     os.truncate(checkpoints / "step_000004" / "fake.safetensors", 100)
-    trainer = Trainer(config, resume=True)
+    trainer = Trainer(config, resume="latest")
     assert trainer.step == 2
     assert "step_000004: fake.safetensors has 100 bytes" in caplog.text
     trainer.run()
@@ -196,23 +194,23 @@ def test_a_damaged_checkpoint_costs_only_its_steps(config_of, caplog: pytest.Log
 def test_resume_may_go_further_and_log_otherwise(config_of) -> None:  # type: ignore[no-untyped-def]
     Trainer(config_of(*QUIET, "training.steps=2")).run()
     config = config_of(*QUIET, "training.steps=3", "training.log_every=2", "training.micro_batch=2")
-    assert Trainer(config, resume=True).run().step == 3
-    assert Trainer(config, resume=True).run().step == 3  # nothing left to do
+    assert Trainer(config, resume="latest").run().step == 3
+    assert Trainer(config, resume="latest").run().step == 3  # nothing left to do
 
 
 def test_resume_refuses_another_run_by_its_keys(project: Path, config_of, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     Trainer(config_of(*QUIET, "training.steps=1")).run()
     other = config_of(*QUIET, "seed=8", "training.global_batch=8", "method.guidance_scale=2", "ema=null")
     with pytest.raises(CheckpointError) as error:
-        Trainer(other, resume=True)
+        Trainer(other, resume="latest")
     said = str(error.value)
     assert "seed was 7, is 8" in said and "method.guidance_scale was 1.5, is 2.0" in said
     assert "training.global_batch was 4, is 8" in said and "ema.decay was 0.9" in said
     (tmp_path / "other.txt").write_text("something else\n")
     with pytest.raises(CheckpointError, match=r"the text of .*other\.txt has changed"):
-        Trainer(config_of(*QUIET, f"prompts={tmp_path / 'other.txt'}"), resume=True)
+        Trainer(config_of(*QUIET, f"prompts={tmp_path / 'other.txt'}"), resume="latest")
     shutil.copy(project.parent / "prompts.txt", tmp_path / "other.txt")
-    Trainer(config_of(*QUIET, f"prompts={tmp_path / 'other.txt'}"), resume=True)
+    Trainer(config_of(*QUIET, f"prompts={tmp_path / 'other.txt'}"), resume="latest")
 
 
 def test_a_new_run_does_not_overwrite_another(config_of) -> None:  # type: ignore[no-untyped-def]
@@ -225,7 +223,7 @@ def test_a_new_run_does_not_overwrite_another(config_of) -> None:  # type: ignor
 
 
 def test_resume_without_a_checkpoint_begins_anew(config_of, caplog: pytest.LogCaptureFixture) -> None:  # type: ignore[no-untyped-def]
-    assert Trainer(config_of(*QUIET, "training.steps=1"), resume=True).run().step == 1
+    assert Trainer(config_of(*QUIET, "training.steps=1"), resume="latest").run().step == 1
     assert "starting from the beginning" in caplog.text
 
 
@@ -337,40 +335,3 @@ def test_an_unknown_prediction_type_names_the_scheduler(config_of, tmp_path: Pat
     )
     with pytest.raises(ConfigurationError, match=rf"models.scheduler \({tmp_path}\).*'wavelet'"):
         Trainer(config_of(*QUIET, f"models.scheduler.path={tmp_path}"))
-
-
-def test_averages_follow_the_formula() -> None:
-    network = torch.nn.Linear(2, 1)
-    start = network.weight.detach().clone()
-    ema = Ema(network, decay=0.9, warmup=True)
-    expected = start.clone()
-    for updates in range(200):
-        with torch.no_grad():
-            network.weight += 1
-        ema.update(updates)
-        decay = min(0.9, (1 + updates) / (10 + updates))
-        expected = decay * expected + (1 - decay) * network.weight.detach()
-    torch.testing.assert_close(ema.average["weight"], expected)
-    trained = network.weight.detach().clone()
-    with ema.applied():
-        torch.testing.assert_close(network.weight.detach(), expected)
-    assert torch.equal(network.weight.detach(), trained)
-
-
-def test_the_engine_clips_warms_up_and_equals_adamw() -> None:
-    settings = Optimizer(lr=0.1, betas=(0.5, 0.9), weight_decay=0.01, clip=0.5, warmup_steps=3)
-    network, twin = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
-    twin.load_state_dict(network.state_dict())
-    engine = PlainEngine("generator", network, settings)
-    adamw = torch.optim.AdamW(twin.parameters(), lr=0.1, betas=(0.5, 0.9), weight_decay=0.01)
-    for update in range(5):
-        for module in (network, twin):
-            (module(torch.ones(2, 3)) - 7).square().sum().backward()
-        expected_norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
-        torch.testing.assert_close(engine.gradient_norm(), expected_norm)
-        adamw.param_groups[0]["lr"] = 0.1 * min(1.0, (update + 1) / 3)
-        engine.step()
-        engine.zero_grad()
-        adamw.step()
-        adamw.zero_grad()
-    torch.testing.assert_close(network.weight, twin.weight)

@@ -269,6 +269,7 @@ def settings() -> dict[str, Any]:
             "grid_every": 2,
             "checkpoint_every": 2,
             "grid_prompts": 3,
+            "baseline_steps": 1,
         },
     }
 

@@ -1,7 +1,8 @@
 """`make gpu-check`: everything that needs a GPU, in one command with a time limit.
 
 It builds csrc for the GPU at hand, checks every operator on every backend against float64, runs the tests and the
-benchmark of the kernels, and ends with one line per operator and backend. Each check is a process of its own: a kernel
+benchmark of the kernels, and ends with one line per operator and backend. Whole training steps are measured in the time
+that is left, or, with --steps-only, in all of it. Each check is a process of its own: a kernel
 that brings the device down takes nothing else with it. What is done is kept; another call goes on from there.
 """
 
@@ -41,6 +42,18 @@ CHECKS = 0.6
 #: Seconds in which a check goes beyond all pairs of options, and after which it is stopped.
 GATE_SECONDS, GATE_LIMIT = 40.0, 170.0
 SANITIZER_LIMIT, TESTS_LIMIT, BUILD_LIMIT, REWARD_LIMIT = 150.0, 170.0, 200.0, 120.0
+PLAN_LIMIT = 60.0
+#: Of a benchmark of whole steps, by whether it compiles; and the least time in which one is begun.
+STEP_LIMITS = {False: 260.0, True: 445.0}
+STEP_LEAST = 100.0
+#: What `diffpp-fast bench step` is run on, what tells most first. One call has the time to compile one provider.
+STEPS = {
+    "sd15, eager and fused": ("--model", "sd15", "--no-compile"),
+    "sd15, compile": ("--model", "sd15", "--providers", "eager,fused,compile"),
+    "sdxl, eager and fused": ("--model", "sdxl", "--no-compile"),
+    "sd15, fused and compile": ("--model", "sd15", "--providers", "eager,fused,fused-compile"),
+}
+REHEARSED_STEPS = {"tiny, eager and fused": ("--model", "tiny", "--no-compile", "--providers", "eager,fused")}
 #: The exit code of compute-sanitizer when it has found errors.
 SANITIZER_ERRORS = 86
 #: Per provider and case of the benchmark.
@@ -57,6 +70,7 @@ class Session:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.rehearse: bool = arguments.rehearse
+        self.steps_only: bool = arguments.steps_only
         self.device = torch.device("cpu" if self.rehearse else "cuda")
         self.began = time.monotonic()
         self.deadline = self.began + arguments.seconds - REPORT * (not self.rehearse)
@@ -116,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, default=os.environ.get("OUT") or None, metavar="FOLDER", help=out)
     add("--seconds", type=float, default=SECONDS, metavar="N", help=f"for everything ({SECONDS:.0f})")
     add("--ops", type=lambda text: text.split(","), metavar="NAME,...", help="operators (all)")
+    add("--steps-only", action="store_true", help="nothing but whole training steps; goes on where it stopped, too")
     add("--rehearse", action="store_true", help="the same steps without a GPU, on tiny tensors")
     add("--worker", choices=["gate", "bench"], help=argparse.SUPPRESS)
     add("--backend", help=argparse.SUPPRESS)
@@ -144,11 +159,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with on_termination(interrupt):
         try:
             session.say(f"{session.origin.device_name}, torch {session.origin.torch}, triton {session.origin.triton}")
-            _check(session)
-            _measure_reward_path(session, "eager and fused", "--no-compile")
-            _measure(session)
-            if not session.rehearse:  # the compiler takes minutes without a GPU
-                _measure_reward_path(session, "compiled", "--providers", "eager,compile,fused,fused-compile")
+            if not session.steps_only:
+                _check(session)
+                _measure_reward_path(session, "eager and fused", "--no-compile")
+                _check_plan(session)
+                _measure(session)
+                if not session.rehearse:  # the compiler takes minutes without a GPU
+                    _measure_reward_path(session, "compiled", "--providers", "eager,compile,fused,fused-compile")
+            _measure_steps(session)
         except KeyboardInterrupt:
             session.say("interrupted: what is done is reported")
         with on_termination(lambda: None):
@@ -340,6 +358,51 @@ def _measure_reward_path(session: Session, which: str, *options: str) -> None:
         print(ended.output if ended.code == 0 else "", flush=True)
 
 
+def _check_plan(session: Session) -> None:
+    """The bytes that `diffpp-fast plan` says against those that an engine holds."""
+    name = "plan"
+    missing = [package for package in ("diffusers", "pydantic") if importlib.util.find_spec(package) is None]
+    if missing or session.state.read().get(("step", name), ("", False))[1]:
+        session.say(f"{name}: {'left out, for ' + ' and '.join(missing) + ' is not installed' if missing else 'done'}")
+        return
+    command = [sys.executable, "-m", "diffpp_fast.training.planning.check", "--device", session.device.type]
+    for ended in session.run([Job(name, command, PLAN_LIMIT, session.environment)], 1, session.deadline):
+        session.say(f"{name}: {ended.why}")
+        if ended.code is not None:
+            session.state.add(("step", name), (ended.why, ended.code == 0))
+        print(ended.output, flush=True)
+
+
+def _measure_steps(session: Session) -> None:
+    """`diffpp-fast bench step` on what is not measured yet; one that is stopped leaves the files it has written."""
+    missing = [package for package in ("diffusers", "transformers") if importlib.util.find_spec(package) is None]
+    if missing:
+        session.say(f"whole steps: left out, for {' and '.join(missing)} is not installed")
+        return
+    for name, options in _steps_left(session).items():
+        if session.deadline - time.monotonic() < STEP_LEAST * (not session.rehearse):
+            return
+        out = session.out / "whole-step" / name.removeprefix("whole step, ").replace(", ", "-").replace(" ", "-")
+        command = [sys.executable, "-m", "diffpp_fast", "bench", "step", "--device", session.device.type, *options]
+        command += ["--rounds", "2" if session.rehearse else "5", "--out", str(out)]
+        job = Job(name, command, STEP_LIMITS["--no-compile" not in options], session.environment)
+        for ended in session.run([job], 1, session.deadline):
+            session.say(f"{name}: {ended.why}")
+            # An exit code of 2 says that its weights don't fit into this GPU: nothing is wrong, and nothing to be done.
+            if ended.code is not None:
+                session.state.add(("step", name), (ended.why, ended.code in (0, 2)))
+            print(ended.output if ended.code in (0, None) else "", flush=True)
+
+
+def _steps_left(session: Session) -> dict[str, tuple[str, ...]]:
+    """Benchmarks of whole steps that have not come to their end: name and options."""
+    done = session.state.read()
+    steps = {
+        f"whole step, {which}": options for which, options in (REHEARSED_STEPS if session.rehearse else STEPS).items()
+    }
+    return {name: options for name, options in steps.items() if not done.get(("step", name), ("", False))[1]}
+
+
 def _left(session: Session) -> list[tuple[Case, torch.dtype]]:
     done = session.state.read()
     return [
@@ -419,6 +482,10 @@ def _report(session: Session) -> int:
     wrong += [f"{name}: {why}" for name, (why, right) in steps.items() if not right]
     wrong += [f"benchmark: {key[1]}, {key[2]}: the process died" for key, value in done.items() if _died(key, value)]
     left_out = [*unjudged, *(f"benchmark of {case.name}, {str(dtype)[6:]}" for case, dtype in left)]
+    left_out = [
+        *([] if session.steps_only else left_out),
+        *(name for name in _steps_left(session) if name not in steps),
+    ]
     paths = []
     if measured:
         stem = session.out / f"kernels-{session.device.type}-gpu-check"

@@ -55,6 +55,7 @@ class Tower(NamedTuple):
 
 
 MODELS = {
+    "tiny": Model((32, 32), 1, 8, 0.18215, 1),
     "small": Model((32, 64, 128, 128), 2, 32, 0.18215, 1),
     "sd15": Model((128, 256, 512, 512), 2, 64, 0.18215, 4),
     "sdxl": Model((128, 256, 512, 512), 2, 128, 0.13025, 2),
@@ -101,11 +102,11 @@ class Record:
 
 
 class Networks:
-    """The autoencoder and the tower at random weights, and the latents."""
+    """The autoencoder and the tower at random weights, and the latents. The tower is that of the device, or another."""
 
-    def __init__(self, plan: Plan) -> None:
-        model, self.tower = MODELS[plan.model], TOWERS[plan.device.type]
-        with torch.random.fork_rng(), torch.device(plan.device), _default_dtype(plan.dtype):
+    def __init__(self, plan: Plan, tower: Tower | None = None) -> None:
+        model, self.tower = MODELS[plan.model], tower or TOWERS[plan.device.type]
+        with torch.random.fork_rng(), torch.device(plan.device), default_dtype(plan.dtype):
             torch.manual_seed(0)
             self.vae = _autoencoder(model)
             self.vision = _vision(self.tower)
@@ -116,7 +117,7 @@ class Networks:
         """A copy whose numbers are the same."""
         other = copy.deepcopy(self)
         for network in other.networks:
-            network.to(dtype)
+            nn.Module.to(network, dtype)  # diffusers' own warns of what it does not do here
         other.latents = self.latents.to(dtype)
         return other
 
@@ -256,7 +257,7 @@ def _judge(plan: Plan, networks: Networks) -> tuple[list[Record], dict[str, Path
 def _oracle(plan: Plan, networks: Networks) -> tuple[Tensor, ...]:
     """Eager code's results in float64, or in plain float32 where float64 would take too long."""
     exact = networks.cast(torch.float64 if plan.model == "small" else torch.float32)
-    with _full_precision():
+    with full_precision():
         return tuple(_results(eager(exact), exact.latents).values())
 
 
@@ -363,7 +364,8 @@ def _vision(tower: Tower) -> nn.Module:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within the block, new tensors have this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -373,7 +375,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """No TF32 within the block."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from diffpp_fast.bench.run import Plan
 
 DESCRIPTION = """\
-Measures every operator, and the reward path, on this machine against the code that they replace.
+Measures every operator, the reward path and whole training steps on this machine against the code that they replace.
 """
 KERNELS = """\
 Times every operator against the same step written in plain torch, eagerly and under torch.compile.
@@ -38,6 +39,21 @@ for its backward pass. Networks have their true architecture and random weights;
 First every provider's images, rewards and gradient are checked; one that is wrong is reported and not timed, and the
 exit code is 1. Into --out go a CSV and the table in Markdown.
 """
+STEP = """\
+Times a whole training step, the generator's update and the teaching assistant's, phase by phase: written in plain torch
+with diffusers' modules, the same under torch.compile, and as the package does it. Networks have their true architecture
+and random weights; needs diffusers and transformers.
+
+  diffpp-fast bench step
+  diffpp-fast bench step --model sdxl --batch fill --no-compile
+  diffpp-fast bench step --model sd15 --batch 8 --providers eager,compile,fused
+
+First every provider's losses and gradients are checked; one that is wrong is reported and not timed, and the exit code
+is 1. One that fails or has no room is reported too, and the others go on. Into --out go a CSV and the tables in
+Markdown; they are written whenever there is more to tell, so that a run that is stopped leaves what it had measured.
+"""
+#: Lets CUDA's allocator grow its blocks, so that a batch that fits is not kept out by the holes that another has left.
+ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 #: A spread of the times that casts doubt on a row.
 RESTLESS = 0.25
 DTYPES = ("float32", "bfloat16", "float16")
@@ -91,6 +107,29 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--out", type=Path, default=Path("benchmarks/results"), metavar="FOLDER", help="for files (benchmarks/results)")
     add("--docs", type=Path, metavar="PAGE.md", help="also put the table between the page's markers")
     reward.set_defaults(run=run_reward)
+    step = subjects.add_parser(
+        "step",
+        help="a whole training step, phase by phase",
+        description=STEP,
+        epilog="How it measures, and how to read the numbers: docs/step.md.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = step.add_argument
+    add("--model", metavar="NAME", help='"tiny", "small", "sd15" or "sdxl" (sd15 on a GPU, else small)')
+    add(
+        "--batch",
+        type=_count_or_fill,
+        metavar="N",
+        help='images, or "fill": as many as fit (fill on a GPU; 2, 1, 4, 1)',
+    )
+    add("--dtype", choices=DTYPES[:2], help="(bfloat16 on a GPU, else float32)")
+    add("--providers", type=_names, metavar="NAME,...", help="of what is compared (all)")
+    add("--device", choices=["cpu", "cuda"], help="where to measure (cuda if there is one)")
+    add("--rounds", type=_count, default=7, metavar="N", help="in which all are timed by turns (7)")
+    add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    add("--out", type=Path, default=Path("benchmarks/results"), metavar="FOLDER", help="for files (benchmarks/results)")
+    add("--docs", type=Path, metavar="PAGE.md", help="also put the tables between the page's markers")
+    step.set_defaults(run=run_step)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -157,6 +196,43 @@ def run_reward(arguments: argparse.Namespace) -> int:
     for sentence in reward_tables.sentences(records):
         print(sentence)
     return 1 if any(record.wrong for record in records) else 0
+
+
+def run_step(arguments: argparse.Namespace) -> int:
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ.update(ALLOCATOR)
+
+    import diffusers  # noqa: F401 - said to be missing before work begins
+    import torch
+    import transformers  # noqa: F401
+
+    from diffpp_fast.bench import step, step_tables, tables
+    from diffpp_fast.bench.machine import provenance
+
+    plan = step.plan(
+        arguments.model,
+        device=_device(arguments.device),
+        batch=arguments.batch,
+        dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
+        names=arguments.providers,
+        compile=arguments.compile,
+        rounds=arguments.rounds,
+    )
+    place = step_tables.place_of(plan)
+    if arguments.docs is not None:
+        tables.check_page(arguments.docs, place, step_tables.SUBJECT)
+    step.check_room(plan)
+    _make_folder(arguments.out)
+    origin = provenance(plan.device)
+    print(f"{origin.device_name}: {', '.join(plan.names)}", flush=True)
+    for results in step.measure(plan):
+        paths = step_tables.write(arguments.out / f"step-{place}", plan, results, origin, arguments.docs)
+        print(f"\n{step_tables.text(results)}\n", flush=True)
+    for path in paths:
+        print(f"written: {path}")
+    for sentence in step_tables.sentences(results):
+        print(sentence)
+    return 1 if any(record.wrong for record in results.records) else 0
 
 
 def _make_folder(path: Path) -> None:
@@ -261,6 +337,10 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a number from 1 up, got {text}")
     return int(text)
+
+
+def _count_or_fill(text: str) -> int | str:
+    return text if text == "fill" else _count(text)
 
 
 def _seconds(text: str) -> float:

@@ -32,6 +32,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="FOLDER",
         help="a run's output folder, or one of its checkpoints; default: the run under runs/ that saved last",
     )
+    parser.add_argument(
+        "--checkpoint",
+        choices=["latest", "best"],
+        default="latest",
+        help="of a run's checkpoints the newest, or the best by its training.keep_best (latest)",
+    )
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="the picture to write (samples.png)")
     parser.add_argument("--count", type=_positive, default=4, help="pictures per prompt (4)")
     parser.add_argument("--seed", type=int, default=0, help="of the latents (0)")
@@ -49,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not 0 <= arguments.seed < 2**64:
         raise ConfigurationError(f"--seed must be in [0, 2^64), got {arguments.seed}")
-    weights = find_weights(arguments.source)
+    weights = find_weights(arguments.source, arguments.checkpoint)
     print(f"weights: {weights}")
     hide_loading_bars()
     device = choose_device(arguments.device)

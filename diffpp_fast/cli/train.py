@@ -6,7 +6,8 @@ import argparse
 import logging
 import shlex
 
-from diffpp_fast.cli.quiet import hide_loading_bars
+from diffpp_fast.cli.plan import add_machine, print_plan_of
+from diffpp_fast.cli.quiet import Stderr, hide_loading_bars
 
 DESCRIPTION = """\
 Trains a one-step generator from a configuration.
@@ -14,6 +15,8 @@ Trains a one-step generator from a configuration.
   diffpp-fast train align.yaml
   diffpp-fast train align.yaml training.steps=200 rewards.optimised.scale=3 output=runs/strong
   diffpp-fast train align.yaml --resume latest
+  diffpp-fast train align.yaml --resume runs/align/checkpoints/step_000500 output=runs/again
+  diffpp-fast train align.yaml --dry-run --gpus 8 --gpu a100-80
 
 Into the configuration's `output` go checkpoints/, grids/ (sample pictures), metrics.jsonl, tensorboard/, config.yaml
 (with every default written out) and, at the end, generator/ in diffusers' format. Ctrl-C saves a checkpoint first.
@@ -37,10 +40,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument(
         "--resume",
-        choices=["latest"],
-        help="go on from the newest undamaged checkpoint in the output folder; begin anew if it holds none",
+        metavar="latest|best|FOLDER",
+        help="go on from the newest undamaged checkpoint in the output folder (begin anew if it holds none), from the "
+        "best one by training.keep_best, or from a given checkpoint or run",
     )
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build the networks without numbers, print what the run would take (as `diffpp-fast plan`) and stop",
+    )
+    add_machine(parser.add_argument_group("with --dry-run"))
     parser.set_defaults(run=run)
 
 
@@ -51,13 +61,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print(dump_config(config), end="")
         return 0
+    if arguments.dry_run:
+        return print_plan_of(arguments)
 
     from diffpp_fast.training.trainer import Trainer
 
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", handlers=[Stderr()])
     hide_loading_bars()
     logging.getLogger("diffpp_fast").setLevel(logging.INFO)
-    outcome = Trainer(config, resume=arguments.resume is not None).run()
+    outcome = Trainer(config, resume=arguments.resume).run()
     if outcome.signal is not None:
         command = ["diffpp-fast", "train", arguments.config, *arguments.overrides, "--resume", "latest"]
         print(f"stopped after step {outcome.step}; to go on:\n  {shlex.join(command)}")

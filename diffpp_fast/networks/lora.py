@@ -28,6 +28,8 @@ class Adapters:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network.requires_grad_(False)
+        #: Of the adapters that were added.
+        self.names: list[str] = []
         self._layers: dict[str, Any] = {}
 
     def add(
@@ -72,6 +74,7 @@ class Adapters:
         for layer in self._layers.values():
             layer.lora_A.requires_grad_(True)
             layer.lora_B.requires_grad_(True)
+        self.names.append(name)
         return parameters
 
     @contextmanager

@@ -1,23 +1,30 @@
-"""Checkpoints on disk: each a folder that is there whole or not at all."""
+"""The checkpoints of a run: which of them stay, and which one a run goes on from."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
-import shutil
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffpp_fast.errors import CheckpointError
-
-MANIFEST = "manifest.json"
+from diffpp_fast.training.config import KeepBest
+from diffpp_fast.training.distributed import World
+from diffpp_fast.training.publish import (
+    find_damage,
+    free_space,
+    leftovers,
+    publish,
+    read_manifest,
+    remove,
+    size_text,
+    tidy,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -26,91 +33,138 @@ class Checkpoints:
     """The folder `checkpoints/` of a run, with `step_000200/` and so on in it.
 
     Args:
-        folder: created with the first checkpoint.
-        keep: how many stay; older ones are removed once a newer one is complete.
+        folder: created with the first checkpoint; all processes must see the same one.
+        world: the processes that write a checkpoint together.
+        keep: how many of the newest stay; older ones are removed once a newer one is complete.
+        keep_best: which of the others stay, too.
     """
 
-    def __init__(self, folder: Path, keep: int = 3) -> None:
+    def __init__(self, folder: Path, world: World, keep: int = 3, keep_best: KeepBest | None = None) -> None:
         self.folder = folder
+        self.world = world
         self.keep = keep
+        self.keep_best = keep_best
 
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Writes a checkpoint; `write` fills an empty folder. A damaged checkpoint of the same step is replaced.
+    def save(self, step: int, write: Callable[[Path], None], scores: Mapping[str, float] | None = None) -> Path:
+        """Writes a checkpoint, in place of one of the same step if there is one (collective).
 
-        Raises CheckpointError if it can't be written; earlier checkpoints are untouched then, and nothing half-written
-        stays.
+        Args:
+            step: of the generator.
+            write: called in every process with an empty folder of its own, in which it writes its files. Where it is
+                collective, a process that can't write a file must still take part in what follows: see `together`.
+            scores: the last value of every logged scalar, of rank 0. They are kept in the checkpoint; those that are
+                not finite are left out.
+
+        Raises CheckpointError in every process if one can't write its part; earlier checkpoints are untouched then,
+        and nothing half-written stays.
         """
         target = self.folder / f"step_{step:06d}"
-        publish(target, write)
-        for old in [path for path in self.paths() if _step(path) <= step][: -self.keep]:
-            shutil.rmtree(old)
+        finite = {name: float(value) for name, value in (scores or {}).items() if math.isfinite(value)}
+        self._warn_of_full_disk()
+        publish(target, write, self.world, finite)
+        if self.world.is_main:
+            self._remove_old(step)
+        # The next one is some time away: enough to make room.
+        self._warn_of_full_disk()
         return target
 
     def paths(self) -> list[Path]:
-        """All checkpoints, complete or not, oldest first."""
+        """All checkpoints, damaged or not, oldest first."""
         paths = self.folder.glob("step_*")
         return sorted((path for path in paths if path.name.removeprefix("step_").isdigit()), key=_step)
 
     def latest(self) -> Path | None:
-        """The newest undamaged checkpoint; for each newer one a warning is logged that says what is wrong with it."""
-        for path in reversed(self.paths()):
-            damage = find_damage(path)
+        """The newest undamaged checkpoint; for each newer one a warning says what is wrong with it (collective)."""
+        return self._first_whole(self.paths()[::-1])
+
+    def best(self) -> Path | None:
+        """The undamaged checkpoint with the best score by `keep_best`; warns like `latest` (collective).
+
+        Raises CheckpointError where `keep_best` is not set.
+        """
+        if self.keep_best is None:
+            raise CheckpointError("training.keep_best is not set, so no checkpoint is the best one: take the latest")
+        return self._first_whole(self._ranked(self.paths(), self.keep_best))
+
+    def tidy(self) -> None:
+        """Before a run: removes what a crash has left half written, puts back what it has left half replaced."""
+        if self.world.is_main:
+            for target in leftovers(self.folder):
+                tidy(target)
+        self.world.barrier()
+
+    def _first_whole(self, candidates: Sequence[Path]) -> Path | None:
+        # Of rank 0: on a network's file system others may still see an older state of the folder.
+        for place in range(self._of_main(len(candidates))):
+            path = self.folder / f"step_{self._of_main(_step(candidates[place]) if self.world.is_main else 0):06d}"
+            damage = find_shared_damage(path, self.world)
             if damage is None:
                 return path
-            logger.warning("skipping a checkpoint: %s: %s", path, damage)
+            if self.world.is_main:
+                logger.warning("skipping a checkpoint: %s: %s", path, damage)
         return None
 
+    def _of_main(self, number: int) -> int:
+        """The number of rank 0, in all processes (collective)."""
+        return int(self.world.sum(torch.tensor(number if self.world.is_main else 0)))
 
-def publish(target: Path, write: Callable[[Path], None]) -> None:
-    """Makes the folder `target`, filled by `write`, with a manifest: in one rename, when every byte is on the disk.
+    def _ranked(self, paths: Sequence[Path], by: KeepBest) -> list[Path]:
+        """Those with a score, the best first. Of equal ones the first: the others repeat its score."""
+        sign = -1 if by.mode == "max" else 1
+        scores = {path: _scores(path).get(by.metric) for path in paths}
+        scored = [(sign * score, _step(path), path) for path, score in scores.items() if score is not None]
+        return [path for _, _, path in sorted(scored)]
 
-    Raises CheckpointError if that fails, with `target` as it was before.
-    """
-    partial = target.with_name(f".{target.name}.partial")
-    old = target.with_name(f".{target.name}.old")
-    try:
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        manifest = {"files": {str(path.relative_to(partial)): _facts(path) for path in files}, "complete": True}
-        write_json(partial / MANIFEST, manifest)
-        for path in files:
-            # safetensors makes files that their owner alone can read; the folder's mode follows the umask.
-            path.chmod(partial.stat().st_mode & 0o666)
-        for path in [*files, partial / MANIFEST, partial]:
-            _sync(path)
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        _sync(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"can't write {target}: {error}. What was saved before is untouched; make room or choose another output."
-        ) from error
+    def _remove_old(self, step: int) -> None:
+        """All up to `step` but the newest and the best; newer ones are left over from before a resume."""
+        candidates = [path for path in self.paths() if _step(path) <= step]
+        stay = set(candidates[-self.keep :])
+        if self.keep_best is not None:
+            ranked = self._ranked(candidates, self.keep_best)
+            stay.update(ranked[: self.keep_best.count])
+            if candidates[-1] not in ranked:
+                known = ", ".join(_scores(candidates[-1])) or "nothing"
+                logger.warning(
+                    "training.keep_best: no %s was logged by step %d; logged was %s",
+                    self.keep_best.metric,
+                    step,
+                    known,
+                )
+        for path in candidates:
+            if path not in stay:
+                try:
+                    remove(path)
+                except OSError as error:
+                    logger.warning("can't remove the old checkpoint %s: %s", path, error.strerror)
+
+    def _warn_of_full_disk(self) -> None:
+        paths = self.paths() if self.world.is_main else []
+        if not paths:
+            return
+        try:
+            size = sum(facts["size"] for facts in read_manifest(paths[-1])["files"].values())
+        except ValueError:
+            return
+        free = free_space(self.folder)
+        if free < size:
+            logger.warning(
+                "the next checkpoint takes about %s, and %s are free in %s: make room, or it can't be written",
+                size_text(size),
+                size_text(free),
+                self.folder,
+            )
 
 
-def find_damage(path: Path) -> str | None:
-    """What is wrong with a published folder by its manifest; None if it is whole."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        files = manifest["files"].items() if manifest["complete"] else ()
-    except FileNotFoundError:
-        return f"incomplete: it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
-    for name, facts in files:
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != facts["size"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {facts['size']}"
-        if _facts(file) != facts:
-            return f"{name} is damaged: its SHA-256 has changed"
-    return None
+def find_shared_damage(path: Path, world: World) -> str | None:
+    """What is wrong with a checkpoint, the same in all processes, each of which reads a part of it (collective)."""
+    damage = find_damage(path, world.rank, world.size)
+    return world.first_error(None if damage is None else CheckpointError(damage))
+
+
+def read_scores(path: Path) -> dict[str, float]:
+    """The last value of every scalar that was logged before an undamaged checkpoint was saved."""
+    scores: dict[str, float] = read_manifest(path)["scores"]
+    return scores
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -131,17 +185,8 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _scores(path: Path) -> dict[str, float]:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return read_scores(path)
+    except ValueError:
+        return {}

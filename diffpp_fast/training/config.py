@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from diffpp_fast.methods.diff_instruct import FakeWeighting, Weighting
 
@@ -19,6 +19,21 @@ class Section(BaseModel):
     """What all sections share: unknown keys, other types, NaN and infinity are refused, and nothing changes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Prompts(Section):
+    """Where a run's prompts come from. In YAML a path alone will do."""
+
+    #: A file, several (`{00..12}`, `*`) or a folder of them, or a Hugging Face dataset on disk; relative to the
+    #: configuration file.
+    path: str
+    #: "auto" goes by the suffix.
+    format: Literal["auto", "text", "jsonl", "csv", "parquet", "dataset", "webdataset"] = "auto"
+    #: Where in a table, or in a JSON object, the prompt stands; null: "prompt", and in WebDataset the .txt members
+    #: where there are any.
+    column: Annotated[str, Field(min_length=1)] | None = None
+    #: A folder that `diffpp-fast embed` has written; the text encoder isn't loaded then.
+    embeddings: str | None = None
 
 
 class Folder(Section):
@@ -149,17 +164,46 @@ class Rewards(Section):
     held_out: Reward | None = None
 
 
-class Optimizer(Section):
-    """AdamW."""
+OptimizerName = Literal["adamw", "adamw_fused", "adamw8bit", "paged_adamw8bit", "lion8bit"]
 
+
+class Optimizer(Section):
+    """How one network's weights follow its gradient."""
+
+    #: AdamW in one kernel, under two names; those with 8 bits are bitsandbytes' and keep a quarter of the state.
+    name: OptimizerName = "adamw"
     lr: Annotated[float, Field(gt=0)]
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    #: Of AdamW: decay of the mean and of the mean square, 0.9 and 0.999. Of Lion: the weight of the kept mean in the
+    #: update, and the decay of that mean, 0.9 and 0.99. null: these.
+    betas: tuple[Decay, Decay] | None = None
+    #: Of AdamW; null: 1e-8.
+    eps: Annotated[float, Field(gt=0)] | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     #: The largest norm of the whole gradient; null: it is not clipped.
     clip: Annotated[float, Field(gt=0)] | None = None
     #: Updates over which the learning rate rises linearly to `lr`.
     warmup_steps: NotNegative = 0
+    #: What the learning rate does from there to the run's last update.
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    #: Where it ends, as a share of `lr`.
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @property
+    def is_8bit(self) -> bool:
+        return self.name.endswith("8bit")
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> Optimizer:
+        if self.schedule == "constant" and self.final_lr != 0.0:
+            raise ValueError("final_lr belongs to the schedules linear and cosine: remove it or choose one of them")
+        if self.name == "lion8bit" and self.eps is not None:
+            raise ValueError("lion8bit divides by nothing and takes no eps: remove it")
+        if self.name == "lion8bit" and self.betas is not None and self.betas[0] == 0.0:
+            raise ValueError(
+                "betas[0] is 0: Lion would follow the gradient's sign alone and never use the mean that it keeps. "
+                "Its betas don't mean what AdamW's do: leave them out for 0.9 and 0.99"
+            )
+        return self
 
 
 class Optimizers(Section):
@@ -167,10 +211,82 @@ class Optimizers(Section):
     fake: Optimizer
 
 
+class Zero(Section):
+    """How one trained network is spread over the processes: ZeRO (arXiv 1910.02054)."""
+
+    #: 0: every process keeps everything; 1: the optimizer's state is spread; 2: gradients, too; 3: weights, too.
+    stage: Literal[0, 1, 2, 3] = 2
+    #: Where this process's part of the float32 weights and the optimizer's state lies, and where it is updated.
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    #: Where this process's part of the weights lies between uses.
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    #: Gradients that are reduced at a time, in elements.
+    reduce_bucket_size: Positive = 50_000_000
+    #: Weights that are gathered at a time after an update, in elements; stages 1 and 2.
+    allgather_bucket_size: Positive = 200_000_000
+    #: Weights that are gathered ahead of their use, in elements; stage 3.
+    prefetch_bucket_size: Positive = 50_000_000
+    #: Communicate while computing.
+    overlap: bool = True
+
+    @property
+    def offloads(self) -> bool:
+        return (self.offload_optimizer, self.offload_parameters) != ("none", "none")
+
+    @model_validator(mode="after")
+    def _stage_serves(self) -> Zero:
+        if self.stage == 0 and self.offloads:
+            raise ValueError("stage 0 keeps everything on the device: offloading needs stage 1, 2 or 3")
+        if self.stage < 3 and self.offload_parameters != "none":
+            raise ValueError(f"offload_parameters needs stage 3: stage {self.stage} computes with whole weights")
+        if self.stage < 3 and self.offload_optimizer == "nvme":
+            raise ValueError("offload_optimizer: nvme needs stage 3: use cpu, or stage 3")
+        return self
+
+
+class Distributed(Section):
+    """Which engine updates the networks, and how they are spread over several processes."""
+
+    #: plain is one process; deepspeed is any number; auto is the first that does what this section asks for.
+    engine: Literal["auto", "plain", "deepspeed"] = "auto"
+    generator: Zero = Zero()
+    fake: Zero = Zero()
+    #: The frozen model: a copy in every process, a part in each, or a part in each process's host memory.
+    reference: Literal["replica", "shard", "offload"] = "replica"
+    #: A folder on a fast local disk, for what is offloaded to nvme.
+    nvme_path: str | None = None
+
+    @property
+    def needs_deepspeed(self) -> bool:
+        """Whether something is asked for that the plain engine does not do."""
+        return self.reference != "replica" or self.generator.offloads or self.fake.offloads
+
+    @model_validator(mode="after")
+    def _engine_serves(self) -> Distributed:
+        if self.engine == "plain" and self.needs_deepspeed:
+            raise ValueError("the plain engine offloads nothing and spreads no reference: use distributed.engine=auto")
+        wants_nvme = any(
+            "nvme" in (zero.offload_optimizer, zero.offload_parameters) for zero in (self.generator, self.fake)
+        )
+        if wants_nvme and self.nvme_path is None:
+            raise ValueError("distributed.nvme_path is missing: say where to put what is offloaded to nvme")
+        return self
+
+
 class Ema(Section):
     decay: Decay = 0.999
     #: Decay min(decay, (1 + n) / (10 + n)) after n updates, so that the initial weights are forgotten soon.
     warmup: bool = False
+
+
+class KeepBest(Section):
+    """Which checkpoints stay besides the newest ones: the best by a scalar of the log."""
+
+    #: Its last value at or before a checkpoint's step is the checkpoint's score.
+    metric: Annotated[str, Field(min_length=1)]
+    mode: Literal["max", "min"] = "max"
+    #: How many.
+    count: Positive = 1
 
 
 class Training(Section):
@@ -188,8 +304,12 @@ class Training(Section):
     checkpoint_every: Positive = 500
     #: How many checkpoints stay; the oldest go.
     keep: Positive = 3
+    #: Checkpoints that stay although they are old; null: none.
+    keep_best: KeepBest | None = None
     #: The grid's prompts, or how many lines of the prompt file it takes from the top.
     grid_prompts: Positive | Annotated[list[str], Field(min_length=1)] = 16
+    #: Updates in a row that may be skipped because the gradient is not finite; more of them end the run.
+    skip_limit: NotNegative = 10
     #: Threads of the CPU; null: what PyTorch takes by itself.
     threads: Positive | None = None
     #: Compute the blocks of generator and fake score again in the backward pass instead of keeping what they compute.
@@ -200,6 +320,28 @@ class Training(Section):
     fuse: bool = True
     #: The kernel that attends in them; null: PyTorch's choice.
     attention: Attention | None = None
+    #: Steps in which the reference draws the grid's samples once, whose mean and spread are what to expect of latents;
+    #: null: it does not, and the run is compared with its own start.
+    baseline_steps: Positive | None = 20
+
+
+class WandBSection(Section):
+    """Weights & Biases."""
+
+    project: Annotated[str, Field(min_length=1)]
+    #: Of the run; null: W&B invents one.
+    name: str | None = None
+    #: Runs that belong together.
+    group: str | None = None
+    #: "offline" writes to disk only; `wandb sync` uploads it later.
+    mode: Literal["online", "offline"] = "online"
+
+
+class Logging(Section):
+    """Where scalars, grids and warnings go, besides metrics.jsonl and the terminal."""
+
+    tensorboard: bool = True
+    wandb: WandBSection | None = None
 
 
 class Config(Section):
@@ -209,17 +351,40 @@ class Config(Section):
     #: Where checkpoints, logs and grids go, relative to the working directory.
     output: str
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    #: "bfloat16" computes the networks under autocast; trained weights and their updates stay float32.
+    #: "bfloat16" computes the networks under autocast; what is updated stays float32.
     precision: Literal["float32", "bfloat16"] = "float32"
-    #: A text file with one prompt per line, relative to the configuration file.
-    prompts: str
+    prompts: Prompts
     models: Models
     method: Method
     rewards: Rewards = Rewards()
     optimizers: Optimizers
+    distributed: Distributed = Distributed()
     #: Moving average of the generator's weights; null: off.
     ema: Ema | None = Ema()
     training: Training
+    logging: Logging = Logging()
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _range_serves(cls, value: Any) -> Any:
+        if value == "float16":
+            raise ValueError(
+                "precision float16 is not offered: its numbers end at 65504, where T5 and SDXL's decoder overflow, and "
+                "its gradients need a loss scale, which skips an update whenever it proves too high. Use bfloat16, "
+                "which has the range of float32, or float32"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _optimizers_fit(self) -> Config:
+        for role in ("generator", "fake"):
+            optimizer, zero = getattr(self.optimizers, role), getattr(self.distributed, role)
+            if optimizer.is_8bit and zero.offload_optimizer != "none":
+                raise ValueError(
+                    f"optimizers.{role}.name is {optimizer.name}, which updates on the GPU: use adamw with "
+                    f"distributed.{role}.offload_optimizer, or keep the 8-bit state on the GPU"
+                )
+        return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
@@ -232,4 +397,11 @@ class Config(Section):
             raise ValueError("models.decoder is missing: rewards and sample grids see decoded images")
         if rewards.held_out is not None and self.training.grid_every is None:
             raise ValueError("rewards.held_out is evaluated on the sample grids: set training.grid_every")
+        metric = "" if self.training.keep_best is None else self.training.keep_best.metric
+        if metric.startswith("grid/") and self.training.grid_every is None:
+            raise ValueError(f"training.keep_best: {metric} is measured on the sample grids: set training.grid_every")
+        if metric == "grid/held_out" and rewards.held_out is None:
+            raise ValueError("training.keep_best: grid/held_out needs rewards.held_out")
+        if metric == "grid/reward" and optimised is None:
+            raise ValueError("training.keep_best: grid/reward needs rewards.optimised")
         return self

@@ -12,10 +12,13 @@ from torch import nn
 from diffpp_fast.errors import CheckpointError, ConfigurationError
 from diffpp_fast.networks.loading import load_scheduler, resolve
 from diffpp_fast.training.build import Sampler, Trained, build_sampler, build_trained
-from diffpp_fast.training.checkpoint import MANIFEST, Checkpoints, find_damage, publish, write_json
+from diffpp_fast.training.checkpoint import write_json, write_tensors
 from diffpp_fast.training.config import Config
+from diffpp_fast.training.distributed import World
 from diffpp_fast.training.loading import load_config
 from diffpp_fast.training.one_step_scheduler import one_step_scheduler
+from diffpp_fast.training.publish import MANIFEST, publish
+from diffpp_fast.training.resume import Which, open_checkpoint
 from diffpp_fast.training.weights import find_role, load_role, read_role
 
 #: How a generator is called, and the mark of a folder that was exported.
@@ -51,7 +54,7 @@ def export_generator(
         state: the network's `state_dict` with whole tensors; None: as they are now.
         dtype: of the weights in the file; None: as they are, and float32 where adapters were merged.
         merge: of LoRA: into the weights, a network like any other. Else the adapters alone, in the format that
-            pipelines load with `load_lora_weights`.
+            pipelines load with `load_lora_weights`, and in peft's for PixArt, where diffusers has no such loader.
 
     Raises CheckpointError if the folder can't be written; it is then as it was before.
     """
@@ -68,7 +71,7 @@ def export_generator(
             _one_step_scheduler(config).save_pretrained(folder / "scheduler")
         _write_call(folder, config)
 
-    publish(folder, write)
+    publish(folder, write, World.alone("cpu"))
 
 
 def export_pipeline(
@@ -104,7 +107,7 @@ def export_pipeline(
         pipeline.save_pretrained(folder)
         _write_call(folder, config)
 
-    publish(folder, write)
+    publish(folder, write, World.alone("cpu"))
 
 
 def plain_network(generator: Trained, state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> Any:
@@ -115,31 +118,30 @@ def plain_network(generator: Trained, state: Mapping[str, torch.Tensor], dtype: 
     network: Any = generator.network
     if generator.adapters is not None:
         state = generator.adapters.merged(state, generator.role)
+    # Without the path that the network was loaded from, which is this machine's.
+    facts = {name: value for name, value in network.config.items() if name != "_name_or_path"}
     with torch.device("meta"):
-        plain = type(network).from_config(network.config)
+        plain = type(network).from_config(facts)
     # The frozen part of merged weights may be in another dtype than the merged ones.
     dtype = dtype or (torch.float32 if generator.adapters is not None else None)
     plain.load_state_dict({name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}, assign=True)
     return plain
 
 
-def find_weights(source: Path | None, *, raw: bool = False) -> Weights:
-    """What to sample from or to export: averaged weights where there are any, of the newest undamaged checkpoint.
+def find_weights(source: Path | None, which: Which = "latest", *, raw: bool = False) -> Weights:
+    """What to sample from or to export: averaged weights where there are any, of an undamaged checkpoint.
 
     Args:
         source: a run's output folder or a checkpoint; None: the run under runs/ that saved last.
+        which: of a run's checkpoints.
         raw: the weights themselves, not their average.
 
     Raises CheckpointError where there is none.
     """
     source = source or _last_run()
-    checkpoint: Path | None = source
-    if not (source / MANIFEST).is_file():
-        checkpoint = Checkpoints(source / "checkpoints").latest()
-    elif damage := find_damage(source):
-        raise CheckpointError(f"{source}: {damage}")
-    if checkpoint is None or not (checkpoint / "state.json").is_file():
-        raise CheckpointError(f"{source} holds no checkpoint that is whole")
+    checkpoint = open_checkpoint(source, World.alone("cpu"), which)
+    if not (checkpoint / "state.json").is_file():
+        raise CheckpointError(f"{source} is no checkpoint: name a run's output folder, or one of its checkpoints")
     averaged = not raw and bool(find_role(checkpoint, "generator_ema"))
     return Weights(checkpoint, "generator_ema" if averaged else "generator")
 
@@ -181,23 +183,29 @@ def _write_call(folder: Path, config: Config) -> None:
 def _write_adapter(
     folder: Path, generator: Trained, state: Mapping[str, torch.Tensor], dtype: torch.dtype | None
 ) -> None:
-    from diffusers.loaders.lora_base import LoraBaseMixin
-
+    """In diffusers' format, for `load_lora_weights`; in peft's for networks that have no such loader (PixArt)."""
     network: Any = generator.network
-    part, role = _part(generator.network), generator.role
+    settings, role = network.peft_config[generator.role], generator.role
     weights = {
-        f"{part}.{name.removesuffix(f'.{role}.weight')}.weight": state[name].detach().to("cpu", dtype).contiguous()
+        f"{name.removesuffix(f'.{role}.weight')}.weight": state[name].detach().to("cpu", dtype)
         for name in generator.parameters
     }
-    settings = {f"{part}.{key}": value for key, value in network.peft_config[role].to_dict().items()}
+    if not hasattr(network, "load_lora_adapter"):
+        settings.save_pretrained(folder)
+        named = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+        write_tensors(folder / "adapter_model.safetensors", named)
+        return
+    from diffusers.loaders.lora_base import LoraBaseMixin
+
+    part = _part(generator.network)
     LoraBaseMixin.write_lora_layers(
-        state_dict=weights,
+        state_dict={f"{part}.{name}": tensor.contiguous() for name, tensor in weights.items()},
         save_directory=str(folder),
         is_main_process=True,
         weight_name=None,
         save_function=None,
         safe_serialization=True,
-        lora_adapter_metadata=settings,
+        lora_adapter_metadata={f"{part}.{key}": value for key, value in settings.to_dict().items()},
     )
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from diffpp_fast.methods import Batch
 from diffpp_fast.methods.base import LATENT
+from diffpp_fast.networks import Conditioning
 from diffpp_fast.noise import Noise
-from diffpp_fast.training.build import Sampler
+from diffpp_fast.training.build import Run, Sampler
+from diffpp_fast.training.config import Config
+from diffpp_fast.training.prompts import PromptSource
+from diffpp_fast.training.rewards import LatentReward
 
 #: Grid pictures have these sample numbers: training counts up from 0 and never gets there.
 FIRST_GRID_SAMPLE = 2**62
@@ -45,6 +51,69 @@ def decode(sampler: Sampler, latents: torch.Tensor, *, batch: int) -> torch.Tens
     """latents [N, C, h, w] -> images [N, 3, H, W], float32, about [-1, 1]."""
     assert sampler.decoder is not None
     return torch.cat([sampler.decoder(part).float() for part in latents.split(batch)])
+
+
+class Grid:
+    """The run's fixed prompts at fixed latents: always the same pictures, as the generator draws them now.
+
+    Args:
+        config: names the prompts, the seed and how many are computed at a time.
+        run: the sampler, and the rewards that look at its pictures.
+        prompts: of the run, for a number of them from the top.
+        device: of the networks.
+    """
+
+    def __init__(self, config: Config, run: Run, prompts: PromptSource, device: torch.device) -> None:
+        wanted = config.training.grid_prompts
+        self.config = config
+        self.run = run
+        self.prompts = prompts[range(min(wanted, len(prompts)))] if isinstance(wanted, int) else list(wanted)
+        self.samples = torch.arange(FIRST_GRID_SAMPLE, FIRST_GRID_SAMPLE + len(self.prompts), device=device)
+        self.batch = config.training.micro_batch or config.training.global_batch
+
+    def batches(self, null: Conditioning | None) -> Iterator[Batch]:
+        """The grid's prompts and latents, for a method or a sampler.
+
+        Args:
+            null: the empty prompt's conditioning, of one sample, or None.
+        """
+        for part in self._parts():
+            yield Batch(
+                self.samples[part],
+                self.run.sampler.encode(self.prompts[part]),
+                seed=self.config.seed,
+                shape=self.config.models.latent_shape,
+                null_conditioning=None if null is None else null.expand(len(self.prompts[part])),
+            )
+
+    def draw(self) -> tuple[torch.Tensor, dict[str, float]]:
+        """The pictures as one, [H, W, 3] uint8, and the mean of each reward over them, as scalars to log."""
+        run = self.run
+        latents = sample_latents(
+            run.sampler,
+            self.prompts,
+            self.samples,
+            seed=self.config.seed,
+            shape=self.config.models.latent_shape,
+            batch=self.batch,
+        )
+        images = decode(run.sampler, latents, batch=self.batch)
+        rewards = {"grid/reward": run.reward, "grid/held_out": run.held_out}
+        scores = {name: self._mean_score(reward, images) for name, reward in rewards.items() if reward is not None}
+        return tile(images, columns=_columns(len(self.prompts))), scores
+
+    @torch.no_grad()
+    def _mean_score(self, reward: LatentReward, images: torch.Tensor) -> float:
+        scores = [reward.score(images[part], self.prompts[part]).float() for part in self._parts()]
+        return float(torch.cat(scores).mean())
+
+    def _parts(self) -> list[slice]:
+        return [slice(start, start + self.batch) for start in range(0, len(self.prompts), self.batch)]
+
+
+def _columns(count: int) -> int:
+    """As square as it gets, rather wide than high."""
+    return math.isqrt(count - 1) + 1
 
 
 def tile(images: torch.Tensor, columns: int) -> torch.Tensor:

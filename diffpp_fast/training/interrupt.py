@@ -1,25 +1,40 @@
-"""Ctrl-C and SIGTERM as a wish to stop after the current step."""
+"""Ctrl-C, SIGTERM and SIGUSR1 as a wish to stop after the current step, in all processes of a run."""
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+import torch
+
+from diffpp_fast.training.distributed import World
+
+#: SIGUSR1 is what schedulers are often told to send before the time is up.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+#: Launchers pass a signal on to processes that may have got it already: within so many seconds it is the same one.
+ECHO_SECONDS = 5.0
 
 
 class Interrupt:
-    """Inside this context the first SIGINT or SIGTERM is only noted; a second one acts as it would outside.
+    """Inside this context the first SIGINT, SIGTERM or SIGUSR1 is only noted; a second one acts as it would outside.
 
     Outside the main thread, where no handler can be set, it does nothing.
+
+    Args:
+        world: the processes, of which any may get the signal.
     """
 
-    def __init__(self) -> None:
-        #: The signal that came, if one did.
+    def __init__(self, world: World) -> None:
+        self.world = world
+        #: The signal that came, if one did: in this process, and once `agree` has told, in any.
         self.signal: int | None = None
+        # A terminal sends a second Ctrl-C only when it is pressed again.
+        self._echo_seconds = ECHO_SECONDS if "LOCAL_RANK" in os.environ else 0.0
+        self._came: float | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -32,14 +47,33 @@ class Interrupt:
     ) -> None:
         self._restore()
 
+    def agree(self) -> int | None:
+        """The signal that any process has got, the same in all; None if none has (collective, once per step)."""
+        own = self.signal
+        if not self.world.any(own is not None):
+            return None
+        # By number, so that processes that got different ones agree, too.
+        told = torch.tensor([int(own == number) for number in SIGNALS])
+        self.signal = next(n for n, count in zip(SIGNALS, self.world.sum(told).tolist(), strict=True) if count)
+        if own is None and self.world.is_main:
+            self._say(f"{signal.Signals(self.signal).name} in another process: saving a checkpoint")
+        return self.signal
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
-        print(
-            f"\n{signal.Signals(number).name}: finishing this step and saving a checkpoint; again to stop at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        if self._came is None:
+            self._came = time.monotonic()
+            self.signal = self.signal or number
+            if self.world.is_main:
+                again = f"again after {self._echo_seconds:.0f} s" if self._echo_seconds else "again"
+                name = signal.Signals(number).name
+                self._say(f"{name}: finishing this step and saving a checkpoint; {again} to stop at once")
+        elif time.monotonic() - self._came >= self._echo_seconds:
+            self._restore()
+            signal.raise_signal(number)
+
+    def _say(self, sentence: str) -> None:
+        # Not through sys.stderr: a handler may run in the middle of a print, which does not bear another one.
+        os.write(2, f"\n{sentence}\n".encode())
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -143,9 +143,12 @@ def _insert(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
 
 
 def _anchor(data: dict[str, Any], folder: Path) -> None:
-    """Makes the input paths in a raw configuration absolute, in place."""
+    """Makes the input paths in a raw configuration absolute, in place; a path of prompts becomes a section."""
     if isinstance(data.get("prompts"), str):
-        data["prompts"] = _absolute(data["prompts"], folder)
+        data["prompts"] = {"path": data["prompts"]}
+    for key in ("path", "embeddings"):
+        if isinstance(data.get("prompts"), dict) and isinstance(data["prompts"].get(key), str):
+            data["prompts"][key] = _absolute(data["prompts"][key], folder)
     models = data.get("models")
     for model in (models, *_mappings(models)) if isinstance(models, dict) else ():
         for key in ("base", "path", "tokenizer"):

@@ -1,4 +1,5 @@
-"""Scalars of the steps between two logs, kept on the device until they are asked for."""
+"""Scalars of the steps between two logs, kept on the device until they are asked for, and brought together from all
+processes then."""
 
 from __future__ import annotations
 
@@ -6,27 +7,77 @@ from collections.abc import Mapping
 
 import torch
 
+from diffpp_fast.training.distributed import World
+
 
 class Means:
-    """Running weighted sums by name; reading them is the one moment that waits for the device."""
+    """Running weighted means by name. Reading them is the one moment that waits for the device, and with several
+    processes the one collective.
+
+    A value that is not finite is left out, with its weight: an update that was skipped must not cost a log all of its
+    means. A name without a finite value is NaN.
+    """
 
     def __init__(self) -> None:
-        # By the names that come together: their weighted sums as one vector, and the sum of the weights.
+        # By the names that come together: their weighted sums, and the sums of the weights, as rows of one tensor.
         self._sums: dict[tuple[str, ...], torch.Tensor] = {}
-        self._weights: dict[tuple[str, ...], float] = {}
+        # By name: one tensor [samples] per update.
+        self._samples: dict[str, list[torch.Tensor]] = {}
 
     def add(self, scalars: Mapping[str, torch.Tensor], *, prefix: str, weight: float = 1.0) -> None:
         """Takes in float32 scalars, all on one device."""
         names = tuple(f"{prefix}/{name}" for name in scalars)
-        values = weight * torch.stack(list(scalars.values()))
-        self._sums[names] = self._sums[names] + values if names in self._sums else values
-        self._weights[names] = self._weights.get(names, 0.0) + weight
+        values = torch.stack(list(scalars.values()))
+        finite = values.isfinite()
+        sums = weight * torch.stack((values.where(finite, 0.0), finite.to(values.dtype)))
+        self._sums[names] = self._sums[names] + sums if names in self._sums else sums
 
-    def take(self) -> dict[str, float]:
-        """The means since the last taking."""
-        sums, weights = self._sums, self._weights
-        self._sums, self._weights = {}, {}
-        if not sums:
+    def add_samples(self, name: str, values: torch.Tensor) -> None:
+        """Takes in what an update's samples were each given: `name` is their mean, `name_std` their spread.
+
+        Args:
+            values: [samples of this process], float32, on the scalars' device. The spread is that over all samples of
+                the update, whatever process they were on; both are then averaged over the updates.
+        """
+        self._samples.setdefault(name, []).append(values)
+
+    def take(self, world: World, of_process: Mapping[str, float] | None = None) -> dict[str, float]:
+        """The means since the last taking, over steps and processes (collective).
+
+        Args:
+            world: the processes; all must have taken in the same names in the same order.
+            of_process: figures of this process, such as its times and its memory. Where there are several processes,
+                `name` becomes their mean and `name_max` the largest.
+        """
+        means, samples, own = self._sums, self._samples, dict(of_process or {})
+        self._sums, self._samples = {}, {}
+        # What needs more than a sum has a row per process, empty but for the own one: then the sum is a gathering.
+        local = [torch.stack(values).flatten() for values in samples.values()]
+        local.append(torch.tensor(list(own.values()), dtype=torch.float32, device=world.device))
+        rows = torch.zeros(world.size, sum(map(len, local)), device=world.device)
+        rows[world.rank] = torch.cat(local)
+        summed = [sums.flatten() for sums in means.values()]
+        everything = torch.cat([*summed, rows.flatten()])
+        if not len(everything):
             return {}
-        values = iter(torch.cat(list(sums.values())).tolist())
-        return {name: next(values) / weights[names] for names in sums for name in names}
+        everything = world.sum(everything)
+
+        taken: dict[str, torch.Tensor] = {}
+        *summed_parts, gathered = everything.split([*map(len, summed), rows.numel()])
+        for names, part in zip(means, summed_parts, strict=True):
+            sums, weights = part.view(2, -1)
+            taken.update(zip(names, (sums / weights).unbind(), strict=True))
+        *sample_parts, figures = gathered.view(world.size, -1).split(list(map(len, local)), dim=1)
+        for (name, values), part in zip(samples.items(), sample_parts, strict=True):
+            updates = part.view(world.size, len(values), -1).transpose(0, 1).flatten(1)
+            taken[name] = _finite_mean(updates.mean(1))
+            taken[f"{name}_std"] = _finite_mean(updates.std(1, correction=0))
+        for name, column in zip(own, figures.unbind(1), strict=True):
+            taken[name] = column.mean()
+            if world.size > 1:
+                taken[f"{name}_max"] = column.max()
+        return dict(zip(taken, torch.stack(list(taken.values())).tolist(), strict=True))
+
+
+def _finite_mean(values: torch.Tensor) -> torch.Tensor:
+    return values.where(values.isfinite(), torch.nan).nanmean()

@@ -33,6 +33,7 @@ def one_step_scheduler(scheduler: Any, timestep: int, input_scale: float | Liter
         "trained_betas": betas[: timestep + 1].tolist(),
         "prediction_type": scheduler.config.prediction_type,
         "timestep_spacing": "trailing",
+        "steps_offset": 1,  # not used with this spacing; pipelines warn of any other
     }
     # Where alpha is 0 there is no sigma / alpha; sigma is 1 then.
     if input_scale == "sigma" and scheduler.alphas_cumprod[timestep] > 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from diffpp_fast.errors import CheckpointError
-from diffpp_fast.training.checkpoint import read_tensors, write_json, write_tensors
+from diffpp_fast.training.checkpoint import write_json
 from diffpp_fast.training.config import Config
-from diffpp_fast.training.engine import PlainEngine
+from diffpp_fast.training.distributed import World
+from diffpp_fast.training.engines import Engine
 from diffpp_fast.training.loading import dump_config, load_config
+from diffpp_fast.training.prompts import PromptSource
 
 #: Keys, and sections by their prefix, that don't change what a run computes. Of the prompts the text counts.
 FREE_KEYS = (
@@ -29,12 +30,17 @@ FREE_KEYS = (
     "training.grid_every",
     "training.checkpoint_every",
     "training.keep",
+    "training.keep_best",
     "training.grid_prompts",
     "training.threads",
+    "training.skip_limit",
+    "distributed",
     "training.activation_checkpointing",
     "training.compile",
     "training.fuse",
     "training.attention",
+    "training.baseline_steps",
+    "logging",
 )
 
 
@@ -51,37 +57,30 @@ class Position:
 
 
 def write_state(
-    folder: Path, config: Config, prompts: Sequence[str], position: Position, engines: Sequence[PlainEngine]
+    folder: Path,
+    config: Config,
+    prompts: PromptSource,
+    position: Position,
+    engines: Sequence[Engine],
+    world: World,
 ) -> None:
-    """Fills a checkpoint's folder."""
+    """Fills a checkpoint's folder, of which every process has one of its own (collective)."""
     for engine in engines:
-        write_tensors(folder / f"{engine.role}.safetensors", engine.parameters)
-        write_tensors(folder / f"{engine.role}_optimizer.safetensors", engine.optimizer_state())
-        if engine.ema is not None:
-            write_tensors(folder / f"{engine.role}_ema.safetensors", engine.ema.average)
-    (folder / "config.yaml").write_text(dump_config(config))
-    state = {
-        **asdict(position),
-        "seed": config.seed,
-        "prompts": _digest(prompts),
-        "updates": {engine.role: engine.updates for engine in engines},
-    }
-    write_json(folder / "state.json", state)
+        engine.write(folder)
+    if world.is_main:
+        (folder / "config.yaml").write_text(dump_config(config))
+        write_json(folder / "state.json", {**asdict(position), "seed": config.seed, "prompts": prompts.digest()})
 
 
-def read_state(folder: Path, engines: Sequence[PlainEngine]) -> Position:
-    """Brings the engines to where they were, to the bit."""
+def read_state(folder: Path, engines: Sequence[Engine]) -> Position:
+    """Brings the engines to where they were, to the bit where nothing about the processes has changed (collective)."""
     state = json.loads((folder / "state.json").read_text())
     for engine in engines:
-        engine.network.load_state_dict(read_tensors(folder / f"{engine.role}.safetensors"), strict=False)
-        engine.load_optimizer_state(read_tensors(folder / f"{engine.role}_optimizer.safetensors"))
-        engine.updates = state["updates"][engine.role]
-        if engine.ema is not None:
-            engine.ema.load_state_dict(read_tensors(folder / f"{engine.role}_ema.safetensors"))
+        engine.read(folder)
     return Position(state["step"], state["warmup"], state["samples"])
 
 
-def refuse_other_run(folder: Path, config: Config, prompts: Sequence[str]) -> None:
+def refuse_other_run(folder: Path, config: Config, prompts: PromptSource) -> None:
     """Raises CheckpointError if the configuration would make another run of the one that saved this checkpoint."""
     before = dict(_flat(load_config(folder / "config.yaml").model_dump(mode="json")))
     after = dict(_flat(config.model_dump(mode="json")))
@@ -90,17 +89,13 @@ def refuse_other_run(folder: Path, config: Config, prompts: Sequence[str]) -> No
         for key in sorted({*before, *after})
         if before.get(key) != after.get(key) and not _free(key)
     ]
-    if json.loads((folder / "state.json").read_text())["prompts"] != _digest(prompts):
-        changes.append(f"prompts: the text of {config.prompts} has changed")
+    if json.loads((folder / "state.json").read_text())["prompts"] != prompts.digest():
+        changes.append(f"prompts: the text of {config.prompts.path} has changed")
     if changes:
         raise CheckpointError(
             f"{folder} belongs to another run:\n  " + "\n  ".join(changes) + "\n"
             "Take these changes back, or start a new run with another output."
         )
-
-
-def _digest(prompts: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
 
 
 def _free(key: str) -> bool:

@@ -7,26 +7,33 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from diffpp_fast.errors import CheckpointError, ConfigurationError, NonFiniteError
 from diffpp_fast.methods import Batch, StepOutput
+from diffpp_fast.training.baseline import Baseline, measure_baseline, read_baseline, write_baseline
+from diffpp_fast.training.batches import Batches
 from diffpp_fast.training.build import build_run
-from diffpp_fast.training.callbacks import Callback, JsonLines, Progress, TensorBoard
-from diffpp_fast.training.checkpoint import Checkpoints
-from diffpp_fast.training.config import Config
-from diffpp_fast.training.distributed import choose_device
-from diffpp_fast.training.engine import PlainEngine
+from diffpp_fast.training.build.embeddings import open_embeddings
+from diffpp_fast.training.callbacks import Callback, standard_callbacks
+from diffpp_fast.training.checkpoint import Checkpoints, read_scores
+from diffpp_fast.training.config import Config, Ema
+from diffpp_fast.training.distributed import World
+from diffpp_fast.training.engines import Engine, make_engine
 from diffpp_fast.training.export import export_generator
-from diffpp_fast.training.grids import FIRST_GRID_SAMPLE, decode, sample_latents, tile, write_png
+from diffpp_fast.training.grids import Grid, write_png
 from diffpp_fast.training.interrupt import Interrupt
 from diffpp_fast.training.loading import dump_config
+from diffpp_fast.training.memory import Memory
 from diffpp_fast.training.metrics import Means
-from diffpp_fast.training.prompts import PromptOrder, read_prompts
-from diffpp_fast.training.rewards import LatentReward
-from diffpp_fast.training.state import Position, read_state, refuse_other_run, write_state
+from diffpp_fast.training.phases import Phases
+from diffpp_fast.training.prompts import open_prompts
+from diffpp_fast.training.resume import find_checkpoint
+from diffpp_fast.training.skips import SkippedUpdates
+from diffpp_fast.training.state import Position, read_state, write_state
+from diffpp_fast.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -39,50 +46,73 @@ class Outcome:
     signal: int | None
 
 
+class _Mark(NamedTuple):
+    """Where a run was at a moment: seconds of the clock, step, next sample."""
+
+    time: float
+    step: int
+    samples: int
+
+
 class Trainer:
-    """One run of a configuration.
+    """One run of a configuration, in this process or in all of a launcher's.
 
     Every update, of the fake score or of the generator, takes the next `global_batch` sample numbers; prompts,
-    latents, times and noise follow from them and the seed, so that neither the size of the micro-batches nor an
-    interruption changes what a run computes.
+    latents, times and noise follow from them and the seed, so that neither the number of processes, nor the size of
+    the micro-batches, nor an interruption changes what a run computes.
 
     Args:
         config: from `load_config`.
-        resume: go on from the newest undamaged checkpoint in the output folder, if it holds any.
-        callbacks: told about the run in addition to metrics.jsonl, TensorBoard and the terminal.
+        resume: "latest", "best" or the folder of a checkpoint or run to go on from; see `find_checkpoint`.
+        callbacks: told about the run, in the main process, in addition to those of the configuration.
+        world: the processes; None: those of the launcher's environment, else this one.
 
     Raises a UserError where the run can't be done as asked; nothing has been written by then.
     """
 
-    def __init__(self, config: Config, *, resume: bool = False, callbacks: Sequence[Callback] = ()) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        resume: str | None = None,
+        callbacks: Sequence[Callback] = (),
+        world: World | None = None,
+    ) -> None:
         self.config = config
         self.output = Path(config.output)
-        self.prompts = read_prompts(config.prompts)
-        self.order = PromptOrder(config.seed, len(self.prompts))
-        self.checkpoints = Checkpoints(self.output / "checkpoints", config.training.keep)
-        checkpoint = self._find_checkpoint(resume)
+        self.world = World.join(config.device) if world is None else world
+        self.prompts = open_prompts(config.prompts)
+        self.checkpoints = Checkpoints(
+            self.output / "checkpoints", self.world, config.training.keep, config.training.keep_best
+        )
+        checkpoint = find_checkpoint(resume, self.checkpoints, config, self.prompts)
         if config.training.threads is not None:
             torch.set_num_threads(config.training.threads)
-        self.device = choose_device(config.device)
-        self.run_parts = build_run(config, self.device)
-        generator, fake = self.run_parts.sampler.trained, self.run_parts.fake
-        self.generator = PlainEngine(
-            "generator", generator.network, config.optimizers.generator, config.ema, generator.parameters
-        )
-        self.fake = PlainEngine("fake", fake.network, config.optimizers.fake, parameters=fake.parameters)
+        self.batches = Batches(config, self.world, self.prompts)
+        self.phases = Phases(self.world.device)
+        embeddings = open_embeddings(config, self.prompts, self.world.device)
+        self.parts = build_run(config, self.world, self.phases, embeddings)
+        self.generator = self._make_engine("generator", config.ema)
+        self.fake = self._make_engine("fake")
+        self.grid = Grid(config, self.parts, self.prompts, self.world.device)
         self.position = Position()
         self._saved: Position | None = None
+        #: The last value of every scalar that was logged.
+        self._scores: dict[str, float] = {}
         if checkpoint is not None:
             self.position = read_state(checkpoint, self._engines)
+            self._scores = read_scores(checkpoint)
             self._saved = replace(self.position)
             logger.info("resuming from %s", checkpoint)
-        self.callbacks = [
-            JsonLines(self.output / "metrics.jsonl"),
-            TensorBoard(self.output / "tensorboard"),
-            Progress(),
-            *callbacks,
-        ]
+        self.callbacks: list[Callback] = []
+        if self.world.is_main:
+            watch = Watch(lambda *warning: self._tell("on_warning", *warning), self.output / "metrics.jsonl")
+            self.callbacks = [*standard_callbacks(config), watch, *callbacks]
+        self._baseline: Baseline | None = None
+        self._encode = self.phases.wrap(self.parts.sampler.encode, "prompts")
         self._means = Means()
+        self._memory = Memory(self.world.device)
+        self._skips = {engine.role: SkippedUpdates(self.world) for engine in self._engines}
 
     @property
     def step(self) -> int:
@@ -92,55 +122,82 @@ class Trainer:
     def run(self) -> Outcome:
         """Trains to `training.steps` and exports the generator, or stops after the step in which a signal comes.
 
-        Either way the last step is saved as a checkpoint. Raises NonFiniteError before a weight is touched by a loss
-        or a gradient that is not finite, and CheckpointError when one can't be written.
+        Either way the last step is saved as a checkpoint. An update whose gradient is not finite changes no weight;
+        more than `training.skip_limit` of them in a row raise NonFiniteError. Raises CheckpointError when a checkpoint
+        can't be written.
         """
         settings = self.config.training
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            (self.output / "config.yaml").write_text(dump_config(self.config))
-        except OSError as error:
-            raise ConfigurationError(f"output: can't write to {self.output}: {error.strerror}") from None
+        self._make_output()
         try:
             self._tell("on_start", self.step, settings.steps)
-            with Interrupt() as interrupt:
-                self._mark = time.monotonic(), self.position.samples
+            with Interrupt(self.world) as interrupt:
+                self._baseline = self._find_baseline()
+                self._mark = self._now()
                 if self._saved is None and settings.grid_every is not None:
                     self._draw_grid()
-                while self.step < settings.steps and interrupt.signal is None:
+                while self.step < settings.steps and interrupt.agree() is None:
                     self._advance()
                 if self._saved != self.position:
                     self._save()
             if self.step < settings.steps:
                 return Outcome(self.step, interrupt.signal)
-            with self.generator.averaged():
-                export_generator(self.output / "generator", self.config, self.run_parts.sampler.trained)
+            self._export()
             return Outcome(self.step, None)
         finally:
             self._tell("on_end", self.step)
+            self.world.close()
 
     @property
-    def _engines(self) -> tuple[PlainEngine, PlainEngine]:
+    def _engines(self) -> tuple[Engine, Engine]:
         return self.generator, self.fake
 
-    def _find_checkpoint(self, resume: bool) -> Path | None:
-        if not self.checkpoints.paths():
-            if resume:
-                logger.warning("%s holds no checkpoint: starting from the beginning", self.checkpoints.folder)
+    def _make_engine(self, role: str, ema: Ema | None = None) -> Engine:
+        trained = self.parts.trained(role)
+        return make_engine(role, trained.network, trained.parameters, self.config, self.world, ema)
+
+    def _make_output(self) -> None:
+        error: OSError | None = None
+        if self.world.is_main:
+            try:
+                self.output.mkdir(parents=True, exist_ok=True)
+                (self.output / "config.yaml").write_text(dump_config(self.config))
+            except OSError as found:
+                error = found
+        said = self.world.first_error(error)
+        if said is not None:
+            raise ConfigurationError(f"output: can't write to {self.output}: {said}")
+
+    def _find_baseline(self) -> Baseline | None:
+        """What the reference's own samples are like: read from the output folder, or measured once (collective)."""
+        steps, guidance = self.config.training.baseline_steps, self.config.method.guidance_scale
+        if steps is None:
             return None
-        if not resume:
-            raise CheckpointError(
-                f"{self.output} already holds checkpoints: go on with --resume latest, or choose another output=FOLDER"
+        path = self.output / "baseline.json"
+        facts = {
+            "reference": self.config.models.reference.path,
+            "guidance_scale": guidance,
+            "steps": steps,
+            "seed": self.config.seed,
+            "prompts": self.grid.prompts,
+        }
+        found = read_baseline(path, facts)
+        if not self.world.any(found is None):
+            return found
+        with self.phases("baseline"):
+            measured = measure_baseline(
+                self.parts.reference,
+                self.parts.sampler.schedule,
+                self.grid.batches(self.parts.null),
+                steps=steps,
+                guidance_scale=guidance,
             )
-        latest = self.checkpoints.latest()
-        if latest is None:
-            raise CheckpointError(f"no checkpoint in {self.checkpoints.folder} is whole: choose another output=FOLDER")
-        refuse_other_run(latest, self.config, self.prompts)
-        return latest
+        if self.world.is_main:
+            write_baseline(path, measured, facts)
+        return measured
 
     def _advance(self) -> None:
         """One step: a warm-up round of the fake score, or its rounds and the generator's update."""
-        settings, method = self.config.training, self.run_parts.method
+        settings, method = self.config.training, self.parts.method
         if self.position.warmup < settings.fake_warmup:
             self._update(self.fake, method.fake_loss)
             self.position.warmup += 1
@@ -157,116 +214,107 @@ class Trainer:
         if self.step > 0 and self.step % settings.checkpoint_every == 0:
             self._save()
 
-    def _update(self, engine: PlainEngine, loss_of: Callable[[Batch], StepOutput]) -> None:
+    def _update(self, engine: Engine, loss_of: Callable[[Batch], StepOutput]) -> None:
         """One update of one network on the next `global_batch` samples."""
-        settings = self.config.training
-        numbers = torch.arange(self.position.samples, self.position.samples + settings.global_batch)
-        prompts = [self.prompts[index] for index in self.order(numbers).tolist()]
-        loss = torch.zeros((), device=self.device)
-        for start in range(0, settings.global_batch, self._micro_batch):
-            part = slice(start, start + self._micro_batch)
-            batch = self._batch(numbers[part], prompts[part])
-            output = loss_of(batch)
-            weight = len(batch) / settings.global_batch
-            with (self.run_parts.fake if engine is self.fake else self.run_parts.sampler.trained).active():
-                engine.backward(weight * output.loss)
-            loss += weight * output.loss.detach()
+        first = self.position.samples
+        trained = self.parts.trained(engine.role)
+        for part in self.batches.micro_batches(first, self._encode, self.parts.null):
+            with self.phases("loss"):
+                output = loss_of(part.batch)
+            with self.phases("backward"), trained.active():
+                engine.backward(part.weight * output.loss, last=part.last)
             # Of the reward the whole batch's statistics are logged below.
             metrics = {name: value for name, value in output.metrics.items() if name not in ("reward", "reward_std")}
-            self._means.add(metrics, prefix=engine.role, weight=weight)
-        norm = engine.gradient_norm()
-        rewards = None
-        if engine is self.generator and self.run_parts.reward is not None:
-            rewards = self.run_parts.reward.take_given()
-            parts = {f"reward/{name}": part.mean() for name, part in self.run_parts.reward.take_parts().items()}
-            spread = {"reward": rewards.mean(), "reward_std": rewards.std(correction=0)}
-            self._means.add({**spread, **parts}, prefix=engine.role)
-        if not torch.isfinite(loss + norm if rewards is None else loss + norm + rewards.sum()):
-            raise NonFiniteError(self._explain_non_finite(engine, loss, norm, prompts, rewards))
-        self._means.add({"gradient_norm": norm}, prefix=engine.role)
-        engine.step()
-        engine.zero_grad()
-        self.position.samples += settings.global_batch
+            self._means.add(metrics, prefix=engine.role, weight=part.weight)
+        with self.phases("optimizer"):
+            norm = engine.step()
+        skipped = 1.0 - norm.isfinite().float()
+        self._means.add({"gradient_norm": norm, "updates_skipped": skipped}, prefix=engine.role)
+        self._skips[engine.role].note(norm, first, self._note_rewards(engine))
+        self.position.samples += self.batches.size
 
-    @property
-    def _micro_batch(self) -> int:
-        return self.config.training.micro_batch or self.config.training.global_batch
-
-    def _batch(self, numbers: torch.Tensor, prompts: Sequence[str]) -> Batch:
-        null = self.run_parts.null
-        return Batch(
-            samples=numbers.to(self.device),
-            conditioning=self.run_parts.sampler.encode(prompts),
-            seed=self.config.seed,
-            shape=self.config.models.latent_shape,
-            null_conditioning=None if null is None else null.expand(len(prompts)),
-        )
-
-    def _explain_non_finite(
-        self,
-        engine: PlainEngine,
-        loss: torch.Tensor,
-        norm: torch.Tensor,
-        prompts: Sequence[str],
-        rewards: torch.Tensor | None,
-    ) -> str:
-        first = self.position.samples
-        said = f"{engine.role}, after step {self.step}: the loss is {float(loss)}, the gradient's norm {float(norm)}. "
-        if rewards is not None and self.run_parts.reward is not None and not rewards.isfinite().all():
-            bad = [prompt for prompt, fine in zip(prompts, rewards.isfinite().tolist(), strict=True) if not fine]
-            said += f"{self.run_parts.reward.name} is not finite for {len(bad)} of {len(prompts)} samples: {_some(bad)}"
-        else:
-            said += f"Samples {first} to {first + len(prompts) - 1}, prompts: {_some(prompts)}"
-        return f"{said}. No weight was changed by it."
+    def _note_rewards(self, engine: Engine) -> torch.Tensor | None:
+        """The rewards that this process's samples got in a generator's update, kept for the log."""
+        reward = self.parts.reward
+        if engine is not self.generator or reward is None:
+            return None
+        rewards = reward.take_given()
+        self._means.add_samples("generator/reward", rewards)
+        parts = {f"reward/{name}": part.mean() for name, part in reward.take_parts().items()}
+        if parts:
+            self._means.add(parts, prefix=engine.role)
+        return rewards
 
     def _log(self) -> None:
-        scalars = self._means.take()
+        """Brings the figures of all steps and processes together: the one moment that waits for the device."""
+        steps = self.step - self._mark.step
+        times = {f"time/{name}": seconds / steps for name, seconds in self.phases.take().items()}
+        scalars = self._means.take(self.world, {**times, **self._memory.take()})
         for engine in self._engines:
             scalars[f"{engine.role}/learning_rate"] = engine.learning_rate
-        now, (then, samples) = time.monotonic(), self._mark
-        scalars["samples_per_second"] = (self.position.samples - samples) / (now - then)
-        self._mark = now, self.position.samples
+        if self._baseline is not None:
+            scalars |= self._baseline.scalars()
+        before, self._mark = self._mark, self._now()
+        scalars["samples_per_second"] = (self._mark.samples - before.samples) / (self._mark.time - before.time)
+        self._scores |= scalars
         self._tell("on_log", self.step, scalars)
+        for engine in self._engines:
+            row = self._skips[engine.role].row()
+            if row > self.config.training.skip_limit:
+                raise NonFiniteError(self._explain(engine, row))
+
+    def _now(self) -> _Mark:
+        return _Mark(time.monotonic(), self.step, self.position.samples)
+
+    def _explain(self, engine: Engine, row: int) -> str:
+        """Which updates were skipped, and on which prompts that began (collective)."""
+        skips = self._skips[engine.role]
+        first = skips.first_sample()
+        prompts = self.batches.prompts(self.batches.whole(first))
+        undefined = skips.undefined_rewards() if engine is self.generator else []
+        counted = "the last update was" if row == 1 else f"the last {row} updates were"
+        said = f"{engine.role}, after step {self.step}: {counted} skipped, for the gradient is not finite. "
+        if undefined and self.parts.reward is not None:
+            bad = [prompts[place] for place in undefined]
+            said += f"{self.parts.reward.name} is not finite for {len(bad)} of {len(prompts)} samples: {_some(bad)}"
+        else:
+            said += f"It began with samples {first} to {first + len(prompts) - 1}, prompts: {_some(prompts)}"
+        return f"{said}. No weight was changed by them."
 
     def _draw_grid(self) -> None:
         """Samples of the averaged generator at fixed prompts and latents, and what the rewards say of them."""
-        run, wanted = self.run_parts, self.config.training.grid_prompts
-        prompts = self.prompts[:wanted] if isinstance(wanted, int) else wanted
-        numbers = torch.arange(FIRST_GRID_SAMPLE, FIRST_GRID_SAMPLE + len(prompts), device=self.device)
-        with self.generator.averaged():
-            latents = sample_latents(
-                run.sampler,
-                prompts,
-                numbers,
-                seed=self.config.seed,
-                shape=self.config.models.latent_shape,
-                batch=self._micro_batch,
-            )
-        images = decode(run.sampler, latents, batch=self._micro_batch)
-        pixels = tile(images, columns=_columns(len(prompts)))
+        with self.phases("grid"), self.generator.averaged():
+            pixels, scores = self.grid.draw()
         path = self.output / "grids" / f"step_{self.position.step:06d}.png"
-        write_png(path, pixels)
+        if self.world.is_main:
+            write_png(path, pixels)
         self._tell("on_grid", self.step, pixels, path)
-        scalars = {
-            f"grid/{name}": self._mean_score(reward, images, prompts)
-            for name, reward in (("reward", run.reward), ("held_out", run.held_out))
-            if reward is not None
-        }
-        if scalars:
-            self._tell("on_log", self.step, scalars)
-
-    @torch.no_grad()
-    def _mean_score(self, reward: LatentReward, images: torch.Tensor, prompts: Sequence[str]) -> float:
-        parts = [slice(start, start + self._micro_batch) for start in range(0, len(prompts), self._micro_batch)]
-        return float(torch.cat([reward.score(images[part], prompts[part]).float() for part in parts]).mean())
+        if scores:
+            self._scores |= scores
+            self._tell("on_log", self.step, scores)
 
     def _save(self) -> None:
-        path = self.checkpoints.save(
-            self.position.step,
-            lambda folder: write_state(folder, self.config, self.prompts, self.position, self._engines),
-        )
+        with self.phases("checkpoint"):
+            path = self.checkpoints.save(
+                self.position.step,
+                lambda folder: write_state(folder, self.config, self.prompts, self.position, self._engines, self.world),
+                self._scores,
+            )
         self._saved = replace(self.position)
         self._tell("on_checkpoint", self.step, path)
+
+    def _export(self) -> None:
+        """The averaged generator in diffusers' format, written by the main process (collective)."""
+        state = self.generator.full_state(averaged=True)
+        error: Exception | None = None
+        if state is not None:
+            try:
+                export_generator(self.output / "generator", self.config, self.parts.sampler.trained, state)
+            except CheckpointError as found:
+                error = found
+        said = self.world.first_error(error)
+        if said is not None:
+            raise CheckpointError(said)
 
     def _tell(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:
@@ -277,11 +325,3 @@ def _some(prompts: Sequence[str]) -> str:
     """Enough of them to find the trouble."""
     shown = ", ".join(repr(prompt) for prompt in prompts[:4])
     return f"{shown} and {len(prompts) - 4} more" if len(prompts) > 4 else shown
-
-
-def _columns(count: int) -> int:
-    """As square as it gets, rather wide than high."""
-    columns = 1
-    while columns * columns < count:
-        columns += 1
-    return columns

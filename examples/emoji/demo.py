@@ -34,7 +34,7 @@ from diffpp_fast.training.build import build_sampler
 from diffpp_fast.training.export import find_weights, load_sampler
 from diffpp_fast.training.grids import tile, write_png
 from diffpp_fast.training.loading import load_config
-from diffpp_fast.training.prompts import read_prompts
+from diffpp_fast.training.prompts import open_prompts
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "align.yaml"
@@ -151,7 +151,7 @@ def main() -> None:
     if (out / "control.log").exists():  # the demo's own earlier result makes room, nothing else does
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    prompts = read_prompts(load_config(CONFIG).prompts)
+    prompts = list(open_prompts(load_config(CONFIG).prompts))
     if args.short:
         prompts = prompts[:: len(prompts) // 20]
     overrides = [*(SHORT if args.short else []), *args.overrides]

@@ -114,6 +114,8 @@ def _cubic(distance: Tensor, a: float) -> Tensor:
 
 
 def _apply(left: Tensor, pixels: Tensor, right: Tensor) -> Tensor:
+    if not torch.amp.is_autocast_available(pixels.device.type):  # on meta
+        return left @ (pixels @ right)
     # Under autocast the products would be made in low precision.
     with torch.autocast(pixels.device.type, enabled=False):
         return left @ (pixels @ right)

@@ -101,9 +101,10 @@ class FrozenDecoder(nn.Module):
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
         dtype: torch.dtype = self._first.weight.dtype
-        if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
-            return torch.get_autocast_dtype(device.type)
-        return dtype
+        # There is no autocast for meta, where shapes and bytes are counted.
+        if dtype == torch.float64 or not torch.amp.is_autocast_available(device.type):
+            return dtype
+        return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
     def _unscale(self, latents: Tensor) -> Tensor:
         """What the autoencoder itself calls latents, as diffusers' pipelines compute it."""

@@ -19,6 +19,8 @@ from diffpp_fast.training.build.checks import agree, naming
 from diffpp_fast.training.build.precision import compute_dtype, precise
 from diffpp_fast.training.build.text import TextFacts
 from diffpp_fast.training.config import Config, Lora
+from diffpp_fast.training.distributed import World
+from diffpp_fast.training.engines import place_reference
 
 #: The addressed randomness that initialises a role's adapters.
 STREAMS = {"generator": GENERATOR_ADAPTER, "fake": FAKE_ADAPTER}
@@ -69,6 +71,22 @@ class Networks:
         path = self.config.models.reference.path
         denoiser, adapters = self._backbone("reference", path)
         return Adapted(precise(denoiser, self._frozen_dtype, self.device), adapters, None)
+
+    def place_reference(self, world: World) -> None:
+        """Spreads the reference over the processes as `distributed.reference` says (collective).
+
+        Raises ConfigurationError where a role that is trained computes with its weights.
+        """
+        settings, path = self.config.distributed, self.config.models.reference.path
+        if settings.reference == "replica":
+            return
+        denoiser, adapters = self._backbone("reference", path)
+        if adapters.names:
+            raise ConfigurationError(
+                f"distributed.reference is {settings.reference}, but the reference's weights serve "
+                f"{' and '.join(adapters.names)} too, by LoRA: use distributed.reference=replica"
+            )
+        place_reference(denoiser.network, settings, world)
 
     def trained(self, role: str) -> Trained:
         """The generator or the fake score, which start as the reference where no path is given.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,21 +10,16 @@ import torch
 from torch import nn
 
 from diffpp_fast.methods import DiffInstruct, DiffInstructPP
-from diffpp_fast.networks import (
-    Conditioning,
-    DualTextEncoder,
-    OneStepGenerator,
-    TextEncoder,
-    load_decoder,
-    load_schedule,
-)
+from diffpp_fast.networks import Conditioning, OneStepGenerator, load_decoder, load_schedule
 from diffpp_fast.schedule import NoiseSchedule
 from diffpp_fast.training.build.checks import agree, naming
 from diffpp_fast.training.build.networks import Networks, Trained
 from diffpp_fast.training.build.precision import compute_dtype, precise
-from diffpp_fast.training.build.text import load_text
+from diffpp_fast.training.build.text import Text, open_text
 from diffpp_fast.training.config import Config, Reward
-from diffpp_fast.training.prompts import PromptEncoder
+from diffpp_fast.training.distributed import World
+from diffpp_fast.training.phases import Phases
+from diffpp_fast.training.prompts import EmbeddingCache
 from diffpp_fast.training.rewards import LatentReward, load_scorer
 
 
@@ -40,7 +35,7 @@ class Sampler:
     """
 
     schedule: NoiseSchedule
-    encode: PromptEncoder
+    encode: Callable[[Sequence[str]], Conditioning]
     trained: Trained
     generator: OneStepGenerator
     decoder: Callable[[torch.Tensor], torch.Tensor] | None
@@ -53,16 +48,22 @@ class Run:
     Attributes:
         sampler: the generator with what surrounds it.
         fake: the teaching assistant.
+        reference: (x_t, t, conditioning) -> prediction, the frozen model.
         null: the empty prompt's conditioning, of one sample; None where the method is not guided.
         reward, held_out: the rewards of the configuration, on latents.
     """
 
     sampler: Sampler
     fake: Trained
+    reference: nn.Module
     method: DiffInstruct
     null: Conditioning | None
     reward: LatentReward | None
     held_out: LatentReward | None
+
+    def trained(self, role: str) -> Trained:
+        """The generator or the fake score."""
+        return self.fake if role == "fake" else self.sampler.trained
 
 
 def build_sampler(config: Config, device: torch.device) -> Sampler:
@@ -70,30 +71,46 @@ def build_sampler(config: Config, device: torch.device) -> Sampler:
 
     Raises ConfigurationError for what can't be loaded and for networks whose shapes don't agree.
     """
-    text, facts = load_text(config.models)
-    return _build_sampler(config, device, text, Networks(config, facts, device))
+    text = open_text(config.models, device)
+    return _build_sampler(config, device, text, Networks(config, text.facts, device))
 
 
-def build_run(config: Config, device: torch.device) -> Run:
-    """Loads everything that a training run needs; raises like `build_sampler`."""
-    settings = config.method
-    text, facts = load_text(config.models)
-    networks = Networks(config, facts, device)
+def build_run(config: Config, world: World, phases: Phases, embeddings: EmbeddingCache | None = None) -> Run:
+    """Loads everything that a training run needs (collective, for the reference may be spread).
+
+    Args:
+        config: of the run.
+        world: the processes.
+        phases: where the method's calls of networks and reward are timed.
+        embeddings: take the place of text encoders, which are then not loaded.
+
+    Raises like `build_sampler`.
+    """
+    settings, device = config.method, world.device
+    text = open_text(config.models, device, embeddings)
+    networks = Networks(config, text.facts, device)
     sampler = _build_sampler(config, device, text, networks)
     reference, fake = networks.reference(), networks.trained("fake")
-    reward = _load_reward("rewards.optimised", config.rewards.optimised, sampler, device)
-    held_out = _load_reward("rewards.held_out", config.rewards.held_out, sampler, device)
+    networks.place_reference(world)
+    decoder = None if sampler.decoder is None else phases.wrap(sampler.decoder, "decode")
+    reward = _load_reward("rewards.optimised", config.rewards.optimised, decoder, device)
+    held_out = _load_reward("rewards.held_out", config.rewards.held_out, decoder, device)
     arguments: dict[str, Any] = settings.model_dump(exclude={"name"})
     if settings.name == "diff_instruct_pp":
-        assert config.rewards.optimised is not None  # the schema sees to it
+        assert config.rewards.optimised is not None and reward is not None  # the schema sees to it
         optimised = config.rewards.optimised
-        arguments.update(reward=reward, reward_scale=optimised.scale, reward_clip=optimised.clip)
+        timed = phases.wrap(reward, "reward")
+        arguments.update(reward=timed, reward_scale=optimised.scale, reward_clip=optimised.clip)
     with naming("method"):
         method = (DiffInstructPP if settings.name == "diff_instruct_pp" else DiffInstruct)(
-            sampler.generator, fake.denoise, reference, sampler.schedule, **arguments
+            phases.wrap(sampler.generator, "generator"),
+            phases.wrap(fake.denoise, "fake"),
+            phases.wrap(reference, "reference"),
+            sampler.schedule,
+            **arguments,
         )
     null = text.null() if settings.guidance_scale != 1.0 else None
-    return Run(sampler, fake, method, null, reward, held_out)
+    return Run(sampler, fake, reference, method, null, reward, held_out)
 
 
 def build_trained(config: Config, role: str, device: torch.device) -> Trained:
@@ -101,9 +118,7 @@ def build_trained(config: Config, role: str, device: torch.device) -> Trained:
     return Networks(config, None, device).trained(role)
 
 
-def _build_sampler(
-    config: Config, device: torch.device, text: TextEncoder | DualTextEncoder, networks: Networks
-) -> Sampler:
+def _build_sampler(config: Config, device: torch.device, text: Text, networks: Networks) -> Sampler:
     models = config.models
     with naming("models.scheduler", models.scheduler.path):
         schedule = load_schedule(models.scheduler.path)
@@ -117,7 +132,7 @@ def _build_sampler(
         )
     return Sampler(
         schedule=schedule,
-        encode=PromptEncoder(text.to(device)),
+        encode=text.encode,
         trained=trained,
         generator=generator,
         decoder=_load_decoder(config, device),
@@ -137,8 +152,10 @@ def _load_decoder(config: Config, device: torch.device) -> nn.Module | None:
     return precise(decoder.to(device), dtype, device)
 
 
-def _load_reward(key: str, reward: Reward | None, sampler: Sampler, device: torch.device) -> LatentReward | None:
+def _load_reward(
+    key: str, reward: Reward | None, decoder: Callable[[torch.Tensor], torch.Tensor] | None, device: torch.device
+) -> LatentReward | None:
     if reward is None:
         return None
-    assert sampler.decoder is not None  # the schema sees to it
-    return LatentReward(f"{key} ({reward.factory})", load_scorer(key, reward, device), sampler.decoder)
+    assert decoder is not None  # the schema sees to it
+    return LatentReward(f"{key} ({reward.factory})", load_scorer(key, reward, device), decoder)

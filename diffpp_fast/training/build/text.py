@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.networks import DualTextEncoder, TextEncoder
+from diffpp_fast.networks import Conditioning, DualTextEncoder, TextEncoder
 from diffpp_fast.networks.loading import read_config
 from diffpp_fast.networks.text import load_text_model, load_tokenizer
 from diffpp_fast.training import config
 from diffpp_fast.training.build.checks import naming
+from diffpp_fast.training.prompts import EmbeddingCache, PromptEncoder
 
 #: A prompt's length in tokens, as the families' pipelines have it.
 CLIP_LENGTH, PIXART_LENGTH = 77, 120
@@ -25,6 +26,36 @@ class TextFacts:
 
     width: int
     pooled_width: int | None = None
+
+    @classmethod
+    def of(cls, conditioning: Conditioning) -> TextFacts:
+        """Of what an encoder has given."""
+        pooled = conditioning.tensors.get("added_cond_kwargs", {}).get("text_embeds")
+        width = conditioning.tensors["encoder_hidden_states"].shape[-1]
+        return cls(width, None if pooled is None else pooled.shape[-1])
+
+
+@dataclass(frozen=True)
+class Text:
+    """What gives prompts their conditioning: encoders in memory, or embeddings on the disk.
+
+    Attributes:
+        encode: B prompts -> their conditioning, on the device.
+        null: the unconditional counterpart of one prompt, for guidance.
+    """
+
+    encode: Callable[[Sequence[str]], Conditioning]
+    null: Callable[[], Conditioning]
+    facts: TextFacts
+
+
+def open_text(models: config.Models, device: torch.device, embeddings: EmbeddingCache | None = None) -> Text:
+    """The text encoders of a run, or the embeddings in their place; raises like `load_text`."""
+    if embeddings is not None:
+        return Text(embeddings, embeddings.null, TextFacts.of(embeddings.null()))
+    encoder, facts = load_text(models)
+    encoder.to(device)
+    return Text(PromptEncoder(encoder), encoder.null, facts)
 
 
 def load_text(models: config.Models) -> tuple[TextEncoder | DualTextEncoder, TextFacts]:
@@ -44,6 +75,19 @@ def load_text(models: config.Models) -> tuple[TextEncoder | DualTextEncoder, Tex
     if second is not None:
         raise ConfigurationError("models.reference takes one text encoder: remove models.text_encoder_2")
     return _load_one(models, facts)
+
+
+def conditioning_facts(models: config.Models) -> dict[str, Any]:
+    """What a prompt's conditioning depends on besides the text encoders: the family, and settings that enter it."""
+    with naming("models.reference", models.reference.path):
+        facts = read_config(models.reference.path)
+    two = facts.get("addition_embed_type") == "text_time"
+    sizes = models.size_conditions.model_dump(mode="json") | {"picture": list(_picture_size(models))}
+    return {
+        "family": [facts["_class_name"], facts.get("addition_embed_type")],
+        "empty_prompt": models.empty_prompt,
+        "size_conditions": sizes if two or (_is_pixart(facts) and _wants_sizes(facts)) else None,
+    }
 
 
 def _load_one(models: config.Models, facts: Mapping[str, Any]) -> tuple[TextEncoder, TextFacts]:

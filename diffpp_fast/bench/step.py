@@ -1,0 +1,413 @@
+"""A whole training step: the generator's update and the teaching assistant's, unfused, compiled and fused.
+
+Networks have their true sizes, or scaled-down ones, and random weights: neither time nor memory depends on values. All
+providers compute with the same parameters, optimizers and batches. A provider that fails, is wrong or has no room is a
+record with the reason, and the others go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from diffpp_fast.bench import cuda, fill, phases, providers, reward_path
+from diffpp_fast.bench.cases import check_known
+from diffpp_fast.bench.matrix import counted_operations, matrix_peak
+from diffpp_fast.bench.memory import peak_temporary_bytes
+from diffpp_fast.bench.phases import ROLES, Marks, Now, no_time
+from diffpp_fast.bench.reward_path import TOWERS
+from diffpp_fast.bench.step_gate import Oracle, complaints
+from diffpp_fast.bench.step_networks import MODELS, Networks, Trained, lay_out, resident_bytes
+from diffpp_fast.bench.step_providers import PROVIDERS, Step, Unfused, balanced_scale, differentiate
+from diffpp_fast.bench.timing import Clock, Timing, wall_clock
+from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.methods import Batch
+
+#: All providers at one batch, and each at the largest that fits.
+COMMON, OWN = "common", "own"
+#: The part of the device's memory that the search for a batch may use. The rest is for what the allocator can't use.
+SEARCHED = 0.92
+#: How often a compiled provider's batch may be lowered by an eighth until it fits.
+LOWERED = 2
+#: Models that take no time in float64.
+SMALL = ("tiny", "small")
+WARM_UPS = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. `batch` None fills the memory."""
+
+    model: str
+    batch: int | None
+    latent: int
+    dtype: torch.dtype
+    device: torch.device
+    names: Sequence[str]  # of PROVIDERS
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A provider at one batch, by role: times by phase, bytes at the peak beyond what is resident, launches."""
+
+    batch: int
+    timings: dict[str, dict[str, Timing]]
+    peak: dict[str, int]
+    launches: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One provider."""
+
+    provider: str
+    wrong: str | None = None
+    left_out: str | None = None
+    own_batch: int | None = None  # the largest that fits
+    first_call: dict[str, float] = field(default_factory=dict)  # seconds, compilation included, by role
+    errors: dict[str, float] = field(default_factory=dict)  # relative, of losses and gradients, by the gate
+    runs: dict[str, Run] = field(default_factory=dict)  # at COMMON and OWN
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that is known so far."""
+
+    records: tuple[Record, ...]
+    batch: int | None  # the common one
+    resident: int  # bytes of weights, gradients, optimizer states and average
+    peak_rate: float  # operations per second of a large matrix product
+    operations: dict[str, dict[str, float]]  # for one image of the unfused step, by role and phase
+
+
+def plan(
+    model: str | None,
+    *,
+    device: torch.device,
+    batch: int | str | None,
+    dtype: torch.dtype | None,
+    names: Sequence[str] | None,
+    compile: bool,
+    rounds: int,
+) -> Plan:
+    """Fills in what was not chosen; batch "fill" is what fits. Raises ConfigurationError for what can't be done."""
+    on_gpu = device.type == "cuda"
+    model = model or ("sd15" if on_gpu else "small")
+    check_known("--model", [model], tuple(MODELS))
+    check_known("--providers", names or (), tuple(PROVIDERS))
+    chosen = [name for name in names or PROVIDERS if compile or not PROVIDERS[name].compiles]
+    if "eager" not in chosen:
+        raise ConfigurationError("--providers: eager is what the others are measured against, name it too")
+    if batch == "fill" and not on_gpu:
+        raise ConfigurationError("--batch fill: needs a GPU, whose memory says where it ends; name a number")
+    if batch is None:
+        batch = "fill" if on_gpu else MODELS[model].batch
+    return Plan(
+        model,
+        None if isinstance(batch, str) else batch,
+        reward_path.MODELS[model].latent,
+        dtype or (torch.bfloat16 if on_gpu else torch.float32),
+        device,
+        chosen,
+        rounds,
+    )
+
+
+def measure(plan: Plan) -> Iterator[Results]:
+    """Yields the results whenever there are more of them.
+
+    Raises:
+        ConfigurationError: weights and optimizer states don't fit.
+    """
+    check_room(plan)
+    providers.forget_compiled()
+    with providers.compiler(plan.device, torch.get_num_threads()):
+        yield from _Measurement(plan).run()
+
+
+def check_room(plan: Plan) -> None:
+    """Raises ConfigurationError unless what is resident fits into the device's memory."""
+    if plan.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(plan.device)
+        needed = resident_bytes(_without_memory(plan))
+        if needed > SEARCHED * free:
+            raise ConfigurationError(
+                f"--model {plan.model}: weights, gradients, AdamW's moments and the average of two networks in float32 "
+                f"and the frozen ones take {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
+            )
+
+
+def count_operations(plan: Plan) -> dict[str, dict[str, float]]:
+    """Of the unfused step for one image, by role and phase, on tensors without memory."""
+    networks = _without_memory(replace(plan, dtype=torch.float32))
+    counted = {}
+    with counted_operations() as total:
+        now, between = phases.operations(total)
+        for role in ROLES:
+            _, marks = differentiate(Unfused(networks), role, networks.batch(0, 1), now)
+            marks.end()
+            counted[role] = marks.spans(between)
+    return counted
+
+
+def _without_memory(plan: Plan) -> Networks:
+    return Networks(plan.model, plan.latent, plan.dtype, torch.device("meta"), TOWERS[plan.device.type])
+
+
+class _Measurement:
+    """The state of a measurement: networks, what trains them, and the providers that are still in it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.device = plan, plan.device
+        self.now, self.between = phases.seconds(plan.device)
+        clock: Clock = cuda.event_clock if plan.device.type == "cuda" else wall_clock
+        self.peak_rate = matrix_peak(plan.dtype, plan.device, clock)
+        self.operations = count_operations(plan)
+        self.networks = Networks(plan.model, plan.latent, plan.dtype, plan.device)
+        self.networks.reward_scale = balanced_scale(self.networks)
+        parts = self.networks.parts
+        self.roles = {"generator": parts.generator, "fake": parts.fake}
+        self.trained = {role: Trained(network, role == "generator") for role, network in self.roles.items()}
+        self.records = {name: Record(name) for name in plan.names}
+        self.steps: dict[str, Step] = {}
+        self.batch = plan.batch
+        self.oracle: Oracle | None = None
+        self.next_batch = 0
+        self.memory_format = torch.contiguous_format
+
+    def run(self) -> Iterator[Results]:
+        filling = self.plan.batch is None
+        # Compiling takes minutes: what needs none of it comes first, and is told before the rest begins.
+        plain, later = ([n for n in self.plan.names if PROVIDERS[n].compiles == compiles] for compiles in (False, True))
+        self._make(plain)
+        if filling:
+            self._search()
+        if self.steps:
+            self._judge(plain)
+            self._time(COMMON)
+            yield self._results()
+            if filling:
+                self._time(OWN)
+                yield self._results()
+            for name in later:
+                self._make([name])
+                self._judge([name])
+            if self.steps.keys() & set(later):
+                self._time(COMMON)
+                yield self._results()
+                if filling:
+                    self._extend(later)
+                    self._time(OWN)
+        yield self._results()
+
+    def _results(self) -> Results:
+        resident = resident_bytes(self.networks)
+        return Results(tuple(self.records.values()), self.batch, resident, self.peak_rate, self.operations)
+
+    def _note(self, name: str, **changes: Any) -> None:
+        self.records[name] = replace(self.records[name], **changes)
+
+    # Providers that come and go
+
+    def _make(self, names: Sequence[str]) -> None:
+        for name in names:
+            with self._reported(name):
+                self.steps[name] = PROVIDERS[name].make(self.networks)
+
+    def _search(self) -> None:
+        """The largest batch of every provider, and of all of them."""
+        for name in list(self.steps):
+            with self._reported(name), _less_memory(self.device):
+                batch = fill.largest(lambda size, name=name: self._fits(name, size))  # type: ignore[misc]
+                if batch == 0:
+                    raise torch.OutOfMemoryError("not even one image fits")
+                self._note(name, own_batch=batch)
+        self.batch = min((self._size(name, OWN) for name in self.steps), default=None)
+
+    def _extend(self, names: Sequence[str]) -> None:
+        """The largest batch of compiled providers, from the memory that they take at the common one."""
+        for name in self.steps.keys() & set(names):
+            run = self.records[name].runs[COMMON]
+            free = int(SEARCHED * torch.cuda.get_device_properties(self.device).total_memory)
+            batch = fill.extrapolated(
+                run.batch, max(run.peak.values()), free - torch.cuda.memory_allocated(self.device)
+            )
+            with self._reported(name), _less_memory(self.device):
+                for _ in range(LOWERED):
+                    if batch > run.batch and not self._fits(name, batch):
+                        batch = max(run.batch, batch - max(1, batch // fill.PARTS))
+                self._note(name, own_batch=batch)
+
+    def _fits(self, name: str, size: int) -> bool:
+        """Whether a provider's two updates run at a batch of this size."""
+        try:
+            self._lay_out(name)
+            for role in ROLES:
+                self._step(name, role, self.networks.batch(0, size))
+            self._synchronize()
+        except Exception as error:
+            if not fill.is_out_of_memory(error):
+                raise
+        else:
+            return True
+        # Out here, for the error held the frames in which it arose, and they what fills the memory.
+        self._forget()
+        return False
+
+    def _judge(self, names: Sequence[str]) -> None:
+        """Takes out what is wrong, so that it is not timed."""
+        assert self.batch is not None
+        if self.oracle is None:
+            self._lay_out("eager")
+            exact = torch.float64 if self.plan.model in SMALL else torch.float32
+            self.oracle = Oracle(self.networks, self.networks.batch(0, self.batch), exact)
+        for name in [name for name in names if name in self.steps]:
+            with self._reported(name):
+                self._lay_out(name)
+                errors: dict[str, float] = {}
+                for role, network in self.roles.items():
+                    with self._first_call(name, role):
+                        loss = self.oracle.differentiate(self.steps[name], role)
+                    errors |= self.oracle.errors(role, loss, network)
+                    self.trained[role].forget()
+                wrong = complaints(errors, self.oracle.allowed)
+                self._note(name, errors=errors, wrong="; ".join(wrong) or None)
+                if wrong:
+                    del self.steps[name]
+
+    @contextmanager
+    def _reported(self, name: str) -> Iterator[None]:
+        """An error of any kind within the block is the end of this provider, not of the others."""
+        failed = True
+        try:
+            yield
+            failed = False
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            absent = PROVIDERS[name].compiles or fill.is_out_of_memory(error)
+            self._note(name, **{"left_out" if absent else "wrong": reason})
+        if failed:
+            self.steps.pop(name, None)
+            self._forget()
+
+    # One step
+
+    def _step(self, name: str, role: str, batch: Batch, now: Now = no_time) -> Marks:
+        """A loss, its backward pass and the update of its network."""
+        with self._first_call(name, role):
+            _, marks = differentiate(self.steps[name], role, batch, now)
+        marks.begin("update")
+        self.trained[role].update()
+        marks.end()
+        return marks
+
+    @contextmanager
+    def _first_call(self, name: str, role: str) -> Iterator[None]:
+        """Notes how long the first block of this provider and role took."""
+        known = self.records[name].first_call
+        start = time.perf_counter()
+        yield
+        if role not in known:
+            self._synchronize()
+            self._note(name, first_call={**known, role: time.perf_counter() - start})
+
+    def _lay_out(self, name: str) -> bool:
+        """Moves all weights into the provider's order of memory. Returns whether they were in another."""
+        wanted = PROVIDERS[name].memory_format
+        if wanted == self.memory_format:
+            return False
+        for trained in self.trained.values():
+            trained.lay_out(wanted)
+        parts = self.networks.parts
+        for frozen in (parts.reference, *parts.path.networks):
+            lay_out(frozen.parameters(), wanted)
+        self.memory_format = wanted
+        return True
+
+    def _forget(self) -> None:
+        """Frees what a step that has failed has left."""
+        for trained in self.trained.values():
+            trained.forget()
+        fill.release(self.device)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # Time and memory
+
+    def _size(self, name: str, section: str) -> int:
+        size = self.batch if section == COMMON else self.records[name].own_batch
+        assert size is not None
+        return size
+
+    def _time(self, section: str) -> None:
+        """Interleaved: every round times every provider on a batch of its own, the next one first."""
+        samples: dict[str, dict[str, list[dict[str, float]]]] = {
+            name: {role: [] for role in ROLES} for name in self.steps
+        }
+        for turn in range(-WARM_UPS, self.plan.rounds):
+            names = list(self.steps)
+            for place in range(len(names)):
+                name = names[(turn + place) % len(names)]
+                with self._reported(name):
+                    for role, spans in self._spans(name, section).items():
+                        if turn >= 0:
+                            samples[name][role].append(spans)
+            self.next_batch += 1
+        for name in list(self.steps):
+            with self._reported(name):
+                run = self._measured(name, section, samples[name])
+                self._note(name, runs={**self.records[name].runs, section: run})
+
+    def _spans(self, name: str, section: str) -> dict[str, dict[str, float]]:
+        """Seconds of each phase of both roles' updates."""
+        moved = self._lay_out(name)
+        if section == OWN:
+            fill.release(self.device)
+        batch = self.networks.batch(self.next_batch, self._size(name, section))
+        spans = {}
+        for role in ROLES:
+            if moved or section == OWN:
+                self._step(name, role, batch)  # the allocator has to find other blocks
+            marks = self._step(name, role, batch, self.now)
+            self._synchronize()
+            spans[role] = marks.spans(self.between)
+        return spans
+
+    def _measured(self, name: str, section: str, samples: dict[str, list[dict[str, float]]]) -> Run:
+        self._spans(name, section)  # once more, so that nothing that comes is a first
+        batch = self.networks.batch(self.next_batch, self._size(name, section))
+        peak, launches = {}, {}
+        for role in ROLES:
+
+            def call(role: str = role) -> tuple[torch.Tensor, ...]:
+                self._step(name, role, batch)
+                return ()
+
+            peak[role] = peak_temporary_bytes(call, self.device)
+            if self.device.type == "cuda":
+                launches[role] = cuda.count_launches(call)
+        timings = {
+            role: {phase: Timing(tuple(sample[phase] for sample in taken), 1) for phase in taken[0]}
+            for role, taken in samples.items()
+        }
+        return Run(len(batch), timings, peak, launches)
+
+
+@contextmanager
+def _less_memory(device: torch.device) -> Iterator[None]:
+    """Within the block, a part of the device's memory can't be had: what fits without it will fit again."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(SEARCHED, device)
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, device)

@@ -1,0 +1,355 @@
+"""Who is measured on a whole step: the step written by hand in plain torch, the same compiled, and the package's.
+
+Both losses are those of Diff-Instruct++ with guidance and a reward. In bfloat16, trained networks run under autocast on
+float32 weights and frozen ones have bfloat16 weights, as in the trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffpp_fast import networks as package
+from diffpp_fast import ops
+from diffpp_fast.bench import reward_path
+from diffpp_fast.bench.operators import GUIDANCE_SCALE, PIXEL_MEAN, PIXEL_STD
+from diffpp_fast.bench.phases import NOISE_AND_SCORES, Marks, Now
+from diffpp_fast.bench.step_networks import Networks, map_tensors
+from diffpp_fast.methods import Batch, DiffInstructPP
+from diffpp_fast.methods.base import DIFFUSION, LATENT, TIMESTEP
+
+Network = Callable[[Tensor, Tensor, Any], Tensor]  # (x_t, t, conditioning) -> prediction
+
+
+class Step(Protocol):
+    """The two losses of a provider. Both say to `marks` what they are at."""
+
+    marks: Marks
+    addressed: bool  # draw what the package draws from the batch's addresses, so that all compute the same
+
+    def generator_loss(self, batch: Batch) -> Tensor: ...
+
+    def fake_loss(self, batch: Batch) -> Tensor: ...
+
+
+class Draws(NamedTuple):
+    """The random numbers of one loss."""
+
+    z: Tensor  # [B, C, H, W], standard normal
+    t: Tensor  # [B] int64
+    eps: Tensor  # as z
+
+
+class Unfused:
+    """The step as one writes it without this package.
+
+    Noise comes from torch's global generator, in one call per tensor; networks are diffusers' own; the arithmetic
+    between them is plain torch; frozen networks run in their own dtype, without autocast. The generator's loss is
+    written as DMD2's and others' code has it, which spares the graph through x_t.
+
+    Args:
+        networks: whose numbers are used.
+        path: the way from latents to rewards; None: diffusers' decode with autograd.
+        compile: every network, every part of the path and the arithmetic under torch.compile.
+    """
+
+    def __init__(self, networks: Networks, path: reward_path.Path | None = None, compile: bool = False) -> None:
+        parts, dtype = networks.parts, networks.dtype
+        schedule = networks.schedule
+        self.marks = Marks()
+        self.addressed = False
+        self.schedule = schedule
+        self.reward_scale = networks.reward_scale
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.timestep = networks.model.timestep
+        alpha, sigma = schedule.coefficients(torch.tensor([self.timestep]))
+        self.alpha, self.sigma = float(alpha), float(sigma)
+        self.input_scale = networks.model.input_scale or self.sigma
+        maybe_compiled: Callable[[Any], Any] = compiled if compile else _as_it_is
+        self.generator: Network = maybe_compiled(_trained(parts.generator, dtype, networks.device))
+        self.fake: Network = maybe_compiled(_trained(parts.fake, dtype, networks.device))
+        self.reference: Network = maybe_compiled(_frozen(parts.reference, dtype))
+        path = path or reward_path.eager(parts.path)
+        # On the CPU torch 2.13 compiles diffusers' decoder to a gradient of zero (docs/reward-path.md).
+        decode = path.decode if networks.device.type == "cpu" else maybe_compiled(path.decode)
+        self.path = reward_path.Path(
+            lambda latents: decode(latents.to(dtype)), maybe_compiled(path.pixels), maybe_compiled(path.reward)
+        )
+        self.add_noise = maybe_compiled(_add_noise)
+        self.score_gradient = maybe_compiled(_score_gradient)
+        self.denoising_loss = maybe_compiled(_denoising_loss)
+        self.one_step = maybe_compiled(_one_step)
+
+    def fake_loss(self, batch: Batch) -> Tensor:
+        self.marks.begin(NOISE_AND_SCORES)
+        draws = self.draw(batch)
+        with torch.no_grad():
+            x0 = self.sample(draws, batch)
+        alpha, sigma = self.schedule.coefficients(draws.t)
+        x_t = self.add_noise(x0, draws.eps, alpha, sigma)
+        self.marks.begin("fake")
+        prediction = self.fake(x_t, draws.t, batch.conditioning)
+        self.marks.begin(NOISE_AND_SCORES)
+        loss: Tensor = self.denoising_loss(prediction, draws.eps)
+        return loss
+
+    def generator_loss(self, batch: Batch) -> Tensor:
+        self.marks.begin(NOISE_AND_SCORES)
+        draws = self.draw(batch)
+        x0 = self.sample(draws, batch)
+        gradient = self.of_scores(x0.detach(), draws, batch)
+        gradient = gradient - self.reward_scale * self.of_reward(x0.detach(), batch)
+        return 0.5 * F.mse_loss(x0, (x0 - gradient).detach(), reduction="sum") / len(batch)
+
+    def sample(self, draws: Draws, batch: Batch) -> Tensor:
+        """x0 [B, C, H, W]."""
+        x = self.input_scale * draws.z
+        t = torch.full_like(draws.t, self.timestep)
+        self.marks.begin("generator")
+        prediction = self.generator(x, t, batch.conditioning)
+        self.marks.begin(NOISE_AND_SCORES)
+        x0: Tensor = self.one_step(x, prediction, self.alpha, self.sigma)
+        return x0
+
+    @torch.no_grad()
+    def of_scores(self, x0: Tensor, draws: Draws, batch: Batch) -> Tensor:
+        """h d [B, C, H, W] with h = k: the x0 that the TA implies minus the one that the guided reference implies."""
+        alpha, sigma = self.schedule.coefficients(draws.t)
+        x_t = self.add_noise(x0, draws.eps, alpha, sigma)
+        self.marks.begin("fake")
+        fake = self.fake(x_t, draws.t, batch.conditioning)
+        self.marks.begin("reference")
+        cond = self.reference(x_t, draws.t, batch.conditioning)
+        uncond = self.reference(x_t, draws.t, batch.null_conditioning)
+        self.marks.begin(NOISE_AND_SCORES)
+        gradient: Tensor = self.score_gradient(fake, cond, uncond, sigma / alpha)
+        return gradient
+
+    def of_reward(self, x0: Tensor, batch: Batch) -> Tensor:
+        """dr/dx0 [B, C, H, W]."""
+        x0 = x0.requires_grad_()
+        (gradient,) = torch.autograd.grad(watched_reward(self, self.path)(x0, None).sum(), x0)
+        return gradient
+
+    def draw(self, batch: Batch) -> Draws:
+        if self.addressed:
+            z, eps = (batch.noise(stream).normal(batch.shape, dtype=self.wide) for stream in (LATENT, DIFFUSION))
+            return Draws(z, batch.noise(TIMESTEP).integers(0, len(self.schedule)), eps)
+        z = torch.randn(len(batch), *batch.shape, device=batch.samples.device)
+        t = torch.randint(0, len(self.schedule), (len(batch),), device=batch.samples.device)
+        return Draws(z, t, torch.randn_like(z))
+
+
+class Fused:
+    """The step as the package does it: `DiffInstructPP` with addressed noise, fused blocks and the frozen decoder.
+
+    Args:
+        networks: whose numbers are used. Its modules are not changed.
+        checkpoint: the frozen decoder computes one resolution at a time again.
+        compile: every network and every part of the path under torch.compile.
+    """
+
+    def __init__(self, networks: Networks, checkpoint: bool = False, compile: bool = False) -> None:
+        self.marks = Marks()
+        self.addressed = True
+        parts = networks.parts.twin()
+        unets = parts.generator, parts.fake, parts.reference
+        for unet in unets:
+            package.fuse(unet)
+        maybe_compiled: Callable[[Any], Any] = compiled if compile else _as_it_is
+        # Autocast around all of them, as diffpp_fast/training/build.py has it.
+        generator, fake, reference, decode = (
+            maybe_compiled(Autocast(module, networks.dtype, networks.device))
+            for module in (
+                *map(package.Denoiser, unets),
+                package.FrozenDecoder(parts.path.vae, checkpoint=checkpoint),
+            )
+        )
+        path = reward_path.Path(
+            decode, maybe_compiled(_pixels(parts.path, networks.dtype)), maybe_compiled(parts.path.reward)
+        )
+        scale = networks.model.input_scale
+        one_step = package.OneStepGenerator(
+            generator,
+            networks.schedule,
+            timestep=networks.model.timestep,
+            input_scale="sigma" if scale is None else scale,
+        )
+        self.method = DiffInstructPP(
+            self._watched("generator", one_step),
+            self._watched("fake", fake),
+            self._watched("reference", reference),
+            networks.schedule,
+            reward=watched_reward(self, path),
+            reward_scale=networks.reward_scale,
+            guidance_scale=GUIDANCE_SCALE,
+        )
+
+    def generator_loss(self, batch: Batch) -> Tensor:
+        self.marks.begin(NOISE_AND_SCORES)
+        return self.method.generator_loss(batch).loss
+
+    def fake_loss(self, batch: Batch) -> Tensor:
+        self.marks.begin(NOISE_AND_SCORES)
+        return self.method.fake_loss(batch).loss
+
+    def _watched(self, phase: str, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*arguments: Any) -> Tensor:
+            self.marks.begin(phase)
+            result = call(*arguments)
+            self.marks.begin(NOISE_AND_SCORES)
+            return result
+
+        return run
+
+
+def watched_reward(step: Step, path: reward_path.Path) -> Callable[[Tensor, Any], Tensor]:
+    """(x0, conditioning) -> [B], which says what it is at, forward and backward."""
+
+    def at(phase: str) -> Callable[[Tensor], None]:
+        return lambda gradient: step.marks.begin(phase)
+
+    def reward(x0: Tensor, conditioning: Any) -> Tensor:
+        step.marks.begin("decode")
+        # A hook on a leaf would not see a gradient that `autograd.grad` takes.
+        x0 = x0.view_as(x0)
+        images = path.decode(x0)
+        step.marks.begin("reward")
+        values = path.reward(path.pixels(images))
+        step.marks.begin(NOISE_AND_SCORES)
+        values.register_hook(at("reward backward"))
+        images.register_hook(at("decode backward"))
+        x0.register_hook(at(NOISE_AND_SCORES))
+        return values
+
+    return reward
+
+
+class Provider(NamedTuple):
+    """How to make a provider's step, and the order in memory of its weights."""
+
+    make: Callable[[Networks], Step]
+    memory_format: torch.memory_format = torch.contiguous_format
+    compiles: bool = False
+
+
+def _checkpointed(networks: Networks) -> Step:
+    return Unfused(networks, reward_path.eager_checkpoint(networks.parts.path))
+
+
+PROVIDERS: dict[str, Provider] = {
+    "eager": Provider(Unfused),
+    "eager-nhwc": Provider(Unfused, torch.channels_last),
+    "eager-checkpoint": Provider(_checkpointed),
+    "fused": Provider(Fused),
+    "fused-nhwc": Provider(Fused, torch.channels_last),
+    "fused-checkpoint": Provider(lambda networks: Fused(networks, checkpoint=True)),
+    "compile": Provider(lambda networks: Unfused(networks, compile=True), compiles=True),
+    "fused-compile": Provider(lambda networks: Fused(networks, compile=True), compiles=True),
+}
+
+
+def loss_of(step: Step, role: str) -> Callable[[Batch], Tensor]:
+    """Of the network that a step updates."""
+    return step.generator_loss if role == "generator" else step.fake_loss
+
+
+def differentiate(step: Step, role: str, batch: Batch, now: Now) -> tuple[Tensor, Marks]:
+    """A loss and its backward pass. Returns the loss, detached, and marks in whose last phase the caller now is."""
+    marks = step.marks = Marks(now)
+    loss = loss_of(step, role)(batch)
+    marks.begin("backward")
+    loss.backward()
+    return loss.detach(), marks
+
+
+def balanced_scale(networks: Networks) -> float:
+    """The scale of the reward that makes its gradient as long as the score's, so that an error in either shows."""
+    step, batch = Unfused(networks), networks.batch(0, 1)
+    step.addressed = True
+    draws = step.draw(batch)
+    with torch.no_grad():
+        x0 = step.sample(draws, batch)
+    return float(step.of_scores(x0, draws, batch).norm() / step.of_reward(x0, batch).norm())
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+class Autocast(nn.Module):
+    """A network under bfloat16 autocast; in any other dtype as it is."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.network = network
+        self.dtype, self.device = dtype, device
+
+    def forward(self, *arguments: Any) -> Tensor:
+        with _precision(self.dtype, self.device):
+            result: Tensor = self.network(*arguments)
+            return result
+
+
+def _precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, dtype=dtype) if dtype == torch.bfloat16 else nullcontext()
+
+
+def _trained(network: nn.Module, dtype: torch.dtype, device: torch.device) -> Network:
+    call = _call_of(network)
+
+    def run(x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
+        with _precision(dtype, device):
+            return call(x, t, conditioning)
+
+    return run
+
+
+def _frozen(network: nn.Module, dtype: torch.dtype) -> Network:
+    call = _call_of(network)
+    return lambda x, t, conditioning: call(x.to(dtype), t, conditioning, dtype)
+
+
+def _call_of(network: nn.Module) -> Callable[..., Tensor]:
+    def call(x: Tensor, t: Tensor, conditioning: Any, dtype: torch.dtype | None = None) -> Tensor:
+        arguments = conditioning.tensors
+        if dtype is not None:
+            arguments = map_tensors(lambda tensor: tensor.to(dtype), arguments)
+        prediction: Tensor = network(x, t, return_dict=False, **arguments)[0]
+        return prediction
+
+    return call
+
+
+def _pixels(networks: reward_path.Networks, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """As `LatentReward` and the rewards have it: images in float32, pixels in the dtype of the tower."""
+    size = networks.tower.size
+    return lambda images: ops.reward_pixels(images.float(), size, mean=PIXEL_MEAN, std=PIXEL_STD, dtype=dtype)
+
+
+def _one_step(x: Tensor, prediction: Tensor, alpha: float, sigma: float) -> Tensor:
+    return (x - sigma * prediction) / alpha
+
+
+def _add_noise(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    alpha, sigma = (values.to(x0.dtype).reshape(-1, 1, 1, 1) for values in (alpha, sigma))
+    return alpha * x0 + sigma * eps
+
+
+def _score_gradient(fake: Tensor, cond: Tensor, uncond: Tensor, scale: Tensor) -> Tensor:
+    wide = torch.promote_types(fake.dtype, torch.float32)
+    guided = uncond.to(wide) + GUIDANCE_SCALE * (cond.to(wide) - uncond.to(wide))
+    return scale.to(wide).reshape(-1, 1, 1, 1) * (guided - fake.to(wide))
+
+
+def _denoising_loss(prediction: Tensor, eps: Tensor) -> Tensor:
+    return F.mse_loss(prediction.to(eps.dtype), eps)

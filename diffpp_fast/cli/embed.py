@@ -1,0 +1,92 @@
+"""`diffpp-fast embed`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+from diffpp_fast.cli.quiet import hide_loading_bars
+
+DESCRIPTION = """\
+Writes the text encoder's embeddings of a configuration's prompts to the disk. A run with `prompts.embeddings` reads
+them and doesn't load the encoder.
+
+  diffpp-fast embed align.yaml --out embeddings
+  torchrun --nproc-per-node 8 -m diffpp_fast embed align.yaml --out embeddings
+  diffpp-fast train align.yaml prompts.embeddings=embeddings
+
+Started again it goes on where it was stopped: shards that are complete stay.
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "embed",
+        help="write the prompts' text embeddings to the disk",
+        description=DESCRIPTION,
+        epilog="docs/prompts.md tells what they take and what they are checked against.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", help="paths in it are relative to its folder")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for `diffpp-fast train`")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: the configuration's prompts.embeddings")
+    parser.add_argument(
+        "--batch",
+        type=_positive,
+        default=1,
+        help="prompts that are encoded together (1). More are faster; the last bits then differ from those of a run "
+        "that encodes its prompts itself",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from diffpp_fast.errors import ConfigurationError
+    from diffpp_fast.training.build.embeddings import embedding_facts, listed_grid_prompts
+    from diffpp_fast.training.build.text import load_text
+    from diffpp_fast.training.distributed import choose_device
+    from diffpp_fast.training.loading import load_config
+    from diffpp_fast.training.prompts import open_prompts
+    from diffpp_fast.training.prompts.embed import EmbeddingWriter
+    from diffpp_fast.training.prompts.embedding_files import read_manifest
+
+    config = load_config(arguments.config, arguments.overrides)
+    folder = arguments.out or (Path(config.prompts.embeddings) if config.prompts.embeddings else None)
+    if folder is None:
+        raise ConfigurationError("embed: name a folder with --out FOLDER or prompts.embeddings=FOLDER")
+    rank, size, local_rank = (_number(name, default) for name, default in LAUNCHED)
+    hide_loading_bars()
+    prompts = open_prompts(config.prompts)
+    manifest = read_manifest(folder)
+    facts = embedding_facts(config, prompts, manifest["seen"] if manifest else {})
+    encoder = load_text(config.models)[0].to(choose_device(config.device, local_rank))
+    writer = EmbeddingWriter(
+        folder, facts, prompts, encoder, encoder.null(), batch=arguments.batch, rank=rank, size=size
+    )
+    who = f"process {rank} of {size}: " if size > 1 else ""
+    kept = len(writer.shards) - len(writer.missing)
+    print(f"{who}{len(prompts)} prompts; {kept} of {len(writer.shards)} shards are there already", flush=True)
+    start, written = time.monotonic(), 0
+    for number, count in enumerate(writer.write(listed_grid_prompts(config)), 1):
+        written += count
+        speed = written / (time.monotonic() - start)
+        print(f"{who}shard {kept + number} of {len(writer.shards)}, {speed:.0f} prompts/s", flush=True)
+    print(f"{who}done. Train with prompts.embeddings={folder}")
+    return 0
+
+
+#: What a launcher says of this process, and what counts without one.
+LAUNCHED = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+
+
+def _number(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value

@@ -1,0 +1,175 @@
+"""`diffpp-fast plan`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from diffpp_fast.cli.quiet import hide_loading_bars
+
+if TYPE_CHECKING:
+    from diffpp_fast.training.planning.setup import Setup
+
+DESCRIPTION = """\
+Says what a run would take before any weight is read: memory per GPU by role and kind, operations, and an estimate of
+the time of a step.
+
+  diffpp-fast plan align.yaml --gpus 8 --gpu a100-80
+  diffpp-fast plan align.yaml training.micro_batch=4 precision=bfloat16
+  diffpp-fast plan --model sd15 --gpus 8 --gpu h100 --stage 2 --batch 256 --micro-batch 8
+  diffpp-fast plan --model sdxl --gpu rtx4090 --lora 64 --checkpointing --batch 4 --json
+
+Networks are built without numbers from their configurations alone, and the method runs on them. The exit code is 1 if
+the run does not fit.
+"""
+#: Options that describe a run without a configuration, with their defaults.
+DEFAULTS = {
+    "batch": 8,
+    "micro_batch": None,
+    "latent": None,
+    "precision": "bfloat16",
+    "stage": None,
+    "reference": "replica",
+    "optimizer": "adamw",
+    "lora": None,
+    "reward": "hpsv2.1",
+    "checkpointing": False,
+    "decoder_checkpoint": False,
+    "fake_rounds": 1,
+}
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="say what a run would take",
+        description=DESCRIPTION,
+        epilog="What is counted, and what is assumed, is in docs/planning.md.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="of the run; or --model")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for `diffpp-fast train`")
+    add_machine(parser)
+    known = parser.add_argument_group("a run without a configuration")
+    known.add_argument("--model", metavar="NAME", help="sd15, sdxl or pixart")
+    add = known.add_argument
+    add("--batch", type=_count, metavar="N", help="samples of an update, on all GPUs (8)")
+    add("--micro-batch", type=_count, metavar="N", help="samples that a GPU computes at a time (all of its own)")
+    add("--latent", type=_count, metavar="N", help="side of the latents (the model's)")
+    add("--precision", choices=["float32", "bfloat16"], help="(bfloat16)")
+    add("--stage", type=int, choices=range(4), help="of ZeRO, for generator and fake (2, on one GPU 0)")
+    add("--reference", choices=["replica", "shard", "offload"], help="where the frozen model is (replica)")
+    add("--optimizer", metavar="NAME", help="of generator and fake (adamw)")
+    add("--lora", type=_count, metavar="RANK", help="train adapters of this rank instead of all weights")
+    add("--reward", metavar="NAME,...", help="pickscore, hpsv2.1, imagereward, clip, aesthetic, or none (hpsv2.1)")
+    add("--checkpointing", action="store_true", default=None, help="compute blocks again in the backward pass")
+    add("--decoder-checkpoint", action="store_true", default=None, help="compute the decode again, too")
+    add("--fake-rounds", type=_count, metavar="N", help="updates of the fake score for each of the generator (1)")
+    parser.set_defaults(run=run)
+
+
+def add_machine(parser: argparse._ActionsContainer) -> None:
+    """The options that say where a run would be, and how the plan is printed."""
+    parser.add_argument("--gpus", type=_count, default=1, metavar="N", help="how many (1)")
+    parser.add_argument(
+        "--gpu", default="h100", metavar="NAME", help="a100-40, a100-80, h100, h200, l40s, rtx4090 or b200 (h100)"
+    )
+    parser.add_argument("--efficiency", type=_share, metavar="X", help="share of the GPU's peak that is reached (0.4)")
+    parser.add_argument("--network", type=float, metavar="GB/S", help="per GPU between machines (25)")
+    parser.add_argument("--json", action="store_true", help="print data")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from diffpp_fast.errors import ConfigurationError
+
+    given = [name for name in DEFAULTS if getattr(arguments, name) is not None]
+    if arguments.model is None:
+        if arguments.config is None:
+            raise ConfigurationError("plan what? Give a CONFIG.yaml, or --model sd15, sdxl or pixart")
+        if given:
+            option = given[0].replace("_", "-")
+            raise ConfigurationError(f"--{option} belongs to --model: of a configuration override the key instead")
+        return print_plan_of(arguments)
+    if arguments.config is not None:
+        raise ConfigurationError(f"plan either {arguments.config} or --model {arguments.model}")
+    return _print(arguments, _setup(arguments))
+
+
+def print_plan_of(arguments: argparse.Namespace) -> int:
+    """The plan of a configuration; 1 if it does not fit."""
+    from diffpp_fast.training.loading import load_config
+    from diffpp_fast.training.planning.from_config import setup_of
+
+    return _print(arguments, setup_of(load_config(arguments.config, arguments.overrides), arguments.gpus))
+
+
+def _setup(arguments: argparse.Namespace) -> Setup:
+    from diffpp_fast.training.planning.models import known
+    from diffpp_fast.training.planning.rewards import Towers
+    from diffpp_fast.training.planning.setup import Lora, Setup, Trained, Zero
+
+    chosen = argparse.Namespace(
+        **{name: default if getattr(arguments, name) is None else getattr(arguments, name)
+           for name, default in DEFAULTS.items()}
+    )  # fmt: skip
+    stage = chosen.stage if chosen.stage is not None else (2 if arguments.gpus > 1 else 0)
+    trained = Trained(
+        optimizer=chosen.optimizer,
+        lora=None if chosen.lora is None else Lora(chosen.lora),
+        zero=Zero(stage) if stage or arguments.gpus > 1 else None,
+    )
+    return Setup(
+        models=known(arguments.model).at(chosen.latent),
+        generator=Trained(**{**vars(trained), "ema": True}),
+        fake=trained,
+        gpus=arguments.gpus,
+        global_batch=chosen.batch,
+        micro_batch=chosen.micro_batch,
+        precision=chosen.precision,
+        reference=chosen.reference,
+        activation_checkpointing=chosen.checkpointing,
+        decoder_checkpoint=chosen.decoder_checkpoint,
+        rewards=None if chosen.reward == "none" else Towers(tuple(chosen.reward.split(","))),
+        fake_rounds=chosen.fake_rounds,
+    )
+
+
+def _print(arguments: argparse.Namespace, setup: Setup) -> int:
+    from rich.console import Console
+
+    from diffpp_fast.training.planning import timing
+    from diffpp_fast.training.planning.advice import changes
+    from diffpp_fast.training.planning.gpus import gpu
+    from diffpp_fast.training.planning.plan import make_plan
+    from diffpp_fast.training.planning.report import as_data, print_plan
+
+    hide_loading_bars()
+    plan = make_plan(
+        setup,
+        gpu(arguments.gpu),
+        efficiency=arguments.efficiency or timing.EFFICIENCY,
+        network=arguments.network or timing.NETWORK,
+    )
+    advice = changes(plan) if plan.spare < 0 else []
+    if arguments.json:
+        print(json.dumps(as_data(plan, advice), indent=2))
+    else:
+        console = Console(soft_wrap=True, highlight=False)
+        print_plan(
+            plan, advice, console if console.is_terminal else Console(width=140, soft_wrap=True, highlight=False)
+        )
+    return 0 if plan.spare >= 0 else 1
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 up, got {text}")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
+    return value

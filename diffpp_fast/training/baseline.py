@@ -1,0 +1,115 @@
+"""What latents should look like: mean and spread of what the frozen reference draws itself, in a few steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffpp_fast.methods.base import LATENT, Batch, Denoiser
+from diffpp_fast.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Mean and standard deviation over all elements of the reference's own samples."""
+
+    x0_mean: float
+    x0_std: float
+
+    @classmethod
+    def of(cls, latents: torch.Tensor) -> Baseline:
+        values = latents.double()
+        return cls(float(values.mean()), float(values.std(correction=0)))
+
+    def scalars(self) -> dict[str, float]:
+        """As they are logged, next to the generator's."""
+        return {"reference/x0_mean": self.x0_mean, "reference/x0_std": self.x0_std}
+
+
+def measure_baseline(
+    reference: Denoiser, schedule: NoiseSchedule, batches: Iterable[Batch], *, steps: int, guidance_scale: float = 1.0
+) -> Baseline:
+    """Draws the batches' samples from the reference; arguments as in `sample_reference`."""
+    drawn = [
+        sample_reference(reference, schedule, batch, steps=steps, guidance_scale=guidance_scale) for batch in batches
+    ]
+    return Baseline.of(torch.cat(drawn))
+
+
+@torch.no_grad()
+def sample_reference(
+    reference: Denoiser, schedule: NoiseSchedule, batch: Batch, *, steps: int, guidance_scale: float = 1.0
+) -> torch.Tensor:
+    """Samples of a diffusion model by a deterministic sampler: DDIM with eta = 0.
+
+    Every step reads x0 and the noise off the prediction and mixes them anew for the next, lower level. For flow
+    prediction that is Euler's method: (1 - s')(x - s v) + s'(x + (1 - s) v) = x + (s' - s) v.
+
+    Args:
+        reference: (x_t [B, *shape], t [B] int64, conditioning) -> the raw prediction.
+        schedule: noise levels and the prediction type.
+        batch: whose addressed latents are where the sampler begins.
+        steps: calls of the reference (twice as many with guidance), at times evenly spaced from the last one down.
+        guidance_scale: w, as in the methods; anything but 1 needs `batch.null_conditioning`.
+
+    Returns float32 [B, *shape].
+    """
+    x = batch.noise(LATENT).normal(batch.shape)
+    times = _times(schedule, steps)
+    for time, following in zip(times, [*times[1:], None], strict=True):
+        t = torch.full((len(batch),), time, dtype=torch.int64, device=x.device)
+        prediction = reference(x, t, batch.conditioning).float()
+        if guidance_scale != 1.0:
+            uncond = reference(x, t, batch.null_conditioning).float()
+            prediction = uncond + guidance_scale * (prediction - uncond)
+        alpha, sigma = float(schedule.alphas[time]), float(schedule.sigmas[time])
+        x0, noise = _parts(schedule.prediction_type, prediction, x, alpha, sigma)
+        if following is None:
+            x = x0
+        else:
+            x = float(schedule.alphas[following]) * x0 + float(schedule.sigmas[following]) * noise
+    return x
+
+
+def read_baseline(path: Path, facts: Mapping[str, Any]) -> Baseline | None:
+    """What an earlier part of the run has measured, if that was of the same `facts`."""
+    try:
+        saved = json.loads(path.read_text())
+        same = saved["facts"] == json.loads(json.dumps(dict(facts)))
+        return Baseline(float(saved["x0_mean"]), float(saved["x0_std"])) if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_baseline(path: Path, baseline: Baseline, facts: Mapping[str, Any]) -> None:
+    """Keeps it for `read_baseline`. `facts`: all that it depends on, as JSON has it."""
+    path.write_text(json.dumps({**asdict(baseline), "facts": dict(facts)}, indent=2) + "\n")
+
+
+def _times(schedule: NoiseSchedule, steps: int) -> list[int]:
+    """Evenly spaced, the last one first; 0 is not among them unless every time is."""
+    # Where alpha is 0, nothing of x0 is in an epsilon prediction: begin below.
+    usable = len(schedule)
+    if schedule.prediction_type == "epsilon":
+        usable = int(schedule.alphas.nonzero().max()) + 1
+    steps = min(steps, usable)
+    return [round(usable - index * usable / steps) - 1 for index in range(steps)]
+
+
+def _parts(
+    prediction_type: str, prediction: torch.Tensor, x: torch.Tensor, alpha: float, sigma: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x0 and the noise that a prediction at x = alpha x0 + sigma noise implies."""
+    if prediction_type == "epsilon":
+        return (x - sigma * prediction) / alpha, prediction
+    if prediction_type == "v_prediction":  # alpha noise - sigma x0
+        return alpha * x - sigma * prediction, sigma * x + alpha * prediction
+    if prediction_type == "flow_prediction":  # noise - x0
+        return x - sigma * prediction, x + alpha * prediction
+    # Without noise in x there is none to read off, and none is needed.
+    return prediction, (x - alpha * prediction) / sigma if sigma else torch.zeros_like(x)

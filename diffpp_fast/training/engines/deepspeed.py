@@ -1,0 +1,178 @@
+"""A trained network spread over processes by DeepSpeed's ZeRO, stages 1 to 3."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.training import config
+from diffpp_fast.training.distributed import World
+from diffpp_fast.training.engines.optimizers import make_optimizer
+from diffpp_fast.training.engines.sharded import ShardedEngine
+from diffpp_fast.training.engines.shards import Shards, start_together
+from diffpp_fast.training.engines.zero import Zero3Shards, Zero12Shards
+
+
+def import_deepspeed(world: World) -> Any:
+    """DeepSpeed, ready for these processes; raises ConfigurationError where it is not installed.
+
+    It logs warnings only, and compiles nothing: its own collectives for the CPU would take minutes.
+    """
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # it reads this once, when it is imported
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigurationError(
+            f"this run needs DeepSpeed: DS_BUILD_OPS=0 pip install deepspeed ({error}). In one process that offloads "
+            "nothing, distributed.engine=plain does without"
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=world.rank, world_size=world.size)
+    return deepspeed
+
+
+def zero_config(zero: config.Zero, *, bfloat16: bool, clip: float | None, nvme_path: str | None) -> dict[str, Any]:
+    """DeepSpeed's configuration of one trained network."""
+    stage: dict[str, Any] = {
+        "stage": zero.stage,
+        "overlap_comm": zero.overlap,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": zero.reduce_bucket_size,
+    }
+    if zero.stage == 3:
+        stage["stage3_prefetch_bucket_size"] = zero.prefetch_bucket_size
+    else:
+        stage["allgather_bucket_size"] = zero.allgather_bucket_size
+    for key, device in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_parameters)):
+        if device != "none":
+            stage[key] = {"device": device, "pin_memory": torch.cuda.is_available()}
+            if device == "nvme":
+                stage[key]["nvme_path"] = nvme_path
+    return {
+        # What a micro-batch is, and which is an update's last, the trainer says.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # Where this is not written, DeepSpeed clips at 1.
+        "gradient_clipping": clip or 0.0,
+        "zero_allow_untested_optimizer": True,
+        # torch's fused AdamW updates on the CPU, too, and needs no compiler.
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": bfloat16},
+        # Whatever the weights are, gradients are added up in float32: over micro-batches and over processes.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": stage,
+    }
+
+
+class DeepSpeedEngine(ShardedEngine):
+    """A trained network whose float32 weights, optimizer state and average are spread over the processes.
+
+    With bfloat16 the network computes with a bfloat16 copy of the weights; they start as they were in float32. At the
+    start the weights of rank 0 are everyone's. A weight that a loss does not reach is treated as having gradient 0,
+    so that weight decay shrinks it.
+
+    Args: see `ShardedEngine`, and
+        zero: stage, offloading and buckets.
+        bfloat16: compute in bfloat16.
+        nvme_path: a folder for what is offloaded to nvme.
+
+    Raises ConfigurationError where DeepSpeed is missing, and for stage 3 on a part of a network.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        network: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        settings: config.Optimizer,
+        updates_in_all: int,
+        world: World,
+        ema: config.Ema | None = None,
+        *,
+        zero: config.Zero,
+        bfloat16: bool = False,
+        nvme_path: str | None = None,
+    ) -> None:
+        if zero.stage == 3 and {id(weight) for weight in network.parameters()} != set(map(id, parameters.values())):
+            raise ConfigurationError(
+                f"distributed.{role}.stage is 3, but only {len(parameters)} of the network's weights are trained: "
+                "stage 3 spreads whole networks, and the rest of this one may serve another role. Use stage 2; the "
+                "weights that are trained are few"
+            )
+        deepspeed = import_deepspeed(world)
+        start_together(parameters, world)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        exact = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+        # Stage 3 gathers a module's weights when it is called; the other stages need to know of the weights only.
+        module = network if zero.stage == 3 else _Weights(parameters)
+        optimizer = make_optimizer(module.parameters(), settings)
+        # Its bfloat16 optimizer prints how much memory it takes.
+        with redirect_stdout(StringIO()):
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                config=zero_config(zero, bfloat16=bfloat16, clip=settings.clip, nvme_path=nvme_path),
+                dist_init_required=False,
+            )
+        shards_of = Zero3Shards if zero.stage == 3 else Zero12Shards
+        self._zero = shards = shards_of(self._deepspeed.optimizer, parameters, world)
+        _restore(shards, exact)
+        super().__init__(role, network, parameters, settings, updates_in_all, world, shards, optimizer, ema)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Adds a micro-batch's gradient; see `Engine.backward`."""
+        # The network is not called through DeepSpeed's engine, which would do these two things.
+        self._deepspeed.optimizer.clear_backward_seen_flag()
+        loss.register_hook(lambda _: self._deepspeed._backward_prologue())
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        self._deepspeed.backward(loss)
+
+    def step(self) -> torch.Tensor:
+        """Clips, updates weights and average, and drops the gradient; see `Engine.step`."""
+        self._set_learning_rate()
+        # It looks at the norm of all processes' gradients, and changes nothing where that is not finite.
+        self._deepspeed.step()
+        norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
+        if not self._deepspeed.was_step_applied():
+            self._zero.forget_gradients()
+        elif self.ema is not None:
+            self.ema.update(self.updates)
+        self.updates += 1
+        return norm
+
+
+class _Weights(nn.Module):
+    """Weights of a network, for DeepSpeed, which wants a module; it is never called."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        for number, parameter in enumerate(parameters.values()):
+            self.register_parameter(str(number), parameter)
+
+
+@torch.no_grad()
+def _restore(shards: Shards, weights: Mapping[str, torch.Tensor]) -> None:
+    """Takes the weights over as they were before DeepSpeed rounded them; the network's own stay rounded."""
+    for group in shards.groups:
+        with shards.held(group) as tensors:
+            for fragment in shards.fragments:
+                if fragment.tensor in group and fragment.count:
+                    part = fragment.of(tensors[fragment.tensor - group.start])
+                    flat = weights[fragment.name].reshape(-1)
+                    part.copy_(flat[fragment.start : fragment.start + fragment.count].view(part.shape))

@@ -1,0 +1,118 @@
+"""Where a step's time goes, measured without waiting for the device in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+#: What belongs to no phase.
+OTHER = "other"
+
+
+class Phases:
+    """Times of the named parts of a run, which add up to all of its time.
+
+        phases = Phases(device)
+        with phases("reference"):
+            ...
+        phases.take()  # {"reference": 1.2, "other": 0.1}
+
+    A phase inside another one is taken off the outer. Every change of phase puts a mark into the device's own queue of
+    work: a CUDA event, or the clock's time on the CPU. The marks are read when the times are taken, and only that waits
+    for the device. Of one thread and of the device's current stream.
+
+    Args:
+        device: where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._clock: _Clock | _Events = _Events(device) if device.type == "cuda" else _Clock()
+        self._open = [OTHER]
+        #: In order of time: where a stretch of it begins, and whose it is.
+        self._marks: list[tuple[Any, str]] = [(self._clock.mark(), OTHER)]
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Inside, time is counted as `name`."""
+        self._open.append(name)
+        self._mark()
+        try:
+            yield
+        finally:
+            self._open.pop()
+            self._mark()
+
+    def wrap(self, function: Callable[..., Any], name: str) -> Timed:
+        """`function` as a phase of its own."""
+        return Timed(self, function, name)
+
+    def take(self) -> dict[str, float]:
+        """Seconds per name since the last taking (or the beginning), `other` included; waits for the device."""
+        self._mark()
+        marks, self._marks = self._marks, self._marks[-1:]
+        self._clock.wait(marks[-1][0])
+        seconds = dict.fromkeys(sorted({name for _, name in marks[:-1]}), 0.0)
+        for (begin, name), (end, _) in pairwise(marks):
+            seconds[name] += self._clock.seconds(begin, end)
+        self._clock.reuse([mark for mark, _ in marks[:-1]])
+        return seconds
+
+    def _mark(self) -> None:
+        self._marks.append((self._clock.mark(), self._open[-1]))
+
+
+class Timed:
+    """A callable that is a phase whenever it is called; its other attributes are those of what it calls."""
+
+    def __init__(self, phases: Phases, function: Callable[..., Any], name: str) -> None:
+        self._phases, self._function, self._name = phases, function, name
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        with self._phases(self._name):
+            return self._function(*arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._function, name)
+
+
+class _Clock:
+    """Marks on the CPU, where a call returns when its work is done."""
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def wait(self, mark: float) -> None:
+        pass
+
+    def seconds(self, begin: float, end: float) -> float:
+        return end - begin
+
+    def reuse(self, marks: list[float]) -> None:
+        pass
+
+
+class _Events:
+    """Marks in a CUDA stream, where a call returns before its work is done. Events that were read are used again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.free: list[torch.cuda.Event] = []
+
+    def mark(self) -> torch.cuda.Event:
+        event = self.free.pop() if self.free else torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def wait(self, mark: torch.cuda.Event) -> None:
+        mark.synchronize()
+
+    def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        return begin.elapsed_time(end) / 1000
+
+    def reuse(self, marks: list[torch.cuda.Event]) -> None:
+        self.free += marks

@@ -1,0 +1,9 @@
+"""Prompts: where they come from, the order in which a run meets them, and their encodings."""
+
+from diffpp_fast.training.prompts.embeddings import EmbeddingCache
+from diffpp_fast.training.prompts.encoder import PromptEncoder
+from diffpp_fast.training.prompts.formats import open_prompts
+from diffpp_fast.training.prompts.order import PromptOrder
+from diffpp_fast.training.prompts.source import PromptSource
+
+__all__ = ["EmbeddingCache", "PromptEncoder", "PromptOrder", "PromptSource", "open_prompts"]

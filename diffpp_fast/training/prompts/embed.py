@@ -1,0 +1,129 @@
+"""Writing embeddings of prompts to the disk, by one or several processes, from where an earlier attempt stopped."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.networks import Conditioning
+from diffpp_fast.training.prompts.embedding_files import (
+    EXTRA,
+    NULL,
+    Rows,
+    identity,
+    read_manifest,
+    shard_name,
+    stored_bytes,
+    write_manifest,
+    write_rows,
+)
+from diffpp_fast.training.prompts.encoder import concatenate
+from diffpp_fast.training.prompts.fingerprint import refuse_other_cache
+from diffpp_fast.training.prompts.source import PromptSource
+
+#: Bytes that a shard is meant to have, and the most rows in it. An interrupted process loses one shard.
+SHARD_BYTES, SHARD_ROWS = 256 * 2**20, 1 << 14
+
+
+class EmbeddingWriter:
+    """One process's part of writing an embedding cache.
+
+    Shards are split among processes by their number, so that these need nothing of each other but the folder.
+
+    Args:
+        folder: a new one, or one in which embeddings of the same prompts by the same encoder have been begun.
+        facts: from `embedding_facts`.
+        prompts: all of them.
+        encode: B prompts -> their conditioning.
+        null: the conditioning that guidance leads away from, of one prompt.
+        batch: prompts that are encoded together. In a batch the last bits of an embedding depend on its neighbours; one
+            by one they are those that a run without a cache computes.
+        rank, size: of this process, and how many there are.
+
+    Raises ConfigurationError for a folder with other embeddings, and where the disk is too small.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        facts: dict[str, Any],
+        prompts: PromptSource,
+        encode: Callable[[Sequence[str]], Conditioning],
+        null: Conditioning,
+        *,
+        batch: int = 1,
+        rank: int = 0,
+        size: int = 1,
+    ) -> None:
+        self.folder = folder
+        self.prompts = prompts
+        self.encode = encode
+        self.null = null
+        self.batch = batch
+        self.rank = rank
+        self._prompt_bytes = stored_bytes(encode(prompts[[0]]))
+        manifest = read_manifest(folder)
+        if manifest is None:
+            rows = max(1, min(SHARD_BYTES // self._prompt_bytes, SHARD_ROWS))
+            manifest = {**facts, "rows": rows, "shards": -(-len(prompts) // rows)}
+        else:
+            refuse_other_cache(folder, manifest, facts)
+        self.manifest = manifest
+        self.identity = identity(manifest)
+        self.shards = range(rank, manifest["shards"], size)
+        self.missing = [number for number in self.shards if not self._is_whole(self._path(number), self._rows(number))]
+
+    def write(self, extra: Sequence[str] = ()) -> Iterator[int]:
+        """Writes what is missing; yields how many prompts each new shard holds.
+
+        Args:
+            extra: prompts besides those of the source, that the first process embeds.
+        """
+        if self.missing:
+            self._refuse_small_disk()
+        if read_manifest(self.folder) is None:
+            # Every process writes the same.
+            write_manifest(self.folder, self.manifest)
+        if self.rank == 0:
+            write_rows(self.folder / NULL, self.null, self.identity)
+            if extra:
+                write_rows(self.folder / EXTRA, self._encode(extra), self.identity)
+        for number in self.missing:
+            prompts = self.prompts[self._rows(number)]
+            write_rows(self._path(number), self._encode(prompts), self.identity)
+            yield len(prompts)
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        parts = [
+            self.encode(prompts[start : start + self.batch]).to("cpu") for start in range(0, len(prompts), self.batch)
+        ]
+        return Conditioning(tuple(prompts), concatenate([part.tensors for part in parts]))
+
+    def _rows(self, number: int) -> range:
+        rows = self.manifest["rows"]
+        return range(number * rows, min((number + 1) * rows, len(self.prompts)))
+
+    def _path(self, number: int) -> Path:
+        return self.folder / shard_name(number, self.manifest["shards"])
+
+    def _is_whole(self, path: Path, rows: range) -> bool:
+        if not path.is_file():
+            return False
+        try:
+            with Rows(path) as shard:
+                return shard.identity == self.identity and len(shard.keys()) == len(rows)
+        except ConfigurationError:
+            return False
+
+    def _refuse_small_disk(self) -> None:
+        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        needed = sum(len(self._rows(number)) for number in self.missing) * self._prompt_bytes
+        if needed > free:
+            raise ConfigurationError(
+                f"the embeddings that are missing in {self.folder} take {needed / 2**30:.1f} GiB, "
+                f"{free / 2**30:.1f} GiB are free: choose another folder with --out"
+            )

@@ -1,0 +1,161 @@
+"""The files of an embedding cache: a manifest, and safetensors files with one row per prompt.
+
+    manifest.json                        which encoder's embeddings of which prompts these are
+    null.safetensors                     the empty prompt's, one row
+    extra.safetensors                    those of the grid's prompts, where the configuration lists them
+    shard-00000-of-00012.safetensors     those of the prompts, in their order
+
+A row has a key made of the prompt's text, by which it is found, and all tensors of its conditioning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.networks import Conditioning
+
+MANIFEST, NULL, EXTRA = "manifest.json", "null.safetensors", "extra.safetensors"
+#: The tensor of keys in every file; those of a conditioning have their path as a name, after this.
+KEYS, PREFIX = "keys", "conditioning/"
+#: Tensors that one of these holds without loss are stored in it: encoders of half precision give float32, too.
+NARROW = (torch.bfloat16, torch.float16)
+
+
+def shard_name(number: int, count: int) -> str:
+    return f"shard-{number:05d}-of-{count:05d}.safetensors"
+
+
+def keys_of(prompts: Sequence[str]) -> np.ndarray:
+    """128 bits of a hash of every prompt, int64 [B, 2]: no two of any number of prompts will ever share them."""
+    digests = b"".join(hashlib.blake2b(prompt.encode(), digest_size=16).digest() for prompt in prompts)
+    return np.frombuffer(digests, dtype=np.int64).reshape(-1, 2)
+
+
+def identity(manifest: Mapping[str, Any]) -> str:
+    """A hash of what the embeddings in a cache depend on. Every file in it carries it."""
+    facts = {name: manifest[name] for name in ("encoder", "prompts")}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a cache, or None where there is none yet. Raises ConfigurationError for one that is damaged."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        missing = {"encoder", "prompts", "seen", "rows", "shards"} - manifest.keys()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigurationError(f"prompts.embeddings: {folder / MANIFEST} is damaged: {error}") from None
+    if missing:
+        raise ConfigurationError(f"prompts.embeddings: {folder / MANIFEST} is damaged: it has no {min(missing)}")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    text = json.dumps(manifest, indent=2) + "\n"
+    _publish(folder / MANIFEST, lambda path: path.write_text(text))
+
+
+def write_rows(path: Path, conditioning: Conditioning, identity: str) -> None:
+    """B prompts' conditioning, in one rename, when every byte is on the disk."""
+    tensors, dtypes = {KEYS: torch.from_numpy(keys_of(conditioning.prompts).copy())}, {}
+    for name, tensor in _flat(conditioning.tensors):
+        tensors[PREFIX + name] = _narrowed(tensor.cpu()).contiguous()
+        dtypes[name] = str(tensor.dtype).removeprefix("torch.")
+    metadata = {"identity": identity, "dtypes": json.dumps(dtypes)}
+    _publish(path, lambda partial: save_file(tensors, partial, metadata))
+
+
+def stored_bytes(conditioning: Conditioning) -> int:
+    """What these prompts take on the disk."""
+    return sum(_narrowed(tensor).nbytes for _, tensor in _flat(conditioning.tensors))
+
+
+class Rows:
+    """A file of embeddings, opened for a moment: `with Rows(path) as rows`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Rows:
+        try:
+            self._file = safe_open(self.path, framework="pt").__enter__()
+            metadata = self._file.metadata() or {}
+            self.identity = metadata["identity"]
+            self._dtypes = json.loads(metadata["dtypes"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise ConfigurationError(f"prompts.embeddings: {self.path} is damaged: {error}") from None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.__exit__(*exception)
+
+    def keys(self) -> np.ndarray:
+        """int64 [N, 2]"""
+        keys: np.ndarray = self._file.get_tensor(KEYS).numpy()
+        return keys
+
+    def read(self, row: int, device: torch.device) -> dict[str, Any]:
+        """The tensors of one prompt's conditioning, [1, ...] each, as the encoder gave them."""
+        tensors: dict[str, Any] = {}
+        for name, dtype in self._dtypes.items():
+            *sections, last = name.split("/")
+            inner = tensors
+            for section in sections:
+                inner = inner.setdefault(section, {})
+            # A copy: a slice maps the file and dies with it.
+            stored = self._file.get_slice(PREFIX + name)[row : row + 1].clone()
+            inner[last] = stored.to(device).to(getattr(torch, dtype))
+        return tensors
+
+
+def _flat(tensors: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in tensors.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
+
+
+def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype == torch.float32:
+        for dtype in NARROW:
+            narrow = tensor.to(dtype)
+            if torch.equal(narrow.float(), tensor):
+                return narrow
+    return tensor
+
+
+def _publish(path: Path, write: Any) -> None:
+    """Writes a file beside its place, brings it to the disk and renames it."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        # safetensors makes files that their owner alone can read; the folder's mode follows the umask.
+        partial.chmod(path.parent.stat().st_mode & 0o666)
+        _sync(partial)
+        partial.rename(path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise ConfigurationError(f"can't write {path}: {error}. Shards that are complete stay.") from None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,110 @@
+"""Files of records: an index of byte offsets, eight bytes a record, and the records read by it."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.training.prompts.source import Digest, PromptFile
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+#: Bytes that are read at a time, to be indexed.
+CHUNK = 1 << 22
+
+
+class StableFile:
+    """A file that is opened for every reading, and that has to stay as it was at first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._state: tuple[int, int] | None = None
+        with self.open() as file:
+            self._state = _state(file)
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """Raises ConfigurationError where the file can't be read or has changed."""
+        try:
+            with open(self.path, "rb") as file:
+                if self._state not in (None, _state(file)):
+                    raise ConfigurationError(
+                        f"prompts: {self.path} has changed since it was opened: start the run again"
+                    )
+                yield file
+        except OSError as error:
+            raise ConfigurationError(f"prompts: can't read {self.path}: {error.strerror}") from None
+
+
+class RecordFile(PromptFile):
+    """A file in which every prompt is a record of its own.
+
+    A subclass says where the records begin and what the prompt in a record is.
+    """
+
+    def __init__(self, path: Path, digest: Digest) -> None:
+        self.path = path
+        self._file = StableFile(path)
+        with self._file.open() as file:
+            #: int64 [N + 1]: where the N records begin, and where the last one ends.
+            self._starts = self._index(file, digest)
+        if len(self) == 0:
+            raise ConfigurationError(f"prompts: {path} holds no prompt")
+
+    @abstractmethod
+    def _index(self, file: BinaryIO, digest: Digest) -> np.ndarray:
+        """Reads and checks the whole file, adds its prompts to the digest and returns `_starts`.
+
+        Raises ConfigurationError that names the line of what is malformed.
+        """
+
+    @abstractmethod
+    def _parse(self, record: bytes) -> str:
+        """The prompt of a record. Blank lines at its end don't count."""
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, indices: Sequence[int]) -> list[str]:
+        with self._file.open() as file:
+            if isinstance(indices, range):
+                return [self._parse(record) for record in self._consecutive(file, indices)]
+            descriptor = file.fileno()
+            bounds = [(int(self._starts[index]), int(self._starts[index + 1])) for index in indices]
+            return [self._parse(os.pread(descriptor, end - start, start)) for start, end in bounds]
+
+    def _consecutive(self, file: BinaryIO, indices: range) -> Iterator[bytes]:
+        bounds = self._starts[indices.start : indices.stop + 1]
+        file.seek(int(bounds[0]))
+        data = file.read(int(bounds[-1] - bounds[0]))
+        for start, end in pairwise((bounds - bounds[0]).tolist()):
+            yield data[start:end]
+
+
+def skip_byte_order_mark(file: BinaryIO) -> int:
+    """Places a file after its byte order mark, if it begins with one; returns the offset."""
+    if file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK:
+        return len(BYTE_ORDER_MARK)
+    file.seek(0)
+    return 0
+
+
+def refuse_encoding(path: Path, line: int, text: bytes, error: UnicodeDecodeError) -> ConfigurationError:
+    """The error for a line, given as bytes, that is not UTF-8."""
+    column = len(text[: error.start].decode()) + 1
+    return ConfigurationError(
+        f"prompts: {path}, line {line}, column {column}: not UTF-8 ({error.reason}, byte 0x{text[error.start]:02x})"
+    )
+
+
+def _state(file: BinaryIO) -> tuple[int, int]:
+    """Size and time of the last change."""
+    facts = os.fstat(file.fileno())
+    return facts.st_size, facts.st_mtime_ns

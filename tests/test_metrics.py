@@ -1,0 +1,110 @@
+"""Means between two logs: over steps, micro-batches and processes, whatever is not finite."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+
+from diffpp_fast.training.distributed import World
+from diffpp_fast.training.metrics import Means
+
+ALONE = World.alone("cpu")
+
+#: Two processes share updates of four samples; what they log has to be what one process with all samples logs.
+WORKER = """
+import torch
+import torch.distributed as dist
+from diffpp_fast.training.distributed import World
+from diffpp_fast.training.metrics import Means
+
+world = World.join("cpu")
+calls, reduce = [], dist.all_reduce
+dist.all_reduce = lambda *arguments, **options: (calls.append(1), reduce(*arguments, **options))
+means = Means()
+rewards = torch.tensor([[1.0, 2.0, 4.0, 8.0], [0.0, 0.0, 3.0, 3.0]])
+for update, values in enumerate(rewards):
+    mine = world.share(values)
+    means.add({"loss": mine.mean(), "norm": torch.tensor(float(update))}, prefix="generator", weight=0.5)
+    means.add_samples("generator/reward", mine)
+# An update that only one process finds not to be finite.
+means.add({"gap": torch.tensor(3.0 if world.rank == 0 else torch.nan)}, prefix="generator")
+taken = means.take(world, {"time/loss": 1.0 + world.rank, "memory/peak": 4.0 - world.rank})
+assert len(calls) == 1, calls
+expected = {
+    "generator/loss": rewards.mean().item(),
+    "generator/norm": 0.5,
+    "generator/gap": 3.0,
+    "generator/reward": rewards.mean().item(),
+    "generator/reward_std": rewards.std(1, correction=0).mean().item(),
+    "time/loss": 1.5, "time/loss_max": 2.0,
+    "memory/peak": 3.5, "memory/peak_max": 4.0,
+}
+assert taken.keys() == expected.keys(), taken
+assert all(abs(taken[name] - value) < 1e-6 for name, value in expected.items()), taken
+assert means.take(world) == {} and len(calls) == 1
+world.close()
+print("agreed")
+"""
+
+
+def test_processes_log_what_one_process_would_with_one_collective(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    assert [output.strip() for output in processes.run([str(script)], 2)] == ["agreed"] * 2
+
+
+def test_means_are_weighted() -> None:
+    means = Means()
+    for loss, gap, weight in ((1.0, 10.0, 0.75), (5.0, 20.0, 0.25), (3.0, 30.0, 1.0)):
+        means.add({"loss": torch.tensor(loss), "gap": torch.tensor(gap)}, prefix="fake", weight=weight)
+    means.add({"loss": torch.tensor(7.0)}, prefix="generator")
+    assert means.take(ALONE) == pytest.approx(
+        {"fake/loss": (0.75 + 1.25 + 3) / 2, "fake/gap": (7.5 + 5 + 30) / 2, "generator/loss": 7.0}
+    )
+    assert means.take(ALONE) == {}
+
+
+def test_what_is_not_finite_is_left_out_with_its_weight() -> None:
+    means = Means()
+    for loss, gap in ((1.0, 1.0), (math.nan, 2.0), (math.inf, 3.0), (3.0, 4.0)):
+        means.add({"loss": torch.tensor(loss), "gap": torch.tensor(gap)}, prefix="fake")
+    means.add({"norm": torch.tensor(math.nan)}, prefix="fake")
+    means.add_samples("reward", torch.tensor([1.0, math.nan]))
+    means.add_samples("reward", torch.tensor([1.0, 3.0]))
+    taken = means.take(ALONE)
+    assert math.isnan(taken.pop("fake/norm"))
+    assert taken == pytest.approx({"fake/loss": 2.0, "fake/gap": 2.5, "reward": 2.0, "reward_std": 1.0})
+
+
+def test_the_spread_of_samples_is_that_within_an_update() -> None:
+    means = Means()
+    means.add_samples("reward", torch.tensor([1.0, 3.0]))
+    means.add_samples("reward", torch.tensor([11.0, 17.0]))
+    assert means.take(ALONE) == pytest.approx({"reward": 8.0, "reward_std": 2.0})
+
+
+def test_alone_a_figure_of_the_process_is_itself() -> None:
+    assert Means().take(ALONE, {"memory/peak": 0.5}) == {"memory/peak": 0.5}
+
+
+def test_nothing_is_read_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    for name in ("item", "tolist", "__float__", "__bool__"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self: torch.Tensor, *arguments: object, original: object = original, name: str = name) -> object:
+            reads.append(name)
+            return original(self, *arguments)  # type: ignore[operator]
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    means = Means()
+    for _ in range(3):
+        means.add({"loss": torch.tensor(1.0)}, prefix="fake", weight=0.5)
+        means.add_samples("reward", torch.ones(2))
+    assert reads == []
+    means.take(ALONE, {"memory/peak": 0.5})
+    assert reads == ["tolist"]

@@ -1,0 +1,370 @@
+"""Prompts in every format: they are the same prompts, read by index; what is malformed is named by file and line."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from prompt_files import (
+    WRITERS,
+    opened,
+    write_csv,
+    write_json_lines,
+    write_parquet,
+    write_shard,
+    write_tar,
+    write_text,
+)
+
+from diffpp_fast.training import ConfigurationError
+from diffpp_fast.training.prompts import text
+
+PROMPTS = [
+    "a red apple",
+    'a sign that says "open", at night',
+    "un café à Orléans",
+    "ein Apfel, rot; zwei Birnen",
+    "夜の東京、雨",
+    "{not json}, 100 % [true]",
+    "a\u2028line separator",
+    "an emoji 🍎",
+    "a tab\tinside",
+    "the last one",
+]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_prompts(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name, PROMPTS)
+    source = opened(tmp_path / name)
+    assert len(source) == len(PROMPTS)
+    assert list(source) == PROMPTS
+    assert source.digest() == hashlib.sha256("\n".join(PROMPTS).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_random_access_equals_reading_in_turn(tmp_path: Path, name: str) -> None:
+    prompts = [f"prompt {number} {PROMPTS[number % len(PROMPTS)]}" for number in range(50)]
+    WRITERS[name](tmp_path / name, prompts)
+    source = opened(tmp_path / name)
+    chance = random.Random(0)
+    for _ in range(20):
+        indices = [chance.randrange(50) for _ in range(7)]
+        assert source[indices] == [prompts[index] for index in indices]
+    assert source[range(10, 20)] == prompts[10:20]
+    assert source[[49]] == prompts[49:] and source[[]] == []
+    with pytest.raises(IndexError, match="has 50 prompts, asked for 3 to 50"):
+        source[[3, 50]]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_changed_prompt_or_another_order_changes_the_digest(tmp_path: Path, name: str) -> None:
+    digests = set()
+    for number, prompts in enumerate((PROMPTS, PROMPTS[::-1], [*PROMPTS[:-1], "another one"], PROMPTS[:-1])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        WRITERS[name](folder / name, prompts)
+        digests.add(opened(folder / name).digest())
+    assert len(digests) == 4
+
+
+def test_lines_are_stripped_and_blank_ones_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa cat\r\n\n  \n\u3000\u00a0\na café  \n\u2003a dog".encode())
+    source = opened(path)
+    assert list(source) == ["a cat", "a café", "a dog"]
+    assert source[[2, 0]] == ["a dog", "a cat"]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_chunks_of_any_size_give_the_same_index(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "CHUNK", chunk)
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\n\n".join(PROMPTS).encode() + b"\n \n\n")
+    assert list(opened(path)) == PROMPTS
+    path.write_bytes("\n".join(PROMPTS).encode() + b"\n\n\xff\n")
+    with pytest.raises(ConfigurationError, match=rf"line {len(PROMPTS) + 2}, column 1: not UTF-8"):
+        opened(path)
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.csv", "prompts.parquet", "dataset", "prompts.tar"])
+def test_a_line_break_in_a_prompt_is_a_space(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name, ["two\nlines", " and\r\ntwo more ", "one"])
+    source = opened(tmp_path / name)
+    assert list(source) == ["two lines", "and two more", "one"]
+    assert source[[1, 0]] == ["and two more", "two lines"]
+
+
+def test_blank_lines_in_json_lines_and_csv_are_skipped(tmp_path: Path) -> None:
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_bytes(b'\xef\xbb\xbf\n{"prompt": "a"}\r\n\n  {"prompt": "b"}  \n\n\n{"prompt": "c"}\n\n')
+    table = tmp_path / "prompts.csv"
+    table.write_bytes(b'\xef\xbb\xbfprompt,id\r\n\r\n"a",1\r\n\r\n\r\nb,2\r\n"c",3\r\n\r\n')
+    for path in (lines, table):
+        source = opened(path)
+        assert list(source) == ["a", "b", "c"] and source[[2, 0, 1]] == ["c", "a", "b"]
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.csv", "prompts.parquet", "dataset"])
+def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name, PROMPTS)
+    with pytest.raises(ConfigurationError, match=r"no column 'text'|no key 'text'") as error:
+        opened(tmp_path / name, column="text")
+    assert name in str(error.value) and "prompts.column to one of id, prompt" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["prompts.parquet", "dataset"])
+def test_a_column_that_is_no_text_is_refused(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name, PROMPTS)
+    with pytest.raises(ConfigurationError, match="column 'id' holds int64, not text"):
+        opened(tmp_path / name, column="id")
+
+
+@pytest.mark.parametrize("name", ["prompts.parquet", "dataset"])
+@pytest.mark.parametrize(("bad", "said"), [(None, "null"), ("", "empty"), (" \u3000 ", "empty")])
+def test_null_and_empty_rows_are_named(tmp_path: Path, name: str, bad: str, said: str) -> None:
+    WRITERS[name](tmp_path / name, [*PROMPTS[:5], bad, *PROMPTS])
+    with pytest.raises(ConfigurationError, match=rf"row 6, column 'prompt': {said}: remove the row"):
+        opened(tmp_path / name)
+
+
+def test_parquet_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    bad = pa.array([b"a cat", b"a caf\xe9"]).view(pa.string())
+    pq.write_table(pa.table({"prompt": bad}), tmp_path / "prompts.parquet")
+    with pytest.raises(ConfigurationError, match=r"prompts\.parquet, row 2, column 'prompt': not UTF-8"):
+        opened(tmp_path / "prompts.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.txt", b"a cat\n\na caf\xe9 au lait\n", r"p\.txt, line 3, column 6: not UTF-8 \(invalid .*0xe9"),
+        ("p.txt", "é ".encode() + b"\xff\n", r"line 1, column 3: not UTF-8"),
+        ("p.txt", b"\n \n", "holds no prompt"),
+        ("p.txt", b"", "holds no prompt"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b"\n', r"p\.jsonl, line 2, column 15: Expecting ',' delimiter"),
+        ("p.jsonl", b'\n\n  {"prompt": b}\n', r"line 3, column 14: Expecting value"),
+        ("p.jsonl", b'{"prompt": "a"} {"prompt": "b"}\n', "line 1, column 16: more after the end of the object"),
+        ("p.jsonl", b'{"prompt": "a"}\n["b"]\n', r'line 2: must be a JSON object.*got \["b"\]'),
+        ("p.jsonl", b'{"prompt": null}\n', "line 1: 'prompt' must be text, got null"),
+        ("p.jsonl", b'{"prompt": 3}\n', "line 1: 'prompt' must be text, got 3"),
+        ("p.jsonl", b'{"prompt": " "}\n', "line 1: 'prompt' is empty"),
+        ("p.jsonl", b'{"prompt": "\\ud800"}\n', "line 1: 'prompt' holds half of a surrogate pair"),
+        ("p.jsonl", b'{"prompt": "a"}\n{}\n', "line 2: no key 'prompt': it has none at all"),
+        ("p.jsonl", b'{"prompt": "caf\xe9"}\n', "line 1, column 16: not UTF-8"),
+        ("p.jsonl", b'{"prompt": "a"}\n' + b"[" * 100_000, "line 2"),
+        ("p.jsonl", b"\n", "holds no prompt"),
+        ("p.csv", b"prompt,id\na,1\nb, with a comma,2\n", r"p\.csv, line 3: 3 fields, the header has 2"),
+        ("p.csv", b"prompt,id\na,1\nb\n", "line 3: 1 fields, the header has 2"),
+        ("p.csv", b'prompt,id\n"a\nb",1\n"c" d,2\n', r"line 4: ',' expected after '\"'; look at the quotes"),
+        ("p.csv", b'prompt,id\na,1\n"b,2\nc,3\n', "line 3: unexpected end of data; look at the quotes"),
+        ("p.csv", b'prompt,id\n"a\n\nb",1\n"",2\n', "line 5, column 'prompt': empty"),
+        ("p.csv", b"prompt,id\na,1\ncaf\xe9,2\n", "line 3, column 4: not UTF-8"),
+        ("p.csv", b"prompt,id\n", "holds no prompt"),
+        ("p.csv", b"", "no column 'prompt': it has none at all"),
+        ("p.parquet", b"PAR1 and nothing else", r"can't read .*p\.parquet"),
+        ("p.arrow", b"nothing", r"can't read the dataset .*p\.arrow"),
+        ("p.tar", b"", "ends at byte 0 without an end mark: it is truncated"),
+        ("p.tar", b"\x1f\x8b" + bytes(600), "no tar header at byte 0: it is damaged, compressed or no tar archive"),
+    ],
+)
+def test_what_is_malformed_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigurationError, match=said) as error:
+        opened(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_a_tar_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.tar"
+    write_shard(path, PROMPTS)
+    with tarfile.open(path) as archive:
+        last = archive.getmembers()[-1]
+    end = last.offset_data + 512  # where the archive's end mark begins
+    for length in (end, last.offset_data + 2, last.offset_data, last.offset + 100, last.offset, 512, 100):
+        os.truncate(path, length)
+        with pytest.raises(ConfigurationError, match=r"prompts\.tar ends at byte \d+.* it is truncated"):
+            opened(path)
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tar_archives_of_all_formats_are_read_like_tarfile_does(tmp_path: Path, format: int) -> None:
+    long = "folder/" * 12 if format == tarfile.USTAR_FORMAT else "folder/" * 60
+    names = ["a.txt", f"{long}b.txt", "c.seg.txt", "é/d.txt", f"{long}e.jpg", "f.txt"]
+    write_tar(tmp_path / "p.tar", [(name, f"a prompt in {name[-5:]}\n".encode()) for name in names], format)
+    with tarfile.open(tmp_path / "p.tar", "a") as archive:
+        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE):
+            other = tarfile.TarInfo("g.txt")
+            other.type = kind
+            archive.addfile(other)
+    assert list(opened(tmp_path / "p.tar")) == [f"a prompt in {name}" for name in ("a.txt", "b.txt", "d.txt", "f.txt")]
+
+
+def test_sizes_beyond_octal_digits_are_read(tmp_path: Path) -> None:
+    from diffpp_fast.training.prompts.tar_index import members
+
+    facts = tarfile.TarInfo("big.jpg")
+    facts.size = 2**35
+    path = tmp_path / "sparse.tar"
+    with open(path, "wb") as file:
+        file.write(facts.tobuf(tarfile.GNU_FORMAT))
+        file.seek(512 + 2**35)
+        file.write(bytes(1024))
+    with open(path, "rb") as file:
+        assert [tuple(member) for member in members(file, path.stat().st_size)] == [("big.jpg", 512, 2**35)]
+
+
+def test_json_members_serve_by_key_or_where_there_are_no_text_members(tmp_path: Path) -> None:
+    both, alone = tmp_path / "both.tar", tmp_path / "alone.tar"
+    recaptioned = [("1.txt", b"a cat"), ("1.json", b'{"caption": "a black cat"}')]
+    write_tar(both, recaptioned)
+    write_tar(alone, [("1.jpg", b"-"), ("1.json", b'{"prompt": "a dog"}')])
+    assert list(opened(both)) == ["a cat"]
+    assert list(opened(both, column="caption")) == ["a black cat"]
+    assert list(opened(alone)) == ["a dog"]
+    with pytest.raises(ConfigurationError, match=r"both\.tar, member 1\.json: no key 'captoin'"):
+        opened(both, column="captoin")
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ([("1.txt", b"a"), ("2.txt", b" \n")], r"p\.tar, member 2\.txt: empty"),
+        ([("1.txt", b"caf\xe9")], r"member 1\.txt, byte 4: not UTF-8"),
+        ([("1.json", b'{"prompt": ')], r"member 1\.json, column 11: Expecting value"),
+        ([("1.jpg", b"-")], "holds no .txt or .json members"),
+    ],
+)
+def test_malformed_members_are_named(tmp_path: Path, members: list[tuple[str, bytes]], said: str) -> None:
+    write_tar(tmp_path / "p.tar", members)
+    with pytest.raises(ConfigurationError, match=said):
+        opened(tmp_path / "p.tar")
+
+
+@pytest.mark.parametrize(
+    ("write", "suffix"), [(write_text, "txt"), (write_json_lines, "jsonl"), (write_csv, "csv"),
+                          (write_parquet, "parquet"), (write_shard, "tar")]
+)  # fmt: skip
+@pytest.mark.parametrize("pattern", ["", "part-{08..10}.SUFFIX", "part-*.SUFFIX", "{part,none}-{08,09,10}.SUFFIX"])
+def test_shards_by_folder_braces_and_wildcards(
+    tmp_path: Path, write: Callable[..., None], suffix: str, pattern: str
+) -> None:
+    parts = [PROMPTS[:4], PROMPTS[4:5], PROMPTS[5:]]
+    for number, part in zip(("08", "09", "10"), parts, strict=True):
+        write(tmp_path / f"part-{number}.{suffix}", part)
+    (tmp_path / ".hidden.csv").touch()
+    path = f"{tmp_path}/{pattern.replace('SUFFIX', suffix)}"
+    if "none" in pattern:
+        with pytest.raises(ConfigurationError, match=rf"can't read .*none-08\.{suffix}: No such file"):
+            opened(path)
+        return
+    source = opened(path)
+    assert list(source) == PROMPTS
+    assert source[[9, 0, 4, 3, 5]] == [PROMPTS[index] for index in (9, 0, 4, 3, 5)]
+    assert source.digest() == hashlib.sha256("\n".join(PROMPTS).encode()).hexdigest()
+
+
+def test_arrow_files_and_splits_of_datasets(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = datasets.Dataset.from_dict({"caption": PROMPTS})
+    # A selection, whose rows are not those of the file in order.
+    datasets.DatasetDict(train=rows.select([3, 1, 2]), test=rows).save_to_disk(tmp_path / "both")
+    assert list(opened(tmp_path / "both" / "train", column="caption")) == [PROMPTS[3], PROMPTS[1], PROMPTS[2]]
+    arrow = next((tmp_path / "both" / "test").glob("*.arrow"))
+    assert list(opened(arrow, column="caption")) == PROMPTS
+    with pytest.raises(ConfigurationError, match="holds the splits test, train: name one"):
+        opened(tmp_path / "both", column="caption")
+
+
+def test_categories_and_large_strings_are_text(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for kind in (pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+        pq.write_table(pa.table({"prompt": pa.array(PROMPTS).cast(kind)}), tmp_path / "p.parquet")
+        assert list(opened(tmp_path / "p.parquet")) == PROMPTS
+
+
+def test_paths_that_say_nothing_of_a_format(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"can't read .*nothing\.txt: No such file"):
+        opened(tmp_path / "nothing.txt")
+    with pytest.raises(ConfigurationError, match=r"can't read .*nothing-\*\.txt: No such file"):
+        opened(tmp_path / "nothing-*.txt")
+    write_text(tmp_path / "prompts.lst", PROMPTS)
+    with pytest.raises(ConfigurationError, match=r"can't tell the format of .*prompts\.lst .*set prompts\.format"):
+        opened(tmp_path / "prompts.lst")
+    assert list(opened(tmp_path / "prompts.lst", format="text")) == PROMPTS
+    write_shard(tmp_path / "1.tar", PROMPTS)
+    write_parquet(tmp_path / "1.parquet", PROMPTS[:3])
+    with pytest.raises(ConfigurationError, match=r"files of the formats parquet, webdataset: set prompts\.format"):
+        opened(tmp_path)
+    assert list(opened(tmp_path, format="webdataset")) == PROMPTS
+    with pytest.raises(ConfigurationError, match=r"holds no \.csv or \.tsv file"):
+        opened(tmp_path, format="csv")
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl", "prompts.csv", "prompts.parquet", "prompts.tar"])
+def test_a_file_that_changes_under_a_run_is_refused(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name, PROMPTS)
+    source = opened(tmp_path / name)
+    WRITERS[name](tmp_path / name, PROMPTS[::-1])
+    os.utime(tmp_path / name, ns=(0, 0))
+    with pytest.raises(ConfigurationError, match=rf"{name} has changed since it was opened"):
+        source[[0]]
+
+
+def test_what_is_decoded_of_parquet_is_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from diffpp_fast.training.prompts.parquet import DecodedGroups, ParquetFile
+    from diffpp_fast.training.prompts.source import Digest
+
+    prompts = [f"prompt {number:04d}" for number in range(300)]
+    write_parquet(tmp_path / "p.parquet", prompts)
+    decoded = DecodedGroups(capacity=1000)
+    file = ParquetFile(tmp_path / "p.parquet", "prompt", Digest(), decoded)
+    assert file[range(300)] == prompts and file[[299, 0]] == [prompts[299], prompts[0]]
+    assert 0 < sum(values.nbytes for values in decoded._kept.values()) == decoded._bytes <= 1000
+    assert not caplog.records
+
+
+def test_large_row_groups_that_do_not_stay_decoded_are_advised_against(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from diffpp_fast.training.prompts.parquet import DecodedGroups, ParquetFile
+    from diffpp_fast.training.prompts.source import Digest
+
+    pq.write_table(pa.table({"prompt": [f"prompt {number}" for number in range(25_000)]}), tmp_path / "p.parquet")
+    with caplog.at_level(logging.WARNING):
+        ParquetFile(tmp_path / "p.parquet", "prompt", Digest(), DecodedGroups())
+        assert not caplog.records
+        ParquetFile(tmp_path / "p.parquet", "prompt", Digest(), DecodedGroups(capacity=1000))
+    assert "row groups of up to 25000 rows" in caplog.text and "row_group_size=4096" in caplog.text
+
+
+def test_what_is_not_installed_is_named_and_needed_by_its_own_formats_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, write in WRITERS.items():
+        write(tmp_path / name, PROMPTS)
+    for module in ("pyarrow", "pyarrow.parquet", "datasets"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name in WRITERS:
+        if name in ("prompts.parquet", "dataset"):
+            with pytest.raises(ConfigurationError, match=rf"{name} can't be read without .*\"diffpp-fast\[data\]\""):
+                opened(tmp_path / name)
+        else:
+            assert len(opened(tmp_path / name)) == len(PROMPTS)
