@@ -15,6 +15,8 @@ from diffpp_fast.networks.lora import Adapted, Adapters
 from diffpp_fast.training import CheckpointError, Config, ConfigurationError, Trainer, load_config
 from diffpp_fast.training.build import Run, build_run
 from diffpp_fast.training.checkpoint import read_tensors
+from diffpp_fast.training.distributed import World
+from diffpp_fast.training.phases import Phases
 
 CPU = torch.device("cpu")
 BOTH = ("models.generator.lora.rank=3", "models.fake.lora={rank: 2, alpha: 4}")
@@ -159,11 +161,11 @@ def test_merged_weights_compute_the_same(build) -> None:  # type: ignore[no-unty
 
 def test_targets_that_match_nothing_are_refused(config_of) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ConfigurationError, match=r"models\.fake\.lora: .*nowhere"):
-        build_run(config_of("models.fake.lora.targets=[nowhere]"), CPU)
+        build_run(config_of("models.fake.lora.targets=[nowhere]"), World.alone("cpu"), Phases(torch.device("cpu")))
 
 
 def test_roles_share_one_copy_and_gradient_goes_to_their_own_adapters(config_of) -> None:  # type: ignore[no-untyped-def]
-    run = build_run(config_of(*BOTH), CPU)
+    run = build_run(config_of(*BOTH), World.alone("cpu"), Phases(torch.device("cpu")))
     generator, fake = run.sampler.trained, run.fake
     assert generator.network is fake.network
     reference = list(run.method.reference.parameters())  # type: ignore[attr-defined]
@@ -192,7 +194,11 @@ def test_roles_share_one_copy_and_gradient_goes_to_their_own_adapters(config_of)
 
 def test_adapters_on_other_weights_have_a_copy_of_their_own(config_of, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     tiny.unet(seed=3).save_pretrained(tmp_path / "released")
-    run = build_run(config_of(*BOTH, f"models.generator.path={tmp_path / 'released'}"), CPU)
+    run = build_run(
+        config_of(*BOTH, f"models.generator.path={tmp_path / 'released'}"),
+        World.alone("cpu"),
+        Phases(torch.device("cpu")),
+    )
     assert run.sampler.trained.network is not run.fake.network
     own = run.sampler.trained.network.get_parameter("conv_in.weight")
     assert torch.equal(own, tiny.unet(seed=3).conv_in.weight) and not own.requires_grad
@@ -200,7 +206,7 @@ def test_adapters_on_other_weights_have_a_copy_of_their_own(config_of, tmp_path:
 
 
 def test_a_generator_that_is_trained_wholly_beside_a_fake_with_adapters(config_of) -> None:  # type: ignore[no-untyped-def]
-    run = build_run(config_of("models.fake.lora.rank=2"), CPU)
+    run = build_run(config_of("models.fake.lora.rank=2"), World.alone("cpu"), Phases(torch.device("cpu")))
     assert run.sampler.trained.network is not run.fake.network
     assert all(weight.requires_grad for weight in run.sampler.trained.network.parameters())
     assert run.sampler.trained.parameters.keys() == dict(run.sampler.trained.network.named_parameters()).keys()
@@ -225,7 +231,7 @@ def test_a_run_trains_adapters_alone_and_resumes_to_the_same_bits(config_of) -> 
     assert read_tensors(checkpoint / "generator_ema.safetensors").keys() == trainer.generator.parameters.keys()
 
     Trainer(config_of(*overrides, output="cut")).run()
-    resumed = Trainer(config_of(*overrides, "training.steps=2", output="cut"), resume=True)
+    resumed = Trainer(config_of(*overrides, "training.steps=2", output="cut"), resume="latest")
     resumed.run()
     for name, weight in resumed.generator.network.named_parameters():
         assert torch.equal(weight, after[name]), name
@@ -234,7 +240,7 @@ def test_a_run_trains_adapters_alone_and_resumes_to_the_same_bits(config_of) -> 
 def test_a_checkpoint_of_adapters_is_refused_by_another_kind_of_run(config_of) -> None:  # type: ignore[no-untyped-def]
     from diffpp_fast.training.weights import load_role
 
-    run = build_run(config_of(*BOTH), CPU)
+    run = build_run(config_of(*BOTH), World.alone("cpu"), Phases(torch.device("cpu")))
     tensors = {name: weight.detach() for name, weight in run.sampler.trained.parameters.items()}
     with pytest.raises(CheckpointError, match=r"names differ.*models\.fake\.lora"):
         load_role(run.fake, tensors, Path("step_000001"))

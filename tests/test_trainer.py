@@ -245,7 +245,7 @@ def test_diff_instruct_without_reward_decoder_and_average(config_of) -> None:  #
 def test_bfloat16_trains_float32_weights(config_of) -> None:  # type: ignore[no-untyped-def]
     config = config_of("precision=bfloat16", "training.steps=2")
     Trainer(config).run()
-    assert all(tensor.dtype == torch.float32 for tensor in weights(config, 2).values())
+    assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in weights(config, 2).values())
     exact = config_of("training.steps=2", output="exact")
     Trainer(exact).run()
     for half, whole in zip(records(config), records(exact), strict=True):
@@ -260,22 +260,23 @@ def test_a_reward_that_is_not_finite_stops_before_the_weights(project: Path, con
         "rewards.optimised.arguments={word: frog}",
         "training.micro_batch=2",
         "training.global_batch=5",
+        "training.skip_limit=0",
     )
     trainer = Trainer(config)
     before = {name: tensor.clone() for name, tensor in trainer.generator.network.state_dict().items()}
     with pytest.raises(NonFiniteError) as error:
         trainer.run()
     said = str(error.value)
-    assert "generator, after step 0" in said and "undefined_for) is not finite for 2 of 5 samples" in said
+    assert "generator, after step 1" in said and "undefined_for) is not finite for 2 of 5 samples" in said
     assert "'a green frog'" in said and "'a red frog'" in said and "apple" not in said
     assert_equal(trainer.generator.network.state_dict(), before)
 
 
 def test_a_network_that_is_not_finite_stops_the_run(config_of) -> None:  # type: ignore[no-untyped-def]
-    trainer = Trainer(config_of(*QUIET))
+    trainer = Trainer(config_of(*QUIET, "training.skip_limit=0"))
     with torch.no_grad():
         next(trainer.fake.network.parameters()).fill_(torch.nan)
-    with pytest.raises(NonFiniteError, match=r"fake, after step 0: the loss is nan.*Samples 0 to 3, prompts: 'a"):
+    with pytest.raises(NonFiniteError, match=r"after step 1: the last update was skipped.*prompts: "):
         trainer.run()
 
 
