@@ -22,6 +22,8 @@ from diffpp_fast.networks.loading import build_network, pretrained_arguments, re
 from diffpp_fast.training import Config, ConfigurationError, Trainer, dump_config, load_config
 from diffpp_fast.training.build import build_run, build_sampler
 from diffpp_fast.training.build.text import load_text
+from diffpp_fast.training.distributed import World
+from diffpp_fast.training.phases import Phases
 
 CPU = torch.device("cpu")
 #: Families, with what makes a difference to their conditioning.
@@ -223,7 +225,9 @@ def test_dtypes_that_overflow_are_refused(config_of, tmp_path: Path) -> None:  #
 
 def test_frozen_parts_keep_the_dtype_that_is_asked_for(config_of) -> None:  # type: ignore[no-untyped-def]
     keys = ("reference", "text_encoder", "decoder")
-    run = build_run(config_of("pixart", *(f"models.{key}.dtype=bfloat16" for key in keys)), CPU)
+    run = build_run(
+        config_of("pixart", *(f"models.{key}.dtype=bfloat16" for key in keys)), World.alone("cpu"), Phases(CPU)
+    )
     encoded = run.sampler.encode(["a red apple"])
     assert encoded.tensors["encoder_hidden_states"].dtype == torch.float32
     assert next(run.sampler.encode.encoder.parameters()).dtype == torch.bfloat16  # type: ignore[attr-defined]
