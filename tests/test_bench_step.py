@@ -419,7 +419,7 @@ def test_gpu_check_measures_steps_alone_and_keeps_what_is_done(
     def run_jobs(jobs: Any, at_once: int, deadline: float) -> Iterator[gpu_check.Ended]:
         for job in jobs:
             made.append(list(job.command))
-            yield gpu_check.Ended(job, 0, "the table")
+            yield gpu_check.Ended(job, 0, "the table\nits last line")
 
     monkeypatch.setattr(gpu_check, "run_jobs", run_jobs)
     for _ in range(2):
