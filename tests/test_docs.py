@@ -21,6 +21,7 @@ PAGES = (
     "docs/index.md",
     "docs/models.md",
     "docs/operators.md",
+    "docs/prompts.md",
     "docs/randomness.md",
     "docs/training.md",
 )

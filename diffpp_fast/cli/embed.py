@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from diffpp_fast.cli.quiet import hide_loading_bars
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.out or (Path(config.prompts.embeddings) if config.prompts.embeddings else None)
     if folder is None:
         raise ConfigurationError("embed: name a folder with --out FOLDER or prompts.embeddings=FOLDER")
-    rank, size, local_rank = (_number(name, default) for name, default in LAUNCHED)
+    rank, size, local_rank = _place(os.environ)
     hide_loading_bars()
     prompts = open_prompts(config.prompts)
     manifest = read_manifest(folder)
@@ -77,12 +78,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-#: What a launcher says of this process, and what counts without one.
-LAUNCHED = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """Rank, number of processes and rank on this machine. They need no process group, so no address."""
+    from diffpp_fast.errors import ConfigurationError
 
-
-def _number(name: str, default: int) -> int:
-    return int(os.environ.get(name, default))
+    for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        if name in environment and other not in environment:
+            raise ConfigurationError(f"{name} is set, but not {other}: start the processes with torchrun, or unset it")
+    rank, size, local_rank = (int(environment.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return rank, size or 1, local_rank
 
 
 def _positive(text: str) -> int:

@@ -11,7 +11,7 @@ import torch
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.training.build.checks import naming
 from diffpp_fast.training.build.text import conditioning_facts
-from diffpp_fast.training.config import Config
+from diffpp_fast.training.config import Config, TextEncoder
 from diffpp_fast.training.prompts import EmbeddingCache, PromptSource
 from diffpp_fast.training.prompts.embedding_files import read_manifest
 from diffpp_fast.training.prompts.fingerprint import Seen, encoder_facts, refuse_other_cache
@@ -49,10 +49,13 @@ def embedding_facts(config: Config, prompts: PromptSource, seen: Mapping[str, An
         seen: from another manifest, what is known of files that may have stayed the same; they aren't read again.
     """
     reading: Seen = {}
-    with naming("models.text_encoder"):
-        encoders = encoder_facts(config.models, seen, reading)
+    encoder = conditioning_facts(config.models)
+    for name, section in config.models:
+        if isinstance(section, TextEncoder):
+            with naming(f"models.{name}", section.path):
+                encoder[name] = encoder_facts(section, seen, reading)
     return {
-        "encoder": encoders | conditioning_facts(config.models),
+        "encoder": encoder,
         "prompts": {"sha256": prompts.digest(), "count": len(prompts)},
         "seen": reading,
     }

@@ -71,6 +71,7 @@ class EmbeddingWriter:
             manifest = {**facts, "rows": rows, "shards": -(-len(prompts) // rows)}
         else:
             refuse_other_cache(folder, manifest, facts)
+            manifest = manifest | {"seen": facts["seen"]}
         self.manifest = manifest
         self.identity = identity(manifest)
         self.shards = range(rank, manifest["shards"], size)
@@ -80,14 +81,13 @@ class EmbeddingWriter:
         """Writes what is missing; yields how many prompts each new shard holds.
 
         Args:
-            extra: prompts besides those of the source, that the first process embeds.
+            extra: prompts besides those of the source. The first process writes what is not a shard.
         """
         if self.missing:
             self._refuse_small_disk()
-        if read_manifest(self.folder) is None:
-            # Every process writes the same.
-            write_manifest(self.folder, self.manifest)
         if self.rank == 0:
+            # Other processes know all that stands in it: it is the same facts and the same sizes.
+            write_manifest(self.folder, self.manifest)
             write_rows(self.folder / NULL, self.null, self.identity)
             if extra:
                 write_rows(self.folder / EXTRA, self._encode(extra), self.identity)

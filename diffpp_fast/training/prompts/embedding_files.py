@@ -28,6 +28,8 @@ from diffpp_fast.networks import Conditioning
 MANIFEST, NULL, EXTRA = "manifest.json", "null.safetensors", "extra.safetensors"
 #: The tensor of keys in every file; those of a conditioning have their path as a name, after this.
 KEYS, PREFIX = "keys", "conditioning/"
+#: The entry of a file's metadata: which cache it belongs to, and the dtypes that its tensors had.
+ABOUT = "embeddings"
 #: Tensors that one of these holds without loss are stored in it: encoders of half precision give float32, too.
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -73,8 +75,9 @@ def write_rows(path: Path, conditioning: Conditioning, identity: str) -> None:
     for name, tensor in _flat(conditioning.tensors):
         tensors[PREFIX + name] = _narrowed(tensor.cpu()).contiguous()
         dtypes[name] = str(tensor.dtype).removeprefix("torch.")
-    metadata = {"identity": identity, "dtypes": json.dumps(dtypes)}
-    _publish(path, lambda partial: save_file(tensors, partial, metadata))
+    # In one entry, for several would come in any order: the same embeddings are the same file.
+    about = json.dumps({"identity": identity, "dtypes": dtypes})
+    _publish(path, lambda partial: save_file(tensors, partial, {ABOUT: about}))
 
 
 def stored_bytes(conditioning: Conditioning) -> int:
@@ -91,9 +94,9 @@ class Rows:
     def __enter__(self) -> Rows:
         try:
             self._file = safe_open(self.path, framework="pt").__enter__()
-            metadata = self._file.metadata() or {}
-            self.identity = metadata["identity"]
-            self._dtypes = json.loads(metadata["dtypes"])
+            about = json.loads((self._file.metadata() or {})[ABOUT])
+            self.identity: str = about["identity"]
+            self._dtypes: dict[str, str] = about["dtypes"]
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ConfigurationError(f"prompts.embeddings: {self.path} is damaged: {error}") from None
         return self

@@ -9,7 +9,7 @@ from typing import Any
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks.loading import resolve, split_hub_id
-from diffpp_fast.training.config import Models, TextEncoder
+from diffpp_fast.training.config import TextEncoder
 
 #: Of an encoder's or a tokenizer's folder, what decides about its embeddings.
 FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
@@ -20,25 +20,20 @@ FOLDERS = ("path", "tokenizer")
 Seen = dict[str, tuple[int, int, str]]
 
 
-def encoder_facts(models: Models, seen: Mapping[str, Any], reading: Seen) -> dict[str, Any]:
-    """All settings of all text encoders; folders stand in it as the SHA-256 of their files, by name.
+def encoder_facts(encoder: TextEncoder, seen: Mapping[str, Any], reading: Seen) -> dict[str, Any]:
+    """All settings of a text encoder; folders stand in it as the SHA-256 of their files, by name.
 
     A text encoder may have tens of gigabytes: a file that has kept its path, size and time is not read again.
 
     Args:
-        models: of the configuration.
+        encoder: its section of the configuration.
         seen: what is known of files, from an earlier call.
         reading: filled with what is known of the files now.
 
     Raises FileNotFoundError for a folder that isn't there.
     """
-    sections = {name: section for name, section in models if isinstance(section, TextEncoder)}
     return {
-        name: {
-            key: _files(value, seen, reading) if key in FOLDERS and value is not None else value
-            for key, value in section
-        }
-        for name, section in sections.items()
+        key: _files(value, seen, reading) if key in FOLDERS and value is not None else value for key, value in encoder
     }
 
 

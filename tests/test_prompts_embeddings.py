@@ -1,0 +1,361 @@
+"""Embeddings on the disk: what they are checked against, how writing goes on, and that a run can't tell them apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from prompt_files import opened, write_csv, write_text
+
+from diffpp_fast.cli.main import main
+from diffpp_fast.networks import Conditioning
+from diffpp_fast.training import Config, ConfigurationError, Trainer, load_config
+from diffpp_fast.training.build import text
+from diffpp_fast.training.build.embeddings import open_embeddings
+from diffpp_fast.training.build.text import TextFacts, load_text
+from diffpp_fast.training.prompts import EmbeddingCache, PromptSource, embed, fingerprint, open_prompts
+from diffpp_fast.training.prompts.embedding_files import read_manifest
+from diffpp_fast.training.weights import read_tensors
+
+CPU = torch.device("cpu")
+GRID = ["a green apple", "a red sun"]
+QUIET = ("rewards.held_out=null", f"training.grid_prompts={json.dumps(GRID)}", "training.steps=2")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of a tiny run, with embeddings of its prompts in `embeddings` beside it."""
+    config = tiny.write(tmp_path_factory.mktemp("project"))
+    assert main(["embed", str(config), f"--out={config.parent / 'embeddings'}", *QUIET]) == 0
+    return config
+
+
+@pytest.fixture
+def copy(project: Path, tmp_path: Path) -> Path:
+    """The project in a folder of its own, files with their times as they are."""
+    shutil.copytree(project.parent, tmp_path / "copy")
+    return tmp_path / "copy" / project.name
+
+
+def cached(file: Path, *overrides: str) -> Config:
+    return load_config(file, [f"prompts.embeddings={file.parent / 'embeddings'}", *QUIET, *overrides])
+
+
+def cache_of(config: Config) -> EmbeddingCache:
+    cache = open_embeddings(config, open_prompts(config.prompts), CPU)
+    assert cache is not None
+    return cache
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    """Nested mappings of tensors, bit for bit."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == other[name].dtype and torch.equal(value, other[name]), name
+        else:
+            assert_equal(value, other[name])
+
+
+def state(folder: Path) -> dict[str, tuple[int, int]]:
+    """Which files there are; one that is written again is another one."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def test_conditioning_from_the_disk_is_that_of_the_encoder_to_the_bit(project: Path) -> None:
+    cache, (encoder, _) = cache_of(cached(project)), load_text(load_config(project).models)
+    for prompts in ([*tiny.PROMPTS], [tiny.PROMPTS[2], GRID[1], tiny.PROMPTS[2]]):
+        conditioning = cache(prompts)
+        assert conditioning.prompts == tuple(prompts)
+        for number, prompt in enumerate(prompts):
+            assert_equal(conditioning[number : number + 1].tensors, encoder([prompt]).tensors)
+    assert_equal(cache.null().tensors, encoder.null().tensors)
+    with pytest.raises(ConfigurationError, match="holds no embedding of 'a blue frog'"):
+        cache(["a blue frog"])
+
+
+def test_a_run_with_embeddings_ends_with_the_same_weights_and_loads_no_encoder(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Trainer(load_config(project, [*QUIET, f"output={tmp_path / 'encoded'}"])).run()
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("the text encoder was loaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text, "load_text", refuse)
+        Trainer(cached(project, f"output={tmp_path / 'cached'}")).run()
+    one, other = (tmp_path / run / "checkpoints" / "step_000002" for run in ("encoded", "cached"))
+    files = sorted(path.name for path in one.glob("*.safetensors"))
+    assert len(files) >= 5
+    for name in files:
+        assert_equal(read_tensors(one / name), read_tensors(other / name))
+    grids = [tmp_path / run / "grids" / "step_000002.png" for run in ("encoded", "cached")]
+    assert grids[0].read_bytes() == grids[1].read_bytes()
+    # Sampling takes prompts that no cache holds: there the encoder is loaded.
+    arguments = ["a yellow whale", "--run", str(tmp_path / "cached"), "--out", str(tmp_path / "picture.png")]
+    assert main(["sample", *arguments]) == 0
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion_xl", "pixart"])
+def test_whatever_a_familys_conditioning_holds_is_kept(tmp_path: Path, family: str) -> None:
+    file = tiny.write_base(tmp_path, family)
+    quiet = ("training.grid_every=null", *QUIET)
+    assert main(["embed", str(file), f"--out={tmp_path / 'embeddings'}", *quiet]) == 0
+    config = cached(file)
+    cache, (encoder, facts) = cache_of(config), load_text(config.models)
+    assert_equal(cache(tiny.PROMPTS[:1]).tensors, encoder(tiny.PROMPTS[:1]).tensors)
+    assert_equal(cache.null().tensors, encoder.null().tensors)
+    assert TextFacts.of(cache.null()) == facts
+    if family == "stable_diffusion_xl":
+        with pytest.raises(ConfigurationError, match=r"models\.size_conditions\.crop differ"):
+            cache_of(cached(file, "models.size_conditions.crop=[8, 8]"))
+        with pytest.raises(ConfigurationError, match=r"models\.empty_prompt differ"):
+            cache_of(cached(file, "models.empty_prompt=encoded"))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("models.text_encoder.max_length=9", r"models\.text_encoder\.max_length differ"),
+        ("models.text_encoder.mask_padding=false", r"models\.text_encoder\.mask_padding differ"),
+        ("models.text_encoder.dtype=bfloat16", r"models\.text_encoder\.dtype differ"),
+    ],
+)
+def test_an_encoder_with_other_settings_is_refused(project: Path, override: str, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"was made by another text encoder: {said}"):
+        cache_of(cached(project, override))
+
+
+def test_an_encoder_with_other_weights_or_another_tokenizer_is_refused(copy: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = copy.parent / "weights" / "text" / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
+    next(iter(tensors.values())).view(-1)[0] += 1e-3
+    save_file(tensors, weights, {"format": "pt"})
+    (weights.parent / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(
+        ConfigurationError,
+        match=r"encoder\.path\.model\.safetensors, models\.text_encoder\.path\.tokenizer_config\.json differ",
+    ):
+        cache_of(cached(copy))
+
+
+def test_a_cache_may_move_with_its_encoder(copy: Path) -> None:
+    for file in (copy.parent / "weights" / "text").iterdir():
+        os.utime(file, ns=(0, 0))
+    cache = cache_of(cached(copy))
+    assert len(cache(tiny.PROMPTS)) == len(tiny.PROMPTS)
+
+
+def test_weights_that_have_not_changed_are_not_read_again(
+    project: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where the copy's files have come to lie is known after this.
+    assert main(["embed", str(copy), f"--out={copy.parent / 'embeddings'}", *QUIET]) == 0
+
+    def refuse(file: Any) -> str:
+        raise AssertionError(f"{file} was read")
+
+    monkeypatch.setattr(fingerprint, "_sha256", refuse)
+    cache_of(cached(project))
+    cache_of(cached(copy))
+
+
+def test_an_encoder_that_is_gone_can_not_be_compared(project: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"models\.text_encoder.*no such folder: /nowhere/text"):
+        cache_of(cached(project, "models.text_encoder.path=/nowhere/text"))
+
+
+@pytest.mark.parametrize(
+    "prompts", [tiny.PROMPTS[::-1], [*tiny.PROMPTS[:-1], "a red frog!"], [*tiny.PROMPTS, "a new one"]]
+)
+def test_other_prompts_are_refused(project: Path, tmp_path: Path, prompts: Sequence[str]) -> None:
+    write_text(tmp_path / "prompts.txt", prompts)
+    with pytest.raises(ConfigurationError, match=rf"was made of other prompts \(5 there, {len(prompts)} here\)"):
+        cache_of(cached(project, f"prompts.path={tmp_path / 'prompts.txt'}"))
+
+
+def test_the_same_prompts_in_another_format_are_the_same_prompts(project: Path, tmp_path: Path) -> None:
+    write_csv(tmp_path / "prompts.csv", tiny.PROMPTS)
+    cache_of(cached(project, f"prompts.path={tmp_path / 'prompts.csv'}"))
+
+
+def test_grid_prompts_are_added_to_a_complete_cache(copy: Path) -> None:
+    folder, wanted = copy.parent / "embeddings", "training.grid_prompts=[a green whale]"
+    with pytest.raises(ConfigurationError, match=r"holds no embedding of 'a green whale': run `diffpp-fast embed`"):
+        cache_of(cached(copy, wanted))
+    shards = {name: facts for name, facts in state(folder).items() if name.startswith("shard")}
+    assert main(["embed", str(copy), f"--out={folder}", wanted]) == 0
+    assert shards.items() <= state(folder).items()
+    assert cache_of(cached(copy, wanted)).holds("a green whale")
+
+
+def test_what_is_not_there_or_damaged_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copy.parent / "embeddings"
+    shard = next(folder.glob("shard-*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ConfigurationError, match=r"shard-00000-of-00001\.safetensors is damaged"):
+        cache_of(cached(copy))
+    shard.unlink()
+    with pytest.raises(ConfigurationError, match="1 of 1 shards are missing"):
+        cache_of(cached(copy))
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match=r"manifest\.json is damaged: it has no encoder"):
+        cache_of(cached(copy))
+    shutil.rmtree(folder)
+    with pytest.raises(ConfigurationError, match=r"no embeddings in .*: write them with `diffpp-fast embed`"):
+        cache_of(cached(copy))
+    assert main(["embed", str(copy)]) == 2
+    assert "name a folder with --out FOLDER or prompts.embeddings=FOLDER" in capsys.readouterr().err
+    assert main(["embed", str(copy), f"--out={copy}"]) == 2
+    assert "Not a directory" in capsys.readouterr().err
+
+
+# The writer by itself, with an encoder that stops.
+PROMPTS = [f"prompt {number}" for number in range(23)]
+
+
+class Encoder:
+    """Two kinds of tensors, one of them nested. Once it has been called `last` times it is interrupted."""
+
+    def __init__(self, last: int | None = None) -> None:
+        self.calls: list[tuple[str, ...]] = []
+        self.last = last
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        if len(self.calls) == self.last:
+            raise KeyboardInterrupt
+        self.calls.append(tuple(prompts))
+        lengths = torch.tensor([[len(prompt)] for prompt in prompts])
+        values = torch.tensor([[sum(prompt.encode()) / 7.0] * 3 for prompt in prompts])
+        nested = {"pooled": values.bfloat16().float(), "time_ids": lengths}
+        return Conditioning(tuple(prompts), {"encoder_hidden_states": values, "added_cond_kwargs": nested})
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PromptSource:
+    monkeypatch.setattr(embed, "SHARD_ROWS", 4)
+    write_text(tmp_path / "prompts.txt", PROMPTS)
+    return opened(tmp_path / "prompts.txt")
+
+
+@pytest.fixture
+def writer(tmp_path: Path, source: PromptSource) -> Callable[..., embed.EmbeddingWriter]:
+    def make(encoder: Encoder, name: str = "embeddings", max_length: int = 8, **settings: Any) -> embed.EmbeddingWriter:
+        facts = {
+            "encoder": {"text_encoder": {"max_length": max_length}},
+            "prompts": {"sha256": source.digest(), "count": len(source)},
+            "seen": {},
+        }
+        return embed.EmbeddingWriter(tmp_path / name, facts, source, encoder, Encoder()([""]), **settings)
+
+    return make
+
+
+def whole(folder: Path) -> EmbeddingCache:
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    return EmbeddingCache(folder, manifest, CPU)
+
+
+def test_writing_goes_on_where_it_was_stopped(tmp_path: Path, writer: Callable[..., embed.EmbeddingWriter]) -> None:
+    folder = tmp_path / "embeddings"
+    with pytest.raises(KeyboardInterrupt):
+        list(writer(Encoder(last=11)).write())
+    before = state(folder)
+    # The first call tells a prompt's size; ten prompts make two shards and a half.
+    assert sum(name.startswith("shard") for name in before) == 2
+    with pytest.raises(ConfigurationError, match="4 of 6 shards are missing"):
+        whole(folder)
+    (folder / ".shard-00002-of-00006.safetensors.partial").write_bytes(b"killed in the middle")
+    os.truncate(folder / "shard-00001-of-00006.safetensors", 40)
+    encoder = Encoder()
+    assert list(writer(encoder).write()) == [4, 4, 4, 4, 3]
+    assert encoder.calls[1:] == [(prompt,) for prompt in PROMPTS[4:]]
+    assert state(folder)["shard-00000-of-00006.safetensors"] == before["shard-00000-of-00006.safetensors"]
+    assert not list(folder.glob(".*"))
+    assert_equal(whole(folder)(PROMPTS[::-1]).tensors, Encoder()(PROMPTS[::-1]).tensors)
+    encoder = Encoder()
+    assert list(writer(encoder).write()) == [] and len(encoder.calls) == 1
+
+
+def test_processes_split_the_shards_and_need_nothing_of_each_other(
+    tmp_path: Path, writer: Callable[..., embed.EmbeddingWriter]
+) -> None:
+    folder = tmp_path / "embeddings"
+    encoders = [Encoder() for _ in range(4)]
+    for rank in (3, 1, 0, 2):
+        list(writer(encoders[rank], rank=rank, size=4, batch=4).write(["extra"]))
+    calls = [call for encoder in encoders for call in encoder.calls[1:]]
+    assert sorted(calls) == sorted([tuple(PROMPTS[start : start + 4]) for start in range(0, 23, 4)] + [("extra",)])
+    assert_equal(whole(folder)([*PROMPTS, "extra"]).tensors, Encoder()([*PROMPTS, "extra"]).tensors)
+    list(writer(Encoder(), "alone").write(["extra"]))
+    assert sorted(state(folder)) == sorted(state(tmp_path / "alone"))
+    for file in folder.iterdir():
+        assert file.read_bytes() == (tmp_path / "alone" / file.name).read_bytes(), file.name
+
+
+def test_what_half_precision_holds_is_stored_in_it(
+    tmp_path: Path, writer: Callable[..., embed.EmbeddingWriter]
+) -> None:
+    list(writer(Encoder()).write())
+    stored = read_tensors(tmp_path / "embeddings" / "shard-00000-of-00006.safetensors")
+    assert stored["conditioning/added_cond_kwargs/pooled"].dtype == torch.bfloat16
+    assert stored["conditioning/encoder_hidden_states"].dtype == torch.float32
+
+
+def test_a_folder_of_other_embeddings_and_a_disk_that_is_too_small_are_refused(
+    tmp_path: Path, writer: Callable[..., embed.EmbeddingWriter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(writer(Encoder()).write())
+    with pytest.raises(ConfigurationError, match=r"was made by another text encoder: models\.text_encoder\.max_length"):
+        writer(Encoder(), max_length=9)
+    full = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(ConfigurationError, match=r"take 0\.0 GiB, 0\.0 GiB are free: choose another folder"):
+        list(writer(Encoder(), "other").write())
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_shard_of_another_cache_is_refused(tmp_path: Path, writer: Callable[..., embed.EmbeddingWriter]) -> None:
+    list(writer(Encoder()).write())
+    list(writer(Encoder(), "other", max_length=9).write())
+    name = "shard-00002-of-00006.safetensors"
+    shutil.copy(tmp_path / "other" / name, tmp_path / "embeddings" / name)
+    with pytest.raises(ConfigurationError, match=r"shard-00002-of-00006\.safetensors belongs to another cache"):
+        whole(tmp_path / "embeddings")
+
+
+def test_launched_processes_write_one_cache(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(embed, "SHARD_ROWS", 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    folder, said = tmp_path / "embeddings", []
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main(["embed", str(project), f"--out={folder}", *QUIET]) == 0
+        said.append(capsys.readouterr().out)
+    assert "process 1 of 2: 5 prompts; 0 of 1 shards" in said[0]
+    assert "process 0 of 2: 5 prompts; 0 of 2 shards" in said[1]
+    cache = cache_of(load_config(project, [*QUIET, f"prompts.embeddings={folder}"]))
+    assert_equal(cache(tiny.PROMPTS).tensors, cache_of(cached(project))(tiny.PROMPTS).tensors)
+
+
+def test_half_a_launch_is_refused(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["embed", str(project), f"--out={tmp_path}"]) == 2
+    assert "WORLD_SIZE is set, but not RANK" in capsys.readouterr().err
