@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import processes
@@ -31,6 +32,8 @@ COMMON = (
 TOLERANCE = 1e-6
 #: ||difference|| / ||update||: what the run itself has changed.
 UPDATE_TOLERANCE = 1e-4
+#: By its definition: a standard deviation of smaller batches is another number.
+WITHIN_A_MICRO_BATCH = ("generator/x0_std",)
 WEIGHTS = ("generator", "fake", "generator_ema")
 
 
@@ -51,6 +54,11 @@ def train(project: Path, output: Path, size: int, *overrides: str) -> None:
     """The same run, or its next part, on so many processes."""
     command = ["-m", "diffpp_fast", "train", str(project), f"output={output}", *COMMON, *overrides]
     processes.run([*command, "--resume", "latest"], size)
+
+
+def go_back(output: Path) -> None:
+    """As if the run had been stopped after step 2. Fewer steps in all would be another run: the learning rate falls."""
+    shutil.rmtree(output / "checkpoints" / "step_000004")
 
 
 def zero(stage: int) -> str:
@@ -79,7 +87,7 @@ def assert_same_run(output: Path, alone: Path) -> None:
     assert [record["step"] for record in mine] == [record["step"] for record in theirs]
     for one, other in zip(mine, theirs, strict=True):
         for name, value in other.items():
-            if name.startswith(("fake/", "generator/")):
+            if name.startswith(("fake/", "generator/")) and name not in WITHIN_A_MICRO_BATCH:
                 assert math.isclose(one[name], value, rel_tol=1e-4, abs_tol=1e-6), (name, one[name], value)
 
 
@@ -89,13 +97,15 @@ def records(output: Path) -> list[dict[str, float]]:
 
 def test_two_processes_then_four_are_one(project: Path, alone: Path, tmp_path: Path) -> None:
     """Stage 2 and micro-batches of one, interrupted; then stage 1 in twice as many processes."""
-    train(project, tmp_path, 2, zero(2), "training.steps=2", "training.micro_batch=1")
+    train(project, tmp_path, 2, zero(2), "training.micro_batch=1")
+    go_back(tmp_path)
     train(project, tmp_path, 4, zero(1))
     assert_same_run(tmp_path, alone)
 
 
 def test_stage_3_is_the_same_run_and_one_process_goes_on(project: Path, alone: Path, tmp_path: Path) -> None:
-    train(project, tmp_path, 2, zero(3), "training.steps=2", "distributed.reference=shard")
+    train(project, tmp_path, 2, zero(3), "distributed.reference=shard")
+    go_back(tmp_path)
     train(project, tmp_path, 1)
     assert_same_run(tmp_path, alone)
 
@@ -113,7 +123,8 @@ def test_every_stage_is_the_same_run(
 
 @pytest.mark.slow
 def test_one_process_then_many_are_one(project: Path, alone: Path, tmp_path: Path) -> None:
-    train(project, tmp_path, 1, "training.steps=2", "training.micro_batch=3")
+    train(project, tmp_path, 1, "training.micro_batch=3")
+    go_back(tmp_path)
     train(project, tmp_path, 4, zero(3))
     assert_same_run(tmp_path, alone)
 

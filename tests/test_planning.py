@@ -228,7 +228,7 @@ def test_the_plain_engine_holds_what_is_planned() -> None:
 
 def test_zero_holds_what_is_planned(tmp_path: Path) -> None:
     """DeepSpeed's stages 1, 2 and 3 on two processes; no tensor of the UNet has an odd size, so nothing is padded."""
-    script = Path(__file__).parent / "zero_sizes.py"
+    script = Path(__file__).parent / "planning_zero_worker.py"
     output, _ = processes.run([str(script)], size=2)
     found = json.loads(output.partition("SIZES ")[2].splitlines()[0])
     network = tiny.unet()
