@@ -69,11 +69,13 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s", handlers=[Stderr()])
     hide_loading_bars()
     logging.getLogger("diffpp_fast").setLevel(logging.INFO)
-    outcome = Trainer(config, resume=arguments.resume).run()
+    trainer = Trainer(config, resume=arguments.resume)
+    outcome = trainer.run()
+    say = print if trainer.world.is_main else lambda _: None
     if outcome.signal is not None:
         command = ["diffpp-fast", "train", arguments.config, *arguments.overrides, "--resume", "latest"]
-        print(f"stopped after step {outcome.step}; to go on:\n  {shlex.join(command)}")
+        say(f"stopped after step {outcome.step}; to go on:\n  {shlex.join(command)}")
         return 128 + outcome.signal
     prompt = shlex.join(["diffpp-fast", "sample", "--run", config.output, "a prompt"])
-    print(f"done: {outcome.step} steps, everything is in {config.output}; to see samples:\n  {prompt}")
+    say(f"done: {outcome.step} steps, everything is in {config.output}; to see samples:\n  {prompt}")
     return 0
