@@ -32,6 +32,13 @@ print(len(source), peak() - before)
 """
 
 
+def kept_by_prompts() -> int:
+    """Bytes that are traced as allocated by the package's code of prompts, whatever else a process does meanwhile."""
+    only = tracemalloc.Filter(True, "*/diffpp_fast/training/prompts/*")
+    traced = tracemalloc.take_snapshot().filter_traces([only]).statistics("filename")
+    return sum(entry.size for entry in traced)
+
+
 def caption(number: int) -> str:
     return f"a photograph of {number} red apples on a wooden table, soft light, {number % 97} degrees"
 
@@ -53,10 +60,10 @@ def test_a_text_file_costs_eight_bytes_a_line(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(text, "CHUNK", 1 << 16)
     tracemalloc.start()
     source = opened(path)
-    kept, peak = tracemalloc.get_traced_memory()
+    kept, peak = kept_by_prompts(), tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     # The text has 15 MB. While it is read, the index is there twice, and the lines of one chunk.
-    assert len(source) == count and kept < 8.1 * count and peak < 16 * count + 2**20
+    assert len(source) == count and 8 * count <= kept < 8.1 * count and peak < 16 * count + 2**21
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.tar"])
@@ -66,10 +73,10 @@ def test_other_formats_keep_an_index_alone(tmp_path: Path, name: str) -> None:
     write(tmp_path / name, [caption(number) for number in range(count)])
     tracemalloc.start()
     source = opened(tmp_path / name)
-    kept, _ = tracemalloc.get_traced_memory()
+    kept = kept_by_prompts()
     tracemalloc.stop()
     # An array grows in steps of an eighth.
-    assert len(source) == count and kept < 1.2 * bytes_each * count + 20_000
+    assert len(source) == count and bytes_each * count <= kept < 1.2 * bytes_each * count + 20_000
 
 
 def test_a_bad_line_far_down_is_named(tmp_path: Path) -> None:
