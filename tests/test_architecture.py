@@ -13,6 +13,7 @@ FLOORS = {
     "kernels": 0,
     "noise": 1,
     "schedule": 1,
+    "tensor_files": 1,
     "ops": 2,
     "networks": 3,
     "rewards": 3,

@@ -194,13 +194,16 @@ def test_text_encoders_have_to_fit_the_network(config_of, bases: dict[str, Path]
 
 def test_a_generator_from_a_single_file(config_of, bases: dict[str, Path], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     released = tiny.sdxl_unet(seed=5).state_dict()
-    save_file({name: tensor.half() for name, tensor in released.items()}, tmp_path / "one_step.safetensors")
-    override = f"models.generator.path={tmp_path / 'one_step.safetensors'}"
+    half = {name: tensor.half() for name, tensor in released.items()}
+    save_file(half, tmp_path / "one_step.safetensors")
+    torch.save(half, tmp_path / "one_step.bin")
     random = torch.get_rng_state()
-    sampler = build_sampler(config_of("stable_diffusion_xl", override), CPU)
-    assert torch.equal(torch.get_rng_state(), random)
-    for name, tensor in sampler.trained.network.state_dict().items():
-        assert tensor.dtype == torch.float32 and torch.equal(tensor, released[name].half().float())
+    for file in ("one_step.bin", "one_step.safetensors"):
+        override = f"models.generator.path={tmp_path / file}"
+        sampler = build_sampler(config_of("stable_diffusion_xl", override), CPU)
+        assert torch.equal(torch.get_rng_state(), random)
+        for name, tensor in sampler.trained.network.state_dict().items():
+            assert tensor.dtype == torch.float32 and torch.equal(tensor, released[name].half().float())
 
     del released["conv_in.weight"]
     released["model.diffusion_model.out"] = torch.zeros(1)
@@ -209,7 +212,13 @@ def test_a_generator_from_a_single_file(config_of, bases: dict[str, Path], tmp_p
         ConfigurationError, match=r"lacks 1 of \d+ tensors, e.g. conv_in.weight and has 1 .*diffusers' n"
     ):
         build_sampler(config_of("stable_diffusion_xl", override), CPU)
-    for name, said in (("dmd2.bin", "is a pickle.*docs/models.md"), ("gone.safetensors", "no such file")):
+    torch.save({"G_ema": tiny.sdxl_unet()}, tmp_path / "object.pkl")
+    (tmp_path / "cut.bin").write_bytes((tmp_path / "one_step.bin").read_bytes()[:-100])
+    for name, said in (
+        ("object.pkl", "holds more than tensors.*save_file"),
+        ("cut.bin", "can't be read.*is it whole"),
+        ("gone.safetensors", "no such file"),
+    ):
         with pytest.raises(ConfigurationError, match=rf"models.generator.*{said}"):
             build_sampler(config_of("stable_diffusion_xl", f"models.generator.path={tmp_path / name}"), CPU)
 
@@ -300,9 +309,10 @@ def test_a_hub_id_may_hold_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_a_base_on_the_hub(bases: dict[str, Path], tmp_path: Path) -> None:
     """From a cache as huggingface_hub fills it, offline."""
     repository = tmp_path / "cache" / "models--owner--name"
-    shutil.copytree(bases["stable_diffusion_xl"].parent / "base", repository / "snapshots" / "0a1b")
+    commit = "0a1b" * 10
+    shutil.copytree(bases["stable_diffusion_xl"].parent / "base", repository / "snapshots" / commit)
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0a1b")
+    (repository / "refs" / "main").write_text(commit)
     code = f"""
 import torch
 from diffpp_fast.training import load_config

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffpp_fast import tensor_files
 from diffpp_fast.networks.decoder import FrozenDecoder
 from diffpp_fast.networks.denoiser import Denoiser
 from diffpp_fast.schedule import NoiseSchedule
-
-PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 
 
 def resolve(path: str) -> str:
@@ -69,20 +68,22 @@ def read_config(path: str, name: str = "config.json") -> dict[str, Any]:
 
 def is_file(path: str) -> bool:
     """Whether a path names a single file of weights, and not a folder in diffusers' format."""
-    return path.endswith((".safetensors", *PICKLES))
+    return path.endswith(tensor_files.SUFFIXES)
 
 
 def load_denoiser(path: str, *, dtype: torch.dtype = torch.float32, configuration: str | None = None) -> Denoiser:
     """A UNet or a transformer, whichever class its `config.json` names.
 
     Args:
-        path: a folder or a hub id, or a `.safetensors` file with a network's weights by diffusers' names.
+        path: a folder or a hub id, or a file with a network's weights by diffusers' names: `.safetensors`, or what
+            torch.save wrote of a state dict, which is read without unpickling.
         dtype: of the weights, whatever they are stored in.
         configuration: for a file: the folder or hub id of a network with the same `config.json`.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: a pickle, a file without `configuration`, or weights that are not those of the network.
+        ValueError: a file without `configuration`, one that holds more than tensors, or weights that are not those
+            of the network.
     """
     if not is_file(path):
         return Denoiser(_load(path, dtype))
@@ -120,9 +121,7 @@ def _load(path: str, dtype: torch.dtype) -> nn.Module:
 
 
 def _load_weights(path: str, configuration: str) -> nn.Module:
-    from safetensors.torch import load_file
-
-    state = load_file(_find_file(path))
+    state = tensor_files.read_tensors(_find_file(path))
     network = build_network(read_config(configuration), configuration)
     known = network.state_dict()
     missing, unknown = sorted(known.keys() - state.keys()), sorted(state.keys() - known.keys())
@@ -142,24 +141,19 @@ def _load_weights(path: str, configuration: str) -> nn.Module:
     return network
 
 
-def _find_file(path: str) -> str:
-    if path.endswith(PICKLES):
-        raise ValueError(
-            f"{path} is a pickle, which can run code when it is read, and is refused: "
-            "write its tensors into a .safetensors file (docs/models.md shows how)"
-        )
+def _find_file(path: str) -> Path:
     if path.startswith("package:"):
         folder, _, name = path.rpartition("/")
         path = str(Path(resolve(folder)) / name)
     file = Path(path).expanduser()
     if file.is_file():
-        return str(file)
+        return file
     if path.startswith((".", "/", "~")) or path.count("/") < 2:
         raise FileNotFoundError(f"no such file: {file}")
     from huggingface_hub import hf_hub_download
 
     repository, inside = split_hub_id(path)
-    return hf_hub_download(repository, inside)
+    return Path(hf_hub_download(repository, inside))
 
 
 def _class(config: Mapping[str, Any], path: str) -> Any:

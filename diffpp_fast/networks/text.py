@@ -180,6 +180,16 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     arguments: dict[str, Any] = pretrained_arguments(path)
+    inside = arguments.pop("subfolder", None)
+    if inside is not None:
+        # As a folder: of a hub id AutoTokenizer wants a config.json, too, which pipelines' tokenizers do without, and
+        # behind a cache that was filled on another machine it can't be told that there is none.
+        from huggingface_hub import snapshot_download
+
+        repository = arguments["pretrained_model_name_or_path"]
+        arguments["pretrained_model_name_or_path"] = str(
+            Path(snapshot_download(repository, allow_patterns=f"{inside}/*")) / inside
+        )
     return AutoTokenizer.from_pretrained(**arguments)
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from diffpp_fast import tensor_files
 from diffpp_fast.errors import ConfigurationError
 
 #: Where the value of a network's key comes from: the key in the file, and how the tensor there becomes the value.
@@ -66,47 +65,14 @@ def _download(repository: str, name: str, what: str) -> Path:
 
 
 def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of what torch.save wrote, on the CPU; nothing is unpickled.
+    """The tensors of a file, as `tensor_files` reads them.
 
-    A state dict inside a checkpoint's "state_dict", "model" or "module" is taken out, and the prefix that
-    DistributedDataParallel adds to every key is cut off.
+    Raises ConfigurationError, naming `what`, where it can't be read.
     """
-    tensors = _read_safetensors(path, what) if path.suffix == ".safetensors" else _read_pickled(path, what)
-    if tensors and all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return tensors
-
-
-def _read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ConfigurationError(f"{what}: {path} can't be read as safetensors: {error}. Is it whole?") from error
-
-
-def _read_pickled(path: Path, what: str) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise ConfigurationError(
-            f"{what}: {path} holds more than tensors, and nothing else is unpickled, because unpickling runs code. If "
-            "you trust it, write its state dict once with safetensors.torch.save_file and give that file's path. "
-            f"({_first_line(error)})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"{what}: {path} can't be read: {_first_line(error)}. It should be what torch.save wrote of a state "
-            "dict (no TorchScript), or .safetensors; is it whole?"
-        ) from error
-    for name in ("state_dict", "model", "module"):
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise ConfigurationError(f"{what}: {path} holds no state dict: {type(content).__name__}")
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        return tensor_files.read_tensors(path)
+    except ValueError as error:
+        raise ConfigurationError(f"{what}: {error}") from error
 
 
 def unchanged(key: str) -> tuple[str, Callable[[Tensor], Tensor]]:
@@ -176,7 +142,3 @@ def kind_of(tensors: Mapping[str, Tensor]) -> str:
         if any(re.match(pattern, name) for name in tensors):
             return kind
     return f"nothing known (first keys: {', '.join(list(tensors)[:3]) or 'none'})"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

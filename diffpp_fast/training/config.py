@@ -74,8 +74,8 @@ class Lora(Section):
 class Generator(Section):
     """The one-step generator's initial weights, and how a single call of them makes a sample."""
 
-    #: A folder as elsewhere, or a `.safetensors` file with all weights of a network like the reference; null: the
-    #: reference's weights.
+    #: A folder as elsewhere, or a file with all weights of a network like the reference: `.safetensors`, or `.bin` and
+    #: the like with tensors alone; null: the reference's weights.
     path: str | None = None
     timestep: NotNegative = 625
     #: The network is fed this times z; "sigma" is the schedule's sigma at `timestep`.

@@ -33,13 +33,13 @@ def setup_of(config: Config, gpus: int = 1) -> Setup:
         global_batch=training.global_batch,
         micro_batch=training.micro_batch,
         precision=config.precision,
-        reference=_at(config, "distributed.reference", "replica"),
+        reference=config.distributed.reference,
         reference_dtype=compute_dtype(models.reference.dtype, config),
         decoder_dtype=compute_dtype("auto" if models.decoder is None else models.decoder.dtype, config),
         activation_checkpointing=training.activation_checkpointing,
         fuse=training.fuse,
         decoder_checkpoint=models.decoder is not None and models.decoder.checkpoint,
-        text_resident=_at(config, "prompts.embeddings", None) is None,
+        text_resident=config.prompts.embeddings is None,
         rewards=_towers(config.rewards.optimised),
         held_out=_towers(config.rewards.held_out),
         guided=config.method.guidance_scale != 1.0,
@@ -105,16 +105,14 @@ def _text_encoder(key: str, section: TextEncoder) -> tuple[Recipe, int, str]:
 
 
 def _trained(config: Config, role: str, gpus: int, *, ema: bool) -> Trained:
-    lora = getattr(config.models, role).lora
-    zero = _at(config, f"distributed.{role}", None)
-    spread = _at(config, "distributed.engine", "plain") == "deepspeed" or gpus > 1
-    spread = spread or bool(_at(config, "distributed.needs_deepspeed", False))
+    lora, zero = getattr(config.models, role).lora, getattr(config.distributed, role)
+    spread = config.distributed.engine == "deepspeed" or config.distributed.needs_deepspeed or gpus > 1
     return Trained(
-        optimizer=_at(config, f"optimizers.{role}.name", "adamw"),
+        optimizer=getattr(config.optimizers, role).name,
         ema=ema,
         lora=None if lora is None else Lora(lora.rank, tuple(lora.targets)),
         zero=None
-        if zero is None or not spread
+        if not spread
         else Zero(zero.stage, zero.offload_optimizer, zero.offload_parameters, zero.overlap, zero.reduce_bucket_size),
     )
 
@@ -141,12 +139,3 @@ def _towers(reward: Any) -> Towers | None:
         checkpoint=all(given.get("checkpoint", False) for _, given in entries),
         unknown=tuple(kind for kind, _ in entries if kind not in TOWERS),
     )
-
-
-def _at(section: Any, keys: str, default: Any) -> Any:
-    """The value of a dotted key, or the default where a section on the way is null or has no such key."""
-    for key in keys.split("."):
-        section = getattr(section, key, None)
-        if section is None:
-            return default
-    return section
