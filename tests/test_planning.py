@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -394,3 +395,12 @@ def test_every_part_of_the_setup_comes_from_the_configuration(project: Path) -> 
     assert (setup.rounds, setup.micro, setup.fake_rounds, setup.precision) == (2, 2, 3, "bfloat16")
     assert setup.decoder_checkpoint and setup.guided and setup.generator.ema and not setup.fake.ema
     assert isinstance(setup.models, Models) and setup.models.masked
+
+
+@pytest.mark.slow
+def test_the_example_of_the_docs_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "planning.md").read_text()
+    (found,) = re.findall(r"```bash\ndiffpp-fast (plan [^\n]*)\n```\n\n```text\n(.*?)\n```", page, flags=re.DOTALL)
+    command, printed = found
+    assert main(command.split()) == 0
+    assert [line.rstrip() for line in capsys.readouterr().out.strip().splitlines()] == printed.splitlines()
