@@ -55,11 +55,13 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# A process per core; the tests of a file stay in one, for they share what is dear to set up.
+WORKERS := --numprocesses logical --maxprocesses 8 --dist loadfile
 test: $(LIBRARY) lint types
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(WORKERS) -m "not slow"
 
 test-all: $(LIBRARY) lint types
-	$(BIN)/pytest
+	$(BIN)/pytest $(WORKERS)
 	if command -v nvcc > /dev/null; then $(MAKE) emulate; else echo "no nvcc: csrc's GPU kernels are not emulated"; fi
 
 # A copy of the package with an instrumented library; leaks are Python's own at exit.
