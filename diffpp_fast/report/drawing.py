@@ -154,14 +154,15 @@ def _draw(axis: Any, panel: Panel, runs: Sequence[RunRecord], colours: Colours, 
 
 
 def _add_legend(axis: Any, panel: Panel, colours: Colours) -> None:
-    """Of the scalars alone: which run has which colour stands above all diagrams."""
+    """Above the curves, of the scalars alone: which run has which colour stands above all diagrams."""
     from matplotlib.lines import Line2D
 
     lines = [
         Line2D([], [], color=colours.text, linestyle=style, linewidth=1.3, label=label)
         for style, label in zip(STYLES, panel.scalars.values(), strict=False)
     ]
-    axis.legend(handles=lines, fontsize=7, frameon=False, labelcolor=colours.text, loc="best")
+    place = {"loc": "lower left", "bbox_to_anchor": (0.0, 0.97), "borderpad": 0.0, "ncols": len(lines)}
+    axis.legend(handles=lines, fontsize=7, frameon=False, labelcolor=colours.text, **place)
 
 
 def _inline(svg: str, label: str) -> str:

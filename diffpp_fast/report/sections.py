@@ -135,10 +135,10 @@ def _sheet(sheet: Sheet) -> Markup:
 
 
 def _picture(column: Column, number: int, prompt: str) -> Markup:
-    label = f"{column.run} step {column.step}".strip()
+    lines = [*([column.run] if column.run else []), f"step {column.step}"]
     colour = None if column.place is None else f"border-color: var(--run-{column.place})"
-    image = element("img", src=data_uri(column.pictures[number]), alt=f"{prompt} ({label})", style=colour)
-    return element("div", image, label)
+    image = element("img", src=data_uri(column.pictures[number]), alt=f"{prompt} ({', '.join(lines)})", style=colour)
+    return element("div", image, *(element("span", line) for line in lines))
 
 
 def last_values(runs: Sequence[RunRecord]) -> Markup:
@@ -180,7 +180,8 @@ def _values(name: str, runs: Sequence[RunRecord]) -> list[Markup]:
         found = None if run is runs[0] else figures.difference(runs[0], run, name)
         said = Markup()
         if found is not None:
-            said = element("span", f"{'≈ ' if found.is_noise else ''}{found.value:+.3g}", class_="unit")
+            told = f"{'≈ ' if found.is_noise else ''}{found.value:+.3g}" if found.value else "equal"
+            said = element("span", told, class_="unit")
         cells.append(_value(series.last, series.steps[-1], said))
     return cells
 

@@ -36,6 +36,7 @@ nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; font-size: .9rem; }
 .card figcaption { font-size: .85rem; margin-bottom: .35rem; overflow-wrap: anywhere; }
 .row { display: flex; flex-wrap: wrap; gap: .4rem; }
 .row div { font-size: .72rem; color: var(--faint); width: var(--picture); }
+.row span { display: block; }
 .row img { display: block; width: 100%; border-radius: 4px; border-bottom: 3px solid transparent; }
 .scroll { overflow-x: auto; margin: .5rem 0 1rem; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
