@@ -40,7 +40,15 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, with reports that are begun only: drawing takes time, and the first command has drawn all there is."""
     monkeypatch.chdir(project)
+    monkeypatch.setattr("diffpp_fast.report.write_report", begin_report)
+
+
+def begin_report(folders: list[Path], output: Path) -> Path:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(" ".join(map(str, folders)))
+    return output
 
 
 def scalars(folder: str) -> dict[int, dict[str, Any]]:
@@ -94,11 +102,10 @@ def test_the_report_has_them_side_by_side() -> None:
 def test_what_is_complete_is_left_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_train", lambda *_: pytest.fail("a complete run was trained again"))
     assert "already holds checkpoints: go on with --resume latest" in refusal(capsys, "output=runs/all")
-    Path("runs/all/report.html").unlink()
     assert controls("output=runs/all", "--resume", "latest") == 0
     said = capsys.readouterr().out.splitlines()
     assert said == [*(f"{name}: complete, in runs/all/{name}" for name in NAMES), "report: runs/all/report.html"]
-    assert Path("runs/all/report.html").is_file()
+    assert Path("runs/all/report.html").read_text().split() == [f"runs/all/{name}" for name in NAMES]
 
 
 def test_without_guidance_there_are_two_runs_and_an_interrupted_one_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,7 +127,8 @@ def test_a_complete_run_may_serve_as_the_full_one(capsys: pytest.CaptureFixture[
     assert "belongs to another run" in said and "rewards.optimised.scale was 0.0, is 2.0" in said
     said = refusal(capsys, "output=runs/again", "training.steps=3", "--full", "runs/all/full")
     assert "--full runs/all/full: it is no complete run" in said
-    assert [path.name for path in Path("runs/again").iterdir() if path.is_dir()] == []
+    assert [path.name for path in Path("runs/again").iterdir()] == ["report.html"]
+    assert Path("runs/again/report.html").read_text() == "runs/all/full"
 
 
 def test_an_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

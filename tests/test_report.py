@@ -83,9 +83,7 @@ def record(step: int, **changes: float | None) -> dict[str, Any]:
     """A line of the log."""
     scalars = {
         "fake/loss": 0.25 + 0.001 * step,
-        "generator/score_gap": 0.3,
         "generator/reward": -2.5 + 0.01 * step,
-        "generator/gradient_norm": 900.0 + step,
         "generator/updates_skipped": 0.0,
         "generator/x0_std": 0.98,
         "reference/x0_std": 1.01,

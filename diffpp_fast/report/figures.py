@@ -75,6 +75,10 @@ class Budget(NamedTuple):
     def total(self) -> float:
         return sum(self.phases.values())
 
+    def share(self, phase: str) -> float:
+        """Of the whole step."""
+        return self.phases[phase] / self.total if self.total else 0.0
+
 
 class Effect(NamedTuple):
     """How a scalar differs between two runs by one part of the method: with the other part, and without it."""

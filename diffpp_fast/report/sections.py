@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -85,9 +85,9 @@ def curves(name: str, title: str, panels: Sequence[Panel], runs: Sequence[RunRec
         )
         for panel in panels
     ]  # fmt: skip
-    legend = join(*(join(chip(place), run.name, Markup("&emsp;")) for place, run in enumerate(runs)))
+    legend = [element("span", chip(place), run.name) for place, run in enumerate(runs)]
     return section(
-        name, title, element("p", legend), element("p", _how_drawn(panels, runs), class_="note"),
+        name, title, element("p", *legend, class_="legend"), element("p", _how_drawn(panels, runs), class_="note"),
         element("div", *drawn, class_="panels"),
     )  # fmt: skip
 
@@ -217,37 +217,48 @@ def budgets(runs: Sequence[RunRecord]) -> Markup:
         "Means per step of all logs but the warm-up's and the first of every session, which hold what is done once. "
         "The phases add up to the time that passed; several processes are averaged."
     )
-    places = {name: place % len(PHASES) for place, name in enumerate(found[0][2].phases)}
-    parts: list[Markup] = [element("p", said, class_="note")]
-    for place, run, budget in found:
-        for name in budget.phases:
-            places.setdefault(name, len(places) % len(PHASES))
-        parts.append(_budget(place, run, budget, places))
-    return section("time", "Time of a step", *parts)
-
-
-def _budget(place: int, run: RunRecord, budget: figures.Budget, colours: dict[str, int]) -> Markup:
-    bar = [
-        element("span", style=f"flex: {seconds / budget.total:.6f}; background: var(--phase-{colours[name]})",
-                title=f"{name}: {number(seconds)} s")
-        for name, seconds in budget.phases.items()
+    names = list(dict.fromkeys(name for _, _, budget in found for name in budget.phases))
+    colours = {name: f"background: var(--phase-{place % len(PHASES)})" for place, name in enumerate(names)}
+    rows = [
+        row(join(element("span", class_="chip", style=colours[name]), name),
+            *(_phase(budget, name) for _, _, budget in found))
+        for name in names
     ]  # fmt: skip
-    head = ["phase", "seconds per step", "share", *(["slowest process"] if budget.slowest else [])]
-    rows = []
-    for name, seconds in budget.phases.items():
-        swatch = element("span", class_="chip", style=f"background: var(--phase-{colours[name]})")
-        slowest = [number(budget.slowest[name])] if name in budget.slowest else [""] * bool(budget.slowest)
-        rows.append(row(join(swatch, name), number(seconds), f"{seconds / budget.total:.1%}", *slowest))
-    rows.append(row(element("b", "whole step"), element("td", element("b", number(budget.total))), "100.0%",
-                    *[""] * bool(budget.slowest)))  # fmt: skip
+    rows.append(row(element("b", "whole step"), *(cell(element("b", number(budget.total))) for _, _, budget in found)))
+    head = ("seconds per step", *(join(chip(place), run.name) for place, run, _ in found))
+    return section(
+        "time",
+        "Time of a step",
+        element("p", said, class_="note"),
+        *(_bar(place, run, budget, colours) for place, run, budget in found),
+        table(head, rows, class_="number"),
+    )
+
+
+def _bar(place: int, run: RunRecord, budget: figures.Budget, colours: Mapping[str, str]) -> Markup:
+    """A run's step as a bar of its phases, and what is to be known of it."""
+    parts = [
+        element("span", style=f"flex: {budget.share(name):.6f}; {colours[name]}", title=f"{name}: {number(seconds)} s")
+        for name, seconds in budget.phases.items()
+    ]
     facts = [f"{budget.logs} logs, {budget.skipped} left out"]
     if budget.speed is not None:
         facts.append(f"{number(budget.speed)} samples/s (median)")
     facts += [f"{name} {number(most)} GiB at most" for name, most in sorted(budget.memory.items())]
     return join(
-        element("h3", chip(place), run.name), element("div", *bar, class_="bar"),
-        element("p", "; ".join(facts), class_="note"), table(tuple(head), rows, class_="number"),
-    )  # fmt: skip
+        element("h3", chip(place), run.name),
+        element("div", *parts, class_="bar"),
+        element("p", "; ".join(facts), class_="note"),
+    )
+
+
+def _phase(budget: figures.Budget, name: str) -> Markup:
+    if name not in budget.phases:
+        return cell(NOTHING)
+    share = f"{budget.share(name):.1%}"
+    if name in budget.slowest:
+        share += f", slowest process {number(budget.slowest[name])}"
+    return element("td", number(budget.phases[name]), element("span", share, class_="unit"))
 
 
 def configurations(runs: Sequence[RunRecord]) -> Markup:

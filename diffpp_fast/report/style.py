@@ -5,7 +5,20 @@ from __future__ import annotations
 from diffpp_fast.report.drawing import DARK, LIGHT
 
 #: Of the phases of a step, in turn; told apart from their neighbours also without colours, by the gaps.
-PHASES = ("#4477aa", "#ee7733", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#bbbbbb", "#994455")
+PHASES = (
+    "#4477aa",
+    "#ee7733",
+    "#228833",
+    "#ccbb44",
+    "#aa3377",
+    "#66ccee",
+    "#bbbbbb",
+    "#994455",
+    "#8866cc",
+    "#999933",
+    "#ee99aa",
+    "#117777",
+)
 
 _RULES = """
 * { box-sizing: border-box; }
@@ -38,6 +51,7 @@ nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; font-size: .9rem; }
 .row div { font-size: .72rem; color: var(--faint); width: var(--picture); }
 .row span { display: block; }
 .row img { display: block; width: 100%; border-radius: 4px; border-bottom: 3px solid transparent; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; max-width: none; }
 .scroll { overflow-x: auto; margin: .5rem 0 1rem; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -45,6 +59,7 @@ thead th { white-space: nowrap; }
 tbody th { font-weight: normal; }
 code { font: .85em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 .number td, .number thead th:not(:first-child) { text-align: right; white-space: nowrap; }
+.number tbody th { min-width: 11rem; }
 .number td span { display: block; }
 .wide td { min-width: 14ch; max-width: 46ch; overflow-wrap: anywhere; }
 .changed { background: var(--mark); }
