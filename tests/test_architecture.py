@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "diffpp_fast"
 FLOORS = {
     "errors": 0,
     "kernels": 0,
+    "provenance": 0,
     "noise": 1,
     "schedule": 1,
     "tensor_files": 1,
@@ -21,7 +22,8 @@ FLOORS = {
     "training": 5,
     "bench": 5,
     "evaluation": 6,
-    "cli": 6,
+    "report": 6,
+    "cli": 7,
 }
 HEAVY = {"diffusers", "transformers", "deepspeed", "bitsandbytes", "pydantic", "yaml", "rich", "safetensors", "PIL"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in FLOORS)

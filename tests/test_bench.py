@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffpp_fast import provenance
 from diffpp_fast.bench import machine, providers
 from diffpp_fast.bench.cases import Case, all_cases, choose
 from diffpp_fast.bench.gate import Gate, standard_normal
@@ -457,7 +458,7 @@ def test_outside_a_checkout_there_is_no_commit(tmp_path: Path, monkeypatch: pyte
         folder.mkdir(exist_ok=True)
         if arguments:
             subprocess.run(["git", *arguments], cwd=folder, check=True)
-    monkeypatch.setattr(machine, "PACKAGE", tmp_path / "package")
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "package")
     found = machine.provenance(CPU)
     assert (found.commit, found.dirty) == ("", "")
 

@@ -17,12 +17,14 @@ import yaml
 from diffpp_fast.training import Config, ConfigurationError, load_config
 from diffpp_fast.training.callbacks import (
     Callback,
+    Environment,
     JsonLines,
     Progress,
     TensorBoard,
     WandB,
     progress,
     read_records,
+    read_sessions,
     standard_callbacks,
     tensorboard,
     wandb,
@@ -97,6 +99,41 @@ def test_json_lines_forget_what_a_resume_repeats(tmp_path: Path) -> None:
     tell(JsonLines(path), 3, 4)
     assert [record["step"] for record in read_records(path)] == [1, 2, 3, 4, 4]
     assert read_records(tmp_path / "nowhere.jsonl") == []
+
+
+def test_the_environment_has_a_session_for_every_part_of_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "environment.json"
+    assert read_sessions(path) == []
+    tell(Environment(path, {"device": "one"}), -2, 4)
+    killed = Environment(path, {"device": "another"})
+    killed.on_start(3, 10)
+    first, second = read_sessions(path)
+    assert {"first_step": -2, "last_step": 4, "steps": 10, "device": "one"}.items() <= first.items()
+    assert first["began"] <= first["ended"] <= second["began"]
+    assert (second["first_step"], second["ended"], second["last_step"]) == (3, None, None)
+    # A resume after the kill closes its own session only.
+    tell(Environment(path, {}), 3, 10)
+    assert [session["last_step"] for session in read_sessions(path)] == [4, None, 10]
+
+
+def test_an_environment_that_can_not_be_written_at_the_end_hides_no_other_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    environment = Environment(folder / "environment.json", {})
+    environment.on_start(0, 10)
+    (folder / "environment.json").unlink()
+    folder.rmdir()
+    environment.on_end(3)
+    assert "can't write" in caplog.text
+    Environment(folder / "environment.json", {}).on_end(3)  # never started: nothing to say
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"sessions": 3}', '{"sessions": [3]}'])
+def test_a_damaged_environment_holds_no_session(tmp_path: Path, text: str) -> None:
+    (tmp_path / "environment.json").write_text(text)
+    assert read_sessions(tmp_path / "environment.json") == []
 
 
 def test_tensorboard_shows_scalars_grids_and_warnings(tmp_path: Path) -> None:

@@ -107,6 +107,10 @@ def test_a_run_leaves_all_that_it_promises(config_of) -> None:  # type: ignore[n
     assert load_config(output / "config.yaml") == config
     assert sorted(path.name for path in (output / "grids").iterdir()) == [f"step_00000{step}.png" for step in (0, 2, 4)]
     assert list((output / "tensorboard").glob("events.*"))
+    (session,) = json.loads((output / "environment.json").read_text())["sessions"]
+    assert {"first_step": -2, "last_step": 4, "steps": 4, "processes": 1}.items() <= session.items()
+    assert session["packages"]["torch"] == torch.__version__
+    assert session["grid_prompts"] == list(tiny.PROMPTS[:3])
     last = [record for record in records(config) if record["step"] == 4 and "fake/loss" in record]
     assert len(last) == 1
     assert {

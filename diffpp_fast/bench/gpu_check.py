@@ -28,11 +28,12 @@ from diffpp_fast.bench.cases import Case, all_cases, choose
 from diffpp_fast.bench.files import write_results
 from diffpp_fast.bench.gpu_gate import Checks, Verdict
 from diffpp_fast.bench.gpu_jobs import Ended, Job, State, digest, on_termination, run_jobs
-from diffpp_fast.bench.machine import PACKAGE, Provenance, provenance
+from diffpp_fast.bench.machine import Provenance, provenance
 from diffpp_fast.bench.results import Comparison, Group, compare, failures
 from diffpp_fast.bench.run import Plan, measure
 from diffpp_fast.bench.selftest import small
 from diffpp_fast.kernels import dispatch
+from diffpp_fast.provenance import PACKAGE
 
 ROOT = PACKAGE.parent
 #: Seconds for everything, and of those for the report at the end.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from diffpp_fast.bench.machine import PACKAGE
+from diffpp_fast.provenance import PACKAGE
 
 #: Seconds between two looks at the processes.
 INTERVAL = 0.1

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from diffpp_fast.provenance import commit, device_name, package_version
 from diffpp_fast.version import __version__
 
-PACKAGE = Path(__file__).resolve().parent.parent
 #: Assumed where the system does not tell the size of the last-level cache.
 LIKELY_CACHE = 32 * 2**20
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -36,24 +33,15 @@ class Provenance(NamedTuple):
 
 
 def provenance(device: torch.device) -> Provenance:
-    commit, dirty = _commit()
     return Provenance(
-        commit,
-        dirty,
+        *commit(),
         __version__,
         torch.__version__,
-        _version("triton"),
+        package_version("triton"),
         platform.python_version(),
         device_name(device),
         datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return f"{_cpu_model()} ({cores} core{'s' * (cores > 1)}, {torch.backends.cpu.get_cpu_capability()})"
 
 
 def last_level_cache(device: torch.device) -> int:
@@ -73,36 +61,3 @@ def intra_op_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, "") or platform.processor() or platform.machine()
-
-
-def _commit() -> tuple[str, str]:
-    # A virtual environment may lie inside somebody else's checkout.
-    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return "", ""
-    changes = _git("status", "--porcelain", "--untracked-files=no", ":/")
-    return _git("describe", "--always", "--tags") or "", "yes" if changes else "no"
-
-
-def _git(*arguments: str) -> str | None:
-    """What git prints in the package's folder; None if it fails or is not there."""
-    try:
-        done = subprocess.run(["git", *arguments], cwd=PACKAGE, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""

@@ -100,7 +100,7 @@ class Grid:
         images = decode(run.sampler, latents, batch=self.batch)
         rewards = {"grid/reward": run.reward, "grid/held_out": run.held_out}
         scores = {name: self._mean_score(reward, images) for name, reward in rewards.items() if reward is not None}
-        return tile(images, columns=_columns(len(self.prompts))), scores
+        return tile(images, columns=columns_of(len(self.prompts))), scores
 
     @torch.no_grad()
     def _mean_score(self, reward: LatentReward, images: torch.Tensor) -> float:
@@ -111,7 +111,7 @@ class Grid:
         return [slice(start, start + self.batch) for start in range(0, len(self.prompts), self.batch)]
 
 
-def _columns(count: int) -> int:
+def columns_of(count: int) -> int:
     """As square as it gets, rather wide than high."""
     return math.isqrt(count - 1) + 1
 

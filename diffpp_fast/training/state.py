@@ -82,8 +82,8 @@ def read_state(folder: Path, engines: Sequence[Engine]) -> Position:
 
 def refuse_other_run(folder: Path, config: Config, prompts: PromptSource) -> None:
     """Raises CheckpointError if the configuration would make another run of the one that saved this checkpoint."""
-    before = dict(_flat(load_config(folder / "config.yaml").model_dump(mode="json")))
-    after = dict(_flat(config.model_dump(mode="json")))
+    before = dict(flat(load_config(folder / "config.yaml").model_dump(mode="json")))
+    after = dict(flat(config.model_dump(mode="json")))
     changes = [
         f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
         for key in sorted({*before, *after})
@@ -102,9 +102,10 @@ def _free(key: str) -> bool:
     return any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys with dots and their values, of a configuration as nested mappings."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

@@ -17,7 +17,7 @@ from diffpp_fast.training.baseline import Baseline, measure_baseline, read_basel
 from diffpp_fast.training.batches import Batches
 from diffpp_fast.training.build import build_run
 from diffpp_fast.training.build.embeddings import open_embeddings
-from diffpp_fast.training.callbacks import Callback, standard_callbacks
+from diffpp_fast.training.callbacks import Callback, Environment, describe_environment, standard_callbacks
 from diffpp_fast.training.checkpoint import Checkpoints, read_scores
 from diffpp_fast.training.config import Config, Ema
 from diffpp_fast.training.distributed import World
@@ -107,7 +107,9 @@ class Trainer:
         self.callbacks: list[Callback] = []
         if self.world.is_main:
             watch = Watch(lambda *warning: self._tell("on_warning", *warning), self.output / "metrics.jsonl")
-            self.callbacks = [*standard_callbacks(config), watch, *callbacks]
+            facts = describe_environment(self.world, self.grid.prompts)
+            environment = Environment(self.output / "environment.json", facts)
+            self.callbacks = [environment, *standard_callbacks(config), watch, *callbacks]
         self._baseline: Baseline | None = None
         self._encode = self.phases.wrap(self.parts.sampler.encode, "prompts")
         self._means = Means()

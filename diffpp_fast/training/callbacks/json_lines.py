@@ -39,7 +39,7 @@ class JsonLines(Callback):
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl as far as they are whole: a kill leaves an unfinished one; no file, no lines."""
     records = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
         try:
             record = json.loads(line)
         except ValueError:

@@ -1,0 +1,135 @@
+"""`diffpp-fast controls`."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffpp_fast.cli.quiet import Stderr, hide_loading_bars
+
+if TYPE_CHECKING:
+    from diffpp_fast.training import Outcome
+    from diffpp_fast.training.controls import Control
+
+DESCRIPTION = """\
+Trains a configuration and its controls, one after the other: without the reward's gradient, without guidance, and
+without both, from the same seed on the same prompts, latents, times and noise. Then it writes a report on them.
+
+  diffpp-fast controls align.yaml
+  diffpp-fast controls align.yaml training.steps=200 output=runs/emoji-controls
+  diffpp-fast controls align.yaml --resume latest
+  diffpp-fast controls align.yaml output=runs/emoji-controls --full runs/emoji
+  torchrun --nproc-per-node 8 -m diffpp_fast controls align.yaml --only no-reward
+
+Into the configuration's `output` go full/, no-reward/, no-guidance/ and neither/, as far as there is something to
+switch off, and report.html.
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "controls",
+        help="train a configuration with and without reward and guidance",
+        description=DESCRIPTION,
+        epilog="What each control tells is in docs/reporting.md.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", help="paths in it are relative to its folder")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for `diffpp-fast train`")
+    parser.add_argument(
+        "--resume", choices=["latest"], help="leave out what is complete, and go on with what was interrupted"
+    )
+    parser.add_argument("--only", metavar="NAME", help="train this one alone; several processes need it")
+    parser.add_argument(
+        "--full", type=Path, metavar="RUN", help="a complete run of the same configuration, which is not trained again"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from diffpp_fast.report import check_drawing, is_run, write_report
+    from diffpp_fast.training.controls import NAMES, check_control, controls_of
+    from diffpp_fast.training.loading import load_config
+    from diffpp_fast.training.prompts import open_prompts
+
+    check_drawing()
+    config = load_config(arguments.config, arguments.overrides)
+    controls = controls_of(config)
+    if arguments.full is not None:
+        controls[0] = controls[0].at(arguments.full)
+    chosen = _chosen(controls, arguments.only)
+    prompts = open_prompts(config.prompts)
+    # All of them before the first one begins.
+    complete = [_check(control, arguments, check_control(control, prompts)) for control in chosen]
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", handlers=[Stderr()])
+    hide_loading_bars()
+    logging.getLogger("diffpp_fast").setLevel(logging.INFO)
+    say = print if is_main else lambda *_, **__: None
+    left_out = [name for name in NAMES if name not in {control.name for control in controls}]
+    if left_out:
+        absent = "reward" if "no-reward" in left_out else "guidance"
+        say(f"{', '.join(left_out)}: left out, there is no {absent} to switch off")
+    for control, done in zip(chosen, complete, strict=True):
+        say(f"{control.name}: {'complete, in' if done else 'into'} {control.folder}", flush=True)
+        if done:
+            continue
+        outcome = _train(control, arguments.resume)
+        if outcome.signal is not None:
+            say(f"stopped after step {outcome.step} of {control.name}; to go on:\n  {_command(arguments)}")
+            return 128 + outcome.signal
+    if is_main:
+        runs = [control.folder for control in controls if is_run(control.folder)]
+        print(f"report: {write_report(runs, Path(config.output) / 'report.html')}")
+    return 0
+
+
+def _chosen(controls: Sequence[Control], only: str | None) -> list[Control]:
+    from diffpp_fast.errors import ConfigurationError
+
+    names = ", ".join(control.name for control in controls)
+    if only is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigurationError(
+            f"several processes train one run per launch: launch one after the other with --only NAME, of {names}"
+        )
+    chosen = [control for control in controls if only in (None, control.name)]
+    if not chosen:
+        raise ConfigurationError(f"--only {only}: the runs of this configuration are {names}")
+    return chosen
+
+
+def _check(control: Control, arguments: argparse.Namespace, complete: bool | None) -> bool:
+    """Whether there is nothing left to do for this run; `complete` is None where nothing has been done yet."""
+    from diffpp_fast.errors import CheckpointError
+
+    if control.folder == arguments.full:
+        if not complete:
+            raise CheckpointError(f"--full {arguments.full}: it is no complete run: train it to its end first")
+    elif complete is not None and arguments.resume is None:
+        raise CheckpointError(
+            f"{control.folder} already holds checkpoints: go on with --resume latest, or choose another output=FOLDER"
+        )
+    return bool(complete)
+
+
+def _train(control: Control, resume: str | None) -> Outcome:
+    from diffpp_fast.training.trainer import Trainer
+
+    # What the run before has left goes first: a trainer's listeners know it and it knows them.
+    gc.collect()
+    return Trainer(control.config, resume=resume).run()
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    command = ["diffpp-fast", "controls", arguments.config, *arguments.overrides, "--resume", "latest"]
+    for option in ("only", "full"):
+        if getattr(arguments, option) is not None:
+            command += [f"--{option}", str(getattr(arguments, option))]
+    return shlex.join(command)

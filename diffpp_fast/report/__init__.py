@@ -1,0 +1,7 @@
+"""Floor 6: what runs have logged, as one page."""
+
+from diffpp_fast.report.drawing import check_drawing
+from diffpp_fast.report.runs import find_runs, is_run
+from diffpp_fast.report.write import write_report
+
+__all__ = ["check_drawing", "find_runs", "is_run", "write_report"]

@@ -1,0 +1,144 @@
+"""Sample grids before and after, cut into their pictures so that each stands with its prompt."""
+
+from __future__ import annotations
+
+import io
+from base64 import b64encode
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import NamedTuple
+
+from PIL import Image
+
+from diffpp_fast.report.runs import Picture, RunRecord
+from diffpp_fast.training.grids import columns_of
+
+#: Prompts that are shown; a grid may have more.
+MOST_PROMPTS = 32
+#: Pixels: larger pictures are shown in this size, and those up to the second one without loss.
+MOST_PIXELS, EXACT_PIXELS = 256, 128
+JPEG_QUALITY = 90
+#: Prompts in the PNG beside the page.
+PNG_PROMPTS = 12
+#: Inches of a picture there, and of the names at the left and the prompts at the top; letters of a prompt in a line.
+PNG_CELL, PNG_LEFT, PNG_TOP, PNG_LETTERS = 1.1, 0.5, 0.45, 20
+
+
+class Column(NamedTuple):
+    """Pictures of one grid, in the order of the prompts.
+
+    Attributes:
+        run: whose; "" where there is one run, or all share the grid.
+        place: of the run among those of the report; None in these cases.
+        step: of the generator.
+        pictures: one per prompt.
+    """
+
+    run: str
+    place: int | None
+    step: int
+    pictures: list[Image.Image]
+
+
+class Sheet(NamedTuple):
+    """Grids with the same prompts side by side: what the runs began with, and what each has come to."""
+
+    prompts: tuple[str, ...]
+    columns: list[Column]
+
+
+def sheets_of(runs: Sequence[RunRecord]) -> list[Sheet]:
+    """The first and the last grid of every run that has any; runs with other prompts have a sheet of their own.
+
+    A note is added to a run of which a grid is left out.
+    """
+    by_prompts: dict[tuple[str, ...], list[list[Column]]] = {}
+    for place, run in enumerate(runs):
+        # From both ends: only a grid that can't be shown makes the one behind it looked at.
+        first, last = (
+            next(((grid, cut) for grid in grids if (cut := _cut(grid, run.notes)) is not None), None)
+            for grids in (run.grids, run.grids[::-1])
+        )
+        if first is None or last is None:
+            continue
+        ends = [last] if first[0] == last[0] else [first, last]
+        if first[0].prompts != last[0].prompts:
+            run.notes.append(f"{first[0].path.name} is left out: its prompts are not those of {last[0].path.name}")
+            ends = [last]
+        several = len(runs) > 1
+        columns = [
+            Column(run.name if several else "", place if several else None, grid.step, pictures)
+            for grid, pictures in ends
+        ]
+        by_prompts.setdefault(last[0].prompts or (), []).append(columns)
+    return [Sheet(prompts, _side_by_side(found)) for prompts, found in by_prompts.items()]
+
+
+def data_uri(picture: Image.Image) -> str:
+    """The picture inside the page itself."""
+    exact = max(picture.size) <= EXACT_PIXELS
+    if max(picture.size) > MOST_PIXELS:
+        picture = picture.copy()
+        picture.thumbnail((MOST_PIXELS, MOST_PIXELS), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    if exact:
+        picture.save(file, "PNG")
+    else:
+        picture.save(file, "JPEG", quality=JPEG_QUALITY)
+    return f"data:image/{'png' if exact else 'jpeg'};base64,{b64encode(file.getvalue()).decode()}"
+
+
+def write_png(path: Path, sheet: Sheet) -> None:
+    """One row per grid, one column per prompt, for the first few prompts."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = min(PNG_PROMPTS, len(sheet.prompts))
+    rows = len(sheet.columns)
+    width, height = PNG_CELL * shown + PNG_LEFT, PNG_CELL * rows + PNG_TOP
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    figure.subplots_adjust(PNG_LEFT / width, 0.02, 0.99, 1 - PNG_TOP / height, wspace=0.08, hspace=0.08)
+    grid = figure.subplots(rows, shown, squeeze=False)
+    for row, (axes, column) in enumerate(zip(grid, sheet.columns, strict=True)):
+        for axis, picture, prompt in zip(axes, column.pictures, sheet.prompts, strict=False):
+            axis.imshow(picture)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_frame_on(False)
+            if row == 0:
+                axis.set_title(fill(prompt, PNG_LETTERS, max_lines=3), fontsize=6, parse_math=False)
+        axes[0].set_ylabel(f"{column.run}\nstep {column.step}".strip(), fontsize=7, parse_math=False)
+    figure.savefig(path, dpi=150)
+
+
+def _cut(grid: Picture, notes: list[str]) -> list[Image.Image] | None:
+    """The grid's pictures, row by row; None, with a note, where that can't be done."""
+    if grid.prompts is None:
+        notes.append(f"{grid.path.name} is left out: environment.json does not tell its prompts")
+        return None
+    try:
+        with Image.open(grid.path) as opened:
+            image = opened.convert("RGB")
+    except OSError as error:
+        notes.append(f"{grid.path.name} is left out: {error}")
+        return None
+    columns = columns_of(len(grid.prompts))
+    rows = -(-len(grid.prompts) // columns)
+    if image.width % columns or image.height % rows:
+        notes.append(f"{grid.path.name} is left out: {image.width} x {image.height} is no grid of its prompts")
+        return None
+    width, height = image.width // columns, image.height // rows
+    corners = [(place % columns * width, place // columns * height) for place in range(len(grid.prompts))]
+    return [image.crop((left, top, left + width, top + height)) for left, top in corners]
+
+
+def _side_by_side(runs: Sequence[Sequence[Column]]) -> list[Column]:
+    """What they began with, once if it is the same for all, and then their last grids."""
+    first = [columns[0] for columns in runs if len(columns) > 1]
+    last = [columns[-1] for columns in runs]
+    bytes_of = [[picture.tobytes() for picture in column.pictures] for column in first]
+    if len(first) > 1 and all(one == bytes_of[0] for one in bytes_of):
+        first = [first[0]._replace(run="", place=None)]
+    return [*first, *last]
