@@ -20,7 +20,7 @@ FLOORS = {
     "training": 5,
     "bench": 5,
     "evaluation": 6,
-    "cli": 6,
+    "cli": 7,
 }
 HEAVY = {"diffusers", "transformers", "deepspeed", "bitsandbytes", "pydantic", "yaml", "rich", "safetensors", "PIL"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in FLOORS)
