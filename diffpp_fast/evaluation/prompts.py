@@ -91,7 +91,7 @@ def _coco_captions(file: Path, annotations: list[Any]) -> list[str]:
 
 def _read_parti(file: Path) -> Iterator[Prompt]:
     # Its fields are not quoted: a quotation mark is part of the prompt.
-    for number, line in enumerate(_text(file).splitlines()[1:], 2):
+    for number, line in enumerate(_text(file).split("\n")[1:], 2):
         fields = line.split("\t")
         if line.strip() and (len(fields) < 2 or not fields[0].strip()):
             raise ConfigurationError(f"prompts: {file}, line {number}: no prompt and category between tabs")
@@ -100,7 +100,7 @@ def _read_parti(file: Path) -> Iterator[Prompt]:
 
 
 def _first_line(file: Path) -> str:
-    return next(iter(_text(file).splitlines()), "")
+    return _text(file).partition("\n")[0]
 
 
 def _text(file: Path) -> str:
