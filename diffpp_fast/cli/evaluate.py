@@ -67,11 +67,13 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    from diffpp_fast.evaluation.files import refuse_used_folder
     from diffpp_fast.evaluation.metrics import Scores, parse_metrics
     from diffpp_fast.evaluation.models import refuse_equal_names
+    from diffpp_fast.evaluation.plan import SEED, STRIDE, Plan
     from diffpp_fast.evaluation.prompts import read_prompts
     from diffpp_fast.evaluation.report import print_summary
-    from diffpp_fast.evaluation.run import SEED, STRIDE, Plan, evaluate, refuse_used_folder
+    from diffpp_fast.evaluation.run import evaluate
     from diffpp_fast.training.distributed import choose_device
 
     seed = SEED if arguments.seed is None else arguments.seed
@@ -102,10 +104,9 @@ def run(arguments: argparse.Namespace) -> int:
         summary = evaluate(
             plan, judge, reference, arguments.output, lambda name, done: bar.update(tasks[name], completed=done)
         )
-    console = Console(soft_wrap=True, highlight=False)
-    print_summary(
-        summary, console if console.is_terminal else Console(width=200, soft_wrap=True, highlight=False, markup=False)
-    )
+    # Where it isn't read from a terminal, tables should not be broken at 80 columns.
+    width = None if Console().is_terminal else 200
+    print_summary(summary, Console(width=width, soft_wrap=True, highlight=False, markup=False))
     print(f"everything is in {arguments.output}: summary.json, prompts.csv, pictures.csv, grid.png")
     return 0
 

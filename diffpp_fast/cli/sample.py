@@ -43,7 +43,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--prompts", dest="prompt_file", metavar="FILE", help="prompts in any format that a run reads, instead"
     )
     parser.add_argument("--column", metavar="NAME", help="of the prompt in a table (prompt)")
-    add_model(parser)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--run",
+        dest="source",
+        type=Path,
+        metavar="FOLDER",
+        help="a run's output folder, or one of its checkpoints; default: the run under runs/ that saved last",
+    )
+    which.add_argument("--model", type=Path, metavar="FOLDER", help="a folder that `diffpp-fast export` wrote")
+    add_surroundings(parser)
     parser.add_argument(
         "--out", "--grid", type=Path, metavar="FILE.png",
         help="all pictures as one (samples.png; none where --images is given alone)",
@@ -56,20 +65,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="that networks compute in (the run's)")
     parser.set_defaults(run=run)
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """The options that name a single generator."""
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--run",
-        dest="source",
-        type=Path,
-        metavar="FOLDER",
-        help="a run's output folder, or one of its checkpoints; default: the run under runs/ that saved last",
-    )
-    which.add_argument("--model", type=Path, metavar="FOLDER", help="a folder that `diffpp-fast export` wrote")
-    add_surroundings(parser)
 
 
 def add_surroundings(parser: argparse.ArgumentParser) -> None:

@@ -84,7 +84,7 @@ class Distances:
                 continue
             metric.subset_size = min(SUBSET_SIZE, *counts.values())
             with torch.random.fork_rng(devices=[]):  # it draws its subsets from the global generator
-                torch.manual_seed(SUBSET_SEED)
+                torch.default_generator.manual_seed(SUBSET_SEED)
                 mean, std = metric.compute()
             found[name] = {"value": float(mean), "std": float(std), "subset_size": metric.subset_size}
         return {

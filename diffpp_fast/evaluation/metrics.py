@@ -98,6 +98,11 @@ class Scores:
                 factory = Factory(factory=score.factory, arguments=dict(score.arguments))
                 self._rewards[score.name] = as_reward(load_scorer(f"metric {score.name}", factory, device))
 
+    @property
+    def names(self) -> list[str]:
+        """In the order of the tables."""
+        return [score.name for score in self.wanted]
+
     @torch.no_grad()
     def __call__(self, pictures: torch.Tensor, prompts: Sequence[str]) -> dict[str, list[float]]:
         """pictures uint8 [B, 3, H, W] and B prompts -> B numbers for each name.
