@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 #: Pages whose Python blocks run, each alone and as it is, but for those whose title says that they need more.
 PAGES = (
     "README.md",
+    "docs/evaluation.md",
     "docs/index.md",
     "docs/models.md",
     "docs/operators.md",

@@ -7,7 +7,7 @@ import errno
 import sys
 from collections.abc import Sequence
 
-from diffpp_fast.cli import bench, controls, doctor, embed, export, plan, report, sample, train
+from diffpp_fast.cli import bench, controls, doctor, embed, evaluate, export, plan, report, sample, train
 from diffpp_fast.errors import UserError
 from diffpp_fast.version import __version__
 
@@ -19,6 +19,7 @@ Aligns one-step text-to-image generators with a reward (Diff-Instruct++), from p
   diffpp-fast controls align.yaml --resume latest
   diffpp-fast report runs/emoji
   diffpp-fast sample --run runs/emoji "a red apple" --out apple.png
+  diffpp-fast evaluate runs/emoji --prompts prompts.txt --metrics image_reward --output scores
   diffpp-fast export runs/emoji --out generator
   diffpp-fast bench kernels
   diffpp-fast doctor
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # DeepSpeed's launcher puts this in front of a program's own arguments; LOCAL_RANK says the same.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (plan, embed, train, controls, report, sample, export, bench, doctor):
+    for command in (plan, embed, train, controls, report, sample, evaluate, export, bench, doctor):
         command.add_parser(commands)
     arguments, late = parser.parse_known_args(argv)
     if late:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from diffpp_fast.methods import Batch
 from diffpp_fast.methods.base import LATENT
@@ -118,15 +119,27 @@ def columns_of(count: int) -> int:
 
 def tile(images: torch.Tensor, columns: int) -> torch.Tensor:
     """images [N, 3, H, W] about [-1, 1] -> one [rows H, columns W, 3] uint8 on the CPU; a short last row ends white."""
-    count, channels, height, width = images.shape
-    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    return tile_bytes(to_bytes(images), columns)
+
+
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """images [N, 3, H, W] about [-1, 1] -> uint8 on the CPU, of the same shape."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def tile_bytes(pixels: torch.Tensor, columns: int) -> torch.Tensor:
+    """pixels [N, 3, H, W] uint8 -> one [rows H, columns W, 3]; a short last row ends white."""
+    count, channels, height, width = pixels.shape
     rows = -(-count // columns)
     missing = pixels.new_full((rows * columns - count, channels, height, width), 255)
     cells = torch.cat([pixels, missing]).view(rows, columns, channels, height, width)
     return cells.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, channels)
 
 
-def write_png(path: Path, pixels: torch.Tensor) -> None:
-    """pixels: [H, W, 3] uint8; the folder is made."""
+def write_png(path: Path, pixels: torch.Tensor, facts: Mapping[str, str] | None = None) -> None:
+    """pixels: [H, W, 3] uint8; facts: text that goes into the file; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.numpy()).save(path)
+    text = PngInfo()
+    for name, value in (facts or {}).items():
+        text.add_itxt(name, value)
+    Image.fromarray(pixels.numpy()).save(path, pnginfo=text)

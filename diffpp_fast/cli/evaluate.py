@@ -1,0 +1,137 @@
+"""`diffpp-fast evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffpp_fast.cli.quiet import hide_loading_bars
+from diffpp_fast.cli.sample import add_surroundings, check_addresses, positive
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffpp_fast.evaluation.distances import Distances
+    from diffpp_fast.evaluation.models import Source
+
+DESCRIPTION = """\
+Scores generators: each draws the same prompts at the same latents, and what it draws is scored.
+
+  diffpp-fast evaluate runs/align --prompts prompts.txt --metrics pick_score,clip_score --output build/scores
+  diffpp-fast evaluate before=align.yaml after=runs/align --prompts prompts.txt --metrics rewards.py:imagenet \\
+      --output build/compared
+  diffpp-fast evaluate generator --config align.yaml --prompts captions_val2014.json --limit 5000 \\
+      --metrics fid,kid --reference-images val2014 --inception weights-inception-2015-12-05-6726825d.pth \\
+      --output build/fid
+
+A MODEL is a run, a checkpoint, a folder that `diffpp-fast export` wrote, or a configuration, whose generator is then
+taken as it begins. Metrics are image_reward, pick_score, hps_v21, clip_score, aesthetic, fid, kid, and any scorer as
+configurations name it, file.py:name or module:name.
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="score generators on the same prompts and latents",
+        description=DESCRIPTION,
+        epilog="What each metric computes, and how published tables compare: docs/evaluation.md.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="or NAME=MODEL, for the tables")
+    add("--prompts", required=True, metavar="FILE", help="as a run reads them, or HPSv2's, PartiPrompts, MS-COCO's")
+    add("--column", metavar="NAME", help="of the prompt in a table (prompt)")
+    add("--limit", type=positive, metavar="N", help="only the first prompts (all)")
+    add("--metrics", required=True, metavar="NAME,...", help="what to compute")
+    add(
+        "--set", dest="settings", action="append", default=[], metavar="METRIC.ARGUMENT=VALUE",
+        help="an argument of a metric's factory, e.g. pick_score.path=/weights/PickScore_v1",
+    )  # fmt: skip
+    add("--output", type=Path, required=True, metavar="FOLDER", help="for tables and pictures")
+    add("--reference-images", type=Path, metavar="FOLDER", help="of fid and kid")
+    add("--inception", type=Path, metavar="FILE", help="Inception's weights, for fid and kid")
+    add("--images-per-prompt", type=positive, default=1, metavar="N", help="(1)")
+    add("--seed", type=int, help="of the latents (20250101, which no training begins with)")
+    add("--first-sample", type=int, default=0, metavar="N", help="sample number of the first prompt (0)")
+    add("--batch", type=positive, default=8, metavar="N", help="pictures that are drawn and scored at a time (8)")
+    add("--no-images", dest="images", action="store_false", help="keep no picture but the grid")
+    add_surroundings(parser)
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--dtype", choices=["float32", "bfloat16"], help="that generators compute in (the run's)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from diffpp_fast.evaluation.files import refuse_used_folder
+    from diffpp_fast.evaluation.metrics import Scores, parse_metrics
+    from diffpp_fast.evaluation.models import refuse_equal_names
+    from diffpp_fast.evaluation.plan import SEED, STRIDE, Plan
+    from diffpp_fast.evaluation.prompts import read_prompts
+    from diffpp_fast.evaluation.report import print_summary
+    from diffpp_fast.evaluation.run import evaluate
+    from diffpp_fast.training.distributed import choose_device
+
+    seed = SEED if arguments.seed is None else arguments.seed
+    check_addresses(seed, arguments.first_sample, arguments.images_per_prompt * STRIDE)
+    refuse_used_folder(arguments.output)
+    wanted, distances = parse_metrics([name.strip() for name in arguments.metrics.split(",")], arguments.settings)
+    prompts = read_prompts(arguments.prompts, column=arguments.column, limit=arguments.limit)
+    sources = [_source(text, arguments) for text in arguments.models]
+    refuse_equal_names(sources)
+    hide_loading_bars()
+    device = choose_device(arguments.device)
+    plan = Plan(
+        sources=sources,
+        prompts=prompts,
+        prompt_file=arguments.prompts,
+        images_per_prompt=arguments.images_per_prompt,
+        seed=seed,
+        first_sample=arguments.first_sample,
+        batch=arguments.batch,
+        device=device,
+        keep_images=arguments.images,
+    )
+    judge = Scores(wanted, device) if wanted else None
+    reference = _distances(distances, arguments, device) if distances else None
+    total = len(prompts) * arguments.images_per_prompt
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        tasks = {source.name: bar.add_task(source.name, total=total) for source in sources}
+        summary = evaluate(
+            plan, judge, reference, arguments.output, lambda name, done: bar.update(tasks[name], completed=done)
+        )
+    # Where it isn't read from a terminal, tables should not be broken at 80 columns.
+    width = None if Console().is_terminal else 200
+    print_summary(summary, Console(width=width, soft_wrap=True, highlight=False, markup=False))
+    print(f"everything is in {arguments.output}: summary.json, prompts.csv, pictures.csv, grid.png")
+    return 0
+
+
+def _source(text: str, arguments: argparse.Namespace) -> Source:
+    from diffpp_fast.evaluation.models import find_source
+
+    name, equals, path = text.partition("=")
+    named = bool(equals) and "/" not in name and not Path(text).exists()
+    return find_source(
+        Path(path if named else text),
+        name=name if named else None,
+        which=arguments.checkpoint,
+        config=arguments.config,
+        base=arguments.base,
+        precision=arguments.dtype,
+    )
+
+
+def _distances(names: list[str], arguments: argparse.Namespace, device: torch.device) -> Distances:
+    from diffpp_fast.errors import ConfigurationError
+    from diffpp_fast.evaluation.distances import Distances
+    from diffpp_fast.evaluation.inception import load_inception
+
+    if arguments.reference_images is None:
+        raise ConfigurationError(f"{' and '.join(names)}: the pictures to compare with are missing: --reference-images")
+    network = load_inception(arguments.inception, device)
+    return Distances(names, network, arguments.reference_images, batch=arguments.batch, device=device)

@@ -1,0 +1,64 @@
+"""Means with 95 % confidence intervals, of one model and of the difference of two on the same prompts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+LEVEL = 0.95
+#: How many standard errors an interval reaches to each side: 1.96.
+REACH = NormalDist().inv_cdf((1 + LEVEL) / 2)
+METHOD = (
+    f"mean ± {REACH:.2f} s / sqrt(n), the normal approximation over n prompts: s is the standard deviation (n - 1) of "
+    "what each prompt's pictures have on average"
+)
+PAIRED = "the same of each prompt's difference between the two models, which saw the same prompts and latents"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over prompts.
+
+    Attributes:
+        mean: of n independent values.
+        std: their standard deviation, with n - 1; NaN for one value.
+        count: n.
+    """
+
+    mean: float
+    std: float
+    count: int
+
+    @property
+    def margin(self) -> float:
+        """Half the width of the 95 % interval; NaN for one value."""
+        return REACH * self.std / math.sqrt(self.count)
+
+
+def estimate(values: np.ndarray) -> Estimate:
+    """values [n], one for each prompt -> their mean, in float64.
+
+    Prompts count as drawn independently from a population, which is what the interval generalises to; the several
+    pictures of one prompt don't count as independent, so they are averaged first.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    return Estimate(
+        mean=float(values.mean()), std=float(values.std(ddof=1)) if len(values) > 1 else math.nan, count=len(values)
+    )
+
+
+def difference(model: np.ndarray, baseline: np.ndarray) -> Estimate:
+    """model, baseline [n], of the same n prompts in the same order -> the mean of model - baseline.
+
+    What a prompt's difficulty adds to both falls out, so that the interval is narrower than those of two separate means
+    where the models agree on which prompts are easy.
+    """
+    return estimate(np.asarray(model, dtype=np.float64) - np.asarray(baseline, dtype=np.float64))
+
+
+def preferred(model: np.ndarray, baseline: np.ndarray) -> float:
+    """model, baseline [n] -> the share of prompts where the model's value is the higher one; a tie counts half."""
+    return float(np.mean((model > baseline) + 0.5 * (model == baseline)))

@@ -1,0 +1,72 @@
+"""Pictures by address: a function of weights, prompt, seed and sample number, and files that say so themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from diffpp_fast.errors import ConfigurationError, NonFiniteError
+from diffpp_fast.evaluation.models import Model
+from diffpp_fast.training.grids import decode, sample_latents, to_bytes
+from diffpp_fast.version import __version__
+
+
+def draw(model: Model, prompts: Sequence[str], samples: Sequence[int], *, seed: int) -> torch.Tensor:
+    """One picture for each of B prompts, in one batch.
+
+    Args:
+        model: the generator.
+        prompts: B of them.
+        samples: their sample numbers: picture b comes from the latent `Noise(seed, samples[b], stream=0)`, whatever
+            else is in the batch.
+        seed: in [0, 2^64).
+
+    Returns uint8 [B, 3, H, W] on the CPU: what a picture is in its file, and what is scored.
+
+    Raises NonFiniteError, naming the prompt, for a picture with NaN or infinity.
+    """
+    sampler, device = model.sampler, next(model.sampler.trained.network.parameters()).device
+    numbers = torch.tensor(samples, dtype=torch.int64, device=device)
+    shape = model.config.models.latent_shape
+    latents = sample_latents(sampler, prompts, numbers, seed=seed, shape=shape, batch=len(prompts))
+    images = decode(sampler, latents, batch=len(prompts))
+    for prompt, finite in zip(prompts, images.flatten(1).isfinite().all(1).tolist(), strict=True):
+        if not finite:
+            raise NonFiniteError(f"{model.name}: the picture of {prompt!r} is not finite")
+    return to_bytes(images)
+
+
+def facts_of(model: Model, prompt: str, *, seed: int, sample: int) -> dict[str, str]:
+    """What a picture is a function of, as text for its file."""
+    return {
+        "prompt": prompt,
+        "seed": str(seed),
+        "sample": str(sample),
+        "model": model.origin,
+        "weights": f"sha256:{model.fingerprint}",
+        "timestep": str(model.config.models.generator.timestep),
+        "input_scale": str(model.config.models.generator.input_scale),
+        "precision": model.config.precision,
+        "Software": f"diffpp-fast {__version__}",
+    }
+
+
+def read_facts(path: Path) -> dict[str, str]:
+    """The text in a PNG file, by name."""
+    with Image.open(path) as image:
+        image.load()  # text may come after the pixels
+        text: dict[str, str] = getattr(image, "text", {})
+        return {name: str(value) for name, value in text.items()}
+
+
+def read_picture(path: Path) -> torch.Tensor:
+    """A picture file as uint8 [3, H, W], RGB. Raises ConfigurationError for what can't be read."""
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ConfigurationError(f"can't read the picture {path}: {error}") from None
