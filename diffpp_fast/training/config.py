@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from diffpp_fast.methods.diff_instruct import FakeWeighting, Weighting
+from diffpp_fast.methods.diff_instruct import Weighting
+from diffpp_fast.methods.method import FakeWeighting
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
