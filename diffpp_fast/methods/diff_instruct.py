@@ -100,6 +100,8 @@ class DiffInstructPP(DiffInstruct):
     this is Diff-Instruct.
     """
 
+    takes_reward = True
+
     def __init__(
         self,
         generator: Generator,

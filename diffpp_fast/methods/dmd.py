@@ -43,7 +43,7 @@ class DMD2(Method):
         normalizer_floor: the least that the normaliser may be, in units of x0. None is 1e-6; for "sample" that of
             mean|r| instead, in one pass with the gradient.
         discriminator: (x_t, t, conditioning) -> logits [B], on features of the TA; needs `Batch.real`. It learns in
-            `fake_loss`, so its own parameters belong into the TA's optimizer.
+            `fake_loss`, so its own parameters belong into the TA's optimizer. networks.MiddleBlockDiscriminator is one.
         gan_weight: of softplus(-logit) in the generator's loss, per sample, against the sum over elements of the
             distribution-matching gradient. The published weight stands against its mean: multiply it by the elements.
         fake_gan_weight: of softplus(logit of generated) + softplus(-logit of real) in the TA's loss.

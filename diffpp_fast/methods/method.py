@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 
@@ -54,6 +54,11 @@ class Method(ABC):
         fake_weighting: lambda(t) of the TA's denoising loss: of the prediction itself (1), of the x0 that it implies
             (k^2), of the score (k^2 alpha^2 / sigma^4); or a function of t.
     """
+
+    #: Whether the arguments reward, reward_scale and reward_clip are there.
+    takes_reward: ClassVar[bool] = False
+    #: Whether the generator's loss is differentiated through the TA and the reference, and not under no_grad.
+    differentiates_networks: ClassVar[bool] = False
 
     def __init__(
         self,

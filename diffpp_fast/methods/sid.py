@@ -30,6 +30,8 @@ class SiD(Method):
             needs `Batch.null_conditioning` and costs one more call of the TA in both losses.
     """
 
+    differentiates_networks = True
+
     def __init__(
         self,
         generator: Generator,

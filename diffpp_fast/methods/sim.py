@@ -35,6 +35,8 @@ class SIM(Method):
         huber_c: c, in units of the whole sample's score: where the distance turns from squared into plain.
     """
 
+    differentiates_networks = True
+
     def __init__(
         self,
         generator: Generator,
@@ -117,6 +119,8 @@ class DiffInstructStar(SIM):
     Args, beyond those of `SIM`: reward, reward_scale and reward_clip, those of `RewardTerm`, and
         guidance: "inside" or "outside".
     """
+
+    takes_reward = True
 
     def __init__(
         self,
