@@ -4,70 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from method_cases import (
+    SCHEDULES,
+    SHAPE,
+    Convolution,
+    GaussianScore,
+    T,
+    batch_of,
+    quadratic_reward,
+    train_gaussians,
+    x0_of,
+)
 from torch import nn
 
 from diffpp_fast import Noise, NoiseSchedule
 from diffpp_fast.methods import Batch, DiffInstruct, DiffInstructPP
-
-T = 1000
-SHAPE = (2, 3, 3)
-
-
-def variance_preserving(prediction_type: str = "epsilon") -> NoiseSchedule:
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64).square()
-    cumulative = (1 - betas).cumprod(0)
-    return NoiseSchedule(cumulative.sqrt(), (1 - cumulative).sqrt(), prediction_type=prediction_type)
-
-
-def rectified_flow() -> NoiseSchedule:
-    sigmas = (torch.arange(T, dtype=torch.float64) + 1) / (T + 1)
-    return NoiseSchedule(1 - sigmas, sigmas, prediction_type="flow_prediction")
-
-
-SCHEDULES = {
-    "epsilon": variance_preserving(),
-    "v_prediction": variance_preserving("v_prediction"),
-    "flow_prediction": rectified_flow(),
-    "sample": variance_preserving("sample"),
-}
-
-
-class Convolution(nn.Module):
-    """A network of any role: (x, t, conditioning) or (z, conditioning) -> the shape of x."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.weight = nn.Parameter(torch.randn(SHAPE[0], SHAPE[0], 3, 3, generator=generator) / 3)
-
-    def forward(self, x: torch.Tensor, *rest: object) -> torch.Tensor:
-        *_, conditioning = rest
-        return nn.functional.conv2d(x, self.weight.to(x.dtype), padding=1).tanh() + conditioning
-
-
-def batch_of(count: int = 4, first: int = 100) -> Batch:
-    return Batch(
-        torch.arange(first, first + count),
-        torch.full((count, 1, 1, 1), 0.5),
-        seed=3,
-        shape=SHAPE,
-        null_conditioning=torch.zeros(count, 1, 1, 1),
-    )
-
-
-def quadratic_reward(x0: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
-    return -(x0 - conditioning).square().flatten(1).sum(1)
-
-
-def x0_of(prediction_type: str, x_t: torch.Tensor, o: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """The x0 that a prediction implies, each from its own definition."""
-    if prediction_type == "epsilon":
-        return (x_t - s * o) / a
-    if prediction_type == "v_prediction":
-        return a * x_t - s * o
-    if prediction_type == "flow_prediction":
-        return x_t - s * o
-    return o
 
 
 @pytest.mark.parametrize("weighting", ["x0", "score", "unit", "mean_abs", "function"])
@@ -226,19 +177,6 @@ def test_fake_loss_is_weighted_denoising(weighting: str) -> None:
     torch.testing.assert_close(loss.double(), errors[weighting].mean(), rtol=2e-4, atol=1e-7)
 
 
-class GaussianScore(nn.Module):
-    """Exact epsilon of data N(mean, I) under a variance-preserving schedule; the conditioning shifts the mean."""
-
-    def __init__(self, schedule: NoiseSchedule, mean: torch.Tensor) -> None:
-        super().__init__()
-        self.schedule = schedule
-        self.mean = nn.Parameter(mean.clone())
-
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        alpha, sigma = (c.view(-1, 1) for c in self.schedule.coefficients(t))
-        return sigma * (x_t - alpha * (self.mean + shift))
-
-
 @pytest.mark.parametrize(("weighting", "guidance"), [("x0", 1.0), ("score", 1.0), ("unit", 1.0), ("x0", 3.0)])
 def test_gaussian_reaches_the_analytic_optimum(weighting: str, guidance: float) -> None:
     """Generator N(theta, I), reference N(m, I), reward <v, x0>.
@@ -260,24 +198,7 @@ def test_gaussian_reaches_the_analytic_optimum(weighting: str, guidance: float) 
         guidance_scale=guidance,
         weighting=weighting,  # type: ignore[arg-type]
     )
-    count, rounds = 1024, 160
-    conditioning, null = cond_mean.expand(count, 3), torch.zeros(count, 3)
-    optimizers = {
-        "fake": torch.optim.SGD(fake.parameters(), lr=2.5),
-        "generator": torch.optim.SGD([theta], lr=1.0),
-    }
-    first = 0
-    for step in range(rounds):
-        for group in optimizers["generator"].param_groups:
-            group["lr"] = 1.0 if step < rounds // 2 else 1.0 * (rounds - step) / (rounds / 2)
-        for role in ("fake", "fake", "fake", "generator"):
-            samples = torch.arange(first, first + count)
-            first += count
-            batch = Batch(samples, conditioning, seed=1, shape=(3,), null_conditioning=null)
-            loss = (method.fake_loss if role == "fake" else method.generator_loss)(batch).loss
-            optimizers[role].zero_grad()
-            loss.backward()
-            optimizers[role].step()
+    train_gaussians(method, theta, fake, cond_mean)
 
     alpha, sigma = schedule.alphas.double(), schedule.sigmas.double()
     curvature = {"x0": sigma**2, "score": alpha**2, "unit": sigma * alpha}[weighting].mean().float()

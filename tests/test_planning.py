@@ -194,6 +194,44 @@ def test_autocast_copies_trained_weights_once_for_the_graph() -> None:
     assert trained > 2 * matrices
 
 
+@pytest.mark.parametrize("method", ["sid", "sim", "diff_instruct_star"])
+def test_methods_that_differentiate_networks_pay_for_two_backward_passes(small: Setup, method: str) -> None:
+    """A backward pass by the inputs alone costs a forward pass, and what autograd keeps for it is alive meanwhile."""
+    low = replace(small, precision="bfloat16", reference_dtype=None, decoder_dtype=None)
+    plain, counted = (count(replace(low, method=name)) for name in ("dmd2", method))
+    for network in ("reference", "fake"):
+        once, back = operations(counted, "generator", network), operations(counted, "generator", f"{network} backward")
+        assert once == operations(plain, "generator", network) and back == pytest.approx(once, rel=0.05)
+    assert operations(counted, "fake", "fake backward") == operations(plain, "fake", "fake backward")
+    peaks = [max(phase.peak for phase in each.phases if phase.update == "generator") for each in (plain, counted)]
+    assert peaks[1] > 2 * peaks[0]
+    checkpointed = count(replace(low, method=method, activation_checkpointing=True))
+    recomputed = [phase for phase in checkpointed.phases if phase.name in ("reference backward", "fake backward")]
+    assert [set(phase.operations) for phase in recomputed] == [{BFLOAT16}] * 3
+    assert operations(checkpointed, "generator", "reference backward") > 1.5 * operations(
+        checkpointed, "generator", "reference"
+    )
+
+
+def test_every_call_of_a_network_is_counted(small: Setup) -> None:
+    calls = {name: count(replace(small, method=name, **options)) for name, options in CALLS.items()}
+    once = operations(calls["dmd2"], "generator", "reference") / 2
+    assert operations(calls["decoupled_dmd"], "generator", "reference") == pytest.approx(3 * once)
+    assert replace(small, method="decoupled_dmd").reference_calls == 3 and small.reference_calls == 2
+    for update in ("generator", "fake"):
+        assert operations(calls["sid"], update, "fake") == pytest.approx(2 * operations(calls["dmd2"], update, "fake"))
+    outside = calls["diff_instruct_star"]
+    assert operations(outside, "generator", "reference backward") == pytest.approx(once, rel=0.05)
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "dmd2": {},
+    "decoupled_dmd": {},
+    "sid": {"fake_guided": True},
+    "diff_instruct_star": {"guidance_outside": True},
+}
+
+
 def test_everything_is_freed_between_updates(small: Setup) -> None:
     counted = count(small)
     first = next(phase for phase in counted.phases if phase.update == "generator")
@@ -395,6 +433,12 @@ def test_every_part_of_the_setup_comes_from_the_configuration(project: Path) -> 
     assert (setup.rounds, setup.micro, setup.fake_rounds, setup.precision) == (2, 2, 3, "bfloat16")
     assert setup.decoder_checkpoint and setup.guided and setup.generator.ema and not setup.fake.ema
     assert isinstance(setup.models, Models) and setup.models.masked
+    assert setup.method == "diff_instruct_pp" and not setup.fake_guided and not setup.guidance_outside
+    sid = ["method.name=sid", "method.fake_guidance_scale=2", "rewards.optimised=null"]
+    setup = setup_of(load_config(project, sid))
+    assert (setup.method, setup.fake_guided, setup.fake_rounds) == ("sid", True, 1)
+    star = setup_of(load_config(project, ["method.name=diff_instruct_star", "method.guidance=outside"]))
+    assert star.method == "diff_instruct_star" and star.guidance_outside
 
 
 @pytest.mark.slow

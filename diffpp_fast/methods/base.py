@@ -1,4 +1,4 @@
-"""What every method shares: the batch of addresses, the result of a step, and the injection of a known gradient."""
+"""What methods are told and what they give back: batch, roles as callables, result, injection of a known gradient."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from diffpp_fast.noise import Noise
 
-#: Which stream of addressed randomness serves what. The last two initialise LoRA adapters, where samples are layers.
-#: Streams from 6 on are free for other uses.
+#: Which stream of addressed randomness serves what. The adapters' initialise LoRA, where samples are layers.
 LATENT, DIFFUSION, TIMESTEP, PROMPT_ORDER, GENERATOR_ADAPTER, FAKE_ADAPTER = 0, 1, 2, 3, 4, 5
+#: Of methods that look at a sample at two noise levels, and at real latents. Streams from 9 on are free for other uses.
+SECOND_TIMESTEP, SECOND_DIFFUSION, REAL_DIFFUSION = 6, 7, 8
 
 #: (z [B, *shape], conditioning) -> x0 [B, *shape]
 Generator = Callable[[torch.Tensor, Any], torch.Tensor]
@@ -21,6 +22,10 @@ Generator = Callable[[torch.Tensor, Any], torch.Tensor]
 Denoiser = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
 #: (x0 [B, *shape], conditioning) -> one reward per sample [B]
 Reward = Callable[[torch.Tensor, Any], torch.Tensor]
+#: (x_t [B, *shape], t [B] int64, conditioning) -> one logit per sample [B], high for real latents
+Discriminator = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
+#: t [B] int64 -> one weight per sample [B]
+TimeFunction = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Batch:
         seed: the run's seed.
         shape: of one latent, without the batch.
         null_conditioning: the unconditional counterpart, for B samples; needed when a method is guided.
+        real: real latents [B, *shape] of the same prompts; needed by a discriminator and by nothing else.
     """
 
     samples: torch.Tensor
@@ -40,6 +46,7 @@ class Batch:
     seed: int = 0
     shape: tuple[int, ...] = (4, 64, 64)
     null_conditioning: Any = None
+    real: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.samples.shape[0]
@@ -77,3 +84,19 @@ def inject_gradient(x0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     value and derivative, but loses the gradient's small digits in the subtraction.
     """
     return _InjectGradient.apply(x0, gradient)
+
+
+def norms(tensor: torch.Tensor) -> torch.Tensor:
+    """[B], float32: of each sample."""
+    return tensor.float().flatten(1).norm(dim=1)
+
+
+def per_sample(numbers: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[B] -> [B, 1, ...], to be multiplied with `like`."""
+    return numbers.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    """Raises ValueError for what is neither one of the names nor a function of t."""
+    if value not in known and not callable(value):
+        raise ValueError(f"{name} must be one of {', '.join(known)} or a function of t, got {value!r}")

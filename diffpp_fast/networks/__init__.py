@@ -4,6 +4,7 @@ from diffpp_fast.networks.attention import AttentionProcessor, set_attention
 from diffpp_fast.networks.conditioning import Conditioning
 from diffpp_fast.networks.decoder import FrozenDecoder
 from diffpp_fast.networks.denoiser import Denoiser
+from diffpp_fast.networks.discriminator import MiddleBlockDiscriminator
 from diffpp_fast.networks.fusion import FusionRow, fuse, fusion_report, unfuse
 from diffpp_fast.networks.loading import load_decoder, load_denoiser, load_schedule
 from diffpp_fast.networks.one_step import OneStepGenerator
@@ -16,6 +17,7 @@ __all__ = [
     "DualTextEncoder",
     "FrozenDecoder",
     "FusionRow",
+    "MiddleBlockDiscriminator",
     "OneStepGenerator",
     "TextEncoder",
     "fuse",

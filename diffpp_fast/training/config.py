@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from diffpp_fast.methods.diff_instruct import FakeWeighting, Weighting
+from diffpp_fast.methods import METHODS
+from diffpp_fast.methods.diff_instruct import Weighting
+from diffpp_fast.methods.method import FakeWeighting
+from diffpp_fast.methods.sim import Guidance, ScoreWeighting
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -131,15 +135,62 @@ class Models(Section):
     latent_shape: tuple[Positive, Positive, Positive]
 
 
+MethodName = Literal["diff_instruct", "diff_instruct_pp", "dmd2", "decoupled_dmd", "sid", "sim", "diff_instruct_star"]
+
+#: What keys of the section `method` are by default where a method takes them and another does not, or another default.
+METHOD_KEYS: Mapping[str, Mapping[str, Any]] = {
+    "diff_instruct": {"fake_rounds": 1, "weighting": "x0"},
+    "diff_instruct_pp": {"fake_rounds": 1, "weighting": "x0"},
+    "dmd2": {"fake_rounds": 5},
+    "decoupled_dmd": {"fake_rounds": 5, "guidance_t_range": None},
+    "sid": {"fake_rounds": 1, "fake_guidance_scale": 1.0, "sid_alpha": 1.0},
+    "sim": {"fake_rounds": 1, "weighting": "x0", "huber_c": 1.0},
+    "diff_instruct_star": {"fake_rounds": 1, "weighting": "x0", "huber_c": 1.0, "guidance": "inside"},
+}
+
+
 class Method(Section):
     """Arguments of `diffpp_fast.methods`, where they are explained."""
 
-    name: Literal["diff_instruct", "diff_instruct_pp"]
+    name: MethodName
     guidance_scale: float = 1.0
-    weighting: Weighting = "x0"
     t_range: tuple[NotNegative, Positive] | None = None
+    #: 5 for dmd2 and decoupled_dmd.
     fake_rounds: Positive = 1
     fake_weighting: FakeWeighting = "prediction"
+    #: From here on keys of some methods, null for the others.
+    weighting: Weighting | None = None
+    sid_alpha: float | None = None
+    fake_guidance_scale: float | None = None
+    huber_c: Annotated[float, Field(gt=0)] | None = None
+    guidance: Guidance | None = None
+    guidance_t_range: tuple[NotNegative, Positive] | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether a network is called without prompt, too."""
+        return (self.guidance_scale, self.fake_guidance_scale or 1.0) != (1.0, 1.0)
+
+    # Not before validation: the values would no longer count as JSON's, where a strict schema takes a list for a tuple.
+    @model_validator(mode="after")
+    def _fill_in(self) -> Method:
+        """The named method's defaults, in place of keys that are open."""
+        defaults = METHOD_KEYS[self.name]
+        open_keys = {key for key in defaults if key not in self.model_fields_set or getattr(self, key) is None}
+        return self.model_copy(update={key: defaults[key] for key in open_keys})
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> Method:
+        own = METHOD_KEYS[self.name]
+        others = {key for keys in METHOD_KEYS.values() for key in keys} - set(own)
+        for key in sorted(others):
+            if getattr(self, key) is not None:
+                owners = [name for name, keys in METHOD_KEYS.items() if key in keys]
+                raise ValueError(f"{key} belongs to {' and '.join(owners)}, not to {self.name}: remove it")
+        known = get_args(ScoreWeighting)
+        if METHODS[self.name].differentiates_networks and self.weighting not in (None, *known):
+            raise ValueError(f"weighting of {self.name} should be {' or '.join(known)}, got {self.weighting!r}")
+        return self
 
 
 class Reward(Section):
@@ -387,12 +438,38 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _networks_differentiate(self) -> Config:
+        """What the methods that differentiate through fake score and reference can't do."""
+        name, distributed = self.method.name, self.distributed
+        if not METHODS[name].differentiates_networks:
+            return self
+        through = f"{name} differentiates through the fake score and the reference"
+        if distributed.engine != "plain" and distributed.fake.stage == 3:
+            raise ValueError(
+                f"{through}, whose weights stage 3 gathers for the engine's own backward pass only: use "
+                "distributed.fake.stage=2"
+            )
+        if distributed.reference != "replica":
+            raise ValueError(
+                f"{through}, which {distributed.reference} spreads for calls without gradient: use "
+                "distributed.reference=replica"
+            )
+        if self.training.activation_checkpointing and self.models.fake.lora is not None:
+            raise ValueError(
+                f"{through}: with training.activation_checkpointing their blocks would be computed again with one "
+                "adapter for both. Turn it off, or train all of the fake score with models.fake.lora=null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _parts_fit(self) -> Config:
         rewards, optimised = self.rewards, self.rewards.optimised
-        if self.method.name == "diff_instruct" and optimised is not None:
-            raise ValueError("diff_instruct optimises no reward: remove rewards.optimised or use diff_instruct_pp")
-        if self.method.name == "diff_instruct_pp" and optimised is None:
-            raise ValueError("diff_instruct_pp needs rewards.optimised")
+        name, takes_reward = self.method.name, METHODS[self.method.name].takes_reward
+        if not takes_reward and optimised is not None:
+            rewarded = " or ".join(name for name, method in METHODS.items() if method.takes_reward)
+            raise ValueError(f"{name} optimises no reward: remove rewards.optimised or use {rewarded}")
+        if takes_reward and optimised is None:
+            raise ValueError(f"{name} needs rewards.optimised")
         if self.models.decoder is None and (optimised or rewards.held_out or self.training.grid_every):
             raise ValueError("models.decoder is missing: rewards and sample grids see decoded images")
         if rewards.held_out is not None and self.training.grid_every is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpp_fast.methods import DiffInstruct, DiffInstructPP
+from diffpp_fast.methods import METHODS, Method
 from diffpp_fast.networks import Conditioning, OneStepGenerator, load_decoder, load_schedule
 from diffpp_fast.schedule import NoiseSchedule
 from diffpp_fast.training.build.checks import agree, naming
@@ -56,7 +56,7 @@ class Run:
     sampler: Sampler
     fake: Trained
     reference: nn.Module
-    method: DiffInstruct
+    method: Method
     null: Conditioning | None
     reward: LatentReward | None
     held_out: LatentReward | None
@@ -95,21 +95,21 @@ def build_run(config: Config, world: World, phases: Phases, embeddings: Embeddin
     decoder = None if sampler.decoder is None else phases.wrap(sampler.decoder, "decode")
     reward = _load_reward("rewards.optimised", config.rewards.optimised, decoder, device)
     held_out = _load_reward("rewards.held_out", config.rewards.held_out, decoder, device)
-    arguments: dict[str, Any] = settings.model_dump(exclude={"name"})
-    if settings.name == "diff_instruct_pp":
+    arguments: dict[str, Any] = settings.model_dump(exclude={"name"}, exclude_none=True)
+    if METHODS[settings.name].takes_reward:
         assert config.rewards.optimised is not None and reward is not None  # the schema sees to it
         optimised = config.rewards.optimised
         timed = phases.wrap(reward, "reward")
         arguments.update(reward=timed, reward_scale=optimised.scale, reward_clip=optimised.clip)
     with naming("method"):
-        method = (DiffInstructPP if settings.name == "diff_instruct_pp" else DiffInstruct)(
+        method = METHODS[settings.name](
             phases.wrap(sampler.generator, "generator"),
             phases.wrap(fake.denoise, "fake"),
             phases.wrap(reference, "reference"),
             sampler.schedule,
             **arguments,
         )
-    null = text.null() if settings.guidance_scale != 1.0 else None
+    null = text.null() if settings.guided else None
     return Run(sampler, fake, reference, method, null, reward, held_out)
 
 

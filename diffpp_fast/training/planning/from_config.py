@@ -42,7 +42,10 @@ def setup_of(config: Config, gpus: int = 1) -> Setup:
         text_resident=config.prompts.embeddings is None,
         rewards=_towers(config.rewards.optimised),
         held_out=_towers(config.rewards.held_out),
+        method=config.method.name,
         guided=config.method.guidance_scale != 1.0,
+        fake_guided=(config.method.fake_guidance_scale or 1.0) != 1.0,
+        guidance_outside=config.method.guidance == "outside",
         fake_rounds=config.method.fake_rounds,
     )
 

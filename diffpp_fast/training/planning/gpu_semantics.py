@@ -55,6 +55,10 @@ class GpuSemantics:
         finally:
             self._autocast, self._copies = before
 
+    def recompute(self, enabled: bool) -> None:
+        """From here on, outside of `autocast`, functions do as inside it, without a cache, if `enabled`."""
+        self._autocast, self._copies = enabled, None
+
     def _call(self, function: Callable[..., Any], cast: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         if self._autocast:
             args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))

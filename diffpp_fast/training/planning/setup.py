@@ -64,7 +64,10 @@ class Setup:
         reference_dtype, decoder_dtype: of weights and of what is computed with them; None: the run's precision.
         text_resident: the text encoders stay on the GPU; False where embeddings are read from files.
         rewards: what scores the images; None without a reward. `held_out` scores those of the sample grids.
-        guided: the reference is called twice.
+        method: its name in a configuration.
+        guided: the reference is called with the prompt and without.
+        fake_guided: the fake score, too, in both updates.
+        guidance_outside: of Diff-Instruct*, the call without prompt needs no gradient.
     """
 
     models: Models
@@ -83,7 +86,10 @@ class Setup:
     text_resident: bool = True
     rewards: Towers | None = None
     held_out: Towers | None = None
+    method: str = "diff_instruct_pp"
     guided: bool = True
+    fake_guided: bool = False
+    guidance_outside: bool = False
     fake_rounds: int = 1
 
     def __post_init__(self) -> None:
@@ -106,6 +112,12 @@ class Setup:
     def dtype(self) -> torch.dtype:
         """That networks are computed in."""
         return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+    @property
+    def reference_calls(self) -> int:
+        """In a generator's update, for each micro-batch."""
+        # Decoupled DMD asks for the output with the prompt at both of its noise levels.
+        return 1 + self.guided * (2 if self.method == "decoupled_dmd" else 1)
 
     @property
     def micro(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpp_fast.methods import Batch, DiffInstruct, DiffInstructPP
+from diffpp_fast.methods import METHODS, Batch, Method
 from diffpp_fast.networks import Denoiser, FrozenDecoder, OneStepGenerator, fuse
 from diffpp_fast.training.planning.gpu_semantics import GpuSemantics
 from diffpp_fast.training.planning.ledger import Ledger
@@ -102,8 +102,12 @@ class _Book:
         self._update = update
         self.enter("", update)
 
-    def enter(self, name: str, owner: str) -> None:
-        """What comes now is the phase `name`; what it allocates is `owner`'s. Without a name it belongs to no phase."""
+    def enter(self, name: str, owner: str, *, recomputed: bool = False) -> None:
+        """What comes now is the phase `name`; what it allocates is `owner`'s. Without a name it belongs to no phase.
+
+        Args:
+            recomputed: autocast, for what a backward pass computes again.
+        """
         total = Counter(self.operations.by_dtype)
         if self._name:
             at_peak = {role: size for role, size in self.ledger.at_peak.items() if size}
@@ -111,9 +115,18 @@ class _Book:
         self._name, self._before = name, total
         self.ledger.owner = owner
         self.ledger.restart()
+        self.semantics.recompute(recomputed)
 
     def network(self, name: str, owner: str, call: Callable[..., Tensor], autocast: bool) -> Callable[..., Tensor]:
-        """A network whose calls are a phase; arithmetic between them goes to the phase before and to the update."""
+        """A network whose calls are a phase; arithmetic between them goes to the phase before and to the update.
+
+        So is its backward pass, where it has one of its own before the update's.
+        """
+        backward = f"{name} backward"
+
+        def differentiated(_: Tensor) -> None:
+            if self._name != backward:
+                self.enter(backward, owner, recomputed=autocast)
 
         def called(*inputs: Any) -> Tensor:
             if self._name != name:
@@ -122,6 +135,8 @@ class _Book:
             with self.semantics.autocast(autocast):
                 result = call(*inputs)
             self.ledger.owner = self._update
+            if result.requires_grad and name in ("fake", "reference"):
+                result.register_hook(differentiated)
             return result
 
         return called
@@ -153,16 +168,23 @@ class _Networks:
             null_conditioning=conditioning(self.reference, setup.models, setup.micro),
         )
 
-    def method(self, book: _Book) -> DiffInstruct:
+    def method(self, book: _Book) -> Method:
         setup = self.setup
         head = OneStepGenerator(Denoiser(self.generator), self.schedule, timestep=setup.models.timestep)
         generator = book.network("generator", "generator", head, _low(self._backbone(setup.generator)))
         fake = book.network("fake", "fake", Denoiser(self.fake), _low(self._backbone(setup.fake)))
         reference = book.network("reference", "reference", Denoiser(self.reference), _low(self.reference.dtype))
-        # Of the weightings the one that no schedule can make infinite: all cost the same.
-        arguments: dict[str, Any] = {"guidance_scale": 2.0 if setup.guided else 1.0, "weighting": "unit"}
-        if self.scorer is None or self.decoder is None:
-            return DiffInstruct(generator, fake, reference, self.schedule, **arguments)
+        of = METHODS[setup.method]
+        arguments: dict[str, Any] = {"guidance_scale": 2.0 if setup.guided else 1.0}
+        if setup.method in ("diff_instruct", "diff_instruct_pp", "sim", "diff_instruct_star"):
+            # Of the weightings one that no schedule can make infinite: all cost the same.
+            arguments["weighting"] = "score" if of.differentiates_networks else "unit"
+        if setup.fake_guided:
+            arguments["fake_guidance_scale"] = 2.0
+        if setup.guidance_outside:
+            arguments["guidance"] = "outside"
+        if self.scorer is None or self.decoder is None or not of.takes_reward:
+            return of(generator, fake, reference, self.schedule, **arguments)
         frozen = FrozenDecoder(self.decoder, checkpoint=setup.decoder_checkpoint)
         decode = book.network("decoder", "decoder", frozen, _low(self.decoder.dtype))
         score = book.network("reward", "reward", self.scorer, autocast=False)
@@ -172,7 +194,8 @@ class _Networks:
             book.enter("reward and decoder backward", "decoder")
             return rewards
 
-        return DiffInstructPP(generator, fake, reference, self.schedule, reward, 1.0, **arguments)
+        arguments |= {"reward": reward, "reward_scale": 1.0}
+        return of(generator, fake, reference, self.schedule, **arguments)
 
     def sizes(self) -> dict[str, Size]:
         sizes = {"generator": size_of(self.generator), "fake": size_of(self.fake), "reference": size_of(self.reference)}

@@ -98,7 +98,7 @@ def _sent(setup: Setup, counted: Counted, role: str) -> int:
             total += weights * calls * setup.rounds
     if role == "generator" and setup.reference != "replica":
         width = (setup.reference_dtype or setup.dtype).itemsize
-        total += counted.sizes["reference"].elements * width * (1 + setup.guided) * setup.rounds
+        total += counted.sizes["reference"].elements * width * setup.reference_calls * setup.rounds
     return int(total * share)
 
 
@@ -117,7 +117,7 @@ def _to_host(setup: Setup, counted: Counted, role: str) -> int:
         total += part * setup.dtype.itemsize * 2 * setup.rounds
     if role == "generator" and setup.reference == "offload":
         part = counted.sizes["reference"].elements // setup.gpus
-        total += part * (setup.reference_dtype or setup.dtype).itemsize * (1 + setup.guided) * setup.rounds
+        total += part * (setup.reference_dtype or setup.dtype).itemsize * setup.reference_calls * setup.rounds
     return total
 
 

@@ -1,0 +1,169 @@
+"""DMD2, improved distribution matching distillation (arXiv 2405.14867).
+
+The distribution-matching gradient on a sample is (X_fake - X_guided) / mean|x0 - X_guided|. The TA learns several
+rounds per generator step ("two time scales"), and a discriminator on the TA's features can pull towards real latents.
+Checked against the published code; docs/method.md says where this differs from it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+
+from diffpp_fast import ops
+from diffpp_fast.methods.base import (
+    REAL_DIFFUSION,
+    SECOND_DIFFUSION,
+    SECOND_TIMESTEP,
+    Batch,
+    Denoiser,
+    Discriminator,
+    Generator,
+    StepOutput,
+    TimeFunction,
+    norms,
+    per_sample,
+)
+from diffpp_fast.methods.method import FakeWeighting, Method
+from diffpp_fast.methods.through_networks import gradient_through
+from diffpp_fast.schedule import NoiseSchedule
+
+Normalizer = Literal["sample", "batch"]
+
+
+class DMD2(Method):
+    """Distribution matching with the published normaliser; without a discriminator it needs no images.
+
+    Args, beyond those of `Method`:
+        fake_rounds: 5, the paper's for SDXL (10 for Stable Diffusion 1.5).
+        normalizer: mean|x0 - X_guided| is taken over each sample ("sample", as published), or over all samples of the
+            call ("batch"), which then depends on the size of the micro-batch.
+        normalizer_floor: the least that the normaliser may be, in units of x0. None is 1e-6; for "sample" that of
+            mean|r| instead, in one pass with the gradient.
+        discriminator: (x_t, t, conditioning) -> logits [B], on features of the TA; needs `Batch.real`. It learns in
+            `fake_loss`, so its own parameters belong into the TA's optimizer. networks.MiddleBlockDiscriminator is one.
+        gan_weight: of softplus(-logit) in the generator's loss, per sample, against the sum over elements of the
+            distribution-matching gradient. The published weight stands against its mean: multiply it by the elements.
+        fake_gan_weight: of softplus(logit of generated) + softplus(-logit of real) in the TA's loss.
+        gan_t_range: diffusion times at which the discriminator looks; None is `t_range`.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        fake: Denoiser,
+        reference: Denoiser,
+        schedule: NoiseSchedule,
+        *,
+        guidance_scale: float = 1.0,
+        normalizer: Normalizer = "sample",
+        normalizer_floor: float | None = None,
+        t_range: tuple[int, int] | None = None,
+        fake_rounds: int = 5,
+        fake_weighting: FakeWeighting | TimeFunction = "prediction",
+        discriminator: Discriminator | None = None,
+        gan_weight: float = 1.0,
+        fake_gan_weight: float = 1e-2,
+        gan_t_range: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(
+            generator,
+            fake,
+            reference,
+            schedule,
+            guidance_scale=guidance_scale,
+            t_range=t_range,
+            fake_rounds=fake_rounds,
+            fake_weighting=fake_weighting,
+        )
+        if normalizer not in get_args(Normalizer):
+            raise ValueError(f"normalizer must be one of {', '.join(get_args(Normalizer))}, got {normalizer!r}")
+        if normalizer_floor is not None and not normalizer_floor > 0.0:
+            raise ValueError(f"normalizer_floor must be above 0, or None, got {normalizer_floor}")
+        self.normalizer = normalizer
+        self.normalizer_floor = 1e-6 if normalizer_floor is None and normalizer == "batch" else normalizer_floor
+        self.discriminator = discriminator
+        self.gan_weight = gan_weight
+        self.fake_gan_weight = fake_gan_weight
+        self.gan_t_range = self.t_range if gan_t_range is None else self._times_within("gan_t_range", gan_t_range)
+
+    def fake_loss(self, batch: Batch) -> StepOutput:
+        """The TA's denoising loss and, where there is a discriminator, its own (gradient to both of them only)."""
+        if self.discriminator is None:
+            return super().fake_loss(batch)
+        if batch.real is None or batch.real.shape != (len(batch), *batch.shape):
+            got = None if batch.real is None else tuple(batch.real.shape)
+            raise ValueError(
+                f"the discriminator needs Batch.real, {(len(batch), *batch.shape)} real latents, got {got}"
+            )
+        with torch.no_grad():
+            x0 = self._sample(batch)
+        denoising = self._denoising_loss(batch, x0)
+        generated, real = self._logits(batch, x0, SECOND_DIFFUSION), self._logits(batch, batch.real, REAL_DIFFUSION)
+        adversarial = (F.softplus(generated) + F.softplus(-real)).mean()
+        loss = denoising + self.fake_gan_weight * adversarial
+        metrics = {
+            "denoising_loss": denoising,
+            "gan_loss": adversarial,
+            "logit": generated.mean(),
+            "real_logit": real.mean(),
+        }
+        return StepOutput(loss, {name: value.detach() for name, value in {"loss": loss, **metrics}.items()})
+
+    def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(X_fake - X_guided) / mean|x0 - X_guided|, and what pulls the discriminator's logits up."""
+        gradient, gap_sq = self._matching_gradient(batch, x0)
+        metrics = self._gap_metrics(gap_sq, gradient)
+        if self.discriminator is None:
+            return gradient, metrics
+        losses, adversarial = gradient_through(
+            (self.fake, self.discriminator),
+            lambda x0: F.softplus(-self._logits(batch, x0, SECOND_DIFFUSION)),
+            x0,
+        )
+        adversarial = self.gan_weight * adversarial
+        metrics.update(gan_loss=losses.mean(), gan_gradient_norm=norms(adversarial).mean())
+        return gradient + adversarial, metrics
+
+    @torch.no_grad()
+    def _matching_gradient(self, batch: Batch, x0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradient of distribution matching, and sum d^2 per sample."""
+        at = self._noised(batch, x0)
+        fake = self._ask_fake(batch, at)
+        cond, uncond = self._ask_reference(batch, at)
+        k = self.schedule.gap_scale(at.t)
+        # Over one sample k cancels but for its sign.
+        fused = self.normalizer_floor is None
+        gap = ops.score_gap(
+            fake,
+            cond,
+            uncond,
+            guidance_scale=self.guidance_scale,
+            scale=k.sign() if fused else k,
+            normalizer="mean_abs" if fused else None,
+            x0=x0,
+            noise=at.noise,
+            alpha=at.alpha,
+            sigma=at.sigma,
+            prediction_type=self.schedule.prediction_type,
+        )
+        if self.normalizer_floor is None:
+            return gap.gradient, gap.gap_sq
+        assert gap.residual_abs is not None  # the target was given
+        distance = k.abs() * gap.residual_abs  # mean|x0 - X_guided|
+        if self.normalizer == "batch":
+            distance = distance.mean().expand_as(distance)
+        return gap.gradient / per_sample(distance.clamp(min=self.normalizer_floor), gap.gradient), gap.gap_sq
+
+    def _logits(self, batch: Batch, x0: torch.Tensor, stream: int) -> torch.Tensor:
+        """Of latents at a noise level of their own: generated and real ones share the times."""
+        assert self.discriminator is not None
+        at = self._noised(batch, x0, t_range=self.gan_t_range, streams=(SECOND_TIMESTEP, stream))
+        logits = self.discriminator(at.x_t, at.t, batch.conditioning)
+        if logits.shape != batch.samples.shape:
+            raise ValueError(
+                f"the discriminator must give one logit per sample, shape ({len(batch)},), got {tuple(logits.shape)}"
+            )
+        return logits.float()

@@ -1,0 +1,67 @@
+"""A reward's share of the gradient on the samples, for the methods that take one."""
+
+from __future__ import annotations
+
+import torch
+
+from diffpp_fast.methods.base import Batch, Reward, norms, per_sample
+
+
+class RewardTerm:
+    """Subtracts scale dR/dx0 from a gradient on the samples.
+
+    The reward's graph is differentiated and freed in here, so that only one vector of x0's size of it meets the
+    generator's own backward pass.
+
+    Args:
+        reward: (x0, conditioning) -> [B], or None. Differentiated by x0 only.
+        scale: alpha_rew. With 0 the reward is still evaluated and logged, without gradient.
+        clip: the most that the norm of a sample's reward term may be, in norms of the gradient that it is subtracted
+            from: a longer one is shortened, in its direction. None: as long as it is. By sample, so that it depends on
+            no other of the batch. The norms that are logged are those before.
+    """
+
+    def __init__(self, reward: Reward | None, scale: float, clip: float | None = None) -> None:
+        if reward is None and scale != 0.0:
+            raise ValueError(f"reward_scale is {scale}, but no reward was given")
+        if clip is not None and not clip > 0.0:
+            raise ValueError(f"reward_clip must be above 0, or None, got {clip}")
+        self.reward = reward
+        self.scale = scale
+        self.clip = clip
+
+    def subtract(
+        self, gradient: torch.Tensor, batch: Batch, x0: torch.Tensor, metrics: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """`gradient` [B, ...] without the reward's term; what there is to log goes to `metrics`."""
+        if self.reward is None:
+            return gradient
+        optimised = self.scale != 0.0
+        with torch.set_grad_enabled(optimised):
+            x0 = x0.detach().requires_grad_(optimised)
+            reward = self.reward(x0, batch.conditioning)
+        if reward.shape != batch.samples.shape:
+            raise ValueError(
+                f"the reward must give one number per sample, shape ({len(batch)},), got {tuple(reward.shape)}"
+            )
+        metrics["reward"] = reward.detach().float().mean()
+        metrics["reward_std"] = reward.detach().float().std(correction=0)
+        if not optimised:
+            return gradient
+        if not reward.requires_grad:
+            raise ValueError("the reward has no gradient by x0: it must be differentiable, or reward_scale 0")
+        (of_reward,) = torch.autograd.grad(reward.sum(), x0)
+        term = self.scale * of_reward.float()
+        lengths = norms(term)
+        metrics["reward_gradient_norm"] = lengths.mean()
+        metrics["gradient_cosine"] = _cosines(gradient, -term).mean()
+        if self.clip is not None:
+            share = self.clip * norms(gradient) / lengths
+            metrics["reward_clipped"] = (share < 1.0).float().mean()
+            # A sample without a reward gradient has nothing to shorten.
+            term = term * per_sample(torch.where(lengths == 0.0, 1.0, share).clamp(max=1.0), term)
+        return gradient - term
+
+
+def _cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cosine_similarity(a.float().flatten(1), b.float().flatten(1), dim=1)
