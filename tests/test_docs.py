@@ -14,7 +14,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pages
 import pytest
@@ -22,13 +22,14 @@ import tiny
 import torch
 import yaml
 from pages import ROOT, Block, Command
+from pydantic import BaseModel
 from traffic import Traffic, triton_traffic
 
 import diffpp_fast.cli
 from diffpp_fast import use_backend
 from diffpp_fast.cli import bench, doctor, embed, export, plan, sample, train
 from diffpp_fast.cli.main import main
-from diffpp_fast.training import base_pipeline
+from diffpp_fast.training import Config, base_pipeline
 from diffpp_fast.training.loading import load_config
 
 #: Of what is neither run nor parsed.
@@ -375,6 +376,36 @@ def test_yaml_block(block: Block, project: Path, hub: None) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda path: path.name)
 def test_ready_configuration(path: Path, hub: None) -> None:
     assert load_config(path).training.steps > 0
+
+
+def known_key(model: Any, parts: list[str]) -> bool:
+    """Whether a path of keys leads through the schema."""
+    if not parts:
+        return True
+    sections = [each for each in (model, *get_args(model)) if isinstance(each, type) and issubclass(each, BaseModel)]
+    return any(parts[0] in each.model_fields and known_key(each.model_fields[parts[0]].annotation, parts[1:])
+               for each in sections)  # fmt: skip
+
+
+def in_the_package(parts: list[str]) -> bool:
+    """Whether a dotted name is a module of the package or something in one."""
+    found: Any = diffpp_fast
+    for part in parts:
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(f"{found.__name__}.{part}")
+            except (ImportError, AttributeError):
+                return False
+        found = getattr(found, part)
+    return True
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_keys_that_are_named_exist(page: str) -> None:
+    for name in re.findall(r"`([a-z_]+(?:\.[A-Za-z_]\w*)+)(?:=[^`]*)?`", pages.without_blocks(page)):
+        parts = name.split(".")
+        if parts[0] in Config.model_fields:
+            assert known_key(Config, parts) or in_the_package(parts), f"{page}: there is no key {name}"
 
 
 # Links.
