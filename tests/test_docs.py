@@ -408,7 +408,18 @@ def test_keys_that_are_named_exist(page: str) -> None:
             assert known_key(Config, parts) or in_the_package(parts), f"{page}: there is no key {name}"
 
 
-# Links.
+# Files and links.
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_files_of_the_repository_that_are_named_exist(page: str) -> None:
+    rooms = [path.name for path in (ROOT / "diffpp_fast").iterdir() if path.is_dir()]
+    for name in re.findall(r"`([\w-]+/[\w./-]*\.\w+)`", pages.without_blocks(page)):
+        first = name.split("/")[0]
+        if first in rooms:
+            assert (ROOT / "diffpp_fast" / name).exists(), f"{page}: there is no {name}"
+        elif first in ("diffpp_fast", "tests", "docs", "csrc", "benchmarks", "examples"):
+            assert (ROOT / name).exists(), f"{page}: there is no {name}"
 
 
 @pytest.mark.parametrize("page", [page for page in pages.PAGES if not page.startswith("docs/")])
