@@ -1,185 +1,466 @@
-"""The documentation against the code: its Python blocks run, and its tables of launches and bytes are recounted."""
+"""The documentation against the code: every fenced block runs, is parsed by what it is for, or is listed with a reason.
 
+A block of a language, a title or a program that nobody listed here fails. The tables of launches and bytes are
+recounted in test_docs_tables.py; that the site builds is in test_site.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
 import re
+import runpy
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, get_args
 
+import pages
 import pytest
+import tiny
 import torch
-from traffic import Traffic, cuda_launches, triton_traffic
+import yaml
+from pages import ROOT, Block, Command
+from pydantic import BaseModel
+from traffic import Traffic, triton_traffic
 
+import diffpp_fast.cli
 from diffpp_fast import use_backend
-from diffpp_fast.bench import operators
-from diffpp_fast.bench.cases import FAMILIES, Case
+from diffpp_fast.cli import bench, doctor, embed, export, plan, sample, train
+from diffpp_fast.cli.main import main
+from diffpp_fast.training import Config, base_pipeline
+from diffpp_fast.training.loading import load_config
 
-ROOT = Path(__file__).parent.parent
-#: Pages whose Python blocks run, each alone and as it is, but for those whose title says that they need more.
-PAGES = (
-    "README.md",
-    "docs/evaluation.md",
-    "docs/index.md",
-    "docs/models.md",
-    "docs/operators.md",
-    "docs/prompts.md",
-    "docs/randomness.md",
-    "docs/training.md",
-)
-NEEDS = {"a GPU": torch.cuda.is_available(), "the runs above": False, "the downloads": False}
+#: Of what is neither run nor parsed.
+PROSE = {"math": "a formula", "text": "something that is printed, or a picture of letters"}
+#: Titles of Python blocks that are not run, and why. They are parsed, and what they import from the package is there.
+NEEDS = {
+    "a GPU": "needs a GPU; make gpu-check captures every operator in a graph",
+    "the runs above": "needs the runs of its page; test_a_page_as_it_is_read runs it after them",
+    "the downloads": "needs files of others",
+    "the weights": "needs the weights of reward models",
+}
+#: Programs that are not ours, and why nothing looks at their arguments.
+OTHERS = {
+    "apt-get": "the system's packages",
+    "tensorboard": "a program of others",
+    "wandb": "a program of others, and an account",
+    ".": "the shell's",
+}
+#: Configurations that the reader makes or has; in their place stands the one of tests/tiny.py.
+READERS_OWN = {"align.yaml", "build/tiny/align.yaml", "build/xl/align.yaml"}
+#: What the hub tells about the pipelines that configurations stand on: class, parts, resolution of latents.
+TEXT_ENCODERS = ("text_encoder", "tokenizer")
+HUB: dict[str, tuple[str, tuple[str, ...], int]] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": ("StableDiffusionPipeline", (*TEXT_ENCODERS, "unet"), 64),
+    "stabilityai/stable-diffusion-xl-base-1.0": (
+        "StableDiffusionXLPipeline",
+        (*TEXT_ENCODERS, "text_encoder_2", "tokenizer_2", "unet"),
+        128,
+    ),
+    "PixArt-alpha/PixArt-XL-2-512x512": ("PixArtAlphaPipeline", (*TEXT_ENCODERS, "transformer"), 64),
+}
+
+SCALED = re.compile(r"(?P<loop>\w+): (?P<part>what is given|before|after)")
 
 
-class Block(NamedTuple):
-    page: str
-    line: int  # of its first line, counted from 1
-    code: str
-    needs: str | None
-
-    @property
-    def place(self) -> str:
-        return f"{self.page}:{self.line}"
+def of(language: str, where: Callable[[Block], bool] = lambda block: True) -> list[Any]:
+    return [pytest.param(block, id=block.place) for block in pages.blocks(language) if where(block)]
 
 
-def blocks() -> Iterator[Block]:
-    for page in PAGES:
-        text = (ROOT / page).read_text()
-        for found in re.finditer(r"^```python\b([^\n]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-            needs = re.fullmatch(r' title="Needs (.+)"', found[1])
-            assert needs is not None or not found[1], f"{page}: no such title is known:{found[1]}"
-            yield Block(page, text.count("\n", 0, found.start(2)) + 1, found[2], needs and needs[1])
+def needs(block: Block) -> str | None:
+    return block.title.removeprefix("Needs ") if block.title and block.title.startswith("Needs ") else None
 
 
-@pytest.mark.parametrize("block", [pytest.param(block, id=block.place) for block in blocks()])
-def test_python_block(block: Block) -> None:
-    if block.needs is not None and not NEEDS[block.needs]:
-        pytest.skip(f"the block needs {block.needs}")
+@pytest.fixture
+def as_in_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: files of the repository are there, and what is written stays out of it."""
+    for name in ("examples", "tests", "docs", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_python(block: Block, scope: dict[str, Any]) -> None:
     # Newlines in front, so that a traceback shows the line of the page.
-    exec(compile("\n" * (block.line - 1) + block.code, block.page, "exec"), {"__name__": "__main__"})
+    exec(compile("\n" * (block.line - 1) + block.code, block.page, "exec"), scope)
 
 
-# The tables of docs/operators.md. Their rows are the benchmark's cases, on tensors small enough for the interpreter.
-#: Samples, tokens, channels.
-TOKENS = (2, 64, 512)
-LATENTS, IMAGES, LARGE_GROUPS, SMALL_GROUPS = (2, 4, 16, 32), (1, 3, 128, 128), (1, 4, 64, 72), (1, 4, 16, 32)
-#: To 7/16, as 512 to 224.
-PIXELS = 56
-#: Of one channel each; those of `LARGE_GROUPS` are beyond what a program then keeps in registers.
-GROUPS, MOST_IN_ONE = 4, 4096
-#: Of csrc/cuda: the functions that launch, where they are not called `<op>_forward` and `<op>_backward`.
-HOSTS = {
-    "philox": ("noise.cu", "draw_normal", None),
-    "score_gap": ("score_gap.cu", "score_gap", None),
-    "reward_pixels": ("reward_pixels.cu", "launch", "launch"),
-    "group_norm_silu": ("group_norm_silu.cu", "group_norm_forward", "group_norm_backward"),
-}
-SHAPES = {
-    "reward_pixels": [IMAGES],
-    "group_norm_silu": [LARGE_GROUPS, SMALL_GROUPS],
-    "geglu": [TOKENS],
-    "ada_layer_norm": [TOKENS],
-}
-#: Launched for the gradients of weight and bias alone.
-FOR_PARAMETERS = "parameter_gradients"
+def test_every_block_is_of_a_language_that_is_looked_at() -> None:
+    languages = {block.language for block in pages.blocks()}
+    assert languages <= {"python", "bash", "yaml", *PROSE}, "list it here, with what is done about it"
 
 
-class Row(NamedTuple):
-    """Of a table, as text: launches eager, Triton and CUDA; bytes per element eager and Triton."""
-
-    op: str
-    case: str
-    direction: str
-    counts: tuple[str, ...]
+def test_only_python_has_titles_and_all_of_them_are_known() -> None:
+    for block in pages.blocks():
+        if block.title is not None:
+            assert block.language == "python", block.place
+            assert needs(block) in NEEDS or SCALED.fullmatch(block.title), f"{block.place}: {block.title}"
 
 
-def rows_of_page() -> list[Row]:
-    rows, op = [], ""
-    for line in (ROOT / "docs/operators.md").read_text().splitlines():
-        heading = re.match(r"## .*?`(?:ops\.)?(\w+)", line)
-        if heading is not None:
-            op = {"Noise": "philox"}.get(heading[1], heading[1])
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 8 and cells[1] in ("forward", "backward"):
-            # The last column, of CUDA's bytes, can't be counted without a GPU.
-            rows.append(Row(op, cells[0], cells[1], tuple(cells[2:7])))
-    return rows
+@pytest.mark.parametrize("block", of("python", lambda block: block.title is None))
+def test_python_block(block: Block, as_in_the_root: Path) -> None:
+    run_python(block, {"__name__": "__main__"})
 
 
-def table_cases() -> Iterator[tuple[str, Case]]:
-    """What the tables call a case, and the case."""
-    for family in FAMILIES:
-        shapes = SHAPES.get(family.op, [LATENTS])
-        for shape in shapes:
-            small = shape == SMALL_GROUPS
-            # The layout changes nothing about a resize, nor about groups that are done in one launch.
-            for layout in ("contiguous",) if small or family.op == "reward_pixels" else family.layouts:
-                for noise in family.noise:
-                    parts = [family.variant, f"{noise} noise" if noise != "none" and family.op != "philox" else ""]
-                    parts += ["small groups" if small else "", "" if layout == "contiguous" else layout]
-                    name = ", ".join(filter(None, parts)) or "any"
-                    yield name, Case(family.op, family.variant, name, shape, layout, noise, "epsilon", "")
+@pytest.mark.parametrize("block", of("python", lambda block: needs(block) is not None))
+def test_python_block_that_needs_more(block: Block, as_in_the_root: Path) -> None:
+    if needs(block) == "a GPU" and torch.cuda.is_available():
+        run_python(block, {"__name__": "__main__"})
+        return
+    for node in ast.walk(ast.parse(block.code)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("diffpp_fast"):
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                assert hasattr(module, name.name), f"{block.place}: {node.module} has no {name.name}"
 
 
-def counted(
-    call: Callable[..., Any], inputs: operators.Inputs, arguments: dict[str, Any],
-    counting: Callable[[Traffic], AbstractContextManager[None]],
-) -> list[Traffic]:  # fmt: skip
-    """Of the forward and, if there is one, of the backward pass."""
-    passes = [Traffic()]
-    with counting(passes[0]), passes[0]:
-        result = call(**arguments)
-    if inputs.wrt:
-        outer = torch.ones_like(result) if inputs.outer is None else inputs.outer
-        passes.append(Traffic())
-        with counting(passes[1]), passes[1]:
-            torch.autograd.grad(result, [arguments[name] for name in inputs.wrt], outer)
-    return passes
+# Loops of others, before and after (docs/embedding.md).
 
 
-def cuda_column(case: Case, direction: int) -> str:
-    host = HOSTS.get(case.op, (f"{case.op}.cu", f"{case.op}_forward", f"{case.op}_backward"))
-    launched = cuda_launches(host[0], host[1 + direction])
-    if launched is None:
-        return "-"
-    return str(len([kernel for kernel in launched if case.variant == "trained" or kernel != FOR_PARAMETERS]))
+def loops() -> dict[str, dict[str, Block]]:
+    found: dict[str, dict[str, Block]] = {}
+    for block in pages.blocks("python"):
+        title = SCALED.fullmatch(block.title or "")
+        if title is not None:
+            found.setdefault(title["loop"], {})[title["part"]] = block
+    return found
 
 
-def rows_of_case(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> Iterator[Row]:
-    elements = torch.Size(case.shape).numel()
-    eager, fused = [], []
-    for dtype in (torch.float32, torch.bfloat16):
-        inputs = operators.make_inputs(case, dtype, torch.device("cpu"))
-        eager.append(counted(operators.unfused(case), inputs, inputs.unfused, lambda _: nullcontext()))
-        with use_backend("triton"):
-            if case.op == "reward_pixels":  # its first call makes tables that are kept
-                operators.step(operators.fused(case), inputs.fused, inputs.wrt, inputs.outer)
-            fused.append(
-                counted(
-                    operators.fused(case), inputs, inputs.fused, lambda traffic: triton_traffic(traffic, monkeypatch)
-                )
-            )
-    for direction, passes in enumerate(zip(*eager, *fused, strict=True)):
-        launches = [str(traffic.launches) for traffic in passes]
-        nbytes = [f"{traffic.bytes / elements:.0f}" for traffic in passes]
-        both = [value if value == other else f"{value} / {other}"
-                for column in (launches, nbytes) for value, other in (column[:2], column[2:])]  # fmt: skip
-        counts = (both[0], both[1], cuda_column(case, direction), both[2], both[3])
-        yield Row(case.op, name, ("forward", "backward")[direction], counts)
+def after_running(loop: str, part: str, around: Any = None) -> dict[str, Any]:
+    """The names of the loop after what is given and one of its parts, on smaller tensors than the page's."""
+    given, scope = loops()[loop]["what is given"], {}
+    sizes = re.compile(r"^batch, size = (\d+), (\d+)$", re.MULTILINE)
+    assert sizes.search(given.code), given.place
+    run_python(given._replace(code=sizes.sub("batch, size = 2, 16", given.code)), scope)
+    if around is None:
+        run_python(loops()[loop][part], scope)
+    else:
+        with around:
+            run_python(loops()[loop][part], scope)
+    return scope
+
+
+@pytest.mark.parametrize("loop", loops())
+def test_a_loop_gives_the_same_numbers_before_and_after(loop: str, backend: str) -> None:
+    before, after = (after_running(loop, part) for part in ("before", "after"))
+    compared = 0
+    for name in {"generator", "fake"} & before.keys():
+        for theirs, ours in zip(before[name].parameters(), after[name].parameters(), strict=True):
+            assert (theirs.grad is None) == (ours.grad is None)
+            if theirs.grad is not None:
+                assert theirs.grad.norm() > 0.0
+                assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm()
+                compared += 1
+    for name in {"generator_loss", "fake_loss", "reward"} & before.keys() & after.keys():
+        torch.testing.assert_close(after[name], before[name], rtol=1e-4, atol=0.0)
+        compared += 1
+    assert compared >= 3
+
+
+class Arithmetic(Traffic):
+    """What runs besides convolutions, which are the stand-ins for networks."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "convolution" in func.overloadpacket.__name__:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's launches are counted in its interpreter")
-@pytest.mark.parametrize(("name", "case"), [pytest.param(*c, id=f"{c[1].op} {c[0]}") for c in table_cases()])
-def test_table_of_launches_and_bytes(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffpp_fast.kernels.triton import group_norm_silu, reward_pixels
+def test_launches_of_the_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs/embedding.md").read_text()
+    on_page = {loop: counts for loop, *counts in re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)}
+    counted = {}
+    for loop in on_page:
+        before, after = Arithmetic(), Arithmetic()
+        after_running(loop, "before", before)
+        with use_backend("triton"), triton_traffic(after, monkeypatch):
+            after_running(loop, "after", after)
+        counted[loop] = [str(before.launches), str(after.launches)]
+    assert counted == on_page and len(counted) == 2
 
-    monkeypatch.setattr(group_norm_silu, "MOST_IN_ONE", MOST_IN_ONE)
-    # Few programs: the interpreter runs them one by one.
-    monkeypatch.setattr(reward_pixels, "ROWS_TILE", (64, 128))
-    monkeypatch.setattr(reward_pixels, "COLUMNS_TILE", (64, 128))
-    monkeypatch.setattr(operators, "REWARD_SIZE", PIXELS)
-    monkeypatch.setattr(operators, "GROUPS", GROUPS)
-    on_page = [row for row in rows_of_page() if (row.op, row.case) == (case.op, name)]
-    assert on_page == list(rows_of_case(name, case, monkeypatch))
+
+# Shell commands.
 
 
-def test_tables_hold_no_other_case() -> None:
-    assert {(row.op, row.case) for row in rows_of_page()} == {(case.op, name) for name, case in table_cases()}
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The reader's own configuration."""
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(tiny.settings()))
+    return path
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of the hub, for what configurations ask of it."""
+
+    def read_config(path: str, name: str) -> dict[str, Any]:
+        base = "/".join(path.split("/")[:2])
+        kind, parts, size = HUB[base]
+        if name == "model_index.json":
+            return {"_class_name": kind, **{part: ["library", "class"] for part in ("scheduler", "vae", *parts)}}
+        return {"in_channels": 4, "sample_size": size}
+
+    monkeypatch.setattr(base_pipeline, "read_config", read_config)
+
+
+class Parsed(Exception):
+    """A program has parsed its arguments: that was all that was asked of it."""
+
+
+def check_ours(arguments: tuple[str, ...], project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`diffpp-fast ARGUMENTS` by its own parser; its configuration and overrides by the schema."""
+    seen: list[argparse.Namespace] = []
+    with monkeypatch.context() as patch:
+        for command in (bench, doctor, embed, export, plan, sample, train):
+            for name in [name for name in vars(command) if re.fullmatch(r"run(_\w+)?", name)]:
+                patch.setattr(command, name, lambda arguments: seen.append(arguments) or 0)
+        assert main(list(arguments)) == 0
+    config = getattr(seen[0], "config", None)
+    if config is not None:
+        if config not in READERS_OWN:
+            assert (ROOT / config).is_file(), f"there is no {config}"
+        load_config(project if config in READERS_OWN else ROOT / config, seen[0].overrides)
+    page = getattr(seen[0], "docs", None)
+    assert page is None or (ROOT / page).is_file()
+
+
+def check_pip(arguments: tuple[str, ...]) -> None:
+    project = tomllib()["project"]
+    known = {project["name"], ".", *project["optional-dependencies"]}
+    (what,) = (word for word in arguments if not word.startswith("-") and word != "install")
+    name, extras = re.fullmatch(r"([\w.-]+?)(?:\[([\w,]+)\])?", what).groups()  # type: ignore[union-attr]
+    assert name in known and set((extras or "").split(",")) <= known | {""}, what
+
+
+def tomllib() -> dict[str, Any]:
+    if sys.version_info < (3, 11):
+        pytest.skip("Python 3.10 reads no TOML")
+    import tomllib
+
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def check_make(arguments: tuple[str, ...]) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for word in arguments:
+        variable, equals, value = word.partition("=")
+        if equals:
+            assert re.search(rf"\$\({variable}\)|^{variable} \?=", makefile, re.MULTILINE), word
+            if value.startswith("--"):
+                assert f'"{value.split()[0]}"' in (ROOT / "diffpp_fast/bench/gpu_check.py").read_text(), word
+        else:
+            assert re.search(rf"^{word}:", makefile, re.MULTILINE), f"no target {word}"
+
+
+def check_python(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    if arguments[0] == "-c":
+        compile(arguments[1], "-c", "exec")
+    elif arguments[:2] == ("-m", "pip"):
+        check_pip(arguments[2:])
+    elif arguments[0] != "-m" and len(arguments) == 1:
+        assert (ROOT / arguments[0]).is_file()
+    else:
+        # To the point where it has parsed its arguments.
+        def parse(self: argparse.ArgumentParser, argv: Any = None, *others: Any) -> Any:
+            self.parse_known_args(argv, *others)[1] and self.error("unknown arguments")
+            raise Parsed
+
+        module = arguments[0] == "-m"
+        monkeypatch.setattr(sys, "argv", ["", *arguments[1 + module :]])
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+        with pytest.raises(Parsed):
+            if module:
+                runpy.run_module(arguments[1], run_name="__main__")
+            else:
+                runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+
+
+def check_torchrun(arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """What is left to us."""
+    from torch.distributed.run import get_args_parser
+
+    parsed = get_args_parser().parse_args(arguments)
+    assert parsed.module and parsed.training_script == "diffpp_fast"
+    return tuple(parsed.training_script_args)
+
+
+def check(command: Command, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, *rest = command.words
+    arguments = tuple(rest)
+    if program == "diffpp-fast":
+        check_ours(arguments, project, monkeypatch)
+    elif program == "torchrun":
+        check_ours(check_torchrun(arguments), project, monkeypatch)
+    elif program == "deepspeed":
+        # Its own options are few; importing it takes longer than all the rest.
+        ours = arguments.index("diffpp_fast")
+        assert arguments[ours - 1] == "--module" and "--no_local_rank" in arguments
+        check_ours(arguments[ours + 1 :], project, monkeypatch)
+    elif program == "sbatch":
+        (at,) = (number for number, word in enumerate(arguments) if word.endswith(".sbatch"))
+        assert (ROOT / arguments[at]).is_file()
+        check_ours(("train", *arguments[at + 1 :]), project, monkeypatch)
+    elif program == "python":
+        check_python(arguments, monkeypatch)
+    elif program == "pip":
+        assert arguments in {("install", "wandb")} or check_pip(arguments) is None
+    elif program == "make":
+        check_make(arguments)
+    else:
+        assert program in OTHERS, f"nobody looks at {command.text}: list the program, or say how to check it"
+
+
+@pytest.mark.parametrize("block", of("bash"))
+def test_shell_block(block: Block, project: Path, hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = list(pages.commands(block))
+    assert found, block.place
+    for command in found:
+        try:
+            check(command, project, monkeypatch)
+        except SystemExit as exit:
+            raise AssertionError(f"{block.place}: {command.text}: its parser refuses it") from exit
+        for word in command.words:
+            if re.fullmatch(r"(examples|docs|tests|benchmarks)/[\w./-]+\.\w+", word):
+                assert (ROOT / word).exists(), f"{block.place}: {word}"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("diffpp-fast train align.yaml training.step=3", "training.step"),
+        ("diffpp-fast train examples/configs/none.yaml", "there is no"),
+        ("diffpp-fast sample --runs runs/x", "2"),
+        ("make gpu-chekc", "no target"),
+        ("python examples/emoji/dato.py", "is_file"),
+        ('pip install "diffpp-fast[trian]"', "trian"),
+        ("torchrun --nprocs 8 -m diffpp_fast train align.yaml", "2"),
+        ("curl -O https://example.org", "nobody looks at"),
+    ],
+)
+def test_a_wrong_command_is_found(
+    line: str, message: str, project: Path, hub: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (command,) = pages.commands(Block("page", 1, "bash", None, line, ""))
+    with pytest.raises((AssertionError, SystemExit, diffpp_fast.errors.UserError), match=re.escape(message)):
+        check(command, project, monkeypatch)
+
+
+# Configurations.
+
+
+def configuration(fragment: dict[str, Any]) -> dict[str, Any]:
+    """The whole configuration in which a fragment stands: sections by their keys, a reward's by its factory."""
+    if fragment.keys() <= {"factory", "arguments"}:
+        return {"rewards": {"optimised": {"scale": 1.0, **fragment}}}
+    return fragment
+
+
+@pytest.mark.parametrize("block", of("yaml"))
+def test_yaml_block(block: Block, project: Path, hub: None) -> None:
+    fragment = configuration(yaml.safe_load(block.code))
+    if "base" in fragment.get("models", {}):
+        own = tiny.settings()
+        own["models"] = fragment["models"]
+        project.write_text(yaml.safe_dump(own))
+    else:
+        path = project.with_name("fragment.yaml")
+        path.write_text(yaml.safe_dump({"extends": project.name, **fragment}))
+        project = path
+    load_config(project)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda path: path.name)
+def test_ready_configuration(path: Path, hub: None) -> None:
+    assert load_config(path).training.steps > 0
+
+
+def known_key(model: Any, parts: list[str]) -> bool:
+    """Whether a path of keys leads through the schema."""
+    if not parts:
+        return True
+    sections = [each for each in (model, *get_args(model)) if isinstance(each, type) and issubclass(each, BaseModel)]
+    return any(parts[0] in each.model_fields and known_key(each.model_fields[parts[0]].annotation, parts[1:])
+               for each in sections)  # fmt: skip
+
+
+def in_the_package(parts: list[str]) -> bool:
+    """Whether a dotted name is a module of the package or something in one."""
+    found: Any = diffpp_fast
+    for part in parts:
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(f"{found.__name__}.{part}")
+            except (ImportError, AttributeError):
+                return False
+        found = getattr(found, part)
+    return True
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_keys_that_are_named_exist(page: str) -> None:
+    for name in re.findall(r"`([a-z_]+(?:\.[A-Za-z_]\w*)+)(?:=[^`]*)?`", pages.without_blocks(page)):
+        parts = name.split(".")
+        if parts[0] in Config.model_fields:
+            assert known_key(Config, parts) or in_the_package(parts), f"{page}: there is no key {name}"
+
+
+# Files and links.
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_files_of_the_repository_that_are_named_exist(page: str) -> None:
+    rooms = [path.name for path in (ROOT / "diffpp_fast").iterdir() if path.is_dir()]
+    for name in re.findall(r"`([\w-]+/[\w./-]*\.\w+)`", pages.without_blocks(page)):
+        first = name.split("/")[0]
+        if first in rooms:
+            assert (ROOT / "diffpp_fast" / name).exists(), f"{page}: there is no {name}"
+        elif first in ("diffpp_fast", "tests", "docs", "csrc", "benchmarks", "examples"):
+            assert (ROOT / name).exists(), f"{page}: there is no {name}"
+
+
+@pytest.mark.parametrize("page", [page for page in pages.PAGES if not page.startswith("docs/")])
+def test_links_lead_somewhere(page: str) -> None:
+    """Those within docs/ are followed by mkdocs (test_site.py)."""
+    for file, anchor in pages.links(page):
+        target = ((ROOT / page).parent / file).resolve() if file else ROOT / page
+        assert target.exists(), f"{page}: {file}"
+        assert not anchor or anchor in pages.anchors(target), f"{page}: {file}#{anchor}"
+
+
+# Pages as they are read: from top to bottom, on a machine that has nothing but the repository.
+
+
+def steps(page: str) -> Iterator[Block]:
+    yield from (block for block in pages.blocks() if block.page == page and block.language in ("python", "bash"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["docs/training.md", "docs/prompts.md", "docs/models.md"])
+def test_a_page_as_it_is_read(page: str, as_in_the_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page != "docs/training.md":
+        tiny.write(Path("build/tiny"))  # the page links to where this is done
+    ran = 0
+    for block in steps(page):
+        if block.language == "python":
+            saved = re.search(r"Save this\s+as `([^`]+)`:\s*$", block.before)
+            if saved is not None:
+                Path(saved[1]).write_text(block.code)
+            elif needs(block) != "the downloads":
+                run_python(block, {"__name__": "__main__"})
+            continue
+        for command in pages.commands(block):
+            program, *arguments = command.words
+            if program == "torchrun":  # here in one process
+                program, arguments = "diffpp-fast", list(check_torchrun(tuple(arguments)))
+            if program == "diffpp-fast":
+                assert main(arguments) == 0, f"{block.place}: {command.text}"
+                ran += 1
+            elif arguments[0] == "-c":
+                exec(arguments[1], {})
+            else:
+                assert "pip" in command.words, command.text
+    assert ran >= 3

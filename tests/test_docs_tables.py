@@ -1,0 +1,144 @@
+"""The tables of docs/operators.md: launches and bytes, counted anew."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from traffic import Traffic, cuda_launches, triton_traffic
+
+from diffpp_fast import use_backend
+from diffpp_fast.bench import operators
+from diffpp_fast.bench.cases import FAMILIES, Case
+
+ROOT = Path(__file__).parent.parent
+
+# The rows are the benchmark's cases, on tensors small enough for the interpreter.
+#: Samples, tokens, channels.
+TOKENS = (2, 64, 512)
+LATENTS, IMAGES, LARGE_GROUPS, SMALL_GROUPS = (2, 4, 16, 32), (1, 3, 128, 128), (1, 4, 64, 72), (1, 4, 16, 32)
+#: To 7/16, as 512 to 224.
+PIXELS = 56
+#: Of one channel each; those of `LARGE_GROUPS` are beyond what a program then keeps in registers.
+GROUPS, MOST_IN_ONE = 4, 4096
+#: Of csrc/cuda: the functions that launch, where they are not called `<op>_forward` and `<op>_backward`.
+HOSTS = {
+    "philox": ("noise.cu", "draw_normal", None),
+    "score_gap": ("score_gap.cu", "score_gap", None),
+    "reward_pixels": ("reward_pixels.cu", "launch", "launch"),
+    "group_norm_silu": ("group_norm_silu.cu", "group_norm_forward", "group_norm_backward"),
+}
+SHAPES = {
+    "reward_pixels": [IMAGES],
+    "group_norm_silu": [LARGE_GROUPS, SMALL_GROUPS],
+    "geglu": [TOKENS],
+    "ada_layer_norm": [TOKENS],
+}
+#: Launched for the gradients of weight and bias alone.
+FOR_PARAMETERS = "parameter_gradients"
+
+
+class Row(NamedTuple):
+    """Of a table, as text: launches eager, Triton and CUDA; bytes per element eager and Triton."""
+
+    op: str
+    case: str
+    direction: str
+    counts: tuple[str, ...]
+
+
+def rows_of_page() -> list[Row]:
+    rows, op = [], ""
+    for line in (ROOT / "docs/operators.md").read_text().splitlines():
+        heading = re.match(r"## .*?`(?:ops\.)?(\w+)", line)
+        if heading is not None:
+            op = {"Noise": "philox"}.get(heading[1], heading[1])
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 8 and cells[1] in ("forward", "backward"):
+            # The last column, of CUDA's bytes, can't be counted without a GPU.
+            rows.append(Row(op, cells[0], cells[1], tuple(cells[2:7])))
+    return rows
+
+
+def table_cases() -> Iterator[tuple[str, Case]]:
+    """What the tables call a case, and the case."""
+    for family in FAMILIES:
+        shapes = SHAPES.get(family.op, [LATENTS])
+        for shape in shapes:
+            small = shape == SMALL_GROUPS
+            # The layout changes nothing about a resize, nor about groups that are done in one launch.
+            for layout in ("contiguous",) if small or family.op == "reward_pixels" else family.layouts:
+                for noise in family.noise:
+                    parts = [family.variant, f"{noise} noise" if noise != "none" and family.op != "philox" else ""]
+                    parts += ["small groups" if small else "", "" if layout == "contiguous" else layout]
+                    name = ", ".join(filter(None, parts)) or "any"
+                    yield name, Case(family.op, family.variant, name, shape, layout, noise, "epsilon", "")
+
+
+def counted(
+    call: Callable[..., Any], inputs: operators.Inputs, arguments: dict[str, Any],
+    counting: Callable[[Traffic], AbstractContextManager[None]],
+) -> list[Traffic]:  # fmt: skip
+    """Of the forward and, if there is one, of the backward pass."""
+    passes = [Traffic()]
+    with counting(passes[0]), passes[0]:
+        result = call(**arguments)
+    if inputs.wrt:
+        outer = torch.ones_like(result) if inputs.outer is None else inputs.outer
+        passes.append(Traffic())
+        with counting(passes[1]), passes[1]:
+            torch.autograd.grad(result, [arguments[name] for name in inputs.wrt], outer)
+    return passes
+
+
+def cuda_column(case: Case, direction: int) -> str:
+    host = HOSTS.get(case.op, (f"{case.op}.cu", f"{case.op}_forward", f"{case.op}_backward"))
+    launched = cuda_launches(host[0], host[1 + direction])
+    if launched is None:
+        return "-"
+    return str(len([kernel for kernel in launched if case.variant == "trained" or kernel != FOR_PARAMETERS]))
+
+
+def rows_of_case(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> Iterator[Row]:
+    elements = torch.Size(case.shape).numel()
+    eager, fused = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = operators.make_inputs(case, dtype, torch.device("cpu"))
+        eager.append(counted(operators.unfused(case), inputs, inputs.unfused, lambda _: nullcontext()))
+        with use_backend("triton"):
+            if case.op == "reward_pixels":  # its first call makes tables that are kept
+                operators.step(operators.fused(case), inputs.fused, inputs.wrt, inputs.outer)
+            fused.append(
+                counted(
+                    operators.fused(case), inputs, inputs.fused, lambda traffic: triton_traffic(traffic, monkeypatch)
+                )
+            )
+    for direction, passes in enumerate(zip(*eager, *fused, strict=True)):
+        launches = [str(traffic.launches) for traffic in passes]
+        nbytes = [f"{traffic.bytes / elements:.0f}" for traffic in passes]
+        both = [value if value == other else f"{value} / {other}"
+                for column in (launches, nbytes) for value, other in (column[:2], column[2:])]  # fmt: skip
+        counts = (both[0], both[1], cuda_column(case, direction), both[2], both[3])
+        yield Row(case.op, name, ("forward", "backward")[direction], counts)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's launches are counted in its interpreter")
+@pytest.mark.parametrize(("name", "case"), [pytest.param(*c, id=f"{c[1].op} {c[0]}") for c in table_cases()])
+def test_table_of_launches_and_bytes(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffpp_fast.kernels.triton import group_norm_silu, reward_pixels
+
+    monkeypatch.setattr(group_norm_silu, "MOST_IN_ONE", MOST_IN_ONE)
+    # Few programs: the interpreter runs them one by one.
+    monkeypatch.setattr(reward_pixels, "ROWS_TILE", (64, 128))
+    monkeypatch.setattr(reward_pixels, "COLUMNS_TILE", (64, 128))
+    monkeypatch.setattr(operators, "REWARD_SIZE", PIXELS)
+    monkeypatch.setattr(operators, "GROUPS", GROUPS)
+    on_page = [row for row in rows_of_page() if (row.op, row.case) == (case.op, name)]
+    assert on_page == list(rows_of_case(name, case, monkeypatch))
+
+
+def test_tables_hold_no_other_case() -> None:
+    assert {(row.op, row.case) for row in rows_of_page()} == {(case.op, name) for name, case in table_cases()}
