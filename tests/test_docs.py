@@ -27,7 +27,7 @@ from traffic import Traffic, triton_traffic
 
 import diffpp_fast.cli
 from diffpp_fast import use_backend
-from diffpp_fast.cli import bench, doctor, embed, export, plan, sample, train
+from diffpp_fast.cli import bench, controls, doctor, embed, evaluate, export, plan, report, sample, train
 from diffpp_fast.cli.main import main
 from diffpp_fast.training import Config, base_pipeline
 from diffpp_fast.training.loading import load_config
@@ -49,7 +49,7 @@ OTHERS = {
     ".": "the shell's",
 }
 #: Configurations that the reader makes or has; in their place stands the one of tests/tiny.py.
-READERS_OWN = {"align.yaml", "build/tiny/align.yaml", "build/xl/align.yaml"}
+READERS_OWN = {"align.yaml", "build/small/align.yaml", "build/tiny/align.yaml", "build/xl/align.yaml"}
 #: What the hub tells about the pipelines that configurations stand on: class, parts, resolution of latents.
 TEXT_ENCODERS = ("text_encoder", "tokenizer")
 HUB: dict[str, tuple[str, tuple[str, ...], int]] = {
@@ -92,11 +92,13 @@ def test_every_block_is_of_a_language_that_is_looked_at() -> None:
     assert languages <= {"python", "bash", "yaml", *PROSE}, "list it here, with what is done about it"
 
 
-def test_only_python_has_titles_and_all_of_them_are_known() -> None:
+def test_titles_are_known() -> None:
+    """Of commands they only tell the reader, and the tests that run a page's commands, what is needed."""
     for block in pages.blocks():
         if block.title is not None:
-            assert block.language == "python", block.place
-            assert needs(block) in NEEDS or SCALED.fullmatch(block.title), f"{block.place}: {block.title}"
+            assert block.language in ("python", "bash"), block.place
+            known = needs(block) in NEEDS or (block.language == "bash" and block.title.startswith("Needs "))
+            assert known or SCALED.fullmatch(block.title), f"{block.place}: {block.title}"
 
 
 @pytest.mark.parametrize("block", of("python", lambda block: block.title is None))
@@ -215,15 +217,15 @@ def check_ours(arguments: tuple[str, ...], project: Path, monkeypatch: pytest.Mo
     """`diffpp-fast ARGUMENTS` by its own parser; its configuration and overrides by the schema."""
     seen: list[argparse.Namespace] = []
     with monkeypatch.context() as patch:
-        for command in (bench, doctor, embed, export, plan, sample, train):
+        for command in (bench, controls, doctor, embed, evaluate, export, plan, report, sample, train):
             for name in [name for name in vars(command) if re.fullmatch(r"run(_\w+)?", name)]:
                 patch.setattr(command, name, lambda arguments: seen.append(arguments) or 0)
         assert main(list(arguments)) == 0
     config = getattr(seen[0], "config", None)
     if config is not None:
-        if config not in READERS_OWN:
+        if str(config) not in READERS_OWN:
             assert (ROOT / config).is_file(), f"there is no {config}"
-        load_config(project if config in READERS_OWN else ROOT / config, seen[0].overrides)
+        load_config(project if str(config) in READERS_OWN else ROOT / config, getattr(seen[0], "overrides", []))
     page = getattr(seen[0], "docs", None)
     assert page is None or (ROOT / page).is_file()
 
