@@ -53,6 +53,16 @@ def test_a_room_imports_from_its_own_and_lower_floors(path: Path) -> None:
             assert FLOORS[other] < FLOORS[room], f"{room} imports {other}"
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "methods").glob("*.py")), ids=lambda path: path.name)
+def test_no_method_imports_another(path: Path) -> None:
+    """What several of them use has files of its own; names.py and the room's door know all methods."""
+    shared = {"base", "method", "reward_term", "through_networks"}
+    own = {
+        name.split(".")[2] for name in imported(ast.parse(path.read_text())) if name.startswith("diffpp_fast.methods.")
+    }
+    assert path.stem in ("__init__", "names") or own <= shared
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_below_training_heavy_packages_are_imported_inside_functions(path: Path) -> None:
     if FLOORS[room_of(path)] >= FLOORS["training"] and room_of(path) != "cli":

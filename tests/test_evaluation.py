@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shlex
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from test_rewards_networks import BLIP_STATE, HEAD, STATE
 from diffpp_fast import Noise, rewards
 from diffpp_fast.cli.main import main
 from diffpp_fast.errors import ConfigurationError, NonFiniteError
+from diffpp_fast.evaluation.distances import Distances
 from diffpp_fast.evaluation.intervals import difference, estimate, preferred
 from diffpp_fast.evaluation.metrics import Scores, parse_metrics
 from diffpp_fast.evaluation.models import find_source
@@ -498,6 +500,15 @@ def test_a_mistake_is_named_before_work_begins(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and "Traceback" not in error
     assert not Path("never").exists()
+
+
+def test_a_missing_package_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchmetrics"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    Image.new("RGB", (4, 3)).save(tmp_path / "one.png")
+    with pytest.raises(ConfigurationError, match=r'fid: torchmetrics is not .*: pip install "diffpp-fast\[evaluate\]"'):
+        Distances(["fid"], lambda pictures: pictures.float(), tmp_path, batch=1, device=CPU)
 
 
 def test_two_models_of_one_name_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

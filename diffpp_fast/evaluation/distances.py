@@ -123,7 +123,7 @@ def _metrics(names: Sequence[str], width: int) -> dict[str, Any]:
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.kid import KernelInceptionDistance
     except ModuleNotFoundError as error:
-        if error.name != "torchmetrics":
+        if (error.name or "").partition(".")[0] != "torchmetrics":
             raise
         raise ConfigurationError(
             f'{" and ".join(names)}: torchmetrics is not installed: pip install "diffpp-fast[evaluate]"'

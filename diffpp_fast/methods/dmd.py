@@ -37,7 +37,7 @@ class DMD2(Method):
     """Distribution matching with the published normaliser; without a discriminator it needs no images.
 
     Args, beyond those of `Method`:
-        fake_rounds: 5, the paper's for SDXL (10 for Stable Diffusion 1.5).
+        fake_rounds: 5, as in the published scripts for SDXL; those for Stable Diffusion 1.5 have 10.
         normalizer: mean|x0 - X_guided| is taken over each sample ("sample", as published), or over all samples of the
             call ("batch"), which then depends on the size of the micro-batch.
         normalizer_floor: the least that the normaliser may be, in units of x0. None is 1e-6; for "sample" that of
@@ -46,7 +46,7 @@ class DMD2(Method):
             `fake_loss`, so its own parameters belong into the TA's optimizer. networks.MiddleBlockDiscriminator is one.
         gan_weight: of softplus(-logit) in the generator's loss, per sample, against the sum over elements of the
             distribution-matching gradient. The published weight stands against its mean: multiply it by the elements.
-        fake_gan_weight: of softplus(logit of generated) + softplus(-logit of real) in the TA's loss.
+        fake_gan_weight: of softplus(logit of generated) + softplus(-logit of real) in the TA's loss; 1e-2 as published.
         gan_t_range: diffusion times at which the discriminator looks; None is `t_range`.
     """
 

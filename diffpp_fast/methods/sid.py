@@ -23,11 +23,11 @@ class SiD(Method):
     """Distils by matching scores through an identity that holds under the generator's own distribution.
 
     Args, beyond those of `Method`:
-        sid_alpha: alpha of the loss above; SiD-LSG uses 1, SiD up to 1.2.
+        sid_alpha: alpha of the loss above; 1 in SiD-LSG's scripts.
         fake_guidance_scale: w of classifier-free guidance of the TA, in its own loss and in the generator's: the guided
-            output is what denoises the samples. SiD-LSG calls the scales kappa and sets all of them to one value, 1.5
-            to 4.5: pass it here and as `guidance_scale`. 1, the default, is a TA that is never guided. Anything else
-            needs `Batch.null_conditioning` and costs one more call of the TA in both losses.
+            output is what denoises the samples. SiD-LSG calls the scales kappa, and its scripts set all of them to 2:
+            pass it here and as `guidance_scale`. 1, the default, is a TA that is never guided. Anything else needs
+            `Batch.null_conditioning` and costs one more call of the TA in both losses.
     """
 
     differentiates_networks = True

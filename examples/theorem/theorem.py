@@ -240,14 +240,15 @@ def draw(path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.4), sharex=True, sharey=True, constrained_layout=True)
     titles = (f"implicit: guidance_scale = {scale:g}", f"explicit: reward r_cfg, reward_scale = {scale - 1:g}")
     for plot, title, pushed in zip(axes, titles, (implicit, explicit), strict=True):
-        plot.contourf(axis, axis, ratio.view(121, 121).T, levels=24, cmap="RdBu_r", vmin=-4, vmax=4)
-        plot.quiver(*x_t.T, *-unguided.T, color="0.35", angles="xy", scale_units="xy", scale=12, width=0.004)
-        plot.quiver(*x_t.T, *-pushed.T, color="black", angles="xy", scale_units="xy", scale=12, width=0.005)
+        plot.contourf(axis, axis, ratio.view(121, 121).T, levels=24, cmap="Blues_r", vmin=-12, vmax=2)
+        arrows = {"angles": "xy", "scale_units": "xy", "scale": 12}
+        plot.quiver(*x_t.T, *-pushed.T, color="black", width=0.005, **arrows)
+        plot.quiver(*x_t.T, *-unguided.T, color="tab:orange", width=0.004, **arrows)
         for means, colour in ((PROMPTS[0].means, "tab:red"), (PROMPTS[1].means, "white")):
             plot.plot(*(schedule.alphas[0] * means).T, "o", color=colour, markeredgecolor="black", markersize=9)
         plot.set(title=title, aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
     off = float((implicit - explicit).norm() / implicit.norm())
-    figure.suptitle(f"log q(x|c)/q(x), and where samples are pushed (grey: unguided). Difference: {off:.0e} of it")
+    figure.suptitle(f"log q(x|c)/q(x), and where samples are pushed (orange: unguided). Difference: {off:.0e} of it")
     figure.savefig(path, dpi=80)
 
 
