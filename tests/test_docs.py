@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import pkgutil
 import re
 import runpy
 import sys
@@ -27,7 +28,6 @@ from traffic import Traffic, triton_traffic
 
 import diffpp_fast.cli
 from diffpp_fast import use_backend
-from diffpp_fast.cli import bench, controls, doctor, embed, evaluate, export, plan, report, sample, train
 from diffpp_fast.cli.main import main
 from diffpp_fast.training import Config, base_pipeline
 from diffpp_fast.training.loading import load_config
@@ -213,11 +213,16 @@ class Parsed(Exception):
     """A program has parsed its arguments: that was all that was asked of it."""
 
 
+def subcommands() -> list[Any]:
+    names = [each.name for each in pkgutil.iter_modules(diffpp_fast.cli.__path__, "diffpp_fast.cli.")]
+    return [module for module in map(importlib.import_module, names) if hasattr(module, "add_parser")]
+
+
 def check_ours(arguments: tuple[str, ...], project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`diffpp-fast ARGUMENTS` by its own parser; its configuration and overrides by the schema."""
     seen: list[argparse.Namespace] = []
     with monkeypatch.context() as patch:
-        for command in (bench, controls, doctor, embed, evaluate, export, plan, report, sample, train):
+        for command in subcommands():
             for name in [name for name in vars(command) if re.fullmatch(r"run(_\w+)?", name)]:
                 patch.setattr(command, name, lambda arguments: seen.append(arguments) or 0)
         assert main(list(arguments)) == 0
@@ -225,7 +230,7 @@ def check_ours(arguments: tuple[str, ...], project: Path, monkeypatch: pytest.Mo
     if config is not None:
         if str(config) not in READERS_OWN:
             assert (ROOT / config).is_file(), f"there is no {config}"
-        load_config(project if str(config) in READERS_OWN else ROOT / config, getattr(seen[0], "overrides", []))
+        load_config(project if str(config) in READERS_OWN else ROOT / config, getattr(seen[0], "overrides", ()))
     page = getattr(seen[0], "docs", None)
     assert page is None or (ROOT / page).is_file()
 

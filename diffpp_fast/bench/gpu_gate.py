@@ -96,7 +96,10 @@ def judge(op: str, backend: str, checks: Checks, deadline: float) -> Verdict:
 
 
 def failure(variant: Variant, device: torch.device, graph: bool) -> str | None:
-    """None if a step is right, the same twice, and the same in a captured graph, else what is wrong."""
+    """None if a step is right, the same twice, under autocast and in a captured graph, else what is wrong.
+
+    With `graph` the last two are checked, too.
+    """
     forward = variants.forward(variant)
     inputs = variants.make(variant, device)
     before = _clones(inputs)
@@ -106,7 +109,9 @@ def failure(variant: Variant, device: torch.device, graph: bool) -> str | None:
     if not _same(*results):
         return "the second call gave other bits than the first"
     wrong = _against_oracle(variant, inputs, results[0]) or _strides(inputs, results[0])
-    return wrong or (_replayed(variant, inputs, results[0]) if graph else None)
+    if wrong is not None or not graph:
+        return wrong
+    return under_autocast(variant, inputs, results[0]) or _replayed(variant, inputs, results[0])
 
 
 def _against_oracle(variant: Variant, inputs: Inputs, results: Outputs) -> str | None:
@@ -129,6 +134,16 @@ def _strides(inputs: Inputs, results: Outputs) -> str | None:
         if grad.stride() != expected:
             return f"gradient of {name} has strides {grad.stride()} instead of {expected}"
     return None
+
+
+def under_autocast(variant: Variant, inputs: Inputs, eager: Outputs) -> str | None:
+    """None if autocast around both passes changes neither a bit nor a dtype."""
+    with torch.autocast(eager[0].device.type, dtype=torch.bfloat16):
+        results = _detached(step(variants.forward(variant), inputs.fused, inputs.wrt, inputs.outer))
+    for ours, plain in zip(results, eager, strict=True):
+        if ours.dtype != plain.dtype:
+            return f"under autocast a result is {ours.dtype} instead of {plain.dtype}"
+    return None if _same(results, eager) else "autocast gave other bits than eager"
 
 
 def _replayed(variant: Variant, inputs: Inputs, eager: Outputs) -> str | None:
