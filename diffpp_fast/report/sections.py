@@ -124,20 +124,20 @@ def _sheet(sheet: Sheet) -> Markup:
     cards = [
         element(
             "figure", element("figcaption", prompt),
-            element("div", *(_picture(column, number, prompt) for column in sheet.columns), class_="row"),
+            element("div", *(_picture(column, place, prompt) for column in sheet.columns), class_="row"),
             class_="card",
         )
-        for number, prompt in enumerate(sheet.prompts[:MOST_PROMPTS])
+        for place, prompt in enumerate(sheet.prompts[:MOST_PROMPTS])
     ]  # fmt: skip
     more = len(sheet.prompts) - MOST_PROMPTS
     rest = element("p", f"{more} more prompts are in the grids.", class_="note") if more > 0 else Markup()
     return join(element("div", *cards, class_="cards", style=f"--picture: {width}px"), rest)
 
 
-def _picture(column: Column, number: int, prompt: str) -> Markup:
+def _picture(column: Column, place: int, prompt: str) -> Markup:
     lines = [*([column.run] if column.run else []), f"step {column.step}"]
     colour = None if column.place is None else f"border-color: var(--run-{column.place})"
-    image = element("img", src=data_uri(column.pictures[number]), alt=f"{prompt} ({', '.join(lines)})", style=colour)
+    image = element("img", src=data_uri(column.pictures[place]), alt=f"{prompt} ({', '.join(lines)})", style=colour)
     return element("div", image, *(element("span", line) for line in lines))
 
 

@@ -198,6 +198,8 @@ def main() -> None:
     print_table(figures, len(prompts))
     print(f"training {trained:.0f} s, in all {time.monotonic() - began:.0f} s")
     print(f"pictures: {out / 'before_after.png'}, {out / 'curves.png'}")
+    command = ["diffpp-fast", "report", str(out), str(folders["control"])]
+    print(f"for a page on both trainings:\n  {Path(sys.executable).parent / shlex.join(command)}")
     command = ["diffpp-fast", "sample", "--run", str(out), "a red apple"]
     print(f"to draw with the aligned generator:\n  {Path(sys.executable).parent / shlex.join(command)}")
 
