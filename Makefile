@@ -99,9 +99,18 @@ gpu-check:
 	if $(PYTHON) -c '$(GPU_READY)' 2> /dev/null; then PYTHONPATH=.:$$PYTHONPATH $(PYTHON) $(GPU_RUN); \
 	else $(MAKE) setup && $(BIN)/python $(GPU_RUN); fi
 
-docs: $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+MATHJAX := docs/javascripts/mathjax
+docs: $(READY) $(MATHJAX)/tex-chtml.js
 	$(BIN)/mkdocs build --strict
+
+# Formulas are typeset in the browser, by files that lie with the site.
+$(MATHJAX)/tex-chtml.js:
+	command -v npm > /dev/null || { echo "make docs fetches MathJax with npm, which is not here: install Node.js"; exit 1; }
+	rm -rf build/mathjax
+	mkdir -p build/mathjax $(MATHJAX)/output/chtml
+	cd build/mathjax && npm pack --silent mathjax@3.2.2 && tar -xzf mathjax-3.2.2.tgz
+	cp -R build/mathjax/package/es5/output/chtml/fonts $(MATHJAX)/output/chtml/
+	cp build/mathjax/package/es5/tex-chtml.js $@
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info
