@@ -55,13 +55,14 @@ def sheets_of(runs: Sequence[RunRecord]) -> list[Sheet]:
     """
     by_prompts: dict[tuple[str, ...], list[list[Column]]] = {}
     for place, run in enumerate(runs):
+        known = [grid for grid in run.grids if grid.prompts is not None]
+        if len(known) < len(run.grids):
+            run.notes.append(f"sample grids without prompts in environment.json: {len(run.grids) - len(known)}")
         # From both ends: only a grid that can't be shown makes the one behind it looked at.
-        first, last = (
-            next(((grid, cut) for grid in grids if (cut := _cut(grid, run.notes)) is not None), None)
-            for grids in (run.grids, run.grids[::-1])
-        )
-        if first is None or last is None:
+        first = _first_cut(known, run.notes)
+        if first is None:
             continue
+        last = _first_cut(known[::-1], run.notes) or first
         ends = [last] if first[0] == last[0] else [first, last]
         if first[0].prompts != last[0].prompts:
             run.notes.append(f"{first[0].path.name} is left out: its prompts are not those of {last[0].path.name}")
@@ -113,24 +114,30 @@ def write_png(path: Path, sheet: Sheet) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _cut(grid: Picture, notes: list[str]) -> list[Image.Image] | None:
+def _first_cut(grids: Sequence[Picture], notes: list[str]) -> tuple[Picture, list[Image.Image]] | None:
+    """The first grid that can be shown, and its pictures."""
+    for grid in grids:
+        pictures = _cut(grid, grid.prompts or (), notes)
+        if pictures is not None:
+            return grid, pictures
+    return None
+
+
+def _cut(grid: Picture, prompts: Sequence[str], notes: list[str]) -> list[Image.Image] | None:
     """The grid's pictures, row by row; None, with a note, where that can't be done."""
-    if grid.prompts is None:
-        notes.append(f"{grid.path.name} is left out: environment.json does not tell its prompts")
-        return None
     try:
         with Image.open(grid.path) as opened:
             image = opened.convert("RGB")
     except OSError as error:
         notes.append(f"{grid.path.name} is left out: {error}")
         return None
-    columns = columns_of(len(grid.prompts))
-    rows = -(-len(grid.prompts) // columns)
+    columns = columns_of(len(prompts))
+    rows = -(-len(prompts) // columns)
     if image.width % columns or image.height % rows:
         notes.append(f"{grid.path.name} is left out: {image.width} x {image.height} is no grid of its prompts")
         return None
     width, height = image.width // columns, image.height // rows
-    corners = [(place % columns * width, place // columns * height) for place in range(len(grid.prompts))]
+    corners = [(place % columns * width, place // columns * height) for place in range(len(prompts))]
     return [image.crop((left, top, left + width, top + height)) for left, top in corners]
 
 
