@@ -233,10 +233,10 @@ CALLS: dict[str, dict[str, Any]] = {
 
 
 def test_everything_is_freed_between_updates(small: Setup) -> None:
+    count(small)  # the schedule makes its tables when it is first asked for them, and keeps them
     counted = count(small)
     first = next(phase for phase in counted.phases if phase.update == "generator")
-    tables = 3 * 1000 * 4  # of the schedule, made when the first update asks for them
-    assert set(first.at_peak) == {"generator", "fake"} and first.at_peak["fake"] == tables
+    assert set(first.at_peak) == {"generator"}
 
 
 def test_checkpointing_keeps_less_and_computes_more(small: Setup) -> None:
