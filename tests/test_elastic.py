@@ -88,7 +88,9 @@ def assert_same_run(output: Path, alone: Path) -> None:
     for one, other in zip(mine, theirs, strict=True):
         for name, value in other.items():
             if name.startswith(("fake/", "generator/")) and name not in WITHIN_A_MICRO_BATCH:
-                assert math.isclose(one[name], value, rel_tol=1e-4, abs_tol=1e-5), (name, one[name], value)
+                # A cosine rounds in units of 1, however small it is itself.
+                slack = 1e-5 if name == "generator/gradient_cosine" else 1e-6
+                assert math.isclose(one[name], value, rel_tol=1e-4, abs_tol=slack), (name, one[name], value)
 
 
 def records(output: Path) -> list[dict[str, float]]:
