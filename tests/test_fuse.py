@@ -468,3 +468,30 @@ def test_the_command_that_measures(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr(networks, "fuse", lambda module: module.proj.weight.data.mul_(1.01))
     with pytest.raises(AssertionError, match="gate: fusing changes the output by"):
         blocks.main(["--device", "cpu"])
+
+
+@pytest.mark.parametrize("name", ["sd15", "pixart", "vae"])
+def test_matrix_products_get_no_worse_layouts_than_before(name: str) -> None:
+    """A fused block that keeps a transposed layout sends every projection behind it down the slow path."""
+    network, transposed = build(name), []
+
+    def look(module: nn.Module, given: tuple[Tensor | None, ...], *_: Any) -> None:
+        rows = [
+            tensor.stride(-1) == 1 or (tensor.dim() == 4 and tensor.stride(1) == 1)
+            for tensor in given
+            if tensor is not None
+        ]
+        transposed.append(not all(rows))
+
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.register_forward_pre_hook(look)
+            module.register_full_backward_pre_hook(look)
+    counts = []
+    for change in (lambda _: None, networks.fuse):
+        change(network)
+        transposed.clear()
+        network(**NETWORKS[name][1](), return_dict=False)[0].sum().backward()
+        assert len(transposed) > 4
+        counts.append(sum(transposed))
+    assert counts[1] <= counts[0]

@@ -159,6 +159,9 @@ class AdaNormSingleForward(Fused):
             )
             return unfused
         attention.pop("gligen", None)
+        # The patch embedding is a transposed view; sums keep their first operand's strides, and every projection of
+        # every block that follows would take the slow path.
+        hidden_states = hidden_states.contiguous()
         table = self.scale_shift_table[None] + timestep.reshape(len(hidden_states), 6, -1)
         shift, scale, gate, ff_shift, ff_scale, ff_gate = table.chunk(6, dim=1)
         normed = self.norm1(hidden_states, scale, shift)
