@@ -12,6 +12,24 @@ from torch import nn
 from diffpp_fast.noise import Noise
 
 
+def inject(network: nn.Module, name: str, *, rank: int, alpha: float, targets: Sequence[str]) -> dict[str, Any]:
+    """Put peft's LoRA layers into a network, in place.
+
+    Returns all of the network's LoRA layers by path. A network with half-precision weights must run under autocast:
+    it casts what a matrix product takes, and peft's own cast of every adapted input to float32, a copy that autocast
+    casts back and autograd keeps, is switched off.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora.layer import LoraLayer
+
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none")
+    inject_adapter_in_model(settings, network, name)
+    layers: dict[str, Any] = {path: layer for path, layer in network.named_modules() if isinstance(layer, LoraLayer)}
+    for layer in layers.values():
+        layer.cast_input_dtype_enabled = False
+    return layers
+
+
 class Adapters:
     """The LoRA adapters of one network, by name. One of them is active at a time, or none: the network as it was.
 
@@ -50,15 +68,9 @@ class Adapters:
         Raises:
             ValueError: no layer matches, or one is neither linear nor a convolution.
         """
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora.layer import LoraLayer
-
-        settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none")
         # peft initialises from the global generator; what it draws is replaced below.
         with torch.random.fork_rng(devices=[]):
-            inject_adapter_in_model(settings, self.network, name)
-        modules = self.network.named_modules()
-        self._layers = {path: layer for path, layer in modules if isinstance(layer, LoraLayer)}
+            self._layers = inject(self.network, name, rank=rank, alpha=alpha, targets=targets)
         for layer in self._layers.values():
             layer._active_adapter = []
         adapted = {path: layer for path, layer in self._layers.items() if name in layer.lora_A}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffpp_fast.methods import METHODS, Batch, Method
 from diffpp_fast.networks import Denoiser, FrozenDecoder, OneStepGenerator, fuse
+from diffpp_fast.networks.lora import inject
 from diffpp_fast.training.planning.gpu_semantics import GpuSemantics
 from diffpp_fast.training.planning.ledger import Ledger
 from diffpp_fast.training.planning.models import conditioning, on_meta, parameters_of
@@ -252,11 +253,8 @@ def _cast(network: Any, dtype: torch.dtype) -> Any:
 
 
 def _add_adapters(network: nn.Module, lora: Lora) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    settings = LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=list(lora.targets), bias="none")
     with torch.device("meta"):
-        inject_adapter_in_model(settings, network, "planned")
+        inject(network, "planned", rank=lora.rank, alpha=lora.rank, targets=lora.targets)
     for name, parameter in network.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
