@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from diffpp_fast.methods import Batch, DiffInstructPP
 from diffpp_fast.schedule import NoiseSchedule
+from diffpp_fast.training import load_config
 from diffpp_fast.training import phases as module
+from diffpp_fast.training.build import build_run
+from diffpp_fast.training.distributed import World
 from diffpp_fast.training.memory import Memory
 from diffpp_fast.training.phases import Phases, Timed
 
@@ -157,6 +162,26 @@ def test_timed_callables_serve_a_method_as_they_are(clock: Clock) -> None:
     taken = phases.take()
     assert taken["reference"] == pytest.approx(3)
     assert taken.keys() == {"generator", "fake", "reference", "reward", "other"}
+
+
+def test_passes_through_reward_and_networks_are_phases_of_a_run(tmp_path: Path) -> None:
+    """They are half of a step or more, and belong neither to the loss nor to the generator's backward pass."""
+    path = tiny.write(tmp_path)
+    for name, overrides in (
+        ("reward_backward", ()),
+        ("networks_backward", ("method.name=sim", "method.weighting=score", "rewards.optimised=null")),
+    ):
+        phases = Phases(torch.device("cpu"))
+        run = build_run(load_config(path, overrides), World.alone("cpu"), phases)
+        batch = Batch(
+            torch.arange(2),
+            run.sampler.encode(["a", "b"]),
+            shape=tiny.LATENT,
+            null_conditioning=run.null and run.null.expand(2),
+        )
+        phases.take()
+        run.method.generator_loss(batch)
+        assert phases.take()[name] > 0
 
 
 def test_memory_on_the_cpu_is_the_process_s_peak() -> None:

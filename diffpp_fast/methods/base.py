@@ -86,6 +86,12 @@ def inject_gradient(x0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     return _InjectGradient.apply(x0, gradient)
 
 
+def input_gradient(values: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
+    """The derivative of the sum of `values` [B] by x0 [B, ...]; frees the graph between them."""
+    (gradient,) = torch.autograd.grad(values.sum(), x0)
+    return gradient
+
+
 def norms(tensor: torch.Tensor) -> torch.Tensor:
     """[B], float32: of each sample."""
     return tensor.float().flatten(1).norm(dim=1)

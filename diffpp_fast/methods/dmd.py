@@ -122,6 +122,7 @@ class DMD2(Method):
             (self.fake, self.discriminator),
             lambda x0: F.softplus(-self._logits(batch, x0, SECOND_DIFFUSION)),
             x0,
+            self.differentiate,
         )
         adversarial = self.gan_weight * adversarial
         metrics.update(gan_loss=losses.mean(), gan_gradient_norm=norms(adversarial).mean())

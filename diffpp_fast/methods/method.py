@@ -19,6 +19,7 @@ from diffpp_fast.methods.base import (
     TimeFunction,
     check_choice,
     inject_gradient,
+    input_gradient,
     norms,
 )
 from diffpp_fast.noise import Noise
@@ -82,6 +83,8 @@ class Method(ABC):
         self.guidance_scale = guidance_scale
         self.t_range = self._times_within("t_range", t_range)
         self.fake_rounds = fake_rounds
+        #: (losses [B], x0) -> d sum of losses / dx0, through the networks; a trainer that times the pass wraps it.
+        self.differentiate = input_gradient
         self.fake_weighting = fake_weighting
         self._refuse_infinite("fake_weighting", fake_weighting, self._fake_weight)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from diffpp_fast.methods.base import Batch, Reward, norms, per_sample
+from diffpp_fast.methods.base import Batch, Reward, input_gradient, norms, per_sample
 
 
 class RewardTerm:
@@ -29,6 +29,8 @@ class RewardTerm:
         self.reward = reward
         self.scale = scale
         self.clip = clip
+        #: (reward [B], x0) -> d sum of rewards / dx0; a trainer that times the pass wraps it.
+        self.differentiate = input_gradient
 
     def subtract(
         self, gradient: torch.Tensor, batch: Batch, x0: torch.Tensor, metrics: dict[str, torch.Tensor]
@@ -50,8 +52,7 @@ class RewardTerm:
             return gradient
         if not reward.requires_grad:
             raise ValueError("the reward has no gradient by x0: it must be differentiable, or reward_scale 0")
-        (of_reward,) = torch.autograd.grad(reward.sum(), x0)
-        term = self.scale * of_reward.float()
+        term = self.scale * self.differentiate(reward, x0).float()
         lengths = norms(term)
         metrics["reward_gradient_norm"] = lengths.mean()
         metrics["gradient_cosine"] = _cosines(gradient, -term).mean()

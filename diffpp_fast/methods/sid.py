@@ -81,7 +81,7 @@ class SiD(Method):
                 sid_alpha=self.sid_alpha,
             )
 
-        losses, gradient = gradient_through((self.fake, self.reference), losses_of, x0)
+        losses, gradient = gradient_through((self.fake, self.reference), losses_of, x0, self.differentiate)
         return gradient, {"divergence_loss": losses.mean(), **self._gap_metrics(gaps[0], gradient)}
 
     def _ask_fake(self, batch: Batch, at: Noised) -> torch.Tensor:

@@ -97,7 +97,7 @@ class SIM(Method):
             )
             return self._weight(at.t, at.alpha, at.sigma) * losses
 
-        losses, gradient = gradient_through((self.fake, self.reference), losses_of, x0)
+        losses, gradient = gradient_through((self.fake, self.reference), losses_of, x0, self.differentiate)
         metrics = {"divergence_loss": losses.mean(), **self._gap_metrics(outputs["gap_sq"], gradient)}
         return gradient, metrics, outputs["cond"]
 

@@ -8,9 +8,14 @@ from typing import Any
 
 import torch
 
+from diffpp_fast.methods.base import input_gradient
+
 
 def gradient_through(
-    networks: Sequence[Callable[..., Any]], losses_of: Callable[[torch.Tensor], torch.Tensor], x0: torch.Tensor
+    networks: Sequence[Callable[..., Any]],
+    losses_of: Callable[[torch.Tensor], torch.Tensor],
+    x0: torch.Tensor,
+    differentiate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = input_gradient,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses per sample, and the gradient of each by its own sample.
 
@@ -22,6 +27,7 @@ def gradient_through(
         networks: what `losses_of` calls; the parameters of those that are modules are left out of the graph.
         losses_of: x0 [B, ...] -> [B]; a sample's loss depends on no other sample.
         x0: [B, ...], the samples.
+        differentiate: (losses, x0) -> d sum of losses / dx0, the second of the two passes.
 
     Returns:
         losses [B] and gradient [B, ...], without graph.
@@ -29,7 +35,7 @@ def gradient_through(
     with _without_parameters(networks), torch.enable_grad():
         x0 = x0.detach().requires_grad_()
         losses = losses_of(x0)
-        (gradient,) = torch.autograd.grad(losses.sum(), x0)
+        gradient = differentiate(losses, x0)
     return losses.detach(), gradient
 
 
