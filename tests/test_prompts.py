@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -58,20 +59,42 @@ class CountingEncoder:
         return Conditioning(tuple(prompts), tensors)
 
 
-def test_prompts_are_encoded_once_and_alone() -> None:
-    inner = CountingEncoder()
-    encode = PromptEncoder(inner)
-    conditioning = encode(["aa", "b", "aa"])
-    assert conditioning.prompts == ("aa", "b", "aa")
-    assert conditioning.tensors["encoder_hidden_states"].tolist() == [[2.0], [1.0], [2.0]]
-    assert conditioning.tensors["added_cond_kwargs"]["pooled"].tolist() == [[-2.0], [-1.0], [-2.0]]
-    encode(["b", "aa"])
-    assert inner.calls == [("aa",), ("b",)]
+class Source(list[str]):
+    """Prompts in memory, read as `PromptSource` is."""
+
+    def __getitem__(self, indices: Any) -> Any:
+        return [list.__getitem__(self, index) for index in indices]
 
 
-def test_the_least_recently_used_encoding_goes() -> None:
+def encoder_of(*prompts: str, **settings: Any) -> tuple[CountingEncoder, PromptEncoder]:
     inner = CountingEncoder()
-    encode = PromptEncoder(inner, capacity=2 * 8)  # an encoding is two float32
-    for prompt in ("a", "b", "a", "c", "a", "b"):
-        encode([prompt])
-    assert inner.calls == [("a",), ("b",), ("c",), ("b",)]
+    return inner, PromptEncoder(inner, Source(prompts), **settings)  # type: ignore[arg-type]
+
+
+def test_a_small_source_is_encoded_once_in_groups_of_its_own_order() -> None:
+    inner, encode = encoder_of("aa", "b", "ccc", "b", "dddd", batch=2)
+    conditioning = encode(["ccc", "aa", "ccc"])
+    assert conditioning.prompts == ("ccc", "aa", "ccc")
+    assert conditioning.tensors["encoder_hidden_states"].tolist() == [[3.0], [2.0], [3.0]]
+    assert conditioning.tensors["added_cond_kwargs"]["pooled"].tolist() == [[-3.0], [-2.0], [-3.0]]
+    encode(["b", "dddd"])
+    # Whatever is asked for first, a prompt has the same neighbours: those of its first place in the source.
+    assert inner.calls == [("ccc", "b"), ("aa", "b"), ("dddd",)]
+    encode(["aa", "b", "ccc", "dddd"])
+    assert len(inner.calls) == 3
+
+
+def test_other_prompts_are_encoded_with_those_that_they_are_asked_for_with() -> None:
+    inner, encode = encoder_of("aa", batch=2)
+    encode(["x", "aa", "y", "x", "z"])
+    encode(["x"])
+    assert inner.calls == [("aa",), ("x", "y"), ("z",), ("x",)]
+
+
+def test_a_source_too_large_to_keep_is_encoded_by_the_batch() -> None:
+    """What a resumed run, which has encoded nothing yet, does exactly as the run before it."""
+    inner, encode = encoder_of("a", "b", "c", batch=2, capacity=2 * 8)  # an encoding is two float32
+    for _ in range(2):
+        inner.calls.clear()
+        encode(["a", "c", "b"])
+    assert inner.calls == [("a", "c"), ("b",)]

@@ -36,9 +36,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--batch",
         type=_positive,
-        default=1,
-        help="prompts that are encoded together (1). More are faster; the last bits then differ from those of a run "
-        "that encodes its prompts itself",
+        help="prompts that are encoded together (16). The last bits of their embeddings depend on it",
     )
     parser.set_defaults(run=run)
 
@@ -52,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     from diffpp_fast.training.prompts import open_prompts
     from diffpp_fast.training.prompts.embed import EmbeddingWriter
     from diffpp_fast.training.prompts.embedding_files import read_manifest
+    from diffpp_fast.training.prompts.encoder import BATCH
 
     config = load_config(arguments.config, arguments.overrides)
     folder = arguments.out or (Path(config.prompts.embeddings) if config.prompts.embeddings else None)
@@ -64,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     facts = embedding_facts(config, prompts, manifest["seen"] if manifest else {})
     encoder = load_text(config.models)[0].to(choose_device(config.device, local_rank))
     writer = EmbeddingWriter(
-        folder, facts, prompts, encoder, encoder.null(), batch=arguments.batch, rank=rank, size=size
+        folder, facts, prompts, encoder, encoder.null(), batch=arguments.batch or BATCH, rank=rank, size=size
     )
     who = f"process {rank} of {size}: " if size > 1 else ""
     kept = len(writer.shards) - len(writer.missing)

@@ -91,7 +91,7 @@ class Trainer:
         self.batches = Batches(config, self.world, self.prompts)
         self.phases = Phases(self.world.device)
         embeddings = open_embeddings(config, self.prompts, self.world.device)
-        self.parts = build_run(config, self.world, self.phases, embeddings)
+        self.parts = build_run(config, self.world, self.phases, embeddings, self.prompts)
         self.generator = self._make_engine("generator", config.ema)
         self.fake = self._make_engine("fake")
         self.grid = Grid(config, self.parts, self.prompts, self.world.device)

@@ -19,7 +19,7 @@ from diffpp_fast.training.build.text import Text, open_text
 from diffpp_fast.training.config import Config, Reward
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.phases import Phases
-from diffpp_fast.training.prompts import EmbeddingCache
+from diffpp_fast.training.prompts import EmbeddingCache, PromptSource
 from diffpp_fast.training.rewards import LatentReward, load_scorer
 
 
@@ -75,7 +75,13 @@ def build_sampler(config: Config, device: torch.device) -> Sampler:
     return _build_sampler(config, device, text, Networks(config, text.facts, device))
 
 
-def build_run(config: Config, world: World, phases: Phases, embeddings: EmbeddingCache | None = None) -> Run:
+def build_run(
+    config: Config,
+    world: World,
+    phases: Phases,
+    embeddings: EmbeddingCache | None = None,
+    prompts: PromptSource | None = None,
+) -> Run:
     """Loads everything that a training run needs (collective, for the reference may be spread).
 
     Args:
@@ -83,11 +89,12 @@ def build_run(config: Config, world: World, phases: Phases, embeddings: Embeddin
         world: the processes.
         phases: where the method's calls of networks and reward are timed.
         embeddings: take the place of text encoders, which are then not loaded.
+        prompts: of the run, whose encodings are kept where they are few.
 
     Raises like `build_sampler`.
     """
     settings, device = config.method, world.device
-    text = open_text(config.models, device, embeddings)
+    text = open_text(config.models, device, embeddings, prompts)
     networks = Networks(config, text.facts, device)
     sampler = _build_sampler(config, device, text, networks)
     reference, fake = networks.reference(), networks.trained("fake")
@@ -109,6 +116,10 @@ def build_run(config: Config, world: World, phases: Phases, embeddings: Embeddin
             sampler.schedule,
             **arguments,
         )
+    method.differentiate = phases.wrap(method.differentiate, "networks_backward")
+    term = getattr(method, "reward", None)
+    if term is not None:
+        term.differentiate = phases.wrap(term.differentiate, "reward_backward")
     null = text.null() if settings.guided else None
     return Run(sampler, fake, reference, method, null, reward, held_out)
 

@@ -14,7 +14,7 @@ from diffpp_fast.networks.loading import read_config
 from diffpp_fast.networks.text import load_text_model, load_tokenizer
 from diffpp_fast.training import config
 from diffpp_fast.training.build.checks import naming
-from diffpp_fast.training.prompts import EmbeddingCache, PromptEncoder
+from diffpp_fast.training.prompts import EmbeddingCache, PromptEncoder, PromptSource
 
 #: A prompt's length in tokens, as the families' pipelines have it.
 CLIP_LENGTH, PIXART_LENGTH = 77, 120
@@ -49,13 +49,18 @@ class Text:
     facts: TextFacts
 
 
-def open_text(models: config.Models, device: torch.device, embeddings: EmbeddingCache | None = None) -> Text:
-    """The text encoders of a run, or the embeddings in their place; raises like `load_text`."""
+def open_text(
+    models: config.Models,
+    device: torch.device,
+    embeddings: EmbeddingCache | None = None,
+    prompts: PromptSource | None = None,
+) -> Text:
+    """The text encoders of a run with these prompts, or the embeddings in their place; raises like `load_text`."""
     if embeddings is not None:
         return Text(embeddings, embeddings.null, TextFacts.of(embeddings.null()))
     encoder, facts = load_text(models)
     encoder.to(device)
-    return Text(PromptEncoder(encoder), encoder.null, facts)
+    return Text(PromptEncoder(encoder, prompts), encoder.null, facts)
 
 
 def load_text(models: config.Models) -> tuple[TextEncoder | DualTextEncoder, TextFacts]:

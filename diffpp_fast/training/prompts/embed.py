@@ -20,7 +20,7 @@ from diffpp_fast.training.prompts.embedding_files import (
     write_manifest,
     write_rows,
 )
-from diffpp_fast.training.prompts.encoder import concatenate
+from diffpp_fast.training.prompts.encoder import BATCH, concatenate
 from diffpp_fast.training.prompts.fingerprint import refuse_other_cache
 from diffpp_fast.training.prompts.source import PromptSource
 
@@ -39,8 +39,8 @@ class EmbeddingWriter:
         prompts: all of them.
         encode: B prompts -> their conditioning.
         null: the conditioning that guidance leads away from, of one prompt.
-        batch: prompts that are encoded together. In a batch the last bits of an embedding depend on its neighbours; one
-            by one they are those that a run without a cache computes.
+        batch: prompts that are encoded together. The last bits of an embedding depend on its neighbours; by default
+            they are those of a run that encodes its prompts itself, as long as it keeps them.
         rank, size: of this process, and how many there are.
 
     Raises ConfigurationError for a folder with other embeddings, and where the disk is too small.
@@ -54,7 +54,7 @@ class EmbeddingWriter:
         encode: Callable[[Sequence[str]], Conditioning],
         null: Conditioning,
         *,
-        batch: int = 1,
+        batch: int = BATCH,
         rank: int = 0,
         size: int = 1,
     ) -> None:
@@ -68,6 +68,8 @@ class EmbeddingWriter:
         manifest = read_manifest(folder)
         if manifest is None:
             rows = max(1, min(SHARD_BYTES // self._prompt_bytes, SHARD_ROWS))
+            # Whole batches, so that prompts have the neighbours that they have in a run.
+            rows -= rows % batch if rows > batch else 0
             manifest = {**facts, "rows": rows, "shards": -(-len(prompts) // rows)}
         else:
             refuse_other_cache(folder, manifest, facts)
