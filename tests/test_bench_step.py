@@ -107,6 +107,7 @@ def limited(most: int) -> Provider:
     return Provider(lambda networks: Limited(networks, most))
 
 
+@pytest.mark.slow
 def test_every_provider_is_measured_at_its_own_largest_batch_and_at_the_common_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -162,11 +163,14 @@ def bias_term(bias: nn.Parameter) -> Tensor:
     ("spoil", "complaint"),
     [
         (lambda loss, networks: 1.01 * loss, "the generator loss has a relative error of 1.0e-02"),
-        (
+        pytest.param(
             lambda loss, networks: _LoseGradient.apply(loss, 0.99),
             "the generator gradient has a relative error of 1.0e-02",
+            marks=pytest.mark.slow,
         ),
-        (without_one_bias, "the generator gradient at its worst tensor has a relative error"),
+        pytest.param(
+            without_one_bias, "the generator gradient at its worst tensor has a relative error", marks=pytest.mark.slow
+        ),
     ],
     ids=["loss", "gradient", "one tensor"],
 )
