@@ -11,6 +11,7 @@ from diffpp_fast.training.planning.setup import Setup, Trained, Zero
 from diffpp_fast.training.planning.states import State, frozen_state, trained_state
 from diffpp_fast.training.planning.step import Counted, Phase, count
 from diffpp_fast.training.planning.timing import EFFICIENCY, NETWORK, Time, estimate
+from diffpp_fast.training.prompts.encoder import CAPACITY
 
 ROLES = ("generator", "fake", "reference", "text encoder", "decoder", "reward")
 KINDS = ("weights", "master weights", "gradients", "optimizer", "EMA", "activations", "communication")
@@ -128,7 +129,7 @@ def _states(setup: Setup, counted: Counted) -> dict[str, State]:
             sizes[role], trained, setup.gpus, low, frozen=0 if shared else None, frozen_width=width
         )
     states["reference"] = frozen_state(sizes["reference"].elements, width, setup.reference, setup.gpus)
-    states["text encoder"] = State(weights=counted.text_bytes if setup.text_resident else 0)
+    states["text encoder"] = State(weights=counted.text_bytes, kept=CAPACITY) if setup.text_resident else State()
     states["decoder"] = State(weights=(setup.decoder_dtype or setup.dtype).itemsize * sizes["decoder"].elements)
     states["reward"] = State(weights=counted.reward_bytes)
     return states
@@ -153,7 +154,7 @@ def _passing(role: str, state: State, phase: Phase) -> dict[str, int]:
     gathered = state.communication if own or phase.name.startswith(role) else 0
     return {
         "gradients": (state.gradients if own else 0) + (state.update if own and phase.name == STEP else 0),
-        "activations": phase.at_peak.get(role, 0),
+        "activations": phase.at_peak.get(role, 0) + state.kept,
         "communication": gathered,
     }
 

@@ -38,6 +38,7 @@ class State:
         ema: the moving average.
         communication: buckets, and whole parameters of stage 3, while the role computes.
         update: what the optimizer's step takes for itself.
+        kept: the most that a text encoder's kept encodings take.
         host: what lies in the CPU's memory instead, or on disk.
     """
 
@@ -48,6 +49,7 @@ class State:
     ema: int = 0
     communication: int = 0
     update: int = 0
+    kept: int = 0
     host: int = 0
 
     @property
