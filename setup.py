@@ -56,7 +56,9 @@ def find_compiler():
             continue
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
-            source.write_text("#include <optional>\nint main() { return std::optional<int>(0).value(); }\n")
+            source.write_text(
+                "#include <optional>\nint main() { return std::optional<int>(0).value(); }\n", encoding="utf-8"
+            )
             probe = [*command, *COMMON, str(source), "-o", str(Path(folder, "probe"))]
             if subprocess.run(probe, capture_output=True).returncode == 0:
                 return command
@@ -71,7 +73,9 @@ def find_nvcc():
 
 def find_static_runtime(nvcc):
     """The folder of libcudart_static.a: linked in, so that the library also loads where CUDA is not installed."""
-    answer = subprocess.run([nvcc, "--dryrun", "-c", "probe.cu"], capture_output=True, text=True).stderr
+    answer = subprocess.run(
+        [nvcc, "--dryrun", "-c", "probe.cu"], capture_output=True, encoding="utf-8", errors="replace"
+    ).stderr
     homes = [line.split("=", 1)[1] for line in answer.splitlines() if line.startswith("#$ TOP=")]
     for home in homes:
         for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):

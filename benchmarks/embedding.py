@@ -23,7 +23,9 @@ NAMES = ("DMD", "SiD", "ReFL")
 
 
 def block(name: str, part: str) -> CodeType:
-    found = re.search(rf'^```python title="{name}: {part}"\n(.*?)^```$', PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    found = re.search(
+        rf'^```python title="{name}: {part}"\n(.*?)^```$', PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
     assert found is not None
     return compile(found[1], f"{name}: {part}", "exec")
 

@@ -40,7 +40,7 @@ def device_name(device: torch.device) -> str:
 
 def _cpu_model() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -50,7 +50,15 @@ def _cpu_model() -> str:
 def _git(*arguments: str) -> str | None:
     """What git prints in the package's folder; None if it fails or is not there."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=PACKAGE, capture_output=True, text=True, check=True, timeout=30)
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=PACKAGE,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
+            timeout=30,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -15,6 +15,7 @@ FLOORS = {
     "noise": 1,
     "schedule": 1,
     "tensor_files": 1,
+    "user_paths": 1,
     "ops": 2,
     "networks": 3,
     "rewards": 3,

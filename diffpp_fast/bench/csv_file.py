@@ -47,7 +47,7 @@ COLUMNS = (
 
 def write_csv(path: Path, groups: Sequence[Group], provenance: Provenance, device: torch.device) -> None:
     """One row per case, dtype, number of threads and provider. What was not measured is empty."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for group in groups:

@@ -174,7 +174,9 @@ def library_resources(archs: Sequence[int]) -> list[Resources]:
 
 def dump(path: Path) -> list[Usage]:
     """What each function of a cubin or library takes."""
-    done = subprocess.run([cuobjdump(), "--dump-resource-usage", str(path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [cuobjdump(), "--dump-resource-usage", str(path)], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode != 0:
         # The answer to a library without code for GPUs.
         if "does not contain device code" in done.stdout + done.stderr:

@@ -48,7 +48,10 @@ def last_level_cache(device: torch.device) -> int:
     """Bytes of the largest cache between the device's processor and its memory."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
-    texts = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    texts = [
+        path.read_text(encoding="utf-8").strip()
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
     return max((int(text[:-1]) * UNITS[text[-1]] for text in texts if text[-1:] in UNITS), default=LIKELY_CACHE)
 
 

@@ -125,7 +125,7 @@ def _write_csv(path: Path, plan: Plan, records: Sequence[Record], origin: Proven
         "device": plan.device.type,
         "threads": torch.get_num_threads(),
     }
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for record in records:

@@ -173,7 +173,7 @@ def _write_csv(path: Path, plan: Plan, results: Results, origin: Provenance) -> 
         "matrix_operations_per_s": f"{results.peak_rate:.5g}",
         "resident_bytes": results.resident,
     }
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for record in results.records:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import sys
 from collections.abc import Sequence
 
@@ -47,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in (plan, embed, train, controls, report, sample, evaluate, export, bench, doctor):
         command.add_parser(commands)
+    # A terminal whose encoding lacks a letter is shown its number.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     arguments, late = parser.parse_known_args(argv)
     if late:
         # argparse takes no more positional arguments once an option has stood between them.

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import yaml
 
 from diffpp_fast.errors import ConfigurationError, NonFiniteError
 from diffpp_fast.rewards import ImageBatch, Mixture, Preprocessing, Reward, mixture
 from diffpp_fast.rewards.base import as_reward
 from diffpp_fast.training.config import Reward as Factory
 from diffpp_fast.training.rewards import load_scorer
+from diffpp_fast.training.yaml_files import YamlError, parse_value
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,9 @@ def _settings(settings: Sequence[str], names: Sequence[str]) -> dict[str, dict[s
         if name not in arguments:
             raise ConfigurationError(f"--set {setting}: no such score is asked for; there are {', '.join(names)}")
         try:
-            arguments[name][argument] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigurationError(f"--set {setting}: the value is not valid YAML: quote it") from None
+            arguments[name][argument] = parse_value(text)
+        except YamlError as error:
+            raise ConfigurationError(f"--set {setting[:200]}: the value {error}") from None
     return arguments
 
 

@@ -60,10 +60,10 @@ def read_config(path: str, name: str = "config.json") -> dict[str, Any]:
         from huggingface_hub import hf_hub_download
 
         repository, inside = split_hub_id(found)
-        return json.loads(Path(hf_hub_download(repository, name, subfolder=inside or None)).read_text())
+        return json.loads(Path(hf_hub_download(repository, name, subfolder=inside or None)).read_text(encoding="utf-8"))
     if not (folder / name).is_file():
         raise FileNotFoundError(f"{folder} holds no {name}: is it a folder written by save_pretrained()?")
-    return json.loads((folder / name).read_text())
+    return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
 def is_file(path: str) -> bool:

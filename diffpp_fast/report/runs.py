@@ -9,12 +9,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.training.callbacks import read_records, read_sessions
 from diffpp_fast.training.controls import NAMES
 from diffpp_fast.training.state import flat
+from diffpp_fast.training.yaml_files import YamlError, read_yaml
 
 METRICS = "metrics.jsonl"
 
@@ -135,7 +134,7 @@ def _names(places: Sequence[Path]) -> list[str]:
 
 def _read(folder: Path, name: str) -> RunRecord:
     # Before the lines are read: what a run adds in between is then not taken for damage.
-    text = (folder / METRICS).read_text(errors="replace")
+    text = (folder / METRICS).read_text(encoding="utf-8", errors="replace")
     lines = read_records(folder / METRICS)
     notes = _damage(text, len(lines))
     records = [line for line in lines if "warning" not in line]
@@ -169,8 +168,8 @@ def _damage(text: str, whole: int) -> list[str]:
 
 def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        data = read_yaml(path)
+    except (OSError, YamlError) as error:
         notes.append(f"config.yaml can't be read: {error}")
         return {}
     return dict(flat(data)) if isinstance(data, dict) else {}

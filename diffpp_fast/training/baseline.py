@@ -79,7 +79,7 @@ def sample_reference(
 def read_baseline(path: Path, facts: Mapping[str, Any]) -> Baseline | None:
     """What an earlier part of the run has measured, if that was of the same `facts`."""
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
         same = saved["facts"] == json.loads(json.dumps(dict(facts)))
         return Baseline(float(saved["x0_mean"]), float(saved["x0_std"])) if same else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -88,7 +88,7 @@ def read_baseline(path: Path, facts: Mapping[str, Any]) -> Baseline | None:
 
 def write_baseline(path: Path, baseline: Baseline, facts: Mapping[str, Any]) -> None:
     """Keeps it for `read_baseline`. `facts`: all that it depends on, as JSON has it."""
-    path.write_text(json.dumps({**asdict(baseline), "facts": dict(facts)}, indent=2) + "\n")
+    path.write_text(json.dumps({**asdict(baseline), "facts": dict(facts)}, indent=2) + "\n", encoding="utf-8")
 
 
 def _times(schedule: NoiseSchedule, steps: int) -> list[int]:

@@ -168,7 +168,7 @@ def read_scores(path: Path) -> dict[str, float]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

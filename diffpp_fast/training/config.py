@@ -12,8 +12,10 @@ from diffpp_fast.methods.diff_instruct import Weighting
 from diffpp_fast.methods.method import FakeWeighting
 from diffpp_fast.methods.sim import Guidance, ScoreWeighting
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
+#: Sample numbers, and whatever counts, are 64-bit integers.
+LIMIT = 2**63
+Positive = Annotated[int, Field(gt=0, lt=LIMIT)]
+NotNegative = Annotated[int, Field(ge=0, lt=LIMIT)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "math", "flash", "cudnn", "efficient", "flash_attn", "xformers"]
@@ -425,6 +427,17 @@ class Config(Section):
                 "which has the range of float32, or float32"
             )
         return value
+
+    @model_validator(mode="after")
+    def _samples_have_numbers(self) -> Config:
+        training = self.training
+        updates = training.fake_warmup + training.steps * (self.method.fake_rounds + 1)
+        if updates * training.global_batch >= LIMIT:
+            raise ValueError(
+                f"training.steps, training.fake_warmup and training.global_batch ask for {updates} updates of "
+                f"{training.global_batch} samples: a run has numbers for 2^63 samples"
+            )
+        return self
 
     @model_validator(mode="after")
     def _optimizers_fit(self) -> Config:

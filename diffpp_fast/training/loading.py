@@ -8,15 +8,21 @@ import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.training.base_pipeline import fill_models
 from diffpp_fast.training.config import Config
+from diffpp_fast.training.yaml_files import YamlError, dump_yaml, is_quoted, parse_value, read_yaml
+from diffpp_fast.user_paths import user_path
+
+#: Letters of a value or an override that a message shows.
+SHOWN = 200
+#: What stands for null on the command line, where a key takes it.
+NULLS = ("", "~", "null", "Null", "NULL")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -25,8 +31,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Args:
         path: a YAML file. Relative paths of inputs in it are relative to its folder and come back absolute. The key
             `extends` names another such file, relative to its folder too: its keys count where this one has none.
-        overrides: `section.key=value`, the value written as in YAML. Paths in them are relative to the working
-            directory.
+        overrides: `section.key=value`. A value for a key that holds text is that text, whatever it looks like; others
+            are written as in YAML. Paths in them are relative to the working directory.
 
     What `models` leaves open is filled in from `models.base` and from the reference, which may ask the hub.
 
@@ -37,12 +43,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     given = {}
     for override in overrides:
         key, value = _parse_override(override)
-        given[key] = override
+        given[key] = override[:SHOWN]
         _insert(data, key, value, override)
     fill_models(data, file)
     try:
         # Through JSON, where a strict schema takes a list for a tuple.
-        return Config.model_validate_json(json.dumps(data, default=str))
+        return Config.model_validate_json(json.dumps(data))
     except ValidationError as error:
         lines = [_explain(key, found, given, file) for key, found in _by_key(error).items()]
         raise ConfigurationError("\n".join(lines)) from None
@@ -50,42 +56,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def dump_config(config: Config) -> str:
     """The configuration with every default written out, as YAML that `load_config` reads."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number, and a key that stands twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            # Other keys, such as lists, are refused by the class above.
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} stands twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise ConfigurationError(f"can't read the configuration {file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from None
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"{file} is not valid YAML: {error}") from None
+        data = read_yaml(file)
+    except (OSError, UnicodeEncodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigurationError(f"can't read the configuration {file}: {reason}") from None
+    except YamlError as error:
+        raise ConfigurationError(f"{file} {error}") from None
     if not isinstance(data, dict):
-        raise ConfigurationError(f"{file} must hold keys and values, got {data!r}")
-    return data
+        raise ConfigurationError(f"{file} must hold keys and values, got {shorten(data)}")
+    # Through JSON, after which nothing is shared: what an alias names could else be changed through either name.
+    copied: dict[str, Any] = json.loads(json.dumps(data))
+    return copied
 
 
 def _read_extended(file: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -97,7 +83,7 @@ def _read_extended(file: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]
     name = data.pop("extends")
     if not isinstance(name, str):
         raise ConfigurationError(f"{file}: extends should be the path of a YAML file, got {name!r}")
-    other = file.parent / Path(name).expanduser()
+    other = file.parent / user_path(name)
     chain = (*readers, file.resolve())
     if other.resolve() in chain:
         raise ConfigurationError(f"{file} extends {other}, which extends it")
@@ -117,18 +103,32 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _parse_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigurationError(f"{override!r} is no override: write section.key=value, e.g. training.steps=200")
+    if not equals or not all(key.split(".")):
+        raise ConfigurationError(
+            f"{shorten(override)} is no override: write section.key=value, e.g. training.steps=200"
+        )
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise ConfigurationError(f"the value in {override!r} is not valid YAML: quote it") from None
+        override.encode()
+        value = _parse_value(key, text)
+    except UnicodeEncodeError:
+        raise ConfigurationError(f"{shorten(override)} is not UTF-8") from None
+    except YamlError as error:
+        raise ConfigurationError(f"command line, {override[:SHOWN]}: the value {error}") from None
     tree: dict[str, Any] = {}
     _insert(tree, key, value, override)
     _anchor(tree, Path.cwd())
     for name in key.split("."):
         tree = tree[name]
     return key, tree
+
+
+def _parse_value(key: str, text: str) -> Any:
+    annotation = _annotation(key)
+    if key == "prompts" and not text.lstrip().startswith("{"):
+        annotation = str
+    if not _is_text(annotation) or is_quoted(text):
+        return parse_value(text)
+    return None if text in NULLS and _takes_null(annotation) else text
 
 
 def _insert(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
@@ -138,12 +138,17 @@ def _insert(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
             tree[name] = {}
         tree = tree[name]
         if not isinstance(tree, dict):
-            raise ConfigurationError(f"command line, {override}: {'.'.join(sections[:number])} has no keys in it")
+            raise ConfigurationError(
+                f"command line, {override[:SHOWN]}: {'.'.join(sections[:number])} has no keys in it"
+            )
     tree[last] = value
 
 
 def _anchor(data: dict[str, Any], folder: Path) -> None:
     """Makes the input paths in a raw configuration absolute, in place; a path of prompts becomes a section."""
+    for section, key in ((data, "output"), (data.get("distributed"), "nvme_path")):
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = _output_path(key, section[key])
     if isinstance(data.get("prompts"), str):
         data["prompts"] = {"path": data["prompts"]}
     for key in ("path", "embeddings"):
@@ -169,8 +174,20 @@ def _mappings(section: Any) -> list[dict[str, Any]]:
     return [value for value in section.values() if isinstance(value, dict)] if isinstance(section, dict) else []
 
 
+def _output_path(key: str, path: str) -> str:
+    """A folder that a run makes: what is not taken for a name would else become one."""
+    if not path:
+        raise ConfigurationError(f"{key} should name a folder, got an empty text")
+    if variable := re.search(r"\$(\w+|\{\w+\})", path):
+        raise ConfigurationError(
+            f"{key} is {path}: variables of the environment such as {variable[0]} are not filled in here. Write the "
+            f"path out, begin it with ~, or let the shell fill it in: {key}=... on the command line"
+        )
+    return str(user_path(path))
+
+
 def _absolute(path: str, folder: Path) -> str:
-    return str((folder / Path(path).expanduser()).resolve())
+    return str((folder / user_path(path)).resolve()) if path else path
 
 
 def _model_path(path: str, folder: Path) -> str:
@@ -200,6 +217,33 @@ def _known(location: Sequence[int | str]) -> bool:
     return True
 
 
+def _annotation(key: str) -> Any:
+    """The type that the schema gives a dotted key; None where there is no such key."""
+    section, annotation = Config, None
+    for name in key.split("."):
+        if section is None or name not in section.model_fields:
+            return None
+        annotation = section.model_fields[name].annotation
+        section = _section(annotation)
+    return annotation
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether a key holds text and nothing else, but for null."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _is_text(parts[0])
+    if origin is Literal:
+        return all(isinstance(part, str) for part in parts)
+    if origin in (Union, types.UnionType):
+        return all(_is_text(part) for part in parts if part is not type(None))
+    return annotation is str
+
+
+def _takes_null(annotation: Any) -> bool:
+    return type(None) in get_args(annotation)
+
+
 def _explain(key: str, found: list[ErrorDetails], given: Mapping[str, str], file: Path) -> str:
     overriding = (override for name, override in given.items() if f"{key}.".startswith(f"{name}."))
     source = next((f"command line, {override}" for override in overriding), str(file))
@@ -215,7 +259,18 @@ def _explain(key: str, found: list[ErrorDetails], given: Mapping[str, str], file
         for details in found
     ]
     wish = " or ".join([wishes[0], *(other.removeprefix("should be ") for other in wishes[1:])])
-    return f"{source}: {key} {wish}, got {first['input']!r}"
+    remedy = ""
+    if "valid string" in wish and isinstance(first["input"], int | float):
+        remedy = ": write it in quotes"
+    elif "valid boolean" in wish:
+        remedy = ": write true or false"
+    return f"{source}: {key} {wish}, got {shorten(first['input'])}{remedy}"
+
+
+def shorten(value: Any) -> str:
+    """A value as a message shows it: its beginning, where it is long."""
+    shown = repr(value)
+    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
 
 
 def _suggest(key: str) -> str:

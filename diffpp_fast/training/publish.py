@@ -210,7 +210,7 @@ def _describe(own: Path) -> None:
         str(path.relative_to(own)): {"size": path.stat().st_size, "sha256": digest}
         for path, digest in zip(files, digests, strict=True)
     }
-    (own / PART).write_text(json.dumps(facts))
+    (own / PART).write_text(json.dumps(facts), encoding="utf-8")
 
 
 def _assemble(partial: Path, size: int, scores: Mapping[str, float]) -> None:
@@ -218,7 +218,7 @@ def _assemble(partial: Path, size: int, scores: Mapping[str, float]) -> None:
     files: dict[str, Any] = {}
     for rank in range(size):
         own = partial / f".rank_{rank}"
-        for name, facts in json.loads((own / PART).read_text()).items():
+        for name, facts in json.loads((own / PART).read_text(encoding="utf-8")).items():
             if name in files:
                 raise FileExistsError(f"two processes wrote {name}")
             (partial / name).parent.mkdir(parents=True, exist_ok=True)

@@ -68,13 +68,13 @@ def write_state(
     for engine in engines:
         engine.write(folder)
     if world.is_main:
-        (folder / "config.yaml").write_text(dump_config(config))
+        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         write_json(folder / "state.json", {**asdict(position), "seed": config.seed, "prompts": prompts.digest()})
 
 
 def read_state(folder: Path, engines: Sequence[Engine]) -> Position:
     """Brings the engines to where they were, to the bit where nothing about the processes has changed (collective)."""
-    state = json.loads((folder / "state.json").read_text())
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     for engine in engines:
         engine.read(folder)
     return Position(state["step"], state["warmup"], state["samples"])
@@ -89,7 +89,7 @@ def refuse_other_run(folder: Path, config: Config, prompts: PromptSource) -> Non
         for key in sorted({*before, *after})
         if before.get(key) != after.get(key) and not _free(key)
     ]
-    if json.loads((folder / "state.json").read_text())["prompts"] != prompts.digest():
+    if json.loads((folder / "state.json").read_text(encoding="utf-8"))["prompts"] != prompts.digest():
         changes.append(f"prompts: the text of {config.prompts.path} has changed")
     if changes:
         raise CheckpointError(

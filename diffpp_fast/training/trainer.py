@@ -162,7 +162,7 @@ class Trainer:
         if self.world.is_main:
             try:
                 self.output.mkdir(parents=True, exist_ok=True)
-                (self.output / "config.yaml").write_text(dump_config(self.config))
+                (self.output / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
             except OSError as found:
                 error = found
         said = self.world.first_error(error)

@@ -88,7 +88,7 @@ def train_side_by_side(folders: dict[str, Path], overrides: list[str]) -> None:
     threads = max(1, (os.cpu_count() or 2) // len(folders))
     log = folders["control"].with_suffix(".log")
     processes = []
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         for name, folder in folders.items():
             command = [sys.executable, "-m", "diffpp_fast", "train", str(CONFIG), f"output={folder}"]
             command += [f"training.threads={threads}", *overrides]
@@ -144,7 +144,7 @@ def save_curves(path: Path, folders: dict[str, Path]) -> None:
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(13, 2.8), dpi=120)
     for name, folder in folders.items():
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         for axis, (key, title) in zip(axes, panels.items(), strict=True):
             points = [(line["step"], line[key]) for line in lines if key in line]
             axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 12 else None)
@@ -193,7 +193,9 @@ def main() -> None:
     for name, (_, pictures) in measured.items():
         write_png(out / f"all_{name}.png", tile(pictures, columns=20))
     figures = {name: of[0] for name, of in measured.items()}
-    (out / "figures.json").write_text(json.dumps({name: of.asdict() for name, of in figures.items()}, indent=2) + "\n")
+    (out / "figures.json").write_text(
+        json.dumps({name: of.asdict() for name, of in figures.items()}, indent=2) + "\n", encoding="utf-8"
+    )
 
     print_table(figures, len(prompts))
     print(f"training {trained:.0f} s, in all {time.monotonic() - began:.0f} s")

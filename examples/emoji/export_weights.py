@@ -38,9 +38,9 @@ def main() -> None:
         network = network_class.from_pretrained(folder, torch_dtype=torch.float16, low_cpu_mem_usage=False)
         network.save_pretrained(args.out / name)
         config = args.out / name / "config.json"
-        facts = json.loads(config.read_text())
+        facts = json.loads(config.read_text(encoding="utf-8"))
         facts.pop("_name_or_path", None)  # a folder of the machine that trained it
-        config.write_text(json.dumps(facts, indent=2) + "\n")
+        config.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     shutil.copytree(args.build / "scheduler", args.out / "scheduler", dirs_exist_ok=True)
     for name in ("convolutional", "imagenet"):
         shutil.copy(args.build / f"reward_{name}.safetensors", args.out)

@@ -165,7 +165,7 @@ class PictureName(nn.Module):
 
 
 def captions() -> list[str]:
-    return (HERE / "prompts.txt").read_text().splitlines()
+    return (HERE / "prompts.txt").read_text(encoding="utf-8").splitlines()
 
 
 def convolutional(weights: str | None = str(HERE / "weights" / "reward_convolutional.safetensors")) -> PictureName:

@@ -56,7 +56,7 @@ class Environment(Callback):
 
     def _write(self, sessions: Sequence[Mapping[str, Any]]) -> None:
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps({"sessions": sessions}, indent=2) + "\n")
+        partial.write_text(json.dumps({"sessions": sessions}, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, self.path)
 
 

@@ -21,7 +21,7 @@ class JsonLines(Callback):
     def on_start(self, step: int, steps: int) -> None:
         kept = [json.dumps(record) + "\n" for record in read_records(self.path) if record["step"] <= step]
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(kept))
+        partial.write_text("".join(kept), encoding="utf-8")
         os.replace(partial, self.path)
 
     def on_log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -32,14 +32,14 @@ class JsonLines(Callback):
         self._write(step, {"warning": name, "message": message})
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl as far as they are whole: a kill leaves an unfinished one; no file, no lines."""
     records = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []:
         try:
             record = json.loads(line)
         except ValueError:

@@ -77,5 +77,5 @@ def _run_id(folder: Path) -> str:
     file = folder / "run_id"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(secrets.token_hex(4))
-    return file.read_text().strip()
+        file.write_text(secrets.token_hex(4), encoding="utf-8")
+    return file.read_text(encoding="utf-8").strip()

@@ -53,7 +53,7 @@ def identity(manifest: Mapping[str, Any]) -> str:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a cache, or None where there is none yet. Raises ConfigurationError for one that is damaged."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         missing = {"encoder", "prompts", "seen", "rows", "shards"} - manifest.keys()
     except FileNotFoundError:
         return None
@@ -66,7 +66,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     text = json.dumps(manifest, indent=2) + "\n"
-    _publish(folder / MANIFEST, lambda path: path.write_text(text))
+    _publish(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def write_rows(path: Path, conditioning: Conditioning, identity: str) -> None:

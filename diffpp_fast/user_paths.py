@@ -1,0 +1,18 @@
+"""Paths as people write them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffpp_fast.errors import ConfigurationError
+
+
+def user_path(text: str) -> Path:
+    """Return a path with `~` and `~user` at its beginning replaced by the home folder.
+
+    Variables of the environment are left to the shell. Raises ConfigurationError for the home of nobody.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigurationError(f"{text}: there is no home folder for its ~: write the path out") from None
