@@ -24,7 +24,7 @@ from prompt_files import (
 )
 
 from diffpp_fast.training import ConfigurationError
-from diffpp_fast.training.prompts import text
+from diffpp_fast.training.prompts import indexed
 
 PROMPTS = [
     "a red apple",
@@ -85,7 +85,7 @@ def test_lines_are_stripped_and_blank_ones_skipped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_chunks_of_any_size_give_the_same_index(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "CHUNK", chunk)
+    monkeypatch.setattr(indexed, "CHUNK", chunk)
     path = tmp_path / "prompts.txt"
     path.write_bytes("\n\n".join(PROMPTS).encode() + b"\n \n\n")
     assert list(opened(path)) == PROMPTS
@@ -174,6 +174,17 @@ def test_parquet_that_is_not_utf8_is_named(tmp_path: Path) -> None:
         ("p.csv", b"", "no column 'prompt': it has none at all"),
         ("p.parquet", b"PAR1 and nothing else", r"can't read .*p\.parquet"),
         ("p.arrow", b"nothing", r"can't read the dataset .*p\.arrow"),
+        ("p.csv", b"prompt,id\na,1\nprompt,id\nb,2\n", "line 3: the header stands here again"),
+        ("p.csv", b'prompt\n"a\0b"\n', "line 2, column 'prompt': it holds a NUL character"),
+        ("p.jsonl", b'{"prompt": "a\\u0000b"}\n', "line 1: it holds a NUL character"),
+        ("p.jsonl", b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}\n", "line 1: Exceeds the limit"),
+        ("p.txt", b"a\nb\0c\n", "line 2: it holds a NUL character"),
+        ("p.txt", "a cat\n".encode("utf-16"), "is UTF-16 or UTF-32: save it as UTF-8"),
+        ("p.txt", "a cat\n".encode("utf-16-le"), "line 1: it holds a NUL character: the file is UTF-16"),
+        ("p.csv", "prompt\na cat\n".encode("utf-16"), "is UTF-16 or UTF-32: save it as UTF-8"),
+        ("p.txt", b"a\nb\n" + b"c" * (6 << 20), "line 3: longer than 1 MiB"),
+        ("p.jsonl", b'{"prompt": "a"}\r{"prompt": "' + b"c" * (2 << 20), "line 2: longer than 1 MiB"),
+        ("p.csv", b"prompt\na\n" + b"c" * (2 << 20), "line 3: longer than 1 MiB"),
         ("p.tar", b"", "ends at byte 0 without an end mark: it is truncated"),
         ("p.tar", b"\x1f\x8b" + bytes(600), "no tar header at byte 0: it is damaged, compressed or no tar archive"),
     ],
@@ -200,7 +211,7 @@ def test_a_tar_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_tar_archives_of_all_formats_are_read_like_tarfile_does(tmp_path: Path, format: int) -> None:
     long = "folder/" * 12 if format == tarfile.USTAR_FORMAT else "folder/" * 60
-    names = ["a.txt", f"{long}b.txt", "c.seg.txt", "é/d.txt", f"{long}e.jpg", "f.txt"]
+    names = ["a.txt", f"{long}b.txt", "c.jpg", "c.seg.txt", "é/d.txt", f"{long}e.jpg", "f.txt"]
     write_tar(tmp_path / "p.tar", [(name, f"a prompt in {name[-5:]}\n".encode()) for name in names], format)
     with tarfile.open(tmp_path / "p.tar", "a") as archive:
         for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE):
@@ -222,6 +233,85 @@ def test_sizes_beyond_octal_digits_are_read(tmp_path: Path) -> None:
         file.write(bytes(1024))
     with open(path, "rb") as file:
         assert [tuple(member) for member in members(file, path.stat().st_size)] == [("big.jpg", 512, 2**35)]
+
+
+CR_AND_MARKS = "\ufeffa red apple\r\ufeffa green frog\ra blue\u2028whale\r"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.txt", CR_AND_MARKS),
+        ("p.txt", CR_AND_MARKS.replace("\r", "\r\n")),
+        ("p.txt", CR_AND_MARKS.replace("\r", "\n \ufeff \r\r\n")),
+        ("p.csv", '\ufeff"prompt",id\ra red apple,1\r\ufeff"a green\rfrog",2\r\r"a blue\u2028whale",3'),
+        (
+            "p.jsonl",
+            '\ufeff{"prompt": "a red apple"}\r\ufeff{"prompt": "a green\\r\\nfrog"}\r{"prompt": "a blue\u2028whale"}',
+        ),
+    ],
+    ids=["text", "both", "mixed", "csv", "json"],
+)
+@pytest.mark.parametrize("chunk", [1, 5, 1 << 22])
+def test_carriage_returns_end_lines_and_marks_are_no_part_of_them(
+    tmp_path: Path, name: str, content: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexed, "CHUNK", chunk)
+    (tmp_path / name).write_bytes(content.encode())
+    source = opened(tmp_path / name)
+    prompts = ["a red apple", "a green frog", "a blue\u2028whale"]
+    assert list(source) == prompts and source[[2, 1, 0]] == prompts[::-1]
+
+
+@pytest.mark.parametrize("separator", ["\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"])
+@pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.jsonl"])
+def test_unicode_separators_are_part_of_a_prompt(tmp_path: Path, name: str, separator: str) -> None:
+    prompt = f"a red{separator}apple"
+    WRITERS[{"p.txt": "prompts.txt", "p.csv": "prompts.csv", "p.jsonl": "prompts.jsonl"}[name]](
+        tmp_path / name, [prompt]
+    )
+    assert list(opened(tmp_path / name)) == [prompt]
+
+
+def test_members_of_any_name_hold_prompts(tmp_path: Path) -> None:
+    """By the last suffix, in any case; another text of a sample, and what macOS adds, are none."""
+    names = ["A.TXT", "photo.v2.0001.txt", "x.jpg", "x.tags.txt", "x.txt", "dir.a/y.txt", "._x.txt", "dir/._y.txt"]
+    write_tar(tmp_path / "p.tar", [(name, name.encode()) for name in names])
+    assert list(opened(tmp_path / "p.tar")) == ["A.TXT", "photo.v2.0001.txt", "x.txt", "dir.a/y.txt"]
+
+
+def header(size: bytes, kind: bytes = b"0") -> bytes:
+    block = bytearray(tarfile.TarInfo("a.txt").tobuf(tarfile.USTAR_FORMAT))
+    block[124:136], block[156:157], block[148:156] = size.ljust(12, b"\0"), kind, b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header(b"-1000"),
+        header(b"\xff" * 12),
+        header(b"1_0"),
+        *(header(b"12", b"x") + record.ljust(512, b"\0") for record in
+          (b"0 size=3\n", b" size=3\n", b"5 a=", b"-9 size=3\n", b"99999999999999999999999 a=1\n", b"10 size=-3\n")),
+        header(b"77777777777", b"x"),
+        header(b"70000000", b"L"),
+    ],
+    ids=range(11),
+)  # fmt: skip
+def test_hostile_archives_are_refused_and_not_read_for_ever(tmp_path: Path, content: bytes) -> None:
+    with (tmp_path / "p.tar").open("wb") as file:
+        file.write(content + header(b"0"))
+        file.truncate(1 << 34)  # sparse
+    with pytest.raises(ConfigurationError, match=r"damaged|truncated"):
+        opened(tmp_path / "p.tar")
+
+
+@pytest.mark.parametrize("path", ["p{0..999999999999}.txt", "p" + "{a,b}" * 60 + ".txt", "p{0..9" + "9" * 5000 + "}"])
+def test_braces_stand_for_so_many_files_at_most(tmp_path: Path, path: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"No such file|more than 100000"):
+        opened(tmp_path / path)
 
 
 def test_json_members_serve_by_key_or_where_there_are_no_text_members(tmp_path: Path) -> None:

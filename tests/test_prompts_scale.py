@@ -14,7 +14,7 @@ import torch
 from prompt_files import opened, write_csv, write_json_lines, write_parquet, write_shard, write_text
 
 from diffpp_fast.training import ConfigurationError
-from diffpp_fast.training.prompts import PromptOrder, text
+from diffpp_fast.training.prompts import PromptOrder, indexed
 
 PEAK = """
 import sys
@@ -57,7 +57,7 @@ def test_a_million_lines_start_in_seconds(tmp_path: Path) -> None:
 def test_a_text_file_costs_eight_bytes_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count, path = 200_000, tmp_path / "prompts.txt"
     path.write_text("".join(f"{caption(number)}\n" for number in range(count)))
-    monkeypatch.setattr(text, "CHUNK", 1 << 16)
+    monkeypatch.setattr(indexed, "CHUNK", 1 << 16)
     tracemalloc.start()
     source = opened(path)
     kept, peak = kept_by_prompts(), tracemalloc.get_traced_memory()[1]

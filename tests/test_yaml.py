@@ -167,7 +167,7 @@ def test_a_run_in_another_locale_can_be_gone_on_with(tmp_path: Path) -> None:
     code = (
         "import sys; from diffpp_fast.cli.main import main; from diffpp_fast.training.loading import *;"
         "from diffpp_fast.training.trainer import Trainer; from pathlib import Path;"
-        "config = load_config('align.yaml', ['rewards.optimised.arguments.channel=0', 'training.grid_prompts=[\\u591c]']);"
+        "config = load_config('align.yaml', ['training.grid_prompts=[\\u591c]']);"
         "Path('copy.yaml').write_text(dump_config(config), encoding='utf-8');"
         "sys.exit(main(['train', 'copy.yaml', 'output=run', 'training.steps=1'])"
         " or main(['train', 'run/config.yaml', 'training.steps=2', '--resume', 'latest'])"
@@ -184,7 +184,10 @@ def test_a_run_in_another_locale_can_be_gone_on_with(tmp_path: Path) -> None:
 
 def test_text_files_are_opened_as_utf_8() -> None:
     """Every call that opens text names its encoding, in the package, its examples and its set-up."""
-    places = [ROOT / "setup.py", *(file for name in ("diffpp_fast", "examples") for file in (ROOT / name).rglob("*.py"))]
+    places = [
+        ROOT / "setup.py",
+        *(file for name in ("diffpp_fast", "examples") for file in (ROOT / name).rglob("*.py")),
+    ]
     calls = [
         (place, node)
         for place in places

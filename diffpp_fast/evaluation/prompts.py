@@ -60,6 +60,8 @@ def _read_json(file: Path) -> list[Prompt]:
         data: Any = json.loads(_text(file))
     except json.JSONDecodeError as error:
         raise ConfigurationError(f"prompts: {file}, line {error.lineno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets within brackets
+        raise ConfigurationError(f"prompts: {file} can't be read: {error}") from None
     if isinstance(data, list) and all(isinstance(text, str) for text in data):
         prompts = [Prompt(one_line(text), file.stem) for text in data]
     elif isinstance(data, dict) and isinstance(data.get("annotations"), list):

@@ -69,6 +69,9 @@ def check_rows(values: Any, name: str, column: str, first: int) -> list[str]:
         raise ConfigurationError(
             f"prompts: {name}, row {first + row}, column {column!r}: not UTF-8 ({reason})"
         ) from None
+    null = pc.index(pc.match_substring(values, "\0"), True).as_py()
+    if null >= 0:
+        raise ConfigurationError(f"prompts: {name}, row {first + null}, column {column!r}: it holds a NUL character")
     blank = pc.equal(pc.utf8_trim_whitespace(values), "")
     bad = pc.index(pc.fill_null(blank, True), True).as_py()
     if bad >= 0:

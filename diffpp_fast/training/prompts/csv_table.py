@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.training.prompts.indexed import RecordFile, refuse_encoding, skip_byte_order_mark
+from diffpp_fast.training.prompts.indexed import RecordFile, line_blocks, refuse_encoding
 from diffpp_fast.training.prompts.json_lines import known_columns
 from diffpp_fast.training.prompts.source import BLOCK, Digest, one_line
 
@@ -35,6 +34,10 @@ class CsvFile(RecordFile):
             self._place = self._find_column(header)
             start, line = lines.offset, lines.number + 1
             for row in rows:
+                if row == header:
+                    raise ConfigurationError(
+                        f"prompts: {self.path}, line {line}: the header stands here again: it is no prompt, remove it"
+                    )
                 if row:
                     starts.append(start)
                     prompts.append(self._check(row, len(header), line))
@@ -63,15 +66,18 @@ class CsvFile(RecordFile):
                 f"prompts: {self.path}, line {line}: {len(row)} fields, the header has {fields}: quote those that hold "
                 "the delimiter"
             )
-        prompt = one_line(row[self._place])
+        place = f"prompts: {self.path}, line {line}, column {self.column!r}"
+        try:
+            prompt = one_line(row[self._place])
+        except ValueError as error:
+            raise ConfigurationError(f"{place}{error}") from None
         if not prompt:
-            raise ConfigurationError(
-                f"prompts: {self.path}, line {line}, column {self.column!r}: empty: remove the row or give it a prompt"
-            )
+            raise ConfigurationError(f"{place}: empty: remove the row or give it a prompt")
         return prompt
 
     def _parse(self, record: bytes) -> str:
-        return one_line(next(self._reader(io.StringIO(record.decode())))[self._place])
+        lines = map(_text, record.splitlines(keepends=True))
+        return one_line(next(self._reader(lines))[self._place])
 
     def _reader(self, lines: Iterable[str]) -> Iterator[list[str]]:
         return csv.reader(lines, delimiter=self._delimiter, strict=True)
@@ -83,15 +89,21 @@ class _Lines:
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
         self.file = file
-        self.offset = skip_byte_order_mark(file)
+        self.offset = 0
         self.number = 0
 
     def __iter__(self) -> Iterator[str]:
-        for line in self.file:
-            self.offset += len(line)
-            self.number += 1
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                raise refuse_encoding(self.path, self.number, line, error) from None
-            yield text
+        for block in line_blocks(self.path, self.file):
+            for line in block:
+                self.offset += len(line)
+                self.number += 1
+                try:
+                    text = _text(line)
+                except UnicodeDecodeError as error:
+                    raise refuse_encoding(self.path, self.number, line, error) from None
+                yield text
+
+
+def _text(line: bytes) -> str:
+    """A line without the byte order mark that it may begin with, in front of a quotation mark, say."""
+    return line.decode().removeprefix("\ufeff")

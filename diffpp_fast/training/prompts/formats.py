@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from diffpp_fast.errors import ConfigurationError
@@ -25,6 +27,8 @@ SUFFIXES = {
     "dataset": (".arrow",),
     "webdataset": (".tar",),
 }
+#: What braces may stand for; more is a slip of the finger.
+MOST_FILES = 100_000
 
 
 def open_prompts(prompts: Prompts) -> PromptSource:
@@ -55,29 +59,32 @@ def find_files(path: str) -> list[Path]:
     `{a,b}` stands for each of its words and `{00..12}` for each number, as wide as the first one; `*`, `?` and `[...]`
     for all that is there, sorted by name. Raises ConfigurationError where there is nothing.
     """
-    if Path(path).exists():
+    if os.path.exists(path):  # unlike Path's, it takes a name that is too long
         return [Path(path)]
     found: list[Path] = []
-    for each in _expand_braces(path):
+    for each in islice(_expand_braces(path), MOST_FILES + 1):
+        if len(found) == MOST_FILES:
+            raise ConfigurationError(f"prompts: {path} stands for more than {MOST_FILES} files")
         matches = sorted(map(Path, glob.glob(each))) if glob.has_magic(each) else [Path(each)]
-        missing = [match for match in matches if not match.exists()] if matches else [each]
+        missing = [match for match in matches if not os.path.exists(match)] if matches else [each]
         if missing:
-            raise ConfigurationError(f"prompts: can't read {missing[0]}: No such file or directory")
+            raise ConfigurationError(f"prompts: can't read {str(missing[0])[:4096]}: No such file or directory")
         found += matches
     return found
 
 
-def _expand_braces(path: str) -> list[str]:
+def _expand_braces(path: str) -> Iterator[str]:
     braces = re.search(r"\{([^{}]*)\}", path)
     if braces is None:
-        return [path]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
-    if numbers is None:
-        words = braces[1].split(",")
-    else:
-        words = [f"{number:0{len(numbers[1])}}" for number in range(int(numbers[1]), int(numbers[2]) + 1)]
+        yield path
+        return
+    words: Iterable[str] = braces[1].split(",")
+    if numbers := re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", braces[1]):
+        first, last = int(numbers[1]), int(numbers[2])
+        words = (f"{number:0{len(numbers[1])}}" for number in range(first, last + 1))
     before, after = path[: braces.start()], path[braces.end() :]
-    return [each for word in words for each in _expand_braces(f"{before}{word}{after}")]
+    for word in words:
+        yield from _expand_braces(f"{before}{word}{after}")
 
 
 def _format_of(path: str, files: Sequence[Path]) -> str:

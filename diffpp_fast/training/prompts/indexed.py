@@ -15,9 +15,12 @@ import numpy as np
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.training.prompts.source import Digest, PromptFile
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+#: UTF-16's and UTF-32's begin so, too.
+BYTE_ORDER_MARKS_16 = (b"\xff\xfe", b"\xfe\xff")
 #: Bytes that are read at a time, to be indexed.
 CHUNK = 1 << 22
+#: Bytes of one prompt, and of the line or member that holds it; more is not text that somebody wrote.
+LONGEST = 1 << 20
 
 
 class StableFile:
@@ -88,16 +91,30 @@ class RecordFile(PromptFile):
             yield data[start:end]
 
 
-def skip_byte_order_mark(file: BinaryIO) -> int:
-    """Places a file after its byte order mark, if it begins with one; returns the offset."""
-    if file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK:
-        return len(BYTE_ORDER_MARK)
-    file.seek(0)
-    return 0
+def line_blocks(path: Path, file: BinaryIO) -> Iterator[list[bytes]]:
+    """Yield the lines of a file with their ends, many at a time: line feeds, carriage returns or the two together.
+
+    Raises ConfigurationError for a line longer than any prompt.
+    """
+    rest, number = b"", 0
+    while data := file.read(CHUNK):
+        # The last one may go on in the next chunk, if only by a line feed.
+        *lines, rest = (rest + data).splitlines(keepends=True)
+        number += len(lines)
+        if len(rest) > LONGEST or (lines and max(map(len, lines)) > LONGEST):
+            place = next((place for place, line in enumerate(lines) if len(line) > LONGEST), len(lines))
+            raise ConfigurationError(
+                f"prompts: {path}, line {number - len(lines) + place + 1}: longer than {LONGEST >> 20} MiB: is it text?"
+            )
+        yield lines
+    if rest:
+        yield [rest]
 
 
 def refuse_encoding(path: Path, line: int, text: bytes, error: UnicodeDecodeError) -> ConfigurationError:
     """The error for a line, given as bytes, that is not UTF-8."""
+    if line == 1 and text.startswith(BYTE_ORDER_MARKS_16):
+        return ConfigurationError(f"prompts: {path} is UTF-16 or UTF-32: save it as UTF-8")
     column = len(text[: error.start].decode()) + 1
     return ConfigurationError(
         f"prompts: {path}, line {line}, column {column}: not UTF-8 ({error.reason}, byte 0x{text[error.start]:02x})"

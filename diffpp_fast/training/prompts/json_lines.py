@@ -10,8 +10,11 @@ from typing import BinaryIO
 import numpy as np
 
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.training.prompts.indexed import CHUNK, RecordFile, refuse_encoding, skip_byte_order_mark
-from diffpp_fast.training.prompts.source import Digest, one_line
+from diffpp_fast.training.prompts.indexed import RecordFile, line_blocks, refuse_encoding
+from diffpp_fast.training.prompts.source import AROUND, Digest, one_line
+
+#: Bytes of a line that holds nothing: ASCII's white space, and those of a byte order mark.
+BLANK = b" \t\n\r\x0b\x0c\xef\xbb\xbf"
 
 # `json.loads` spends half its time on the white space around a value.
 _parse_json = json.JSONDecoder().raw_decode
@@ -25,12 +28,12 @@ class JsonLinesFile(RecordFile):
         super().__init__(path, digest)
 
     def _index(self, file: BinaryIO, digest: Digest) -> np.ndarray:
-        offset, number, starts = skip_byte_order_mark(file), 0, array("q")
-        while lines := file.readlines(CHUNK):
+        offset, number, starts = 0, 0, array("q")
+        for lines in line_blocks(self.path, file):
             prompts = []
             for line in lines:
                 number += 1
-                if not line.isspace():
+                if line.strip(BLANK):
                     starts.append(offset)
                     prompts.append(self._check(line, number))
                 offset += len(line)
@@ -56,11 +59,13 @@ def prompt_in_json(data: bytes, column: str) -> str:
     Raises ValueError, whose message goes on where the place was named, and UnicodeDecodeError.
     """
     line = data.decode()
-    text = line.strip()
+    text = line.strip(AROUND)
     try:
         value, end = _parse_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f", column {line.index(text) + error.pos + 1}: {error.msg}") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f": {error}") from None
     except RecursionError:
         raise ValueError(": too many brackets within brackets") from None
     if end != len(text):

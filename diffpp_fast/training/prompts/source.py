@@ -10,6 +10,8 @@ import numpy as np
 
 #: Prompts that are read together where all of them are read in turn.
 BLOCK = 1 << 16
+#: What goes from both ends of a prompt: white space, and the byte order marks that files put together have in them.
+AROUND = "".join(chr(code) for code in range(0x3001) if chr(code).isspace()) + "\ufeff"
 
 
 class Digest:
@@ -91,9 +93,18 @@ class PromptSource:
 
 
 def one_line(text: str) -> str:
-    """A prompt out of what a file holds: white space around it goes, and a line break in it becomes a space."""
-    text = text.strip()
-    return text.replace("\r\n", " ").replace("\n", " ") if "\n" in text else text
+    """Return a prompt out of what a file holds: white space and byte order marks around it go, line breaks in it become
+    spaces.
+
+    Line breaks are line feeds, carriage returns and the two together; Unicode's other separators are part of a prompt.
+    Raises ValueError, whose message goes on where the place was named, for a NUL character.
+    """
+    text = text.strip(AROUND)
+    if "\0" in text:
+        raise ValueError(": it holds a NUL character: the file is UTF-16, or no text")
+    if "\n" in text or "\r" in text:
+        text = text.replace("\r\n", " ").replace("\n", " ").replace("\r", " ")
+    return text
 
 
 def _as_range(indices: np.ndarray) -> Sequence[int]:

@@ -13,6 +13,10 @@ FILES = (tarfile.REGTYPE, tarfile.AREGTYPE)
 LONG_NAME, PAX = tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE
 
 
+#: Bytes of a header that gives a longer name or size; more is damage.
+LONGEST_HEADER = 1 << 20
+
+
 class Member(NamedTuple):
     name: str
     #: Of its content, in bytes from the archive's beginning.
@@ -37,10 +41,12 @@ def members(file: BinaryIO, length: int) -> Iterator[Member]:
         if len(header) < BLOCK:
             raise ValueError(f"ends at byte {length} without an end mark: it is truncated")
         name, size, kind = _read_header(header, position)
-        size = int(pax.get("size", size))
+        size = _decimal(pax["size"]) if "size" in pax else size
         offset, position = position + BLOCK, position + BLOCK + -(-size // BLOCK) * BLOCK
         if offset + size > length:
             raise ValueError(f"ends at byte {length}, within {name}: it is truncated")
+        if kind in (LONG_NAME, PAX) and size > LONGEST_HEADER:
+            raise ValueError(f"has a header of {size} bytes at byte {offset}: it is damaged")
         if kind == LONG_NAME:
             long_name = _text(file.read(size))
         elif kind == PAX:
@@ -59,7 +65,7 @@ def _read_header(header: bytes, position: int) -> tuple[str, int, bytes]:
         size = _number(header[124:136])
     except ValueError:
         right, size = False, 0
-    if not right:
+    if not right or size < 0:
         raise ValueError(f"has no tar header at byte {position}: it is damaged, compressed or no tar archive")
     name = _text(header[:100])
     # In the older GNU format there is something else behind the name's prefix.
@@ -72,7 +78,17 @@ def _number(field: bytes) -> int:
     """Octal digits, or beyond 8 GiB a binary number whose first bit is set."""
     if field[0] & 0x80:
         return int.from_bytes(field, "big") - (0x80 << 8 * (len(field) - 1))
-    return int(field.strip(b" \0") or b"0", 8)
+    digits = field.strip(b" \0") or b"0"
+    if not digits.isdigit():
+        raise ValueError(f"{digits!r} is no octal number")
+    return int(digits, 8)
+
+
+def _decimal(text: str | bytes) -> int:
+    """A pax record's number: digits, no sign and no more of them than a file's size has."""
+    if not text.isdigit() or len(text) > 20:
+        raise ValueError(f"has a pax header with the number {text[:20]!r}: it is damaged")
+    return int(text)
 
 
 def _text(data: bytes) -> str:
@@ -83,8 +99,11 @@ def _pax_records(data: bytes) -> dict[str, str]:
     """`LENGTH KEY=VALUE` lines, as POSIX has them; LENGTH is that of the whole line."""
     records = {}
     while data.strip(b"\0"):
-        length = int(data[: data.index(b" ")])
-        key, _, value = data[data.index(b" ") + 1 : length - 1].decode("utf-8", "replace").partition("=")
+        digits, space, _ = data.partition(b" ")
+        length = _decimal(digits)
+        if not space or not len(digits) + 1 < length <= len(data) or data[length - 1 : length] != b"\n":
+            raise ValueError(f"has a pax header with a record of {length} bytes: it is damaged")
+        key, _, value = data[len(digits) + 1 : length - 1].decode("utf-8", "replace").partition("=")
         records[key] = value
         data = data[length:]
     return records

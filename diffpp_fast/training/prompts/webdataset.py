@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.training.prompts.indexed import StableFile
+from diffpp_fast.training.prompts.indexed import LONGEST, StableFile
 from diffpp_fast.training.prompts.json_lines import prompt_in_json
 from diffpp_fast.training.prompts.source import BLOCK, Digest, PromptFile, one_line
-from diffpp_fast.training.prompts.tar_index import members
+from diffpp_fast.training.prompts.tar_index import Member, members
 
 
 class TarFile(PromptFile):
@@ -51,21 +51,35 @@ class TarFile(PromptFile):
 
     def _index(self, file: BinaryIO, digest: Digest) -> np.ndarray:
         """The places of all texts of one kind. Each is read and checked."""
-        # What follows the first dot in a name is what a member is; what stands before it, which sample it belongs to.
-        kind = "txt" if self.column is None else "json"
         places, prompts = array("q"), []
         try:
-            for member in members(file, os.fstat(file.fileno()).st_size):
-                if member.name.rpartition("/")[2].partition(".")[2] == kind:
-                    places.extend((member.offset, member.size))
-                    prompts.append(self._check(file.read(member.size), member.name))
-                    if len(prompts) == BLOCK:
-                        digest.add(prompts)
-                        prompts.clear()
+            for member in self._texts(members(file, os.fstat(file.fileno()).st_size)):
+                if member.size > LONGEST:
+                    raise ValueError(f"holds {member.name}, which has more than {LONGEST >> 20} MiB: is it text?")
+                places.extend((member.offset, member.size))
+                prompts.append(self._check(os.pread(file.fileno(), member.size, member.offset), member.name))
+                if len(prompts) == BLOCK:
+                    digest.add(prompts)
+                    prompts.clear()
         except ValueError as error:
             raise ConfigurationError(f"prompts: {self.path} {error}") from None
         digest.add(prompts)
         return np.frombuffer(places, dtype=np.int64).reshape(-1, 2)
+
+    def _texts(self, found: Iterable[Member]) -> list[Member]:
+        """The members that hold a prompt, by the last suffix of their names, in whatever case.
+
+        `x.tags.txt` beside `x.jpg` or `x.txt` is another text of sample `x`, and none of its own. Hidden files, which
+        macOS puts beside others, hold none.
+        """
+        suffix = ".txt" if self.column is None else ".json"
+        samples, texts = set(), []
+        for member in found:
+            name = member.name.lower()
+            samples.add(name.rpartition(".")[0])
+            if name.endswith(suffix) and not name.rpartition("/")[2].startswith("."):
+                texts.append(member)
+        return [member for member in texts if not _longer_names(member.name.lower(), samples)]
 
     def _check(self, data: bytes, name: str) -> str:
         try:
@@ -83,3 +97,13 @@ class TarFile(PromptFile):
         if not prompt:
             raise ValueError(": empty: remove it or give it a prompt")
         return prompt
+
+
+def _longer_names(name: str, samples: Set[str]) -> bool:
+    """Whether one of these samples' names, a dot and more than a suffix make up a member's name."""
+    sample = name.rpartition(".")[0]
+    while "." in sample.rpartition("/")[2]:
+        sample = sample.rpartition(".")[0]
+        if sample in samples:
+            return True
+    return False
