@@ -190,7 +190,7 @@ def load_tokenizer(path: str) -> Any:
         arguments["pretrained_model_name_or_path"] = str(
             Path(snapshot_download(repository, allow_patterns=f"{inside}/*")) / inside
         )
-    return AutoTokenizer.from_pretrained(**arguments)
+    return AutoTokenizer.from_pretrained(**arguments, trust_remote_code=False)
 
 
 def tokenize(tokenizer: Any, prompts: list[str], max_length: int) -> Any:

@@ -168,7 +168,7 @@ def load_transformers_clip(path: str, what: str, dtype: torch.dtype, *, text: bo
 
     folder = locate(path, ("config.json",), what).parent
     try:
-        config = CLIPConfig.from_pretrained(str(folder))
+        config = CLIPConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         raise ConfigurationError(f"{what}: {folder / 'config.json'} is no configuration of a CLIP: {error}") from error
     file = locate(path, ("model.safetensors", "pytorch_model.bin"), what)

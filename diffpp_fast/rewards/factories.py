@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from diffpp_fast.rewards.combine import Margin, Mixture, Normalized
 from diffpp_fast.rewards.files import locate
 from diffpp_fast.rewards.scores import AestheticReward, CosineReward, ImageReward, load_head, load_imagereward
 from diffpp_fast.rewards.text import clean_like_clip, load_bert_tokenizer, load_clip_tokenizer
+from diffpp_fast.rewards.user_code import call_factory
 
 CLIP_L_14 = "openai/clip-vit-large-patch14"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -316,30 +315,9 @@ def _load_once(
 def _make(name: str, kind: str, arguments: dict[str, Any], folder: Path) -> Scorer:
     if kind in FACTORIES:
         return load(kind, **arguments)
-    source, _, function = kind.rpartition(":")
-    if not source:
+    if ":" not in kind:
         raise ConfigurationError(
             f"mixture: there is no reward {kind!r} for {name}; known: {', '.join(FACTORIES)}, file.py:name, module:name"
         )
-    module = _import_file(folder / source, name) if source.endswith(".py") else _import_module(source, name)
-    factory = getattr(module, function, None)
-    if not callable(factory):
-        raise ConfigurationError(f"mixture: {source} has no function {function}, the reward of {name}")
-    scorer: Scorer = factory(**arguments)
+    scorer: Scorer = call_factory(kind, arguments, f"mixture: {name}", folder)
     return scorer
-
-
-def _import_module(source: str, name: str) -> Any:
-    try:
-        return importlib.import_module(source)
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(f"mixture: can't import {source}, the reward of {name}: {error}") from error
-
-
-def _import_file(path: Path, name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"diffpp_fast_mixture_{path.stem}", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise ConfigurationError(f"mixture: no such file: {path}, the reward of {name}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -167,7 +167,7 @@ def load_bert_tokenizer(path: str | Path) -> Any:
 
 def _from_pretrained(kind: Any, path: str | Path) -> Any:
     try:
-        return kind.from_pretrained(str(path))
+        return kind.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigurationError(f"tokenizer: {path} gives no {kind.__name__}: {reason}") from error

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +11,7 @@ from torch import nn
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks import Conditioning
 from diffpp_fast.rewards import Mixture
+from diffpp_fast.rewards.user_code import call_factory
 from diffpp_fast.training import config
 
 #: (images [B, 3, H, W] about [-1, 1], prompts) -> [B]
@@ -74,41 +69,11 @@ class LatentReward:
 def load_scorer(key: str, reward: config.Reward, device: torch.device) -> Scorer:
     """Calls the reward's factory. A module that it gives is moved to `device`, frozen and set to eval.
 
-    Raises ConfigurationError where the factory can't be found or doesn't take the arguments.
+    Raises ConfigurationError like `call_factory`.
     """
-    source, _, name = reward.factory.rpartition(":")
-    module = _load_file(key, source) if source.endswith(".py") else _import(key, source)
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        known = [other for other, value in vars(module).items() if callable(value) and not other.startswith("_")]
-        raise ConfigurationError(f"{key}.factory: {source} has no function {name}; it has {', '.join(known) or 'none'}")
-    try:
-        inspect.signature(factory).bind(**reward.arguments)
-    except TypeError as error:
-        raise ConfigurationError(f"{key}.arguments do not fit {name}{inspect.signature(factory)}: {error}") from None
-    scorer: Any = factory(**reward.arguments)
+    scorer: Any = call_factory(reward.factory, reward.arguments, key)
     if not callable(scorer):
         raise ConfigurationError(f"{key}: {reward.factory} gave {type(scorer).__name__}, which can't be called")
     if isinstance(scorer, nn.Module):
         scorer.to(device).eval().requires_grad_(False)
     return scorer
-
-
-def _load_file(key: str, path: str) -> ModuleType:
-    if not Path(path).is_file():
-        raise ConfigurationError(f"{key}.factory: no such file: {path}")
-    spec = importlib.util.spec_from_file_location(f"diffpp_fast_user_{Path(path).stem}", path)
-    assert spec is not None and spec.loader is not None  # a path that ends in .py always has them
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def _import(key: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise
-        raise ConfigurationError(f"{key}.factory: there is no module {name}; a file is written file.py:name") from None
