@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "diffpp_fast"
 FLOORS = {
     "errors": 0,
+    "install": 0,
     "kernels": 0,
     "provenance": 0,
     "noise": 1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-import importlib.util
+import sys
 import itertools
 import logging
 import re
@@ -174,14 +174,17 @@ def test_long_prompts_are_cut_and_told_of_once(tmp_path: Path, caplog: pytest.Lo
     assert "20 of the 23 prompts" in caplog.messages[1]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ftfy") is not None, reason="ftfy is installed")
-def test_without_ftfy_prompts_beyond_ascii_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    text._warn_of_no_ftfy.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="diffpp_fast"):
-        assert text.clean_like_clip(" caf\u00e9 &amp; bar ") == "caf\u00e9 & bar"
-        text.clean_like_clip("caf\u00e9")
-    assert len([message for message in caplog.messages if "ftfy" in message]) >= 1
-    assert "pip install ftfy" in caplog.messages[0]
+def test_prompts_are_cleaned_as_openai_does() -> None:
+    assert text.clean_like_clip(" caf\u00e9 &amp;amp; bar ") == "caf\u00e9 & bar"
+    assert text.clean_like_clip("a \u201cquoted\u201d \ufb01sh, schÃ¶n") == 'a "quoted" fish, schön'
+
+
+@pytest.mark.parametrize("load", [lambda: rewards.hpsv2("nowhere"), lambda: rewards.clip("nowhere")])
+def test_without_ftfy_no_scorer_that_needs_it_is_loaded(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "ftfy", raising=False)
+    monkeypatch.setattr(text, "find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match="ftfy, with which CLIP cleans prompts, is not installed.*pip install ftfy"):
+        load()
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:

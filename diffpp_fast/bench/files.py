@@ -30,7 +30,7 @@ def write_results(
         paths.append(stem.with_suffix(".png"))
         plot.write_plot(paths[-1], groups, origin.device_name)
     else:
-        print('the plot is left out: matplotlib is not installed, pip install "diffpp-fast[bench]" brings it')
+        print("the plot is left out: matplotlib is not installed, pip install matplotlib brings it")
     if page is not None:
         tables.rewrite_page(page, tables.place_of(device, warm), markdown)
         paths.append(page)

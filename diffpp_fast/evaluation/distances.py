@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffpp_fast import install
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.evaluation.inception import FEATURES, PREPROCESSING
 from diffpp_fast.evaluation.pictures import read_picture
@@ -126,7 +127,7 @@ def _metrics(names: Sequence[str], width: int) -> dict[str, Any]:
         if (error.name or "").partition(".")[0] != "torchmetrics":
             raise
         raise ConfigurationError(
-            f'{" and ".join(names)}: torchmetrics is not installed: pip install "diffpp-fast[evaluate]"'
+            f"{' and '.join(names)}: torchmetrics is not installed: {install.extra('evaluate')}"
         ) from None
 
     class Passed(nn.Identity):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from diffpp_fast.networks.conditioning import Conditioning
-from diffpp_fast.networks.loading import pretrained_arguments
+from diffpp_fast.networks.loading import pretrained_arguments, resolve
 
 logger = logging.getLogger("diffpp_fast")
 
@@ -176,7 +176,33 @@ def load_text_model(path: str, dtype: torch.dtype = torch.float32, *, projection
     return loader.from_pretrained(**where, dtype=dtype, use_safetensors=True)
 
 
+def check_tokenizer(path: str) -> None:
+    """Check that a tokenizer's folder can be read; of a hub id, nothing.
+
+    A folder may hold SentencePiece's file alone (`spiece.model`), as PixArt's on the hub does. transformers reads it by
+    sentencepiece and, where it can't, goes on as if it were tiktoken's.
+
+    Raises ValueError where sentencepiece is missing, and for a damaged file.
+    """
+    folder = Path(resolve(path))
+    files = sorted(folder.glob("*.model"))
+    if not folder.is_dir() or not files or (folder / "tokenizer.json").is_file():
+        return
+    try:
+        import google.protobuf  # noqa: F401 - transformers reads the file by both
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise ValueError(
+            f"{files[0]} can't be read without sentencepiece and protobuf ({error}): pip install sentencepiece protobuf"
+        ) from None
+    try:
+        SentencePieceProcessor(model_file=str(files[0]))
+    except (OSError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{files[0]} is damaged: {error}") from None
+
+
 def load_tokenizer(path: str) -> Any:
+    """A tokenizer of transformers from a hub id or a folder; raises like `check_tokenizer`."""
     from transformers import AutoTokenizer
 
     arguments: dict[str, Any] = pretrained_arguments(path)
@@ -190,6 +216,7 @@ def load_tokenizer(path: str) -> Any:
         arguments["pretrained_model_name_or_path"] = str(
             Path(snapshot_download(repository, allow_patterns=f"{inside}/*")) / inside
         )
+    check_tokenizer(arguments["pretrained_model_name_or_path"])
     return AutoTokenizer.from_pretrained(**arguments, trust_remote_code=False)
 
 

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffpp_fast import install
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.report.panels import Panel, concerns
 from diffpp_fast.report.runs import RunRecord, Series
@@ -57,7 +58,7 @@ class Curve(NamedTuple):
 def check_drawing() -> None:
     """Raises ConfigurationError where matplotlib is missing."""
     if find_spec("matplotlib") is None:
-        raise ConfigurationError('reports need matplotlib: pip install "diffpp-fast[report]"')
+        raise ConfigurationError(f"reports need matplotlib: {install.extra('report')}")
 
 
 def thin(series: Series) -> Curve:

@@ -14,7 +14,7 @@ from diffpp_fast.rewards.clip_model import Clip, load_open_clip, load_transforme
 from diffpp_fast.rewards.combine import Margin, Mixture, Normalized
 from diffpp_fast.rewards.files import locate
 from diffpp_fast.rewards.scores import AestheticReward, CosineReward, ImageReward, load_head, load_imagereward
-from diffpp_fast.rewards.text import clean_like_clip, load_bert_tokenizer, load_clip_tokenizer
+from diffpp_fast.rewards.text import clean_like_clip, load_bert_tokenizer, load_clip_tokenizer, need_ftfy
 from diffpp_fast.rewards.user_code import call_factory
 
 CLIP_L_14 = "openai/clip-vit-large-patch14"
@@ -81,6 +81,7 @@ def hpsv2(
     what, dtype = f"hpsv{version}", _dtype(dtype)
     if version not in _HPS_FILES:
         raise ConfigurationError(f"hpsv2: version must be 2.0 or 2.1, got {version!r}")
+    need_ftfy(what)
     model, scale = load_open_clip(path, (_HPS_FILES[version],), what, dtype)
     words = load_clip_tokenizer(tokenizer)
     towers = Clip(model, words, scale=scale, name=what, clean=clean_like_clip, checkpoint=checkpoint)
@@ -185,6 +186,8 @@ def load_clip(
 
     The rest is as for `pickscore`.
     """
+    if text:
+        need_ftfy("clip")
     model, scale = load_transformers_clip(path, "clip", _dtype(dtype), text=text)
     words = load_clip_tokenizer(tokenizer or path) if text else None
     return Clip(model, words, scale=scale, clean=clean_like_clip, checkpoint=checkpoint)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gzip
 import html
 import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -99,25 +99,22 @@ class PromptCache:
 def clean_like_clip(prompt: str) -> str:
     """What OpenAI's and open_clip's tokenizers do before what transformers' does too (lower case, white space).
 
-    Source: `basic_clean` in openai/CLIP clip/simple_tokenizer.py: ftfy, then HTML entities twice, then strip. ftfy is
-    used where it is installed; a prompt beyond ASCII that goes without it is warned of.
+    Source: `basic_clean` in openai/CLIP clip/simple_tokenizer.py: ftfy, then HTML entities twice, then strip. Raises
+    ConfigurationError where ftfy is not installed.
     """
-    if find_spec("ftfy") is not None:
-        import ftfy
+    need_ftfy("CLIP's tokenizer")
+    import ftfy
 
-        prompt = ftfy.fix_text(prompt)
-    elif not prompt.isascii():
-        _warn_of_no_ftfy(prompt)
-    return html.unescape(html.unescape(prompt)).strip()
+    return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
 
 
-@lru_cache(maxsize=1)
-def _warn_of_no_ftfy(prompt: str) -> None:
-    logger.warning(
-        "ftfy, with which CLIP cleans prompts, is not installed: prompts with typographic quotes, ligatures or broken "
-        "encodings may be tokenised in another way, the first beyond ASCII is %r. Remedy: pip install ftfy",
-        prompt,
-    )
+def need_ftfy(what: str) -> None:
+    """Raise ConfigurationError, naming what needs it, where ftfy is not installed."""
+    if "ftfy" not in sys.modules and find_spec("ftfy") is None:
+        raise ConfigurationError(
+            f"{what}: ftfy, with which CLIP cleans prompts, is not installed, and prompts with typographic quotes, "
+            "ligatures or broken encodings would be scored as others: pip install ftfy"
+        )
 
 
 def load_clip_tokenizer(path: str | Path) -> Any:

@@ -219,7 +219,8 @@ def _known(location: Sequence[int | str]) -> bool:
 
 def _annotation(key: str) -> Any:
     """The type that the schema gives a dotted key; None where there is no such key."""
-    section, annotation = Config, None
+    section: type[BaseModel] | None = Config
+    annotation: Any = None
     for name in key.split("."):
         if section is None or name not in section.model_fields:
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from yaml.constructor import ConstructorError
@@ -88,13 +88,6 @@ def is_quoted(text: str) -> bool:
 class _Loader(yaml.SafeLoader):
     """The core schema; merge keys (`<<`) of YAML 1.1 are kept, and a key that stands twice is an error."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
-    yaml_constructors: ClassVar[dict[str | None, Any]] = {
-        tag: constructor
-        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
-        if tag is None or tag.rpartition(":")[2] in ("null", "str", "seq", "map")
-    }
-
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:
@@ -136,10 +129,15 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-_Loader.add_constructor(f"{_CORE}merge", _Loader.construct_yaml_str)  # as a value it is text
-_Loader.add_constructor(f"{_CORE}bool", _Loader.construct_yaml_bool)
-_Loader.add_constructor(f"{_CORE}int", _Loader.construct_yaml_int)
-_Loader.add_constructor(f"{_CORE}float", _Loader.construct_yaml_float)
+_Loader.yaml_implicit_resolvers = {}
+_Loader.yaml_constructors = {
+    None: yaml.SafeLoader.yaml_constructors[None],  # refuses all other tags
+    **{f"{_CORE}{kind}": yaml.SafeLoader.yaml_constructors[f"{_CORE}{kind}"] for kind in ("null", "str", "seq", "map")},
+    f"{_CORE}merge": yaml.SafeLoader.yaml_constructors[f"{_CORE}str"],  # as a value it is text
+    f"{_CORE}bool": _Loader.construct_yaml_bool,
+    f"{_CORE}int": _Loader.construct_yaml_int,
+    f"{_CORE}float": _Loader.construct_yaml_float,
+}
 for _kind, _pattern, _first in _RESOLVERS:
     # An empty scalar is looked up under "".
     _letters = ["" if letter == "\0" else letter for letter in _first]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from diffpp_fast import install
 from diffpp_fast.errors import ConfigurationError
 
 
@@ -22,7 +23,7 @@ def naming(key: str, path: str | None = None) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name != "peft":
             raise
-        raise ConfigurationError(f'{key}: peft is not installed: pip install "diffpp-fast[lora]"') from None
+        raise ConfigurationError(f"{key}: peft is not installed: {install.extra('lora')}") from None
     except (ValueError, OSError, RuntimeError) as error:
         where = f"{key} ({path})" if path and path not in str(error) else key
         hint = "; it was taken for a hub id, for there is no such folder" if _is_hub_id(path) else ""

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from diffpp_fast.networks.loading import build_network, is_file, load_schedule, pretrained_arguments, read_config
+from diffpp_fast.networks.text import check_tokenizer
+from diffpp_fast.rewards.text import need_ftfy
 from diffpp_fast.training.build.checks import naming
 from diffpp_fast.training.build.precision import compute_dtype
 from diffpp_fast.training.build.text import CLIP_LENGTH, PIXART_LENGTH
@@ -93,6 +95,8 @@ def _text_encoder(key: str, section: TextEncoder) -> tuple[Recipe, int, str]:
     from transformers import AutoConfig, AutoModelForTextEncoding, CLIPTextModelWithProjection
 
     where: dict[str, Any] = pretrained_arguments(section.path)
+    with naming(f"{key}.tokenizer", section.tokenizer or section.path):
+        check_tokenizer(section.tokenizer or section.path)
     with naming(key, section.path):
         facts = AutoConfig.from_pretrained(**where)
 
@@ -134,6 +138,9 @@ def _towers(reward: Any) -> Towers | None:
     if entries[0][0] == "mixture":
         mixed = arguments.get("rewards") or {}
         entries = [(entry.get("reward", key), entry.get("arguments") or {}) for key, entry in mixed.items()]
+    for kind, _ in entries:
+        if kind in ("clip", "hpsv2", "hpsv2.1"):
+            need_ftfy(kind)
     dtypes = {given.get("dtype", "float32") for _, given in entries}
     return Towers(
         names=tuple(kind for kind, _ in entries if kind in TOWERS),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from diffpp_fast import install
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.training.prompts.json_lines import known_columns
 from diffpp_fast.training.prompts.source import one_line
@@ -19,7 +20,7 @@ def need(module: str, name: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ConfigurationError(
-            f'prompts: {name} can\'t be read without {error.name}: pip install "diffpp-fast[data]"'
+            f"prompts: {name} can't be read without {error.name}: {install.extra('data')}"
         ) from None
 
 

@@ -1,0 +1,32 @@
+"""What a terminal is shown of text that comes from files: nothing that a terminal would obey."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+
+#: Control characters but for tab and line feed, and those that turn the direction of writing or end a line elsewhere.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return a text in which escape sequences and the like stand as what they are written as, `\\x1b`."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+def say(text: str) -> None:
+    """Print what may hold text from files: prompts, names, values."""
+    print(printable(text), flush=True)
+
+
+def complain(text: str) -> None:
+    """Print it to stderr."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+class Stderr(logging.Handler):
+    """Logs to what `sys.stderr` is at the time: while a live line is shown, that is the place above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        complain(self.format(record))
