@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
 
@@ -23,10 +22,3 @@ def say(text: str) -> None:
 def complain(text: str) -> None:
     """Print it to stderr."""
     print(printable(text), file=sys.stderr, flush=True)
-
-
-class Stderr(logging.Handler):
-    """Logs to what `sys.stderr` is at the time: while a live line is shown, that is the place above it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        complain(self.format(record))

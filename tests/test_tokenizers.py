@@ -14,7 +14,7 @@ import yaml
 from diffpp_fast.cli.main import main
 from diffpp_fast.networks.text import load_tokenizer
 
-PROMPTS = ["a red apple", "a green frog’s ﬁsh", "the blue whale"]
+PROMPTS = ["a red apple", "a green frog\u2019s \ufb01sh", "the blue whale"]
 
 
 @pytest.fixture(scope="module")

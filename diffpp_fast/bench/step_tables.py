@@ -13,6 +13,7 @@ from diffpp_fast.bench.machine import Provenance
 from diffpp_fast.bench.phases import PHASES, WHOLE
 from diffpp_fast.bench.reward_path import TOWERS
 from diffpp_fast.bench.step import COMMON, OWN, Plan, Record, Results, Run
+from diffpp_fast.spreadsheet import cells
 
 COLUMNS = (
     "model",
@@ -182,9 +183,9 @@ def _write_csv(path: Path, plan: Plan, results: Results, origin: Provenance) -> 
                 for role, phase in phases.every_phase():
                     place = {"batches": section, "batch": run.batch, "update": role, "phase": phase}
                     figures = _figures(results, record, section, role, phase)
-                    writer.writerow({**row, **place, **figures, **origin._asdict()})
+                    writer.writerow(cells({**row, **place, **figures, **origin._asdict()}))
             if not record.runs:
-                writer.writerow({**row, **origin._asdict()})
+                writer.writerow(cells({**row, **origin._asdict()}))
 
 
 def _figures(results: Results, record: Record, section: str, role: str, phase: str) -> Mapping[str, object]:

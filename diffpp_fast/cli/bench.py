@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from diffpp_fast.terminal import complain, say
 
 if TYPE_CHECKING:
     import torch
@@ -144,24 +145,24 @@ def run(arguments: argparse.Namespace) -> int:
         tables.check_page(arguments.docs, tables.place_of(plan.device, plan.warm))
     _make_folder(arguments.out)
     origin = provenance(plan.device)
-    print(f"{origin.device_name}: {len(plan.cases)} cases, backends: {', '.join(plan.backends) or 'none that serves'}")
+    say(f"{origin.device_name}: {len(plan.cases)} cases, backends: {', '.join(plan.backends) or 'none that serves'}")
 
     groups: list[Group] = []
     total = len(plan.cases) * len(plan.dtypes) * len(plan.threads)
     for group in measure(plan):
         groups.append(group)
-        print(f"{len(groups)}/{total} {place(group[0])}", file=sys.stderr)
+        complain(f"{len(groups)}/{total} {place(group[0])}")
         for sentence in failures(group):
-            print(sentence)
+            say(sentence)
 
     for sentence in absences(groups):
-        print(sentence)
+        say(sentence)
     stem = arguments.out / f"kernels-{plan.device.type}-{_selection(arguments)}"
     for path in write_results(stem, groups, origin, plan.device, arguments.docs, warm=plan.warm):
-        print(f"written: {path}")
-    print(f"\n{tables.text_table(groups)}\n")
+        say(f"written: {path}")
+    say(f"\n{tables.text_table(groups)}\n")
     for sentence in _verdict(groups):
-        print(sentence)
+        say(sentence)
     return 1 if any(failures(group) for group in groups) else 0
 
 
@@ -188,13 +189,13 @@ def run_reward(arguments: argparse.Namespace) -> int:
         tables.check_page(arguments.docs, place, reward_tables.SUBJECT)
     _make_folder(arguments.out)
     origin = provenance(plan.device)
-    print(f"{origin.device_name}: {', '.join(plan.names)}")
+    say(f"{origin.device_name}: {', '.join(plan.names)}")
     records = reward_path.measure(plan)
     for path in reward_tables.write(arguments.out / f"reward-path-{place}", plan, records, origin, arguments.docs):
-        print(f"written: {path}")
-    print(f"\n{reward_tables.text_table(records)}\n")
+        say(f"written: {path}")
+    say(f"\n{reward_tables.text_table(records)}\n")
     for sentence in reward_tables.sentences(records):
-        print(sentence)
+        say(sentence)
     return 1 if any(record.wrong for record in records) else 0
 
 
@@ -224,14 +225,14 @@ def run_step(arguments: argparse.Namespace) -> int:
     step.check_room(plan)
     _make_folder(arguments.out)
     origin = provenance(plan.device)
-    print(f"{origin.device_name}: {', '.join(plan.names)}", flush=True)
+    say(f"{origin.device_name}: {', '.join(plan.names)}")
     for results in step.measure(plan):
         paths = step_tables.write(arguments.out / f"step-{place}", plan, results, origin, arguments.docs)
-        print(f"\n{step_tables.text(results)}\n", flush=True)
+        say(f"\n{step_tables.text(results)}\n")
     for path in paths:
-        print(f"written: {path}")
+        say(f"written: {path}")
     for sentence in step_tables.sentences(results):
-        print(sentence)
+        say(sentence)
     return 1 if any(record.wrong for record in results.records) else 0
 
 

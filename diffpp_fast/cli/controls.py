@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffpp_fast.cli.quiet import Stderr, hide_loading_bars
+from diffpp_fast.terminal import say
 
 if TYPE_CHECKING:
     from diffpp_fast.training import Outcome
@@ -72,22 +73,22 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s", handlers=[Stderr()])
     hide_loading_bars()
     logging.getLogger("diffpp_fast").setLevel(logging.INFO)
-    say = print if is_main else lambda *_, **__: None
+    tell = say if is_main else lambda _: None
     left_out = [name for name in NAMES if name not in {control.name for control in controls}]
     if left_out:
         absent = "reward" if "no-reward" in left_out else "guidance"
-        say(f"{', '.join(left_out)}: left out, there is no {absent} to switch off")
+        tell(f"{', '.join(left_out)}: left out, there is no {absent} to switch off")
     for control, done in zip(chosen, complete, strict=True):
-        say(f"{control.name}: {'complete, in' if done else 'into'} {control.folder}", flush=True)
+        tell(f"{control.name}: {'complete, in' if done else 'into'} {control.folder}")
         if done:
             continue
         outcome = _train(control, arguments.resume)
         if outcome.signal is not None:
-            say(f"stopped after step {outcome.step} of {control.name}; to go on:\n  {_command(arguments)}")
+            tell(f"stopped after step {outcome.step} of {control.name}; to go on:\n  {_command(arguments)}")
             return 128 + outcome.signal
     if is_main:
         runs = [control.folder for control in controls if is_run(control.folder)]
-        print(f"report: {write_report(runs, Path(config.output) / 'report.html')}")
+        say(f"report: {write_report(runs, Path(config.output) / 'report.html')}")
     return 0
 
 

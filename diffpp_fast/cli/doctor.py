@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from diffpp_fast.terminal import say
+
 if TYPE_CHECKING:
     import torch
 
@@ -45,20 +47,20 @@ def run(arguments: argparse.Namespace) -> int:
 
     from diffpp_fast.version import __version__
 
-    print(f"diffpp-fast   {__version__}\npython        {platform.python_version()} on {platform.platform()}")
+    say(f"diffpp-fast   {__version__}\npython        {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
-        print(f"{package:<13} {_version(package)}")
-    print(f"\ncpu           {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+        say(f"{package:<13} {_version(package)}")
+    say(f"\ncpu           {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     if not torch.cuda.is_available():
-        print("cuda          no device that PyTorch can use")
+        say("cuda          no device that PyTorch can use")
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
-        print(f"cuda:{index}        {facts.name}, sm_{facts.major}{facts.minor}, {facts.total_memory / 2**30:.0f} GiB")
+        say(f"cuda:{index}        {facts.name}, sm_{facts.major}{facts.minor}, {facts.total_memory / 2**30:.0f} GiB")
     _print_build()
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     wrong = [failure for device in devices for failure in _print_operators(device)]
     for failure in wrong:
-        print(f"\nWRONG: {failure}")
+        say(f"\nWRONG: {failure}")
     return 1 if wrong else 0
 
 
@@ -66,9 +68,9 @@ def _print_build() -> None:
     from diffpp_fast.kernels import native
 
     reason = native.unavailable()
-    print(f"\nlibrary       {native.LIBRARY if reason is None else f'none: {reason}'}")
+    say(f"\nlibrary       {native.LIBRARY if reason is None else f'none: {reason}'}")
     for name, value in native.facts().items():
-        print(f"{name:<13} {value}")
+        say(f"{name:<13} {value}")
 
 
 def _print_operators(device: torch.device) -> list[str]:
@@ -76,8 +78,8 @@ def _print_operators(device: torch.device) -> list[str]:
     from diffpp_fast.bench import selftest
     from diffpp_fast.kernels import dispatch
 
-    print(f"\nOperators on {device}, float32; requested backend: {dispatch.requested_backend()}\n")
-    print(f"  {'operator':<16} {'default':<10}" + "".join(f" {backend:<10}" for backend in dispatch.PREFERENCE))
+    say(f"\nOperators on {device}, float32; requested backend: {dispatch.requested_backend()}\n")
+    say(f"  {'operator':<16} {'default':<10}" + "".join(f" {backend:<10}" for backend in dispatch.PREFERENCE))
     rows = {(row.op, row.backend): row.reason for row in dispatch.table(device)}
     notes: dict[str, int] = {}
     failures = []
@@ -93,10 +95,10 @@ def _print_operators(device: torch.device) -> list[str]:
             if failure is not None:
                 failures.append(f"{backend} on {device}: {failure}")
         default = dispatch.default_backend(op, device)
-        print(f"  {op:<16} {default or 'none':<10}" + "".join(f" {cell:<10}" for cell in cells))
+        say(f"  {op:<16} {default or 'none':<10}" + "".join(f" {cell:<10}" for cell in cells))
     print()
     for note, number in notes.items():
-        print(f"  ({number}) {note}")
+        say(f"  ({number}) {note}")
     return failures
 
 

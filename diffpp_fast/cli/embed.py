@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from diffpp_fast.cli.quiet import hide_loading_bars
+from diffpp_fast.terminal import say
 
 DESCRIPTION = """\
 Writes the text encoder's embeddings of a configuration's prompts to the disk. A run with `prompts.embeddings` reads
@@ -67,13 +68,13 @@ def run(arguments: argparse.Namespace) -> int:
     )
     who = f"process {rank} of {size}: " if size > 1 else ""
     kept = len(writer.shards) - len(writer.missing)
-    print(f"{who}{len(prompts)} prompts; {kept} of {len(writer.shards)} shards are there already", flush=True)
+    say(f"{who}{len(prompts)} prompts; {kept} of {len(writer.shards)} shards are there already")
     start, written = time.monotonic(), 0
     for number, count in enumerate(writer.write(listed_grid_prompts(config)), 1):
         written += count
         speed = written / (time.monotonic() - start)
-        print(f"{who}shard {kept + number} of {len(writer.shards)}, {speed:.0f} prompts/s", flush=True)
-    print(f"{who}done. Train with prompts.embeddings={folder}")
+        say(f"{who}shard {kept + number} of {len(writer.shards)}, {speed:.0f} prompts/s")
+    say(f"{who}done. Train with prompts.embeddings={folder}")
     return 0
 
 

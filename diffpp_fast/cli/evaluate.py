@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from diffpp_fast.cli.quiet import hide_loading_bars
 from diffpp_fast.cli.sample import add_surroundings, check_addresses, positive
+from diffpp_fast.terminal import say
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     # Where it isn't read from a terminal, tables should not be broken at 80 columns.
     width = None if Console().is_terminal else 200
     print_summary(summary, Console(width=width, soft_wrap=True, highlight=False, markup=False))
-    print(f"everything is in {arguments.output}: summary.json, prompts.csv, pictures.csv, grid.png")
+    say(f"everything is in {arguments.output}: summary.json, prompts.csv, pictures.csv, grid.png")
     return 0
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from diffpp_fast.cli.quiet import hide_loading_bars
+from diffpp_fast.terminal import say
 
 DESCRIPTION = """\
 Writes a trained generator as a folder in diffusers' format.
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigurationError("--pipeline holds merged weights: leave --no-merge out, or export the adapters alone")
     refuse_foreign_folder(arguments.out)
     weights = find_weights(arguments.source, raw=arguments.raw)
-    print(f"weights: {weights}")
+    say(f"weights: {weights}")
     hide_loading_bars()
     config, generator = load_generator(weights)
     if not arguments.merge and generator.adapters is None:
@@ -70,6 +71,6 @@ def run(arguments: argparse.Namespace) -> int:
         export_generator(arguments.out, config, generator, dtype=dtype, merge=arguments.merge)
     scale = latents_scale(config.models.generator.input_scale)
     latents = "" if scale == 1.0 else f", latents={scale:g} * z"
-    print(f"exported: {arguments.out}")
-    print(f"a call in diffusers: pipeline(prompt, num_inference_steps=1, guidance_scale=1.0{latents})")
+    say(f"exported: {arguments.out}")
+    say(f"a call in diffusers: pipeline(prompt, num_inference_steps=1, guidance_scale=1.0{latents})")
     return 0

@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import errno
 import io
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
+from diffpp_fast import install
 from diffpp_fast.cli import bench, controls, doctor, embed, evaluate, export, plan, report, sample, train
+from diffpp_fast.cli.environment import check_environment
+from diffpp_fast.cli.quiet import silence_libraries
 from diffpp_fast.errors import UserError
+from diffpp_fast.terminal import complain
 from diffpp_fast.version import __version__
 
 DESCRIPTION = """\
@@ -28,10 +34,10 @@ Aligns one-step text-to-image generators with a reward (Diff-Instruct++), from p
 EPILOG = "`diffpp-fast COMMAND --help` tells more. The configuration is explained key by key in docs/training.md."
 
 #: What the extra `train` brings; operators and methods do without.
-TRAIN_PACKAGES = ("diffusers", "transformers", "safetensors", "pydantic", "yaml", "PIL", "rich", "tensorboard")
+TRAIN_PACKAGES = ("diffusers", "transformers", "safetensors", "pydantic", "yaml", "PIL", "rich", "tensorboard", "ftfy")
 
-#: Reasons to fail that lie in the machine's disk, not in the program.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+#: With this in the environment, errors come with the place in the code.
+TRACEBACK = "DIFFPP_FAST_TRACEBACK"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,22 +65,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(late)}")
         arguments.overrides += late
 
+    silence_libraries()
     try:
+        check_environment(os.environ)
         code: int = arguments.run(arguments)
         return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _fail(error)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in TRAIN_PACKAGES:
             raise
-        print(f'error: {package} is not installed: pip install "diffpp-fast[train]"', file=sys.stderr)
-        return 2
+        return _fail(f"{package} is not installed: {install.extra('train')}")
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        # With a file's name it is a path that was given or made of one: not there, no folder, too long, a full disk.
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _fail(f"{error} ({TRACEBACK}=1 shows where)")
+
+
+def _fail(error: object) -> int:
+    if os.environ.get(TRACEBACK):
+        traceback.print_exc()
+    complain(f"error: {error}")
+    return 2

@@ -3,14 +3,47 @@
 from __future__ import annotations
 
 import logging
-import sys
+import os
+import warnings
+
+from diffpp_fast.terminal import complain
+
+#: Loggers of libraries whose warnings are about what is not used here, or what none of our users can change:
+#: bitsandbytes' 4-bit kernels, which diffusers imports; and torchvision, without which image processors do, too.
+CHATTY = ("bitsandbytes.backends.cpu.ops", "transformers.image_processing_auto", "transformers.models.auto")
 
 
 class Stderr(logging.Handler):
-    """Logs to what `sys.stderr` is at the time: while a live line is shown, that is the place above it."""
+    """Logs to what `sys.stderr` is at the time: while a live line is shown, that is the place above it.
+
+    A sentence that was just said, of another network say, is not said again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: str | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        said = self.format(record)
+        if said != self._last:
+            complain(said)
+        self._last = said
+
+
+def silence_libraries() -> None:
+    """Keep libraries from saying what concerns their own authors; `python -W default` shows it all the same.
+
+    To be called before they are imported.
+    """
+    import sys
+
+    if sys.warnoptions:
+        return
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Names that diffusers, DeepSpeed and torch are going to change between them, said at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|deepspeed|torch|transformers|peft)\.")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def hide_loading_bars() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from diffpp_fast.terminal import say
+
 DESCRIPTION = """\
 Writes what runs have logged as one HTML page that needs nothing else: curves of rewards and divergences with the
 warnings, sample grids before and after, configurations, versions, and where a step's time goes.
@@ -41,5 +43,5 @@ def run(arguments: argparse.Namespace) -> int:
 
     folders = [run for folder in arguments.runs for run in find_runs(folder)]
     output = arguments.output or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "report.html"
-    print(f"report: {write_report(folders, output)}")
+    say(f"report: {write_report(folders, output)}")
     return 0

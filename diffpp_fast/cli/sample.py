@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffpp_fast.cli.quiet import hide_loading_bars
+from diffpp_fast.terminal import say
 
 if TYPE_CHECKING:
     import torch
@@ -96,15 +97,15 @@ def run(arguments: argparse.Namespace) -> int:
         base=arguments.base,
         precision=arguments.dtype,
     )
-    print(f"weights: {source.origin}", flush=True)
+    say(f"weights: {source.origin}")
     hide_loading_bars()
     model = source.load(choose_device(arguments.device))
     cells = _draw(model, prompts, arguments, keep=grid is not None)
     if arguments.images is not None:
-        print(f"pictures: {arguments.images}")
+        say(f"pictures: {arguments.images}")
     if grid is not None:
         _write_grid(grid, cells, model, prompts, arguments)
-        print(f"pictures: {grid}")
+        say(f"pictures: {grid}")
     return 0
 
 

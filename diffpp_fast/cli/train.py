@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
+import sys
 
 from diffpp_fast.cli.plan import add_machine, print_plan_of
 from diffpp_fast.cli.quiet import Stderr, hide_loading_bars
+from diffpp_fast.terminal import printable, say
 
 DESCRIPTION = """\
 Trains a one-step generator from a configuration.
@@ -59,7 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
-        print(dump_config(config), end="")
+        written = dump_config(config)
+        # On a terminal nothing is obeyed; a file gets every letter as it is.
+        print(printable(written) if sys.stdout.isatty() else written, end="")
         return 0
     if arguments.dry_run:
         return print_plan_of(arguments)
@@ -71,11 +75,11 @@ def run(arguments: argparse.Namespace) -> int:
     logging.getLogger("diffpp_fast").setLevel(logging.INFO)
     trainer = Trainer(config, resume=arguments.resume)
     outcome = trainer.run()
-    say = print if trainer.world.is_main else lambda _: None
+    tell = say if trainer.world.is_main else lambda _: None
     if outcome.signal is not None:
         command = ["diffpp-fast", "train", arguments.config, *arguments.overrides, "--resume", "latest"]
-        say(f"stopped after step {outcome.step}; to go on:\n  {shlex.join(command)}")
+        tell(f"stopped after step {outcome.step}; to go on:\n  {shlex.join(command)}")
         return 128 + outcome.signal
     prompt = shlex.join(["diffpp-fast", "sample", "--run", config.output, "a prompt"])
-    say(f"done: {outcome.step} steps, everything is in {config.output}; to see samples:\n  {prompt}")
+    tell(f"done: {outcome.step} steps, everything is in {config.output}; to see samples:\n  {prompt}")
     return 0

@@ -15,6 +15,7 @@ from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.evaluation.models import Model
 from diffpp_fast.evaluation.pictures import facts_of
 from diffpp_fast.evaluation.plan import Place, Plan
+from diffpp_fast.spreadsheet import cell
 from diffpp_fast.training.grids import tile_bytes, write_png
 
 #: Prompts in the picture that shows the models side by side.
@@ -81,7 +82,7 @@ class Files:
 
     def _write_row(self, name: str, cells: Sequence[object], mode: str = "a") -> None:
         with (self.folder / name).open(mode, newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(cells)
+            csv.writer(file).writerow([cell(value) for value in cells])
 
 
 def _side_by_side(columns: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from diffpp_fast.terminal import printable
+
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     """Means with intervals, by model; by group where prompts have groups; differences to the first model."""
@@ -39,16 +41,17 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
                difference_rows)  # fmt: skip
     for name in [*scores, *distances]:
         facts = metrics[name]
-        console.print(f"{name}: {facts['meaning']}; {facts['better']} is better. Pixels: {facts['preprocessing']}.")
+        said = f"{name}: {facts['meaning']}; {facts['better']} is better. Pixels: {facts['preprocessing']}."
+        console.print(printable(said))
 
 
 def _print(console: Console, title: str, corner: str, columns: list[str], rows: Mapping[str, list[str]]) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=printable(title), title_justify="left")
     table.add_column(corner)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(printable(column), justify="right")
     for name, cells in rows.items():
-        table.add_row(name, *cells)
+        table.add_row(printable(name), *cells)
     console.print(table)
 
 

@@ -113,7 +113,7 @@ def requested_backend() -> str:
     name = _requested.get()
     if name is not None:
         return name
-    return _known(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
+    return _known(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
 
 
 def select(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:

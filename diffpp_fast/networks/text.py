@@ -189,7 +189,7 @@ def check_tokenizer(path: str) -> None:
     if not folder.is_dir() or not files or (folder / "tokenizer.json").is_file():
         return
     try:
-        import google.protobuf  # noqa: F401 - transformers reads the file by both
+        import google.protobuf  # type: ignore[import-untyped,unused-ignore]  # noqa: F401 - transformers reads the file by both
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from diffpp_fast.terminal import printable, say
 from diffpp_fast.training.callbacks.base import Callback
 
 #: What the terminal shows of the scalars, and under which name. What does not fit into its width is cut at the end.
@@ -89,6 +90,6 @@ class Progress(Callback):
 
     def _say(self, sentence: str) -> None:
         if self.bar is None:
-            print(sentence, flush=True)
+            say(sentence)
         else:
-            self.bar.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+            self.bar.console.print(printable(sentence), highlight=False, markup=False, soft_wrap=True)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from diffpp_fast.terminal import printable
 from diffpp_fast.training.planning import timing
 from diffpp_fast.training.planning.advice import Change
 from diffpp_fast.training.planning.plan import KINDS, ROLES, STEP, Plan
@@ -63,6 +64,7 @@ def assumptions(plan: Plan) -> list[str]:
 
 def print_plan(plan: Plan, advice: list[Change], console: Console) -> None:
     """Tables on a terminal, plain columns elsewhere."""
+    from rich.markup import escape
     from rich.table import Table
 
     def table(title: str, *columns: str) -> Table:
@@ -72,8 +74,9 @@ def print_plan(plan: Plan, advice: list[Change], console: Console) -> None:
         return made
 
     setup = plan.setup
+    name = escape(printable(setup.models.name))
     console.print(
-        f"[bold]{setup.models.name}[/bold], latents {' x '.join(map(str, setup.models.latent_shape))}, "
+        f"[bold]{name}[/bold], latents {' x '.join(map(str, setup.models.latent_shape))}, "
         f"{setup.gpus} x {plan.gpu.name}, {setup.precision}"
     )
     console.print(
@@ -121,8 +124,8 @@ def print_plan(plan: Plan, advice: list[Change], console: Console) -> None:
     console.print(spent)
     console.print(f"About {setup.global_batch / plan.time.seconds:.1f} samples of the generator a second.\n")
     for sentence in assumptions(plan):
-        console.print(f"- {sentence}")
-    console.print(f"\n[bold]{verdict(plan)}[/bold]")
+        console.print(printable(f"- {sentence}"), markup=False)
+    console.print(f"\n[bold]{escape(verdict(plan))}[/bold]")
     if advice:
         console.print("What to change first, each alone:")
         for change in advice:

@@ -1,0 +1,74 @@
+"""Text from files on a terminal and in spreadsheets: shown, never obeyed."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import tiny
+from rich.console import Console
+
+from diffpp_fast import spreadsheet, terminal
+from diffpp_fast.cli import quiet
+from diffpp_fast.cli.main import main
+from diffpp_fast.evaluation.report import print_summary
+
+HOSTILE = "a\x1b[31mred\x07\r\u202egnp\u2066\x9b1m [red]apple[/] [/nothing]"
+
+
+def test_what_a_terminal_would_obey_is_written_out() -> None:
+    shown = terminal.printable(HOSTILE)
+    assert shown == r"a\x1b[31mred\x07\r\u202egnp\u2066\x9b1m [red]apple[/] [/nothing]"
+    assert terminal.printable("夜\tein\nÄpfel 🍎") == "夜\tein\nÄpfel 🍎"
+
+
+def test_errors_and_logs_go_through_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "no\x1b[31mthing.yaml"]) == 2
+    logger = logging.Logger("hostile")
+    logger.addHandler(quiet.Stderr())
+    logger.warning("prompt %s", HOSTILE)
+    logger.warning("prompt %s", HOSTILE)  # said once
+    error = capsys.readouterr().err
+    assert "\x1b" not in error and "\u202e" not in error and r"no\x1b[31mthing.yaml" in error
+    assert error.count("prompt a") == 1
+
+
+def test_a_plan_of_a_folder_with_markup_in_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny.write(tmp_path / "[red]a[/]\x1b[1m")
+    assert main(["plan", str(config), "rewards.held_out.factory=[/b].py:make"]) == 0
+    printed = capsys.readouterr().out
+    assert "[red]a[/]\\x1b[1m" in printed and "\x1b" not in printed and "[/b].py:make" in printed
+
+
+def test_a_summary_with_markup_in_its_names(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {"mean": 1.0, "high": None, "prompts": 1}
+    model = {"name": HOSTILE, "scores": {"[b]": found}, "distances": {}, "groups": {HOSTILE: {"[b]": found}}}
+    facts = {"meaning": "[/]", "better": "higher", "preprocessing": HOSTILE}
+    summary = {
+        "models": [model],
+        "metrics": {"[b]": facts},
+        "prompts": {"count": 1},
+        "images_per_prompt": 1,
+        "differences": [],
+    }
+    print_summary(summary, Console(width=200, soft_wrap=True, highlight=False, markup=False))
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "[red]apple[/] [/nothing]" in printed
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+cmd", "-x", "@SUM(A1)", "\tx", "\rx", "\uff1d1"])
+def test_a_formula_is_text_in_every_table(tmp_path: Path, text: str) -> None:
+    assert spreadsheet.cell(text) == f"'{text}"
+    assert [spreadsheet.cell(value) for value in ("-1.5e-3", "+3", -2, "a=b", "")] == ["-1.5e-3", "+3", -2, "a=b", ""]
+    sources = [*(Path(terminal.__file__).parent).rglob("*.py")]
+    writers = [file.name for file in sources if "csv.writer(" in (code := file.read_text()) or "DictWriter(" in code]
+    # Those that write text of others; the other two hold figures, and names of the package's own.
+    assert (
+        {"files.py", "step_tables.py"}
+        <= set(writers)
+        <= {"files.py", "step_tables.py", "reward_tables.py", "csv_file.py"}
+    )
