@@ -344,6 +344,18 @@ def test_the_tables_compare_images_per_second_and_say_where_fused_code_loses() -
     fused = next(line.split() for line in lines[start:] if line.startswith("fused"))
     assert fused[:8] == ["fused", "8", "40.0", "0", "200.", "2.00", "-", "20.0"]
     assert step_tables.sentences(results) == ["without fused-compile: no compiler"]
+    start = lines.index("The whole iteration, one update of each. All at one batch:")
+    fused = next(line.split() for line in lines[start:] if line.startswith("fused"))
+    assert fused[:3] == ["fused", "2", "20.0"] and fused[5:] == ["2.00", "0.80", "slower"]
+
+
+def test_a_restless_measurement_says_so() -> None:
+    restless = measured(20.0)
+    for role in ROLES:
+        restless.timings[role][WHOLE] = Timing((0.01, 0.02, 0.04), 1)
+    results = results_of(record("eager", runs={COMMON: restless}), record("fused", runs={COMMON: measured(10.0)}))
+    (sentence,) = step_tables.sentences(results)
+    assert sentence.startswith("1 of 2 rows") and "the machine was busy" in sentence
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,25 @@ def write_plot(path: Path, groups: Sequence[Group], device_name: str) -> None:
     figure.suptitle(device_name, fontsize=10)
     dots = [Line2D([], [], marker="o", linestyle="", color=COLOURS[name], label=name) for name in seen]
     figure.legend(handles=dots, loc="outside upper right", ncols=len(dots), fontsize=9, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def write_bars(path: Path, ratios: Mapping[str, float], title: str) -> None:
+    """Write a PNG of speed-ups, one bar for each name. Needs matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size = NAMES_WIDTH + PANEL_WIDTH, FRAME_HEIGHT + 2 * ROW_HEIGHT * len(ratios)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis: Any = figure.subplots()
+    bars = axis.barh(list(ratios), list(ratios.values()), color="#0072b2", height=0.6)
+    axis.bar_label(bars, [f"{ratio:.2f}x" for ratio in ratios.values()], padding=3, fontsize=8)
+    axis.axvline(1.0, color="black", linewidth=1)
+    axis.invert_yaxis()
+    axis.set_title(title, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from diffpp_fast.bench import phases, tables
+from diffpp_fast.bench import phases, plot, tables
 from diffpp_fast.bench.machine import Provenance
 from diffpp_fast.bench.phases import PHASES, WHOLE
 from diffpp_fast.bench.reward_path import TOWERS
 from diffpp_fast.bench.step import COMMON, OWN, Plan, Record, Results, Run
+from diffpp_fast.bench.timing import Timing
 from diffpp_fast.spreadsheet import cells
 
 COLUMNS = (
@@ -47,6 +48,8 @@ COLUMNS = (
 )
 #: The command that writes these tables.
 SUBJECT = "step"
+#: A spread of the times that casts doubt on a row.
+RESTLESS = 0.25
 EAGER, COMPILE = "eager", "compile"
 TITLES = {"generator": "The generator's update", "fake": "The teaching assistant's update"}
 SECTIONS = {COMMON: "All at one batch:", OWN: "Each at the largest batch that fits:"}
@@ -63,11 +66,17 @@ forward and backward pass, compilation included.
 
 
 def write(stem: Path, plan: Plan, results: Results, origin: Provenance, page: Path | None) -> list[Path]:
-    """Writes CSV and Markdown under `stem`, and the Markdown into the page. Returns the paths."""
+    """Write CSV, Markdown and a plot under `stem`, and the Markdown into the page. Return the paths."""
     paths = [stem.with_suffix(suffix) for suffix in (".csv", ".md")]
     _write_csv(paths[0], plan, results, origin)
     text = markdown(plan, results, origin)
     paths[1].write_text(text, encoding="utf-8")
+    runs = _runs(results, COMMON)
+    speeds = {name: iteration_ratio(runs, EAGER, name) for name in runs}
+    shown = {name: ratio for name, ratio in speeds.items() if ratio is not None}
+    if plot.available() and shown:
+        paths.append(stem.with_suffix(".png"))
+        plot.write_bars(paths[-1], shown, f"{place_of(plan)}, images per second of whole iterations over eager")
     if page is not None:
         tables.rewrite_page(page, place_of(plan), text, SUBJECT)
         paths.append(page)
@@ -106,7 +115,20 @@ def markdown(plan: Plan, results: Results, origin: Provenance) -> str:
 def sentences(results: Results) -> list[str]:
     """Who was wrong, and who did not take part."""
     wrong = [f"{record.provider} is wrong: {record.wrong}" for record in results.records if record.wrong]
-    return wrong + [f"without {record.provider}: {record.left_out}" for record in results.records if record.left_out]
+    absent = [f"without {record.provider}: {record.left_out}" for record in results.records if record.left_out]
+    return [*wrong, *absent, *_restless(results)]
+
+
+def _restless(results: Results) -> list[str]:
+    """What casts doubt on the times: a spread of the rounds."""
+    spreads = [iteration(run).spread for record in results.records for run in record.runs.values()]
+    restless = sum(spread > RESTLESS for spread in spreads)
+    if not restless:
+        return []
+    return [
+        f"{restless} of {len(spreads)} rows of the iteration have an interquartile range above {RESTLESS:.0%} of the "
+        "median: the machine was busy, measure again"
+    ]
 
 
 def _facts(plan: Plan, results: Results) -> str:
@@ -131,6 +153,10 @@ def _tables(results: Results) -> Iterator[tuple[str, list[list[str]]]]:
         rows = list(_phase_rows(results, role))
         if len(rows) > 1:
             yield f"{title} at one batch, phase by phase, in ms:", rows
+    for section, kind in SECTIONS.items():
+        rows = list(_iteration_rows(results, section))
+        if len(rows) > 1:
+            yield f"The whole iteration, one update of each. {kind}", rows
 
 
 def _rows(results: Results, role: str, section: str) -> Iterator[list[str]]:
@@ -154,6 +180,38 @@ def _rows(results: Results, role: str, section: str) -> Iterator[list[str]]:
             f"{record.first_call[role]:.1f}",
             tables.SLOWER if loses else "",
         ]
+
+
+def _iteration_rows(results: Results, section: str) -> Iterator[list[str]]:
+    runs = _runs(results, section)
+    yield [*HEADER[: HEADER.index("x compile") + 1], ""]
+    for name, run in runs.items():
+        timing = iteration(run)
+        ratios = [iteration_ratio(runs, other, name) for other in (EAGER, COMPILE)]
+        loses = name.startswith("fused") and any(ratio is not None and ratio < 1.0 for ratio in ratios)
+        yield [
+            name,
+            str(run.batch),
+            _milliseconds(timing.median),
+            f"{100.0 * timing.spread:.0f}",
+            f"{run.batch / timing.median:#.3g}",
+            *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+            tables.SLOWER if loses else "",
+        ]
+
+
+def iteration(run: Run) -> Timing:
+    """Both updates of every round together."""
+    updates = zip(*(run.timings[role][WHOLE].samples for role in TITLES), strict=True)
+    return Timing(tuple(map(sum, updates)), 1)
+
+
+def iteration_ratio(runs: Mapping[str, Run], other: str, name: str) -> float | None:
+    """Images per second of whole iterations over another provider's."""
+    if other not in runs:
+        return None
+    seconds = [iteration(runs[each]).median / runs[each].batch for each in (other, name)]
+    return seconds[0] / seconds[1] if seconds[1] else None
 
 
 def _phase_rows(results: Results, role: str) -> Iterator[list[str]]:

@@ -209,6 +209,7 @@ def run_step(arguments: argparse.Namespace) -> int:
 
     from diffpp_fast.bench import step, step_tables, tables
     from diffpp_fast.bench.machine import provenance
+    from diffpp_fast.bench.step_providers import PROVIDERS
 
     plan = step.plan(
         arguments.model,
@@ -226,14 +227,26 @@ def run_step(arguments: argparse.Namespace) -> int:
     _make_folder(arguments.out)
     origin = provenance(plan.device)
     say(f"{origin.device_name}: {', '.join(plan.names)}")
+    if compiled := [name for name in plan.names if PROVIDERS[name].compiles]:
+        say(f"{', '.join(compiled)}: measured last; compiling takes minutes for each, in which nothing is printed")
+    busy = _load_sentence()
     for results in step.measure(plan):
         paths = step_tables.write(arguments.out / f"step-{place}", plan, results, origin, arguments.docs)
-        say(f"\n{step_tables.text(results)}\n")
+        complain(f"{sum(bool(record.runs) for record in results.records)} of {len(plan.names)} are measured")
+    say(f"\n{step_tables.text(results)}\n")
     for path in paths:
         say(f"written: {path}")
-    for sentence in step_tables.sentences(results):
+    for sentence in [*step_tables.sentences(results), *busy]:
         say(sentence)
     return 1 if any(record.wrong for record in results.records) else 0
+
+
+def _load_sentence() -> list[str]:
+    """What there is to say where other work was running when the measurement began."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= cores / 2:
+        return []
+    return [f"the machine was busy when this began, with a load of {load:.1f} on {cores} cores: measure again"]
 
 
 def _make_folder(path: Path) -> None:

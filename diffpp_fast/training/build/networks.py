@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from diffpp_fast.training.build.text import TextFacts
 from diffpp_fast.training.config import Config, Lora
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import place_reference
+
+logger = logging.getLogger(__name__)
 
 #: The addressed randomness that initialises a role's adapters.
 STREAMS = {"generator": GENERATOR_ADAPTER, "fake": FAKE_ADAPTER}
@@ -148,6 +151,7 @@ class Networks:
             with naming("training.activation_checkpointing", path):
                 network.enable_gradient_checkpointing()
         if training.compile:
+            logger.info("%s: torch.compile compiles it in the first steps, which takes minutes", key)
             network.compile()
         return denoiser
 
