@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.kernels.dispatch import requested_backend, why_not
 
 #: What torchrun, the deepspeed launcher and most schedulers' wrappers set.
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -118,8 +119,21 @@ class World:
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """The device of a configuration; "auto" is the GPU where there is one.
 
-    Raises ConfigurationError where "cuda" is asked for and missing, or this machine has too few GPUs.
+    Raises ConfigurationError where "cuda" is asked for and missing, where this machine has too few GPUs, and where the
+    backend that DIFFPP_FAST_BACKEND asks for does not serve there.
     """
+    device = _find_device(name, local_rank)
+    backend = requested_backend()
+    reason = None if backend == "auto" else why_not("add_noise", backend, device, torch.float32)
+    if reason is not None:
+        raise ConfigurationError(
+            f"the backend {backend} can't serve on {device}: {reason}. Unset DIFFPP_FAST_BACKEND, or take one that "
+            "`diffpp-fast doctor` shows"
+        )
+    return device
+
+
+def _find_device(name: str, local_rank: int) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("device is cuda, but PyTorch sees no CUDA device: use device=cpu or device=auto")
     if name == "cpu" or not torch.cuda.is_available():

@@ -124,7 +124,14 @@ def _parse_override(override: str) -> tuple[str, Any]:
 
 def _parse_value(key: str, text: str) -> Any:
     annotation = _annotation(key)
-    if key == "prompts" and not text.lstrip().startswith("{"):
+    if key == "prompts":
+        # A section, or a path, which may begin with braces too.
+        try:
+            value = parse_value(text)
+        except YamlError:
+            value = None
+        if isinstance(value, dict):
+            return value
         annotation = str
     if not _is_text(annotation) or is_quoted(text):
         return parse_value(text)

@@ -94,7 +94,8 @@ def _text_encoder(key: str, section: TextEncoder) -> tuple[Recipe, int, str]:
     """A text encoder in transformers' format, the bytes of an element of its weights, and what kind it is."""
     from transformers import AutoConfig, AutoModelForTextEncoding, CLIPTextModelWithProjection
 
-    where: dict[str, Any] = pretrained_arguments(section.path)
+    with naming(key, section.path):
+        where: dict[str, Any] = pretrained_arguments(section.path)
     with naming(f"{key}.tokenizer", section.tokenizer or section.path):
         check_tokenizer(section.tokenizer or section.path)
     with naming(key, section.path):
