@@ -181,6 +181,7 @@ COMMANDS = (
     (["export", "adir", "--out", "never"], "adir"),
     (["export", LONG, "--out", "never"], "too long"),
     (["report", "nothing"], "nothing"),
+    (["report", "~nosuch/run"], "~nosuch/run: there is no home folder"),
     (["report", LONG], LONG),
     (["controls", "align.yaml", "--only", "nothing"], "--only nothing"),
     (["plan"], "plan what?"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffpp_fast.terminal import complain, say
+from diffpp_fast.user_paths import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -86,8 +87,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--min-time", type=_seconds, default=0.1, metavar="SECONDS", help="per provider and case (0.1)")
     add("--warm", action="store_true", help="leave the inputs in the cache instead of taking others every time")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    add("--out", type=Path, default=Path("benchmarks/results"), metavar="FOLDER", help="for files (benchmarks/results)")
-    add("--docs", type=Path, metavar="PAGE.md", help="also put the tables between the page's markers")
+    add(
+        "--out",
+        type=user_path,
+        default=Path("benchmarks/results"),
+        metavar="FOLDER",
+        help="for files (benchmarks/results)",
+    )
+    add("--docs", type=user_path, metavar="PAGE.md", help="also put the tables between the page's markers")
     kernels.set_defaults(run=run)
     reward = subjects.add_parser(
         "reward",
@@ -105,8 +112,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--device", choices=["cpu", "cuda"], help="where to measure (cuda if there is one)")
     add("--rounds", type=_count, default=7, metavar="N", help="in which all are timed by turns (7)")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    add("--out", type=Path, default=Path("benchmarks/results"), metavar="FOLDER", help="for files (benchmarks/results)")
-    add("--docs", type=Path, metavar="PAGE.md", help="also put the table between the page's markers")
+    add(
+        "--out",
+        type=user_path,
+        default=Path("benchmarks/results"),
+        metavar="FOLDER",
+        help="for files (benchmarks/results)",
+    )
+    add("--docs", type=user_path, metavar="PAGE.md", help="also put the table between the page's markers")
     reward.set_defaults(run=run_reward)
     step = subjects.add_parser(
         "step",
@@ -128,8 +141,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--device", choices=["cpu", "cuda"], help="where to measure (cuda if there is one)")
     add("--rounds", type=_count, default=7, metavar="N", help="in which all are timed by turns (7)")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    add("--out", type=Path, default=Path("benchmarks/results"), metavar="FOLDER", help="for files (benchmarks/results)")
-    add("--docs", type=Path, metavar="PAGE.md", help="also put the tables between the page's markers")
+    add(
+        "--out",
+        type=user_path,
+        default=Path("benchmarks/results"),
+        metavar="FOLDER",
+        help="for files (benchmarks/results)",
+    )
+    add("--docs", type=user_path, metavar="PAGE.md", help="also put the tables between the page's markers")
     step.set_defaults(run=run_step)
 
 

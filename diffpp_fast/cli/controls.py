@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from diffpp_fast.cli.quiet import Stderr, hide_loading_bars
 from diffpp_fast.terminal import say
+from diffpp_fast.user_paths import user_path
 
 if TYPE_CHECKING:
     from diffpp_fast.training import Outcome
@@ -48,7 +49,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--only", metavar="NAME", help="train this one alone; several processes need it")
     parser.add_argument(
-        "--full", type=Path, metavar="RUN", help="a complete run of the same configuration, which is not trained again"
+        "--full",
+        type=user_path,
+        metavar="RUN",
+        help="a complete run of the same configuration, which is not trained again",
     )
     parser.set_defaults(run=run)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from diffpp_fast.cli.quiet import hide_loading_bars
 from diffpp_fast.terminal import say
+from diffpp_fast.user_paths import user_path
 
 DESCRIPTION = """\
 Writes the text encoder's embeddings of a configuration's prompts to the disk. A run with `prompts.embeddings` reads
@@ -33,7 +34,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="paths in it are relative to its folder")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for `diffpp-fast train`")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: the configuration's prompts.embeddings")
+    parser.add_argument(
+        "--out", type=user_path, metavar="FOLDER", help="default: the configuration's prompts.embeddings"
+    )
     parser.add_argument(
         "--batch",
         type=_positive,

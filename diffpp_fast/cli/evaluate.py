@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from diffpp_fast.cli.quiet import hide_loading_bars
 from diffpp_fast.cli.sample import add_surroundings, check_addresses, positive
 from diffpp_fast.terminal import say
+from diffpp_fast.user_paths import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -50,9 +51,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--set", dest="settings", action="append", default=[], metavar="METRIC.ARGUMENT=VALUE",
         help="an argument of a metric's factory, e.g. pick_score.path=/weights/PickScore_v1",
     )  # fmt: skip
-    add("--output", type=Path, required=True, metavar="FOLDER", help="for tables and pictures")
-    add("--reference-images", type=Path, metavar="FOLDER", help="of fid and kid")
-    add("--inception", type=Path, metavar="FILE", help="Inception's weights, for fid and kid")
+    add("--output", type=user_path, required=True, metavar="FOLDER", help="for tables and pictures")
+    add("--reference-images", type=user_path, metavar="FOLDER", help="of fid and kid")
+    add("--inception", type=user_path, metavar="FILE", help="Inception's weights, for fid and kid")
     add("--images-per-prompt", type=positive, default=1, metavar="N", help="(1)")
     add("--seed", type=int, help="of the latents (20250101, which no training begins with)")
     add("--first-sample", type=int, default=0, metavar="N", help="sample number of the first prompt (0)")

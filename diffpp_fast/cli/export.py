@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from diffpp_fast.cli.quiet import hide_loading_bars
 from diffpp_fast.terminal import say
+from diffpp_fast.user_paths import user_path
 
 DESCRIPTION = """\
 Writes a trained generator as a folder in diffusers' format.
@@ -28,8 +28,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", type=Path, metavar="RUN", help="a run's output folder, or one of its checkpoints")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="an earlier export is replaced")
+    parser.add_argument(
+        "source", type=user_path, metavar="RUN", help="a run's output folder, or one of its checkpoints"
+    )
+    parser.add_argument("--out", type=user_path, required=True, metavar="FOLDER", help="an earlier export is replaced")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; default: float32")
     parser.add_argument("--raw", action="store_true", help="the weights themselves, not their moving average")
     parser.add_argument(

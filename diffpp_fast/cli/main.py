@@ -58,15 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    arguments, late = parser.parse_known_args(argv)
-    if late:
-        # argparse takes no more positional arguments once an option has stood between them.
-        if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in late):
-            parser.error(f"unrecognized arguments: {' '.join(late)}")
-        arguments.overrides += late
-
     silence_libraries()
     try:
+        arguments, late = parser.parse_known_args(argv)
+        if late:
+            # argparse takes no more positional arguments once an option has stood between them.
+            if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in late):
+                parser.error(f"unrecognized arguments: {' '.join(late)}")
+            arguments.overrides += late
         check_environment(os.environ)
         code: int = arguments.run(arguments)
         return code

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from diffpp_fast.terminal import say
+from diffpp_fast.user_paths import user_path
 
 DESCRIPTION = """\
 Writes what runs have logged as one HTML page that needs nothing else: curves of rewards and divergences with the
@@ -28,10 +29,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog="How to read it is in docs/reporting.md.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the output folder of a run or of controls")
+    parser.add_argument(
+        "runs", nargs="+", type=user_path, metavar="RUN", help="the output folder of a run or of controls"
+    )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         metavar="FILE.html",
         help="the page to write; default: report.html in the folder, of several folders in the working directory",
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from diffpp_fast.cli.quiet import hide_loading_bars
 from diffpp_fast.terminal import say
+from diffpp_fast.user_paths import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -48,17 +49,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     which.add_argument(
         "--run",
         dest="source",
-        type=Path,
+        type=user_path,
         metavar="FOLDER",
         help="a run's output folder, or one of its checkpoints; default: the run under runs/ that saved last",
     )
-    which.add_argument("--model", type=Path, metavar="FOLDER", help="a folder that `diffpp-fast export` wrote")
+    which.add_argument("--model", type=user_path, metavar="FOLDER", help="a folder that `diffpp-fast export` wrote")
     add_surroundings(parser)
     parser.add_argument(
-        "--out", "--grid", type=Path, metavar="FILE.png",
+        "--out", "--grid", type=user_path, metavar="FILE.png",
         help="all pictures as one (samples.png; none where --images is given alone)",
     )  # fmt: skip
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="every picture as a file of its own")
+    parser.add_argument("--images", type=user_path, metavar="FOLDER", help="every picture as a file of its own")
     parser.add_argument("--count", type=positive, default=4, metavar="N", help="pictures per prompt (4)")
     parser.add_argument("--seed", type=int, default=0, help="of the latents (0)")
     parser.add_argument("--first-sample", type=int, default=0, metavar="N", help="sample number of column 1 (0)")
@@ -77,7 +78,7 @@ def add_surroundings(parser: argparse.ArgumentParser) -> None:
         help="of a run's checkpoints the newest, or the best by its training.keep_best (latest)",
     )
     parser.add_argument(
-        "--config", type=Path, metavar="CONFIG.yaml", help="names text encoder and decoder of an exported network"
+        "--config", type=user_path, metavar="CONFIG.yaml", help="names text encoder and decoder of an exported network"
     )
     parser.add_argument("--base", metavar="PIPELINE", help="has them, in diffusers' format, instead of --config")
 

@@ -38,7 +38,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigurationError for an unreadable file, an unknown key, a wrong type and parts that don't fit together.
     """
-    file = Path(path)
+    file = user_path(str(path))
     data = _read_extended(file)
     given = {}
     for override in overrides:
