@@ -69,9 +69,11 @@ def test_no_message_names_an_index_that_lacks_the_package() -> None:
 def test_libraries_say_nothing_of_their_own_affairs(tmp_path: Path) -> None:
     """Not what importing diffusers brings, nor warnings about names that others are going to change."""
     code = """
-import logging, sys, warnings
+import contextlib, logging, warnings
 from diffpp_fast.cli.main import main
-assert main(["plan", "--model", "sd15", "--json"]) in (0, 1)
+with contextlib.suppress(SystemExit):
+    main(["train", "--help"])
+from diffusers import UNet2DConditionModel
 logging.getLogger("bitsandbytes.backends.cpu.ops").warning("kernels-community")
 for module in ("diffusers.utils.deprecation_utils", "torch.distributed.c10d_logger", "deepspeed.comm.comm"):
     warnings.warn_explicit("a new name", FutureWarning, "file.py", 1, module=module)
