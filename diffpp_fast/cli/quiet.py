@@ -8,9 +8,9 @@ import warnings
 
 from diffpp_fast.terminal import complain
 
-#: Loggers of libraries whose warnings are about what is not used here, or what none of our users can change:
-#: bitsandbytes' 4-bit kernels, which diffusers imports; and torchvision, without which image processors do, too.
-CHATTY = ("bitsandbytes.backends.cpu.ops", "transformers.image_processing_auto", "transformers.models.auto")
+#: Loggers of libraries that warn of what is not used here: bitsandbytes, which diffusers imports, of its 4-bit kernels,
+#: and transformers of a torchvision without which its image processors work as well.
+CHATTY = ("bitsandbytes.backends.cpu.ops", "transformers.utils.import_utils")
 
 
 class Stderr(logging.Handler):
