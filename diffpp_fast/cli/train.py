@@ -70,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     hide_loading_bars()
     logging.getLogger("diffpp_fast").setLevel(logging.INFO)
     trainer = Trainer(config, resume=arguments.resume)
+    complete = trainer.step >= config.training.steps
     outcome = trainer.run()
     say = print if trainer.world.is_main else lambda _: None
     if outcome.signal is not None:
@@ -77,5 +78,6 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"stopped after step {outcome.step}; to go on:\n  {shlex.join(command)}")
         return 128 + outcome.signal
     prompt = shlex.join(["diffpp-fast", "sample", "--run", config.output, "a prompt"])
-    say(f"done: {outcome.step} steps, everything is in {config.output}; to see samples:\n  {prompt}")
+    done = f"nothing left to do after {outcome.step} steps" if complete else f"done: {outcome.step} steps"
+    say(f"{done}, everything is in {config.output}; to see samples:\n  {prompt}")
     return 0
