@@ -44,6 +44,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="go on from the newest undamaged checkpoint in the output folder (begin anew if it holds none), from the "
         "best one by training.keep_best, or from a given checkpoint or run",
     )
+    parser.add_argument(
+        "--accept-changed",
+        metavar="INPUT,...",
+        default="",
+        help="with --resume: go on although the content of these has changed: reference, decoder, reward, ... "
+        "(docs/checkpoints.md)",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
     parser.add_argument(
         "--dry-run",
@@ -69,7 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s", handlers=[Stderr()])
     hide_loading_bars()
     logging.getLogger("diffpp_fast").setLevel(logging.INFO)
-    trainer = Trainer(config, resume=arguments.resume)
+    accepted = [name for name in arguments.accept_changed.split(",") if name]
+    trainer = Trainer(config, resume=arguments.resume, accept_changed=accepted)
     complete = trainer.step >= config.training.steps
     outcome = trainer.run()
     say = print if trainer.world.is_main else lambda _: None

@@ -20,7 +20,8 @@ from diffpp_fast.networks import Conditioning
 from diffpp_fast.rewards import Mixture
 from diffpp_fast.rewards.base import undisturbed
 from diffpp_fast.training import config
-from diffpp_fast.training.scorer_state import modules_of
+from diffpp_fast.training.inputs import digest_of, digest_of_files
+from diffpp_fast.training.scorer_state import modules_of, sources_of, tensors_of
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,19 @@ def load_scorer(key: str, reward: config.Reward, device: torch.device) -> Scorer
     for network in modules_of(scorer):
         network.eval().requires_grad_(False)
     return scorer
+
+
+def digest_of_reward(reward: config.Reward, scorer: Scorer) -> str:
+    """Of a scorer's code, as far as it is no installed package's, and of the tensors that it computes with.
+
+    Where no tensors are found in it, the files that its arguments name stand for them.
+    """
+    source = reward.factory.rpartition(":")[0]
+    code = {*sources_of(scorer), *([Path(source).resolve()] if source.endswith(".py") else [])}
+    tensors = tensors_of(scorer)
+    given = [value for value in reward.arguments.values() if isinstance(value, str)]
+    files = [] if tensors else [Path(value) for value in given if Path(value).is_file()]
+    return digest_of(digest_of_files([*sorted(code), *files]), tensors)
 
 
 def _generators(device: torch.device) -> list[torch.Tensor]:

@@ -25,6 +25,7 @@ from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import Engine, make_engine
 from diffpp_fast.training.export import export_generator
 from diffpp_fast.training.grids import Grid, write_png
+from diffpp_fast.training.inputs import refuse_changed_inputs, refuse_unequal_inputs, refuse_unknown_inputs
 from diffpp_fast.training.interrupt import Interrupt
 from diffpp_fast.training.loading import dump_config
 from diffpp_fast.training.memory import Memory
@@ -67,6 +68,7 @@ class Trainer:
         config: from `load_config`.
         resume: "latest", "best" or the folder of a checkpoint or run to go on from; see `find_checkpoint`.
         callbacks: told about the run, in the main process, in addition to those of the configuration.
+        accept_changed: inputs that may have other content than the resumed run had, by the names of `inputs.INPUTS`.
         world: the processes; None: those of the launcher's environment, else this one.
 
     Raises a UserError where the run can't be done as asked; nothing has been written by then.
@@ -78,11 +80,13 @@ class Trainer:
         *,
         resume: str | None = None,
         callbacks: Sequence[Callback] = (),
+        accept_changed: Sequence[str] = (),
         world: World | None = None,
     ) -> None:
         self.config = config
         self.output = Path(config.output)
         self.world = World.join(config.device) if world is None else world
+        refuse_unknown_inputs(accept_changed)
         self.prompts = open_prompts(config.prompts)
         self.checkpoints = Checkpoints(
             self.output / "checkpoints", self.world, config.training.keep, config.training.keep_best
@@ -94,7 +98,10 @@ class Trainer:
         self.phases = Phases(self.world.device)
         embeddings = open_embeddings(config, self.prompts, self.world.device)
         self.parts = build_run(config, self.world, self.phases, embeddings, self.prompts)
+        refuse_unequal_inputs(self.parts.inputs, self.world)
         before: dict[str, Any] = {} if checkpoint is None else read_record(checkpoint)
+        if checkpoint is not None:
+            refuse_changed_inputs(checkpoint, before.get("inputs"), self.parts.inputs, accept_changed)
         self.generator = self._make_engine("generator", config.ema)
         self.fake = self._make_engine("fake")
         self.grid = Grid(config, self.parts, self.prompts, self.world.device)
@@ -385,6 +392,7 @@ class Trainer:
         return {
             "skips": {role: (skips.row(), skips.first_sample()) for role, skips in self._skips.items()},
             **self._reward_watch.record(),
+            "inputs": self.parts.inputs,
         }
 
     def _warn(self, name: str, message: str) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.methods.base import FAKE_ADAPTER, GENERATOR_ADAPTER
 from diffpp_fast.networks import Denoiser, fuse, load_denoiser, set_attention
-from diffpp_fast.networks.loading import is_file
+from diffpp_fast.networks.loading import is_file, read_config
 from diffpp_fast.networks.lora import Adapted, Adapters
 from diffpp_fast.training.build.checks import agree, naming
 from diffpp_fast.training.build.precision import compute_dtype, precise
@@ -21,6 +21,7 @@ from diffpp_fast.training.build.text import TextFacts
 from diffpp_fast.training.config import Config, Lora
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import place_reference
+from diffpp_fast.training.inputs import digest_of, public
 
 #: The addressed randomness that initialises a role's adapters.
 STREAMS = {"generator": GENERATOR_ADAPTER, "fake": FAKE_ADAPTER}
@@ -64,6 +65,8 @@ class Networks:
         self.config = config
         self.text = text
         self.device = device
+        #: Digests of the frozen weights that were loaded.
+        self.inputs: dict[str, str | None] = {}
         self._backbones: dict[str, tuple[Denoiser, Adapters]] = {}
 
     def reference(self) -> nn.Module:
@@ -126,6 +129,9 @@ class Networks:
         """Frozen weights; those that are there already are shared."""
         if path not in self._backbones:
             denoiser = self._load(role, path, self._frozen_dtype)
+            reference = self.config.models.reference.path
+            facts = public(read_config(reference if is_file(path) else path))
+            self.inputs["reference" if path == reference else role] = digest_of(facts, denoiser.network.state_dict())
             self._backbones[path] = denoiser, Adapters(denoiser.network)
         return self._backbones[path]
 
