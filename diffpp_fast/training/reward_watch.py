@@ -47,7 +47,8 @@ class RewardWatch:
 
     def record(self) -> dict[str, Any]:
         """What a later session has to know."""
-        return {"reward_gradient": self._has_gradient, "undefined": self._counts}
+        seen = self._has_gradient or (self.reward is not None and self.reward.has_gradient)
+        return {"reward_gradient": seen, "undefined": self._counts}
 
     def note(self, first_sample: int) -> None:
         """Takes in an update of the generator by the number of its first sample."""
