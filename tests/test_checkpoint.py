@@ -141,6 +141,10 @@ def remove_a_file(path: Path) -> None:
     (path / "state.json").unlink()
 
 
+def add_a_part_of_another(path: Path) -> None:
+    write_tensors(path / "weights-00001-of-00002.safetensors", {"a": torch.zeros(6)})
+
+
 def remove_the_manifest(path: Path) -> None:
     (path / MANIFEST).unlink()
 
@@ -165,6 +169,7 @@ def raise_the_format(path: Path) -> None:
         (truncate, "weights.safetensors has 20 bytes instead of"),
         (flip_a_bit, "weights.safetensors is damaged: its SHA-256"),
         (remove_a_file, "state.json is missing"),
+        (add_a_part_of_another, "weights-00001-of-00002.safetensors is no part of it: manifest.json doesn't list it"),
         (remove_the_manifest, "incomplete"),
         (truncate_the_manifest, "manifest.json is damaged"),
         (change_a_score, "manifest.json is damaged: its SHA-256"),
@@ -181,6 +186,21 @@ def test_a_damaged_one_is_skipped_with_the_reason_and_later_replaced(
     assert len(caplog.messages) == 1 and str(bad) in caplog.text and said in caplog.text
     checkpoints.save(2, fill)
     assert checkpoints.latest() == bad
+
+
+def test_a_checkpoint_copied_over_another_is_refused(tmp_path: Path) -> None:
+    def write_parts(folder: Path) -> None:
+        for number in (1, 2):
+            write_tensors(folder / f"weights-0000{number}-of-00002.safetensors", {str(number): torch.zeros(2)})
+        (folder / "state.json").write_text("{}")
+
+    one = Checkpoints(tmp_path / "one", ALONE).save(1, fill)
+    parts = Checkpoints(tmp_path / "parts", ALONE).save(1, write_parts)
+    shutil.copytree(parts, one, dirs_exist_ok=True)
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors is no part of it"):
+        open_checkpoint(one, ALONE)
+    (one / "weights.safetensors").rename(one / ".weights.safetensors")  # hidden files are nobody's
+    assert open_checkpoint(one, ALONE) == one
 
 
 def test_no_byte_of_a_manifest_can_change_unnoticed(tmp_path: Path) -> None:

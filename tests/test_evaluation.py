@@ -22,7 +22,7 @@ from test_rewards_networks import BLIP_STATE, HEAD, STATE
 
 from diffpp_fast import Noise, rewards
 from diffpp_fast.cli.main import main
-from diffpp_fast.errors import ConfigurationError, NonFiniteError
+from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.evaluation.distances import Distances
 from diffpp_fast.evaluation.intervals import difference, estimate, preferred
 from diffpp_fast.evaluation.metrics import Scores, parse_metrics
@@ -399,10 +399,35 @@ def shifted(by=1.0):
     assert Scores(wanted, CPU)(pictures, ["a", "b"]) == {"shifted": [2.0, 2.0]}
 
 
-def test_a_score_that_is_not_finite_names_the_prompt() -> None:
-    wanted, _ = parse_metrics(["rewards.py:undefined_for"], ["undefined_for.word=frog"])
-    with pytest.raises(NonFiniteError, match="metric undefined_for: nan for the prompt 'a green frog'"):
-        Scores(wanted, CPU)(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ["a red apple", "a green frog"])
+def test_a_score_that_is_not_finite_is_told_and_is_in_no_mean(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metric = ["--metrics", "rewards.py:undefined_for", "--prompts", "prompts.txt", "--no-images"]
+    whole = evaluate(tmp_path / "whole", "runs/demo", *metric, "--set", "undefined_for.word=nothing")
+    summary = evaluate(tmp_path / "out", "again=runs/demo", "runs/demo", *metric, "--set", "undefined_for.word=frog")
+    values = [float(row["undefined_for"]) for row in rows(tmp_path / "whole" / "prompts.csv")]
+    others = [value for value, prompt in zip(values, tiny.PROMPTS, strict=True) if "frog" not in prompt]
+    for model in summary["models"]:
+        assert model["undefined"] == {"undefined_for": 2}
+        found = model["scores"]["undefined_for"]
+        assert found["mean"] == pytest.approx(np.mean(others)) and found["prompts"] == 3
+        assert found["std"] == pytest.approx(np.std(others, ddof=1))
+    assert summary["differences"][0]["scores"]["undefined_for"]["prompts"] == 3
+    assert whole["models"][0]["undefined"] == {"undefined_for": 0}
+    cells = [row["undefined_for"] for row in rows(tmp_path / "out" / "pictures.csv")][:5]
+    assert [cell == "" for cell in cells] == ["frog" in prompt for prompt in tiny.PROMPTS]
+    assert "undefined_for is not finite for 2 of 5 pictures, of 2 prompts: 'a green frog', 'a red frog'" in caplog.text
+    assert "again: undefined_for is not finite for 2 pictures" in capsys.readouterr().out
+    nowhere = ["evaluate", "runs/demo", *metric, "--set", "undefined_for.word=a", "--output", str(tmp_path / "none")]
+    assert main(nowhere) == 2
+    assert "is not finite for 5 of 5 pictures" in capsys.readouterr().err
+
+
+def test_a_scorer_that_works_in_place_changes_no_other_score() -> None:
+    pictures, prompts = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8), ["a", "b"]
+    names = ["rewards.py:in_place", "rewards.py:redness"]
+    both, alone = (Scores(parse_metrics(chosen)[0], CPU)(pictures, prompts) for chosen in (names, names[1:]))
+    assert both["redness"] == alone["redness"]
 
 
 # -- several models ----------------------------------------------------------------------------------------------------

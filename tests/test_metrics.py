@@ -77,7 +77,27 @@ def test_what_is_not_finite_is_left_out_with_its_weight() -> None:
     means.add_samples("reward", torch.tensor([1.0, 3.0]))
     taken = means.take(ALONE)
     assert math.isnan(taken.pop("fake/norm"))
-    assert taken == pytest.approx({"fake/loss": 2.0, "fake/gap": 2.5, "reward": 2.0, "reward_std": 1.0})
+    # Of the first update's samples one is left: 1, without spread.
+    assert taken == pytest.approx({"fake/loss": 2.0, "fake/gap": 2.5, "reward": 1.5, "reward_std": 0.5})
+
+
+def test_a_spread_about_a_mean_does_not_depend_on_the_parts() -> None:
+    values = torch.linspace(-3.0, 5.0, 12) ** 3
+    for size in (1, 3, 4, 12):
+        means = Means()
+        for part in values.split(size):
+            scalars = {"x0_mean": part.mean(), "x0_std": part.std(correction=0)}
+            means.add(scalars, prefix="generator", weight=size / 12)
+        expected = {"generator/x0_mean": values.mean().item(), "generator/x0_std": values.std(correction=0).item()}
+        assert means.take(ALONE) == pytest.approx(expected, rel=1e-6), size
+
+
+def test_what_each_sample_was_given_is_told_in_the_order_of_the_samples() -> None:
+    means, told = Means(), {}
+    means.add_samples("reward", torch.tensor([1.0, math.nan]))
+    means.add_samples("reward", torch.tensor([3.0, 4.0]))
+    means.take(ALONE, tell=lambda name, given: told.update({name: given.tolist()}))
+    assert str(told) == "{'reward': [[1.0, nan], [3.0, 4.0]]}"
 
 
 def test_the_spread_of_samples_is_that_within_an_update() -> None:

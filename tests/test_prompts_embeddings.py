@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -153,6 +154,50 @@ def test_an_encoder_with_other_weights_or_another_tokenizer_is_refused(copy: Pat
         match=r"encoder\.path\.model\.safetensors, models\.text_encoder\.path\.tokenizer_config\.json differ",
     ):
         cache_of(cached(copy))
+
+
+@pytest.fixture(scope="module")
+def conditioning(project: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a sound cache gives."""
+    cache = cache_of(cached(project))
+    return cache([*tiny.PROMPTS]).tensors, cache.null().tensors
+
+
+def test_a_flipped_bit_is_found_when_its_row_is_read(copy: Path, conditioning: tuple[Any, Any]) -> None:
+    draw, found = random.Random(0), 0
+    for path in sorted((copy.parent / "embeddings").glob("*.safetensors")):
+        content = path.read_bytes()
+        for bit in draw.sample(range(8 * len(content)), 40):
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            try:
+                cache = cache_of(cached(copy))
+                assert_equal(cache([*tiny.PROMPTS]).tensors, conditioning[0])
+                assert_equal(cache.null().tensors, conditioning[1])
+            except ConfigurationError:
+                found += 1
+        path.write_bytes(content)
+    assert found > 60  # the others hit the grid's prompts, or padding
+    cache_of(cached(copy))
+
+
+def test_a_cache_without_checksums_serves_with_a_warning(
+    copy: Path, conditioning: tuple[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    assert cache_of(cached(copy)).digest is not None and not caplog.messages
+    for path in (copy.parent / "embeddings").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items() if name != "checksums"}
+        save_file(tensors, path, about)
+    cache = cache_of(cached(copy))
+    assert_equal(cache([*tiny.PROMPTS]).tensors, conditioning[0])
+    assert cache.digest is None
+    assert "3 files in" in caplog.text and "without checksums: nobody would notice" in caplog.text
 
 
 def test_a_cache_may_move_with_its_encoder(copy: Path) -> None:

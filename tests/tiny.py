@@ -39,6 +39,38 @@ def no_gradient():
     return lambda images, prompts: images.detach().mean((1, 2, 3))
 
 
+def in_place():
+    def score(images, prompts):
+        images.clamp_(-1, 1)
+        images.mul_(0.5).add_(0.5)
+        return images[:, 0].mean((1, 2))
+
+    return score
+
+
+def out_of_place():
+    return lambda images, prompts: (images.clamp(-1, 1) * 0.5 + 0.5)[:, 0].mean((1, 2))
+
+
+def defined_for_some(word="whale"):
+    def score(images, prompts):
+        out = torch.zeros(len(images))
+        for place, prompt in enumerate(prompts):
+            if word not in prompt:
+                out[place] = images[place].mean()
+        return out
+
+    return score
+
+
+def seeding():
+    def score(images, prompts):
+        torch.manual_seed(len(prompts))
+        return images[:, 0].mean((1, 2))
+
+    return score
+
+
 def undefined_for(word):
     def score(images, prompts):
         bad = torch.tensor([word in prompt for prompt in prompts])

@@ -46,6 +46,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="go on from the newest undamaged checkpoint in the output folder (begin anew if it holds none), from the "
         "best one by training.keep_best, or from a given checkpoint or run",
     )
+    parser.add_argument(
+        "--accept-changed",
+        metavar="INPUT,...",
+        default="",
+        help="with --resume: go on although the content of these has changed: reference, decoder, reward, ... "
+        "(docs/checkpoints.md)",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
     parser.add_argument(
         "--dry-run",
@@ -73,7 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s", handlers=[Stderr()])
     hide_loading_bars()
     logging.getLogger("diffpp_fast").setLevel(logging.INFO)
-    trainer = Trainer(config, resume=arguments.resume)
+    accepted = [name for name in arguments.accept_changed.split(",") if name]
+    trainer = Trainer(config, resume=arguments.resume, accept_changed=accepted)
+    complete = trainer.step >= config.training.steps
     outcome = trainer.run()
     tell = say if trainer.world.is_main else lambda _: None
     if outcome.signal is not None:
@@ -81,5 +90,6 @@ def run(arguments: argparse.Namespace) -> int:
         tell(f"stopped after step {outcome.step}; to go on:\n  {shlex.join(command)}")
         return 128 + outcome.signal
     prompt = shlex.join(["diffpp-fast", "sample", "--run", config.output, "a prompt"])
-    tell(f"done: {outcome.step} steps, everything is in {config.output}; to see samples:\n  {prompt}")
+    done = f"nothing left to do after {outcome.step} steps" if complete else f"done: {outcome.step} steps"
+    tell(f"{done}, everything is in {config.output}; to see samples:\n  {prompt}")
     return 0

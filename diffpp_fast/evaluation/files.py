@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -53,7 +54,7 @@ class Files:
         """A batch: B places, pictures uint8 [B, 3, H, W] and B scores for each name."""
         for at, (place, picture) in enumerate(zip(places, pictures, strict=True)):
             text, group = place.prompt.text, place.prompt.group or ""
-            scored = [repr(values[name][at]) for name in self.scores]
+            scored = [_cell(values[name][at]) for name in self.scores]
             self._write_row("pictures.csv", [model.name, place.number, text, group, place.image, place.sample, *scored])
             if place.number < GRID_PROMPTS and place.image == 0:
                 self._shown.setdefault(model.name, []).append(picture)
@@ -65,7 +66,7 @@ class Files:
     def add_prompts(self, model: Model, means: Mapping[str, np.ndarray]) -> None:
         """A model's scores by name, [P] each, means over the pictures of each prompt."""
         for number, prompt in enumerate(self.plan.prompts):
-            values = [repr(float(means[name][number])) for name in self.scores]
+            values = [_cell(float(means[name][number])) for name in self.scores]
             facts = [model.name, number, prompt.text, prompt.group or "", self.plan.images_per_prompt]
             self._write_row("prompts.csv", [*facts, *values])
 
@@ -83,6 +84,11 @@ class Files:
     def _write_row(self, name: str, cells: Sequence[object], mode: str = "a") -> None:
         with (self.folder / name).open(mode, newline="", encoding="utf-8") as file:
             csv.writer(file).writerow([cell(value) for value in cells])
+
+
+def _cell(number: float) -> str:
+    """A number to its last digit; nothing where there is none."""
+    return repr(number) if math.isfinite(number) else ""
 
 
 def _side_by_side(columns: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -23,8 +23,8 @@ class Estimate:
     """A mean over prompts.
 
     Attributes:
-        mean: of n independent values.
-        std: their standard deviation, with n - 1; NaN for one value.
+        mean: of n independent values; NaN for none.
+        std: their standard deviation, with n - 1; NaN for one value or none.
         count: n.
     """
 
@@ -35,18 +35,21 @@ class Estimate:
     @property
     def margin(self) -> float:
         """Half the width of the 95 % interval; NaN for one value."""
-        return REACH * self.std / math.sqrt(self.count)
+        return REACH * self.std / math.sqrt(max(self.count, 1))
 
 
 def estimate(values: np.ndarray) -> Estimate:
-    """values [n], one for each prompt -> their mean, in float64.
+    """values [n], one for each prompt -> the mean of those that are finite, in float64.
 
     Prompts count as drawn independently from a population, which is what the interval generalises to; the several
     pictures of one prompt don't count as independent, so they are averaged first.
     """
     values = np.asarray(values, dtype=np.float64)
+    values = values[np.isfinite(values)]
     return Estimate(
-        mean=float(values.mean()), std=float(values.std(ddof=1)) if len(values) > 1 else math.nan, count=len(values)
+        mean=float(values.mean()) if len(values) else math.nan,
+        std=float(values.std(ddof=1)) if len(values) > 1 else math.nan,
+        count=len(values),
     )
 
 
@@ -60,5 +63,10 @@ def difference(model: np.ndarray, baseline: np.ndarray) -> Estimate:
 
 
 def preferred(model: np.ndarray, baseline: np.ndarray) -> float:
-    """model, baseline [n] -> the share of prompts where the model's value is the higher one; a tie counts half."""
-    return float(np.mean((model > baseline) + 0.5 * (model == baseline)))
+    """model, baseline [n] -> the share of prompts where the model's value is the higher one; a tie counts half.
+
+    Of the prompts for which both are finite; NaN where there are none.
+    """
+    both = np.isfinite(model) & np.isfinite(baseline)
+    higher = (model[both] > baseline[both]) + 0.5 * (model[both] == baseline[both])
+    return float(higher.mean()) if both.any() else math.nan

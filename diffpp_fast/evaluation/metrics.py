@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from diffpp_fast.errors import ConfigurationError, NonFiniteError
+from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.rewards import ImageBatch, Mixture, Preprocessing, Reward, mixture
 from diffpp_fast.rewards.base import as_reward
 from diffpp_fast.training.config import Reward as Factory
@@ -105,11 +104,10 @@ class Scores:
 
     @torch.no_grad()
     def __call__(self, pictures: torch.Tensor, prompts: Sequence[str]) -> dict[str, list[float]]:
-        """pictures uint8 [B, 3, H, W] and B prompts -> B numbers for each name.
+        """pictures uint8 [B, 3, H, W] and B prompts -> B numbers for each name, finite or not.
 
-        Raises:
-            ConfigurationError: a scorer gave something else than one number per picture.
-            NonFiniteError: a number is not finite.
+        Raises ConfigurationError where a scorer gave something else than one number per picture, or works in place on
+        what other scorers see.
         """
         batch = ImageBatch(pictures.to(self.device).float() / 127.5 - 1.0)
         values: dict[str, list[float]] = {}
@@ -118,9 +116,7 @@ class Scores:
                 values[name] = reward.score(batch, tuple(prompts)).tolist()
             except ValueError as error:
                 raise ConfigurationError(f"metric {name}: {error}") from error
-            for prompt, number in zip(prompts, values[name], strict=True):
-                if not math.isfinite(number):
-                    raise NonFiniteError(f"metric {name}: {number} for the prompt {prompt!r}")
+            batch.refuse_changed(f"metric {name}")
         return values
 
     def facts(self) -> dict[str, dict[str, Any]]:

@@ -20,9 +20,11 @@ from diffpp_fast.training.base_pipeline import fill_models
 from diffpp_fast.training.build import Sampler, build_sampler
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.export import CALL, Weights, find_weights
+from diffpp_fast.training.inputs import warn_of_changed_inputs
 from diffpp_fast.training.loading import load_config
 from diffpp_fast.training.publish import MANIFEST
 from diffpp_fast.training.resume import Which
+from diffpp_fast.training.state import read_record
 from diffpp_fast.training.weights import load_role, read_role
 
 PIPELINE, NETWORK, SCHEDULE = "model_index.json", "config.json", "scheduler_config.json"
@@ -65,7 +67,11 @@ class Source:
         """Raises ConfigurationError and CheckpointError for what can't be loaded or does not fit together."""
         sampler = build_sampler(self.config, device)
         if self.weights is not None:
-            load_role(sampler.trained, read_role(*self.weights), self.weights.folder)
+            folder = self.weights.folder
+            load_role(sampler.trained, read_role(*self.weights), folder)
+            # In another precision the same networks have other bytes.
+            if load_config(folder / "config.yaml").precision == self.config.precision:
+                warn_of_changed_inputs(folder, read_record(folder).get("inputs"), sampler.inputs)
         return Model(self.name, self.origin, sampler, self.config, fingerprint(sampler.trained.network))
 
 

@@ -32,13 +32,17 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     if differences and scores:
         difference_rows = {
             found["model"]: [
-                f"{_estimate(found['scores'][name])}, higher for {found['scores'][name]['higher']:.0%}"
+                f"{_estimate(found['scores'][name])}, higher for {_share(found['scores'][name]['higher'])}"
                 for name in scores
             ]
             for found in differences
         }
         _print(console, f"paired difference to {first}; share of prompts with a higher score", "model", scores,
                difference_rows)  # fmt: skip
+    for model in models:
+        for name, pictures in model["undefined"].items():
+            if pictures:
+                console.print(f"{model['name']}: {name} is not finite for {pictures} pictures, which are in no mean.")
     for name in [*scores, *distances]:
         facts = metrics[name]
         said = f"{name}: {facts['meaning']}; {facts['better']} is better. Pixels: {facts['preprocessing']}."
@@ -57,7 +61,7 @@ def _print(console: Console, title: str, corner: str, columns: list[str], rows: 
 
 def _estimate(found: Mapping[str, Any]) -> str:
     if found["high"] is None:
-        return f"{found['mean']:.4g}"
+        return "-" if found["mean"] is None else f"{found['mean']:.4g}"
     margin = found["high"] - found["mean"]
     return f"{found['mean']:.4f} ± {margin:.4f}"
 
@@ -67,4 +71,8 @@ def _distance(found: Mapping[str, float]) -> str:
 
 
 def _prompts(scores: Mapping[str, Any]) -> int:
-    return int(next(iter(scores.values()))["prompts"]) if scores else 0
+    return max((int(found["prompts"]) for found in scores.values()), default=0)
+
+
+def _share(found: float | None) -> str:
+    return "-" if found is None else f"{found:.0%}"

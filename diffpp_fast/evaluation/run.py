@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from diffpp_fast.errors import NonFiniteError
 from diffpp_fast.evaluation.distances import Distances
 from diffpp_fast.evaluation.files import Files
 from diffpp_fast.evaluation.metrics import Scores
@@ -16,6 +18,8 @@ from diffpp_fast.evaluation.models import Model, refuse_equal_names
 from diffpp_fast.evaluation.pictures import draw
 from diffpp_fast.evaluation.plan import Plan
 from diffpp_fast.evaluation.summary import Result, facts_about, summarise
+
+logger = logging.getLogger(__name__)
 
 #: Is told a model's name, and how many of its pictures are done.
 Progress = Callable[[str, int], None]
@@ -35,7 +39,9 @@ def evaluate(
         scores, distances: what is computed of it; one of them at least.
         output: a folder, which is made.
 
-    Raises UserError for what goes wrong with a model, a picture or a score.
+    A score that is not finite is in no mean, and is told with its prompt.
+
+    Raises UserError for what goes wrong with a model or a picture, and for a score that is finite for no picture.
     """
     refuse_equal_names(plan.sources)
     files = Files(output, plan, [] if scores is None else scores.names)
@@ -73,6 +79,28 @@ def _evaluate_model(
         if progress is not None:
             progress(model.name, places[-1].number * plan.images_per_prompt + places[-1].image + 1)
     shape = len(plan.prompts), plan.images_per_prompt
-    means = {name: np.array(numbers).reshape(shape).mean(1) for name, numbers in found.items()}
+    tables = {name: np.array(numbers).reshape(shape) for name, numbers in found.items()}
+    undefined = {name: _undefined(f"{model.name}: metric {name}", plan, table) for name, table in tables.items()}
+    means = {name: _finite_means(table) for name, table in tables.items()}
     files.add_prompts(model, means)
-    return Result(facts_about(model), means, {} if distances is None else distances.result())
+    return Result(facts_about(model), means, undefined, {} if distances is None else distances.result())
+
+
+def _undefined(name: str, plan: Plan, table: np.ndarray) -> int:
+    """How many of a score's numbers [P, K] are not finite, with a warning; raises NonFiniteError where all are."""
+    bad = ~np.isfinite(table)
+    prompts = ", ".join(repr(plan.prompts[number].text) for number in bad.any(1).nonzero()[0][:4])
+    said = f"{name} is not finite for {bad.sum()} of {bad.size} pictures, of {bad.any(1).sum()} prompts: {prompts}"
+    if bad.all():
+        raise NonFiniteError(said)
+    if bad.any():
+        logger.warning("%s. They are in no mean.", said)
+    return int(bad.sum())
+
+
+def _finite_means(table: np.ndarray) -> np.ndarray:
+    """[P, K] -> [P], of each row's finite numbers; NaN where there are none."""
+    finite = np.isfinite(table)
+    with np.errstate(invalid="ignore"):
+        means: np.ndarray = np.where(finite, table, 0.0).sum(1) / finite.sum(1)
+    return means

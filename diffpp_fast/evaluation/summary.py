@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -21,12 +22,14 @@ class Result:
 
     Attributes:
         model: facts about it.
-        means: by score, [P]: of each prompt the mean over its pictures.
+        means: by score, [P]: of each prompt the mean over its pictures whose score is finite; NaN where none is.
+        undefined: by score, how many pictures' were not.
         distances: by name, facts of each.
     """
 
     model: dict[str, Any]
     means: dict[str, np.ndarray]
+    undefined: dict[str, int]
     distances: dict[str, dict[str, float]]
 
 
@@ -68,6 +71,7 @@ def summarise(plan: Plan, results: Sequence[Result], metrics: Mapping[str, Any])
             {
                 **result.model,
                 "scores": {name: _as_data(estimate(values)) for name, values in result.means.items()},
+                "undefined": result.undefined,
                 "groups": {
                     group: {name: _as_data(estimate(values[of])) for name, values in result.means.items()}
                     for group, of in members.items()
@@ -83,7 +87,7 @@ def summarise(plan: Plan, results: Sequence[Result], metrics: Mapping[str, Any])
                 "scores": {
                     name: {
                         **_as_data(difference(values, baseline.means[name])),
-                        "higher": preferred(values, baseline.means[name]),
+                        "higher": _or_none(preferred(values, baseline.means[name])),
                     }
                     for name, values in result.means.items()
                 },
@@ -94,12 +98,15 @@ def summarise(plan: Plan, results: Sequence[Result], metrics: Mapping[str, Any])
 
 
 def _as_data(found: Estimate) -> dict[str, float | int | None]:
-    """JSON has no NaN: what one value does not tell is null."""
-    single = found.count == 1
     return {
-        "mean": found.mean,
-        "low": None if single else found.mean - found.margin,
-        "high": None if single else found.mean + found.margin,
-        "std": None if single else found.std,
+        "mean": _or_none(found.mean),
+        "low": _or_none(found.mean - found.margin),
+        "high": _or_none(found.mean + found.margin),
+        "std": _or_none(found.std),
         "prompts": found.count,
     }
+
+
+def _or_none(number: float) -> float | None:
+    """JSON has no NaN: what no value or a single one does not tell is null."""
+    return number if math.isfinite(number) else None

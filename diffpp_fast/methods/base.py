@@ -97,6 +97,15 @@ def norms(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float().flatten(1).norm(dim=1)
 
 
+def finite_statistics(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation along the last dimension, over what is finite there; NaN where nothing is."""
+    finite = values.isfinite()
+    count = finite.sum(-1, keepdim=True)
+    mean = values.where(finite, 0.0).sum(-1, keepdim=True) / count
+    spread = ((values - mean).where(finite, 0.0).square().sum(-1, keepdim=True) / count).sqrt()
+    return mean.squeeze(-1), spread.squeeze(-1)
+
+
 def per_sample(numbers: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """[B] -> [B, 1, ...], to be multiplied with `like`."""
     return numbers.reshape(-1, *[1] * (like.dim() - 1))

@@ -104,7 +104,7 @@ class Method(ABC):
         gradient, metrics = self._sample_gradient(batch, x0.detach())
         loss = inject_gradient(x0, gradient)
         samples = x0.detach().float()
-        metrics.update(loss=loss.detach(), x0_mean=samples.mean(), x0_std=samples.std())
+        metrics.update(loss=loss.detach(), x0_mean=samples.mean(), x0_std=samples.std(correction=0))
         return StepOutput(loss, metrics)
 
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from diffpp_fast.methods.base import Batch, Reward, input_gradient, norms, per_sample
+from diffpp_fast.methods.base import Batch, Reward, finite_statistics, input_gradient, norms, per_sample
 
 
 class RewardTerm:
@@ -12,6 +12,9 @@ class RewardTerm:
 
     The reward's graph is differentiated and freed in here, so that only one vector of x0's size of it meets the
     generator's own backward pass.
+
+    A sample whose reward, or whose reward's gradient, is not finite gets no reward term; its other gradient stays, and
+    nothing changes for the others. The share of such samples is logged as `reward_undefined`.
 
     Args:
         reward: (x0, conditioning) -> [B], or None. Differentiated by x0 only.
@@ -46,13 +49,15 @@ class RewardTerm:
             raise ValueError(
                 f"the reward must give one number per sample, shape ({len(batch)},), got {tuple(reward.shape)}"
             )
-        metrics["reward"] = reward.detach().float().mean()
-        metrics["reward_std"] = reward.detach().float().std(correction=0)
+        metrics["reward"], metrics["reward_std"] = finite_statistics(reward.detach().float())
         if not optimised:
             return gradient
         if not reward.requires_grad:
             raise ValueError("the reward has no gradient by x0: it must be differentiable, or reward_scale 0")
         term = self.scale * self.differentiate(reward, x0).float()
+        defined = reward.detach().isfinite() & term.flatten(1).isfinite().all(1)
+        metrics["reward_undefined"] = 1.0 - defined.float().mean()
+        term = term.where(per_sample(defined, term), 0.0)
         lengths = norms(term)
         metrics["reward_gradient_norm"] = lengths.mean()
         metrics["gradient_cosine"] = _cosines(gradient, -term).mean()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import logging
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from diffpp_fast import ops
+from diffpp_fast.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
 
 #: (images [B, 3, H, W] about [-1, 1], prompts) -> [B]
 Scorer = Callable[[Tensor, tuple[str, ...]], Tensor]
@@ -17,6 +22,30 @@ Scorer = Callable[[Tensor, tuple[str, ...]], Tensor]
 #: Mean and standard deviation that OpenAI's CLIP, and all rewards built on CLIP or BLIP, normalise pixels by.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+#: What PyTorch keeps for the whole process, and whoever comes next computes by: how it is read and set.
+_GLOBALS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "default device": (torch.get_default_device, torch.set_default_device),
+    "number of threads": (torch.get_num_threads, torch.set_num_threads),
+}
+
+
+@contextmanager
+def undisturbed(name: str) -> Iterator[None]:
+    """Put back what code inside changes of PyTorch's settings for the whole process, with a warning that names it.
+
+    The global generator is left as it is: nothing of this package draws from it.
+    """
+    before = {setting: read() for setting, (read, _) in _GLOBALS.items()}
+    try:
+        yield
+    finally:
+        for setting, (read, write) in _GLOBALS.items():
+            if read() != before[setting]:
+                write(before[setting])
+                logger.warning("%s changes PyTorch's %s, which has been put back", name, setting)
 
 
 @dataclass(frozen=True)
@@ -62,6 +91,9 @@ class ImageBatch:
             raise ValueError(f"images must have shape [B, 3, H, W] with pixels, got {list(images.shape)}")
         self.images = images
         self._known: dict[Hashable, tuple[Tensor, bool]] = {}
+        #: Tensors that several rewards may look at, and how often each had been written to when it got here.
+        self._shared: list[tuple[Tensor, int]] = []
+        self._share(images)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -79,7 +111,20 @@ class ImageBatch:
         if known is None or (torch.is_grad_enabled() and not known[1]):
             known = compute(), torch.is_grad_enabled()
             self._known[key] = known
+            self._share(known[0])
         return known[0]
+
+    def refuse_changed(self, name: str) -> None:
+        """Raise ConfigurationError where something that rewards share has been written to; `name` is who was last."""
+        if any(tensor._version != version for tensor, version in self._shared):
+            raise ConfigurationError(
+                f"{name} works in place on images or pixels that other rewards look at, too: let it begin with .clone()"
+            )
+
+    def _share(self, tensor: Tensor) -> None:
+        # Tensors of inference mode don't count who writes to them.
+        if not tensor.is_inference():
+            self._shared.append((tensor, tensor._version))
 
 
 class Reward(nn.Module):
@@ -120,7 +165,10 @@ class Reward(nn.Module):
 
 
 class CallableReward(Reward):
-    """Any (images, prompts) -> [B] as a `Reward`; a module among them is frozen."""
+    """Any (images, prompts) -> [B] as a `Reward`; a module among them is frozen.
+
+    It gets a copy of the images, in which it may work in place, and may keep the tensor that it returns.
+    """
 
     def __init__(self, scorer: Scorer) -> None:
         super().__init__()
@@ -131,11 +179,12 @@ class CallableReward(Reward):
         self.freeze()
 
     def score(self, batch: ImageBatch, prompts: tuple[str, ...]) -> Tensor:
-        values: Any = self.scorer(batch.images, prompts)
+        with undisturbed(self.name):
+            values: Any = self.scorer(batch.images.clone(), prompts)
         if not isinstance(values, Tensor) or values.shape != (len(batch),):
             got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"{self.name} must give one number per image, shape [{len(batch)}], got {got}")
-        return values.float()
+        return values.to(batch.images.device, torch.float32, copy=True)
 
 
 def as_reward(scorer: Scorer) -> Reward:

@@ -133,6 +133,7 @@ class Mixture(Reward):
             weight = self.weights[name]
             with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0.0):
                 stages = self[name].stages(batch, prompts)
+            batch.refuse_changed(name)
             for stage, value in stages.items():
                 values[name if stage == "raw" else f"{name}/{stage}"] = value
             if weight != 0.0:

@@ -16,15 +16,21 @@ from diffpp_fast.schedule import NoiseSchedule
 
 @dataclass(frozen=True)
 class Baseline:
-    """Mean and standard deviation over all elements of the reference's own samples."""
+    """Mean and standard deviation over all elements of the reference's own samples; NaN where there is none.
+
+    Attributes:
+        undefined: samples that were left out, for they are not finite.
+    """
 
     x0_mean: float
     x0_std: float
+    undefined: int = 0
 
     @classmethod
     def of(cls, latents: torch.Tensor) -> Baseline:
-        values = latents.double()
-        return cls(float(values.mean()), float(values.std(correction=0)))
+        finite = latents.flatten(1).isfinite().all(1)
+        values = latents[finite].double()
+        return cls(float(values.mean()), float(values.std(correction=0)), int((~finite).sum()))
 
     def scalars(self) -> dict[str, float]:
         """As they are logged, next to the generator's."""

@@ -125,7 +125,7 @@ class Checkpoints:
             if candidates[-1] not in ranked:
                 known = ", ".join(_scores(candidates[-1])) or "nothing"
                 logger.warning(
-                    "training.keep_best: no %s was logged by step %d; logged was %s",
+                    "training.keep_best: no %s was logged by step %d; logged was %s (finite values count)",
                     self.keep_best.metric,
                     step,
                     known,

@@ -11,14 +11,16 @@ from torch import nn
 
 from diffpp_fast.errors import CheckpointError, ConfigurationError
 from diffpp_fast.networks.loading import load_scheduler, resolve
-from diffpp_fast.training.build import Sampler, Trained, build_sampler, build_trained
+from diffpp_fast.training.build import Networks, Sampler, Trained, build_sampler
 from diffpp_fast.training.checkpoint import write_json, write_tensors
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.distributed import World
+from diffpp_fast.training.inputs import warn_of_changed_inputs
 from diffpp_fast.training.loading import load_config
 from diffpp_fast.training.one_step_scheduler import one_step_scheduler
 from diffpp_fast.training.publish import MANIFEST, publish
 from diffpp_fast.training.resume import Which, open_checkpoint
+from diffpp_fast.training.state import read_record
 from diffpp_fast.training.weights import find_role, load_role, read_role
 
 #: How a generator is called, and the mark of a folder that was exported.
@@ -150,6 +152,7 @@ def load_sampler(weights: Weights, device: torch.device) -> tuple[Config, Sample
     """The generator of a checkpoint with what surrounds it, and the configuration that it was saved with."""
     config = load_config(weights.folder / "config.yaml")
     sampler = build_sampler(config, device)
+    warn_of_changed_inputs(weights.folder, read_record(weights.folder).get("inputs"), sampler.inputs)
     load_role(sampler.trained, read_role(*weights), weights.folder)
     return config, sampler
 
@@ -157,7 +160,9 @@ def load_sampler(weights: Weights, device: torch.device) -> tuple[Config, Sample
 def load_generator(weights: Weights) -> tuple[Config, Trained]:
     """The generator of a checkpoint alone, on the CPU, and the configuration that it was saved with."""
     config = load_config(weights.folder / "config.yaml")
-    generator = build_trained(config, "generator", torch.device("cpu"))
+    networks = Networks(config, None, torch.device("cpu"))
+    generator = networks.trained("generator")
+    warn_of_changed_inputs(weights.folder, read_record(weights.folder).get("inputs"), networks.inputs)
     load_role(generator, read_role(*weights), weights.folder)
     return config, generator
 

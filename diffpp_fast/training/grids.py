@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffpp_fast.methods import Batch
-from diffpp_fast.methods.base import LATENT
+from diffpp_fast.methods.base import LATENT, finite_statistics
 from diffpp_fast.networks import Conditioning
 from diffpp_fast.noise import Noise
 from diffpp_fast.training.build import Run, Sampler
@@ -87,8 +87,11 @@ class Grid:
                 null_conditioning=None if null is None else null.expand(len(self.prompts[part])),
             )
 
-    def draw(self) -> tuple[torch.Tensor, dict[str, float]]:
-        """The pictures as one, [H, W, 3] uint8, and the mean of each reward over them, as scalars to log."""
+    def draw(self) -> tuple[torch.Tensor, dict[str, float], list[str]]:
+        """The pictures as one, [H, W, 3] uint8, the mean of each reward over them, as scalars to log, and troubles.
+
+        What is not finite is in no mean, black in the picture, and a trouble, in words.
+        """
         run = self.run
         latents = sample_latents(
             run.sampler,
@@ -99,14 +102,23 @@ class Grid:
             batch=self.batch,
         )
         images = decode(run.sampler, latents, batch=self.batch)
-        rewards = {"grid/reward": run.reward, "grid/held_out": run.held_out}
-        scores = {name: self._mean_score(reward, images) for name, reward in rewards.items() if reward is not None}
-        return tile(images, columns=columns_of(len(self.prompts))), scores
+        named = {"grid/reward": run.reward, "grid/held_out": run.held_out}
+        rewards = {name: reward for name, reward in named.items() if reward is not None}
+        scores = {name: self._score(reward, images) for name, reward in rewards.items()}
+        finite = {"the picture": images.flatten(1).isfinite().all(1)}
+        finite.update({rewards[name].name: values.isfinite() for name, values in scores.items()})
+        troubles = [
+            f"{name} is not finite for {len(places)} of the grid's {len(self.prompts)} prompts: "
+            + ", ".join(repr(self.prompts[place]) for place in places[:4])
+            for name, flags in finite.items()
+            if (places := (~flags).nonzero().flatten().tolist())
+        ]
+        means = {name: float(finite_statistics(values)[0]) for name, values in scores.items()}
+        return tile(images, columns=columns_of(len(self.prompts))), means, troubles
 
     @torch.no_grad()
-    def _mean_score(self, reward: LatentReward, images: torch.Tensor) -> float:
-        scores = [reward.score(images[part], self.prompts[part]).float() for part in self._parts()]
-        return float(torch.cat(scores).mean())
+    def _score(self, reward: LatentReward, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([reward.score(images[part], self.prompts[part]).float() for part in self._parts()])
 
     def _parts(self) -> list[slice]:
         return [slice(start, start + self.batch) for start in range(0, len(self.prompts), self.batch)]
@@ -123,8 +135,8 @@ def tile(images: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def to_bytes(images: torch.Tensor) -> torch.Tensor:
-    """images [N, 3, H, W] about [-1, 1] -> uint8 on the CPU, of the same shape."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    """images [N, 3, H, W] about [-1, 1] -> uint8 on the CPU, of the same shape; NaN becomes 0."""
+    return ((images.float().nan_to_num(-1.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 def tile_bytes(pixels: torch.Tensor, columns: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def find_damage(path: Path, rank: int = 0, size: int = 1) -> str | None:
     """What is wrong with a published folder by its manifest, or with a process's part of its files; None if nothing.
 
+    A file that the manifest does not list is damage, too: it is another folder's, and would be read in the place of, or
+    besides, what belongs here. Hidden files are not looked at, for nothing reads them.
+
     Args:
         path: the folder.
         rank, size: reading it is shared among so many processes; each must look at its own part.
@@ -155,6 +158,10 @@ def find_damage(path: Path, rank: int = 0, size: int = 1) -> str | None:
         files = read_manifest(path)["files"]
     except ValueError as error:
         return str(error)
+    foreign = sorted(name for name in _visible(path) if name != MANIFEST and name not in files)
+    if foreign:
+        others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        return f"{foreign[0]}{others} is no part of it: {MANIFEST} doesn't list it, so take it out of the folder"
     part = sorted(files, key=lambda name: (-files[name]["size"], name))[rank::size]
     for name in part:
         file = path / name
@@ -188,6 +195,14 @@ def size_text(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
+
+
+def _visible(folder: Path) -> Iterator[str]:
+    """Files in it and in folders within it, by their path from there, but for hidden ones."""
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if not path.is_dir() and not any(part.startswith(".") for part in name.parts):
+            yield name.as_posix()
 
 
 def _beside(target: Path, ending: str) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +13,13 @@ from torch import nn
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks import Conditioning
 from diffpp_fast.rewards import Mixture
+from diffpp_fast.rewards.base import undisturbed
 from diffpp_fast.rewards.user_code import call_factory
 from diffpp_fast.training import config
+from diffpp_fast.training.inputs import digest_of, digest_of_files
+from diffpp_fast.training.scorer_state import modules_of, sources_of, tensors_of
+
+logger = logging.getLogger(__name__)
 
 #: (images [B, 3, H, W] about [-1, 1], prompts) -> [B]
 Scorer = Callable[[torch.Tensor, tuple[str, ...]], torch.Tensor]
@@ -31,29 +38,55 @@ class LatentReward:
         self.name = name
         self.scorer = scorer
         self.decoder = decoder
+        #: Whether the scores of any sample so far had a graph that leads to its image.
+        self.has_gradient = False
+        self._modules = modules_of(scorer)
+        self._watched = False
         self._given: list[torch.Tensor] = []
         self._parts: dict[str, list[torch.Tensor]] = {}
 
     def __call__(self, x0: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """x0 [B, C, h, w] -> [B]; differentiable in x0 as far as the scorer is in its images."""
+        """x0 [B, C, h, w] -> [B]; differentiable in x0 as far as the scorer is in its images.
+
+        Scores that are constant, for these prompts or for all, have the gradient 0.
+        """
         values = self.score(self.decoder(x0).float(), conditioning.prompts)
-        if x0.requires_grad and not values.requires_grad:
-            raise ConfigurationError(
-                f"{self.name} has no gradient by the images: it must be differentiable, or its scale 0"
-            )
-        self._given.append(values.detach().float())
+        self._given.append(values.detach().float().clone())
         if isinstance(self.scorer, Mixture):
             for name, part in self.scorer.last.items():
                 self._parts.setdefault(name, []).append(part)
-        return values
+        if not x0.requires_grad:
+            return values
+        self.has_gradient = self.has_gradient or values.requires_grad
+        # Which samples are computed together must not decide whether there is a graph: x0 is in it, times 0.
+        nowhere = torch.zeros_like(values, dtype=torch.bool)
+        return torch.where(nowhere, x0.flatten(1)[:, 0], values)
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """The scorer itself, its result checked for its shape."""
-        values = self.scorer(images, tuple(prompts))
+        """The scorer itself, on images that are its own, its result checked for its shape.
+
+        Raises ConfigurationError for another shape, and for a network in it that is not in eval mode.
+        """
+        before = None if self._watched else _generators(images.device)
+        with undisturbed(self.name):
+            values = self.scorer(images.clone(), tuple(prompts))
         if not isinstance(values, torch.Tensor) or values.shape != (len(images),):
             got = f"shape {tuple(values.shape)}" if isinstance(values, torch.Tensor) else type(values).__name__
             raise ConfigurationError(f"{self.name} must give one number per image, shape ({len(images)},), got {got}")
-        return values
+        if any(part.training for module in self._modules for part in module.modules()):
+            raise ConfigurationError(
+                f"{self.name} puts a network into train mode, where dropout is random and batch norm looks at the "
+                "other samples: leave it in eval mode"
+            )
+        if before is not None:
+            self._watched = True
+            if not all(map(torch.equal, before, _generators(images.device))):
+                logger.warning(
+                    "%s draws from PyTorch's global generator, or seeds it. Nothing else in a run depends on it, but "
+                    "scores that do differ when the run is resumed, or cut into other micro-batches",
+                    self.name,
+                )
+        return values.to(images.device)
 
     def take_given(self) -> torch.Tensor:
         """The rewards of all calls since the last taking, in order, float32."""
@@ -67,7 +100,8 @@ class LatentReward:
 
 
 def load_scorer(key: str, reward: config.Reward, device: torch.device) -> Scorer:
-    """Calls the reward's factory. A module that it gives is moved to `device`, frozen and set to eval.
+    """Calls the reward's factory. A module that it gives is moved to `device`; that one, and those that are found in
+    what else it gives, are frozen and set to eval.
 
     Raises ConfigurationError like `call_factory`.
     """
@@ -75,5 +109,26 @@ def load_scorer(key: str, reward: config.Reward, device: torch.device) -> Scorer
     if not callable(scorer):
         raise ConfigurationError(f"{key}: {reward.factory} gave {type(scorer).__name__}, which can't be called")
     if isinstance(scorer, nn.Module):
-        scorer.to(device).eval().requires_grad_(False)
+        scorer.to(device)  # of what a function closes over only its author knows where it belongs
+    for network in modules_of(scorer):
+        network.eval().requires_grad_(False)
     return scorer
+
+
+def digest_of_reward(reward: config.Reward, scorer: Scorer) -> str:
+    """Of a scorer's code, as far as it is no installed package's, and of the tensors that it computes with.
+
+    Where no tensors are found in it, the files that its arguments name stand for them.
+    """
+    source = reward.factory.rpartition(":")[0]
+    code = {*sources_of(scorer), *([Path(source).resolve()] if source.endswith(".py") else [])}
+    tensors = tensors_of(scorer)
+    given = [value for value in reward.arguments.values() if isinstance(value, str)]
+    files = [] if tensors else [Path(value) for value in given if Path(value).is_file()]
+    return digest_of(digest_of_files([*sorted(code), *files]), tensors)
+
+
+def _generators(device: torch.device) -> list[torch.Tensor]:
+    """States of the global generators that a scorer might draw from."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states

@@ -8,12 +8,18 @@ from diffpp_fast.training.distributed import World
 
 
 class SkippedUpdates:
-    """How many of one role's updates were skipped in a row, and how that began. Only reading waits for the device."""
+    """How many of one role's updates were skipped in a row, and how that began. Only reading waits for the device.
 
-    def __init__(self, world: World) -> None:
+    Args:
+        world: the processes.
+        row: how many were skipped in a row before this session of the run.
+        first_sample: the number of the first sample of the update with which that row began.
+    """
+
+    def __init__(self, world: World, row: int = 0, first_sample: int = 0) -> None:
         self.world = world
-        self._row = torch.zeros((), dtype=torch.int64, device=world.device)
-        self._first = torch.zeros((), dtype=torch.int64, device=world.device)  # sample of the row's first update
+        self._row = torch.full((), row, dtype=torch.int64, device=world.device)
+        self._first = torch.full((), first_sample, dtype=torch.int64, device=world.device)
         self._undefined: torch.Tensor | None = None  # which of this process's rewards were not finite in that update
 
     def note(self, norm: torch.Tensor, first_sample: int, rewards: torch.Tensor | None = None) -> None:
@@ -29,7 +35,7 @@ class SkippedUpdates:
         self._first = torch.where(begins, first_sample, self._first)
         if rewards is not None:
             undefined = ~rewards.isfinite()
-            before = undefined if self._undefined is None else self._undefined
+            before = torch.zeros_like(undefined) if self._undefined is None else self._undefined
             self._undefined = torch.where(begins, undefined, before)
 
     def row(self) -> int:

@@ -63,18 +63,29 @@ def write_state(
     position: Position,
     engines: Sequence[Engine],
     world: World,
+    record: Mapping[str, Any],
 ) -> None:
-    """Fills a checkpoint's folder, of which every process has one of its own (collective)."""
+    """Fills a checkpoint's folder, of which every process has one of its own (collective).
+
+    `record` is kept for `read_record`, as JSON has it.
+    """
     for engine in engines:
         engine.write(folder)
     if world.is_main:
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        write_json(folder / "state.json", {**asdict(position), "seed": config.seed, "prompts": prompts.digest()})
+        facts = {**asdict(position), "seed": config.seed, "prompts": prompts.digest()}
+        write_json(folder / "state.json", {**facts, **record})
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """All of a checkpoint's `state.json`."""
+    record: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return record
 
 
 def read_state(folder: Path, engines: Sequence[Engine]) -> Position:
     """Brings the engines to where they were, to the bit where nothing about the processes has changed (collective)."""
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = read_record(folder)
     for engine in engines:
         engine.read(folder)
     return Position(state["step"], state["warmup"], state["samples"])
@@ -89,7 +100,7 @@ def refuse_other_run(folder: Path, config: Config, prompts: PromptSource) -> Non
         for key in sorted({*before, *after})
         if before.get(key) != after.get(key) and not _free(key)
     ]
-    if json.loads((folder / "state.json").read_text(encoding="utf-8"))["prompts"] != prompts.digest():
+    if read_record(folder)["prompts"] != prompts.digest():
         changes.append(f"prompts: the text of {config.prompts.path} has changed")
     if changes:
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import Engine, make_engine
 from diffpp_fast.training.export import export_generator
 from diffpp_fast.training.grids import Grid, write_png
+from diffpp_fast.training.inputs import refuse_changed_inputs, refuse_unequal_inputs, refuse_unknown_inputs
 from diffpp_fast.training.interrupt import Interrupt
 from diffpp_fast.training.loading import dump_config
 from diffpp_fast.training.memory import Memory
@@ -31,8 +33,9 @@ from diffpp_fast.training.metrics import Means
 from diffpp_fast.training.phases import Phases
 from diffpp_fast.training.prompts import open_prompts
 from diffpp_fast.training.resume import find_checkpoint
+from diffpp_fast.training.reward_watch import RewardWatch
 from diffpp_fast.training.skips import SkippedUpdates
-from diffpp_fast.training.state import Position, read_state, write_state
+from diffpp_fast.training.state import Position, read_record, read_state, write_state
 from diffpp_fast.training.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -65,6 +68,7 @@ class Trainer:
         config: from `load_config`.
         resume: "latest", "best" or the folder of a checkpoint or run to go on from; see `find_checkpoint`.
         callbacks: told about the run, in the main process, in addition to those of the configuration.
+        accept_changed: inputs that may have other content than the resumed run had, by the names of `inputs.INPUTS`.
         world: the processes; None: those of the launcher's environment, else this one.
 
     Raises a UserError where the run can't be done as asked; nothing has been written by then.
@@ -76,11 +80,13 @@ class Trainer:
         *,
         resume: str | None = None,
         callbacks: Sequence[Callback] = (),
+        accept_changed: Sequence[str] = (),
         world: World | None = None,
     ) -> None:
         self.config = config
         self.output = Path(config.output)
         self.world = World.join(config.device) if world is None else world
+        refuse_unknown_inputs(accept_changed)
         self.prompts = open_prompts(config.prompts)
         self.checkpoints = Checkpoints(
             self.output / "checkpoints", self.world, config.training.keep, config.training.keep_best
@@ -92,6 +98,10 @@ class Trainer:
         self.phases = Phases(self.world.device)
         embeddings = open_embeddings(config, self.prompts, self.world.device)
         self.parts = build_run(config, self.world, self.phases, embeddings, self.prompts)
+        refuse_unequal_inputs(self.parts.inputs, self.world)
+        before: dict[str, Any] = {} if checkpoint is None else read_record(checkpoint)
+        if checkpoint is not None:
+            refuse_changed_inputs(checkpoint, before.get("inputs"), self.parts.inputs, accept_changed)
         self.generator = self._make_engine("generator", config.ema)
         self.fake = self._make_engine("fake")
         self.grid = Grid(config, self.parts, self.prompts, self.world.device)
@@ -114,7 +124,19 @@ class Trainer:
         self._encode = self.phases.wrap(self.parts.sampler.encode, "prompts")
         self._means = Means()
         self._memory = Memory(self.world.device)
-        self._skips = {engine.role: SkippedUpdates(self.world) for engine in self._engines}
+        rows = before.get("skips", {})
+        self._skips = {engine.role: SkippedUpdates(self.world, *rows.get(engine.role, ())) for engine in self._engines}
+        #: Updates that were asked for, and of those that were not skipped, before this session.
+        self._begun = {engine.role: (engine.updates, engine.applied) for engine in self._engines}
+        optimised = config.rewards.optimised
+        self._reward_watch = RewardWatch(
+            self.parts.reward,
+            optimised is not None and optimised.scale != 0.0,
+            self.world,
+            self.batches.prompts,
+            self._warn,
+            before,
+        )
 
     @property
     def step(self) -> int:
@@ -125,8 +147,9 @@ class Trainer:
         """Trains to `training.steps` and exports the generator, or stops after the step in which a signal comes.
 
         Either way the last step is saved as a checkpoint. An update whose gradient is not finite changes no weight;
-        more than `training.skip_limit` of them in a row raise NonFiniteError. Raises CheckpointError when a checkpoint
-        can't be written.
+        more than `training.skip_limit` of them in a row raise NonFiniteError, and so does an end at which a network has
+        not been updated once. Raises ConfigurationError for a reward that never had a gradient, and CheckpointError
+        when a checkpoint can't be written.
         """
         settings = self.config.training
         self._make_output()
@@ -139,6 +162,8 @@ class Trainer:
                     self._draw_grid()
                 while self.step < settings.steps and interrupt.agree() is None:
                     self._advance()
+                if self.step >= settings.steps:
+                    self._finish()
                 if self._saved != self.position:
                     self._save()
             if self.step < settings.steps:
@@ -193,6 +218,13 @@ class Trainer:
                 steps=steps,
                 guidance_scale=guidance,
             )
+        if measured.undefined:
+            self._warn(
+                "baseline-undefined",
+                f"the reference's own samples are not finite for {measured.undefined} of the grid's prompts",
+            )
+        if not math.isfinite(measured.x0_std):
+            return None
         if self.world.is_main:
             write_baseline(path, measured, facts)
         return measured
@@ -216,15 +248,38 @@ class Trainer:
         if self.step > 0 and self.step % settings.checkpoint_every == 0:
             self._save()
 
+    def _finish(self) -> None:
+        """After the last step: what was not logged yet, and whether there is something to show for it (collective)."""
+        if self.step > self._mark.step:
+            self._log()
+        self._reward_watch.judge_gradient(self.position.step, first=False, enough=True)
+        for engine in self._engines:
+            asked, applied = engine.updates, engine.applied
+            asked_before, applied_before = self._begun[engine.role]
+            if applied and (applied > applied_before or asked == asked_before):
+                continue
+            since = " since it was resumed" if applied else ""
+            raise NonFiniteError(
+                f"{self._explain(engine, self._skips[engine.role].row())}\nThe run has trained nothing{since}: none of "
+                f"the {asked - (asked_before if applied else 0)} updates of the {engine.role} was made, and so nothing "
+                "is exported."
+            )
+
     def _update(self, engine: Engine, loss_of: Callable[[Batch], StepOutput]) -> None:
         """One update of one network on the next `global_batch` samples."""
         first = self.position.samples
         trained = self.parts.trained(engine.role)
+        defined = torch.zeros((), device=self.world.device)
         for part in self.batches.micro_batches(first, self._encode, self.parts.null):
             with self.phases("loss"):
                 output = loss_of(part.batch)
+            loss = part.weight * output.loss
+            if "reward_undefined" in output.metrics:
+                defined = defined + (1.0 - output.metrics["reward_undefined"])
+                if part.last:
+                    loss = loss * self._one_or_nan(defined)
             with self.phases("backward"), trained.active():
-                engine.backward(part.weight * output.loss, last=part.last)
+                engine.backward(loss, last=part.last)
             # Of the reward the whole batch's statistics are logged below.
             metrics = {name: value for name, value in output.metrics.items() if name not in ("reward", "reward_std")}
             self._means.add(metrics, prefix=engine.role, weight=part.weight)
@@ -242,16 +297,16 @@ class Trainer:
             return None
         rewards = reward.take_given()
         self._means.add_samples("generator/reward", rewards)
-        parts = {f"reward/{name}": part.mean() for name, part in reward.take_parts().items()}
-        if parts:
-            self._means.add(parts, prefix=engine.role)
+        for name, part in reward.take_parts().items():
+            self._means.add_samples(f"generator/reward/{name}", part, spread=False)
+        self._reward_watch.note(self.position.samples)
         return rewards
 
     def _log(self) -> None:
         """Brings the figures of all steps and processes together: the one moment that waits for the device."""
         steps = self.step - self._mark.step
         times = {f"time/{name}": seconds / steps for name, seconds in self.phases.take().items()}
-        scalars = self._means.take(self.world, {**times, **self._memory.take()})
+        scalars = self._means.take(self.world, {**times, **self._memory.take()}, self._reward_watch.judge)
         for engine in self._engines:
             scalars[f"{engine.role}/learning_rate"] = engine.learning_rate
         if self._baseline is not None:
@@ -264,6 +319,16 @@ class Trainer:
             row = self._skips[engine.role].row()
             if row > self.config.training.skip_limit:
                 raise NonFiniteError(self._explain(engine, row))
+        step, settings = self.position.step, self.config.training
+        self._reward_watch.judge_log(scalars, step, first=step <= settings.log_every, enough=step > settings.skip_limit)
+
+    def _one_or_nan(self, defined: torch.Tensor) -> torch.Tensor:
+        """The factor of an update's loss: NaN, for which the update is skipped, where no sample's reward counts.
+
+        Args:
+            defined: 0 where none of this process's samples has a reward with a finite gradient (collective).
+        """
+        return torch.where(self.world.sum(defined) > 0.0, 1.0, torch.nan)
 
     def _now(self) -> _Mark:
         return _Mark(time.monotonic(), self.step, self.position.samples)
@@ -286,11 +351,13 @@ class Trainer:
     def _draw_grid(self) -> None:
         """Samples of the averaged generator at fixed prompts and latents, and what the rewards say of them."""
         with self.phases("grid"), self.generator.averaged():
-            pixels, scores = self.grid.draw()
+            pixels, scores, troubles = self.grid.draw()
         path = self.output / "grids" / f"step_{self.position.step:06d}.png"
         if self.world.is_main:
             write_png(path, pixels)
         self._tell("on_grid", self.step, pixels, path)
+        for trouble in troubles:
+            self._warn("grid-undefined", trouble)
         if scores:
             self._scores |= scores
             self._tell("on_log", self.step, scores)
@@ -299,7 +366,9 @@ class Trainer:
         with self.phases("checkpoint"):
             path = self.checkpoints.save(
                 self.position.step,
-                lambda folder: write_state(folder, self.config, self.prompts, self.position, self._engines, self.world),
+                lambda folder: write_state(
+                    folder, self.config, self.prompts, self.position, self._engines, self.world, self._record()
+                ),
                 self._scores,
             )
         self._saved = replace(self.position)
@@ -317,6 +386,20 @@ class Trainer:
         said = self.world.first_error(error)
         if said is not None:
             raise CheckpointError(said)
+
+    def _record(self) -> dict[str, Any]:
+        """What a later session has to know besides the position."""
+        return {
+            "skips": {role: (skips.row(), skips.first_sample()) for role, skips in self._skips.items()},
+            **self._reward_watch.record(),
+            "inputs": self.parts.inputs,
+        }
+
+    def _warn(self, name: str, message: str) -> None:
+        """A named warning, in the main process."""
+        if self.world.is_main:
+            logger.warning("step %d: %s: %s", self.step, name, message)
+            self._tell("on_warning", self.step, name, message)
 
     def _tell(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:

@@ -14,7 +14,7 @@ from torch import nn
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.methods.base import FAKE_ADAPTER, GENERATOR_ADAPTER
 from diffpp_fast.networks import Denoiser, fuse, load_denoiser, set_attention
-from diffpp_fast.networks.loading import is_file
+from diffpp_fast.networks.loading import is_file, read_config
 from diffpp_fast.networks.lora import Adapted, Adapters
 from diffpp_fast.training.build.checks import agree, naming
 from diffpp_fast.training.build.precision import compute_dtype, precise
@@ -22,6 +22,7 @@ from diffpp_fast.training.build.text import TextFacts
 from diffpp_fast.training.config import Config, Lora
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import place_reference
+from diffpp_fast.training.inputs import digest_of, public
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ class Networks:
         self.config = config
         self.text = text
         self.device = device
+        #: Digests of the frozen weights that were loaded.
+        self.inputs: dict[str, str | None] = {}
         self._backbones: dict[str, tuple[Denoiser, Adapters]] = {}
 
     def reference(self) -> nn.Module:
@@ -129,6 +132,9 @@ class Networks:
         """Frozen weights; those that are there already are shared."""
         if path not in self._backbones:
             denoiser = self._load(role, path, self._frozen_dtype)
+            reference = self.config.models.reference.path
+            facts = public(read_config(reference if is_file(path) else path))
+            self.inputs["reference" if path == reference else role] = digest_of(facts, denoiser.network.state_dict())
             self._backbones[path] = denoiser, Adapters(denoiser.network)
         return self._backbones[path]
 

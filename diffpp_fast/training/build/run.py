@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +11,21 @@ from torch import nn
 
 from diffpp_fast.methods import METHODS, Method
 from diffpp_fast.networks import Conditioning, OneStepGenerator, load_decoder, load_schedule
+from diffpp_fast.networks.loading import read_config
 from diffpp_fast.schedule import NoiseSchedule
 from diffpp_fast.training.build.checks import agree, naming
 from diffpp_fast.training.build.networks import Networks, Trained
 from diffpp_fast.training.build.precision import compute_dtype, precise
 from diffpp_fast.training.build.text import Text, open_text
-from diffpp_fast.training.config import Config, Reward
+from diffpp_fast.training.config import Config, Decoder, Reward
 from diffpp_fast.training.distributed import World
+from diffpp_fast.training.inputs import digest_of, public
 from diffpp_fast.training.phases import Phases
 from diffpp_fast.training.prompts import EmbeddingCache, PromptSource
-from diffpp_fast.training.rewards import LatentReward, load_scorer
+from diffpp_fast.training.rewards import LatentReward, digest_of_reward, load_scorer
+
+#: Weights of an autoencoder that no decoding asks for.
+ENCODING = ("vae.encoder.", "vae.quant_conv.")
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Sampler:
         trained: the generator's network, with those of its weights that are saved and loaded.
         generator: (z, conditioning) -> x0, one call of it.
         decoder: latents -> images [B, 3, H, W] about [-1, 1].
+        inputs: digests of what it was loaded from, by the names of `training.inputs`.
     """
 
     schedule: NoiseSchedule
@@ -39,6 +45,7 @@ class Sampler:
     trained: Trained
     generator: OneStepGenerator
     decoder: Callable[[torch.Tensor], torch.Tensor] | None
+    inputs: Mapping[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Run:
         reference: (x_t, t, conditioning) -> prediction, the frozen model.
         null: the empty prompt's conditioning, of one sample; None where the method is not guided.
         reward, held_out: the rewards of the configuration, on latents.
+        inputs: digests of all that the run goes on to stand on.
     """
 
     sampler: Sampler
@@ -60,6 +68,7 @@ class Run:
     null: Conditioning | None
     reward: LatentReward | None
     held_out: LatentReward | None
+    inputs: Mapping[str, str | None]
 
     def trained(self, role: str) -> Trained:
         """The generator or the fake score."""
@@ -121,12 +130,10 @@ def build_run(
     if term is not None:
         term.differentiate = phases.wrap(term.differentiate, "reward_backward")
     null = text.null() if settings.guided else None
-    return Run(sampler, fake, reference, method, null, reward, held_out)
-
-
-def build_trained(config: Config, role: str, device: torch.device) -> Trained:
-    """Loads the network of one role and nothing else; raises like `build_sampler`."""
-    return Networks(config, None, device).trained(role)
+    inputs = {**sampler.inputs, **networks.inputs}
+    if reward is not None and config.rewards.optimised is not None:
+        inputs["reward"] = digest_of_reward(config.rewards.optimised, reward.scorer)
+    return Run(sampler, fake, reference, method, null, reward, held_out, inputs)
 
 
 def _build_sampler(config: Config, device: torch.device, text: Text, networks: Networks) -> Sampler:
@@ -141,19 +148,26 @@ def _build_sampler(config: Config, device: torch.device, text: Text, networks: N
             timestep=models.generator.timestep,
             input_scale=models.generator.input_scale,
         )
+    tables = {"alphas": schedule.alphas, "sigmas": schedule.sigmas}
+    inputs = {**text.inputs, **networks.inputs, "scheduler": digest_of(schedule.prediction_type, tables)}
+    decoder = None
+    if models.decoder is not None:
+        decoder = _load_decoder(config, models.decoder, device)
+        decoding = {
+            name: tensor for name, tensor in decoder.state_dict().items() if not any(part in name for part in ENCODING)
+        }
+        inputs["decoder"] = digest_of(public(read_config(models.decoder.path)), decoding)
     return Sampler(
         schedule=schedule,
         encode=text.encode,
         trained=trained,
         generator=generator,
-        decoder=_load_decoder(config, device),
+        decoder=decoder,
+        inputs=inputs,
     )
 
 
-def _load_decoder(config: Config, device: torch.device) -> nn.Module | None:
-    section = config.models.decoder
-    if section is None:
-        return None
+def _load_decoder(config: Config, section: Decoder, device: torch.device) -> nn.Module:
     dtype = compute_dtype(section.dtype, config)
     with naming("models.decoder", section.path):
         decoder = load_decoder(section.path, dtype=dtype, checkpoint=section.checkpoint)

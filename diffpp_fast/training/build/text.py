@@ -14,6 +14,7 @@ from diffpp_fast.networks.loading import read_config
 from diffpp_fast.networks.text import load_text_model, load_tokenizer
 from diffpp_fast.training import config
 from diffpp_fast.training.build.checks import naming
+from diffpp_fast.training.inputs import digest_of, digest_of_tokenizer, public
 from diffpp_fast.training.prompts import EmbeddingCache, PromptEncoder, PromptSource
 
 #: A prompt's length in tokens, as the families' pipelines have it.
@@ -42,11 +43,13 @@ class Text:
     Attributes:
         encode: B prompts -> their conditioning, on the device.
         null: the unconditional counterpart of one prompt, for guidance.
+        inputs: digests of what it is made of.
     """
 
     encode: Callable[[Sequence[str]], Conditioning]
     null: Callable[[], Conditioning]
     facts: TextFacts
+    inputs: Mapping[str, str | None]
 
 
 def open_text(
@@ -57,10 +60,11 @@ def open_text(
 ) -> Text:
     """The text encoders of a run with these prompts, or the embeddings in their place; raises like `load_text`."""
     if embeddings is not None:
-        return Text(embeddings, embeddings.null, TextFacts.of(embeddings.null()))
+        return Text(embeddings, embeddings.null, TextFacts.of(embeddings.null()), {"embeddings": embeddings.digest})
     encoder, facts = load_text(models)
+    inputs = _digests(models, encoder)
     encoder.to(device)
-    return Text(PromptEncoder(encoder, prompts), encoder.null, facts)
+    return Text(PromptEncoder(encoder, prompts), encoder.null, facts, inputs)
 
 
 def load_text(models: config.Models) -> tuple[TextEncoder | DualTextEncoder, TextFacts]:
@@ -137,6 +141,18 @@ def _load_two(models: config.Models, second: config.TextEncoder) -> tuple[DualTe
         zero_empty=models.empty_prompt != "encoded",
     )
     return encoder, TextFacts(encoder.width, encoder.pooled_width)
+
+
+def _digests(models: config.Models, encoder: TextEncoder | DualTextEncoder) -> dict[str, str | None]:
+    one = isinstance(encoder, TextEncoder)
+    networks: Any = [encoder.model] if one else encoder.models
+    tokenizers: Any = [encoder.tokenizer] if one else encoder.tokenizers
+    sections = [section for section in (models.text_encoder, models.text_encoder_2) if section is not None]
+    digests: dict[str, str | None] = {}
+    for number, section, network, tokenizer in zip(("", "_2"), sections, networks, tokenizers, strict=False):
+        digests[f"text_encoder{number}"] = digest_of(public(read_config(section.path)), network.state_dict())
+        digests[f"tokenizer{number}"] = digest_of_tokenizer(tokenizer)
+    return digests
 
 
 def _dtype(section: config.TextEncoder) -> torch.dtype:

@@ -32,6 +32,10 @@ class Engine(Protocol):
     def learning_rate(self) -> float:
         """Of the next update."""
 
+    @property
+    def applied(self) -> int:
+        """Updates so far that were not skipped, those before a resume included; waits for the device (collective)."""
+
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Adds a micro-batch's gradient (collective).
 

@@ -84,6 +84,13 @@ class ShardedEngine:
         """Of the next update."""
         return learning_rate(self.settings, self.updates, self.updates_in_all)
 
+    @property
+    def applied(self) -> int:
+        """Updates so far that were not skipped, those before a resume included; waits for the device (collective)."""
+        with self.shards.held(self.shards.groups[0]) as tensors:
+            # A weight that no loss reaches has been updated less often than the others, or never.
+            return max(map(self.optimizer_state.get_step, tensors))
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the network computes with the averages, where they are kept (collective)."""
@@ -191,9 +198,7 @@ class ShardedEngine:
             yield group, [fragment for fragment in self.shards.fragments if fragment.tensor in group]
 
     def _counts(self) -> dict[str, torch.Tensor]:
-        with self.shards.held(self.shards.groups[0]) as tensors:
-            step = self.optimizer_state.get_step(tensors[0])
-        return {"updates": torch.tensor(self.updates), "step": torch.tensor(step)}
+        return {"updates": torch.tensor(self.updates), "step": torch.tensor(self.applied)}
 
     def _set_step(self, step: int) -> None:
         for group in self.shards.groups:

@@ -5,7 +5,8 @@
     extra.safetensors                    those of the grid's prompts, where the configuration lists them
     shard-00000-of-00012.safetensors     those of the prompts, in their order
 
-A row has a key made of the prompt's text, by which it is found, and all tensors of its conditioning.
+A row has a key made of the prompt's text, by which it is found, all tensors of its conditioning, and a checksum of them
+that is compared whenever the row is read. Files of earlier versions have no checksums.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,8 @@ from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks import Conditioning
 
 MANIFEST, NULL, EXTRA = "manifest.json", "null.safetensors", "extra.safetensors"
-#: The tensor of keys in every file; those of a conditioning have their path as a name, after this.
-KEYS, PREFIX = "keys", "conditioning/"
+#: Tensors of keys and checksums in every file; those of a conditioning have their path as a name, after the prefix.
+KEYS, SUMS, PREFIX = "keys", "checksums", "conditioning/"
 #: The entry of a file's metadata: which cache it belongs to, and the dtypes that its tensors had.
 ABOUT = "embeddings"
 #: Tensors that one of these holds without loss are stored in it: encoders of half precision give float32, too.
@@ -71,10 +73,16 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def write_rows(path: Path, conditioning: Conditioning, identity: str) -> None:
     """B prompts' conditioning, in one rename, when every byte is on the disk."""
-    tensors, dtypes = {KEYS: torch.from_numpy(keys_of(conditioning.prompts).copy())}, {}
+    keys, stored, dtypes = keys_of(conditioning.prompts), {}, {}
     for name, tensor in _flat(conditioning.tensors):
-        tensors[PREFIX + name] = _narrowed(tensor.cpu()).contiguous()
+        stored[name] = _narrowed(tensor.cpu()).contiguous()
         dtypes[name] = str(tensor.dtype).removeprefix("torch.")
+    sums = [
+        _checksum(keys[row], dtypes, {name: tensor[row : row + 1] for name, tensor in stored.items()})
+        for row in range(len(keys))
+    ]
+    tensors = {PREFIX + name: tensor for name, tensor in stored.items()}
+    tensors |= {KEYS: torch.from_numpy(keys.copy()), SUMS: torch.tensor(sums, dtype=torch.int64)}
     # In one entry, for several would come in any order: the same embeddings are the same file.
     about = json.dumps({"identity": identity, "dtypes": dtypes})
     _publish(path, lambda partial: save_file(tensors, partial, {ABOUT: about}))
@@ -104,23 +112,58 @@ class Rows:
     def __exit__(self, *exception: object) -> None:
         self._file.__exit__(*exception)
 
+    @property
+    def is_checked(self) -> bool:
+        """Whether there are checksums."""
+        return SUMS in self._file.keys()  # noqa: SIM118 (no mapping)
+
     def keys(self) -> np.ndarray:
         """int64 [N, 2]"""
-        keys: np.ndarray = self._file.get_tensor(KEYS).numpy()
-        return keys
+        return self._slice(KEYS, slice(None)).numpy()
+
+    def checksums(self) -> np.ndarray:
+        """int64 [N]"""
+        return self._slice(SUMS, slice(None)).numpy()
 
     def read(self, row: int, device: torch.device) -> dict[str, Any]:
-        """The tensors of one prompt's conditioning, [1, ...] each, as the encoder gave them."""
+        """The tensors of one prompt's conditioning, [1, ...] each, as the encoder gave them.
+
+        Raises ConfigurationError where they are not what was written.
+        """
+        place = slice(row, row + 1)
+        stored = {name: self._slice(PREFIX + name, place) for name in self._dtypes}
+        if self.is_checked and int(self._slice(SUMS, place)) != _checksum(
+            self._slice(KEYS, place).numpy(), self._dtypes, stored
+        ):
+            raise ConfigurationError(
+                f"prompts.embeddings: row {row} of {self.path} is damaged: its checksum has changed. Remove that file, "
+                "and `diffpp-fast embed` writes it again"
+            )
         tensors: dict[str, Any] = {}
         for name, dtype in self._dtypes.items():
             *sections, last = name.split("/")
             inner = tensors
             for section in sections:
                 inner = inner.setdefault(section, {})
-            # A copy: a slice maps the file and dies with it.
-            stored = self._file.get_slice(PREFIX + name)[row : row + 1].clone()
-            inner[last] = stored.to(device).to(getattr(torch, dtype))
+            inner[last] = stored[name].to(device).to(getattr(torch, dtype))
         return tensors
+
+    def _slice(self, name: str, rows: slice) -> torch.Tensor:
+        try:
+            # A copy: a slice maps the file and dies with it.
+            rows_of_it: torch.Tensor = self._file.get_slice(name)[rows].clone()
+        except SafetensorError as error:
+            raise ConfigurationError(f"prompts.embeddings: {self.path} is damaged: {error}") from None
+        return rows_of_it
+
+
+def _checksum(key: np.ndarray, dtypes: Mapping[str, str], stored: Mapping[str, torch.Tensor]) -> int:
+    """CRC-32 of a row: of its key, and of the names, dtypes, shapes and bytes of its tensors."""
+    total = zlib.crc32(key.tobytes())
+    for name, tensor in sorted(stored.items()):
+        total = zlib.crc32(f"{name} {dtypes[name]} {tensor.dtype} {list(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
+    return total
 
 
 def _flat(tensors: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from diffpp_fast.training.prompts.embedding_files import (
 )
 from diffpp_fast.training.prompts.encoder import concatenate
 
+logger = logging.getLogger(__name__)
+
 
 class EmbeddingCache:
     """Prompts -> their conditioning as the encoder gave it, read from the disk when it is asked for.
@@ -31,6 +35,9 @@ class EmbeddingCache:
         folder: of a complete cache.
         manifest: its.
         device: where the conditioning goes.
+
+    Attributes:
+        digest: of all that it holds, made of the checksums; None where an earlier version wrote files without.
 
     Raises ConfigurationError for a cache that isn't complete.
     """
@@ -47,12 +54,27 @@ class EmbeddingCache:
                 "run `diffpp-fast embed` again, which goes on where it stopped"
             )
         self._files = [*shards, *([folder / EXTRA] if (folder / EXTRA).is_file() else [])]
-        keys = []
-        for path in self._files:
+        keys, digest, unchecked = [], hashlib.sha256(), []
+        for path in [*self._files, folder / NULL]:
             with Rows(path) as rows:
                 if rows.identity != identity(manifest):
                     raise ConfigurationError(f"prompts.embeddings: {path} belongs to another cache: remove it")
                 keys.append(rows.keys())
+                digest.update(keys[-1].tobytes())
+                if rows.is_checked:
+                    digest.update(rows.checksums().tobytes())
+                else:
+                    unchecked.append(path.name)
+        del keys[-1]  # of the empty prompt, which is read by itself
+        self.digest = None if unchecked else digest.hexdigest()
+        if unchecked:
+            logger.warning(
+                "prompts.embeddings: %d files in %s, such as %s, are of an earlier version, without checksums: "
+                "nobody would notice if one were damaged. `diffpp-fast embed` into another folder writes them with",
+                len(unchecked),
+                folder,
+                unchecked[0],
+            )
         self._ends = np.cumsum([len(part) for part in keys])
         every = np.concatenate(keys)
         self._rows = np.argsort(every[:, 0], kind="stable")
