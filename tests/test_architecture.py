@@ -13,6 +13,7 @@ FLOORS = {
     "kernels": 0,
     "provenance": 0,
     "noise": 1,
+    "precision": 1,
     "schedule": 1,
     "tensor_files": 1,
     "ops": 2,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffpp_fast.methods.base import Batch, Reward, input_gradient, norms, per_sample
+from diffpp_fast.precision import widen
 
 
 class RewardTerm:
@@ -46,23 +47,23 @@ class RewardTerm:
             raise ValueError(
                 f"the reward must give one number per sample, shape ({len(batch)},), got {tuple(reward.shape)}"
             )
-        metrics["reward"] = reward.detach().float().mean()
-        metrics["reward_std"] = reward.detach().float().std(correction=0)
+        metrics["reward"] = widen(reward.detach()).mean()
+        metrics["reward_std"] = widen(reward.detach()).std(correction=0)
         if not optimised:
             return gradient
         if not reward.requires_grad:
             raise ValueError("the reward has no gradient by x0: it must be differentiable, or reward_scale 0")
-        term = self.scale * self.differentiate(reward, x0).float()
+        term = self.scale * widen(self.differentiate(reward, x0))
         lengths = norms(term)
         metrics["reward_gradient_norm"] = lengths.mean()
         metrics["gradient_cosine"] = _cosines(gradient, -term).mean()
         if self.clip is not None:
             share = self.clip * norms(gradient) / lengths
-            metrics["reward_clipped"] = (share < 1.0).float().mean()
+            metrics["reward_clipped"] = (share < 1.0).to(share.dtype).mean()
             # A sample without a reward gradient has nothing to shorten.
             term = term * per_sample(torch.where(lengths == 0.0, 1.0, share).clamp(max=1.0), term)
         return gradient - term
 
 
 def _cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cosine_similarity(a.float().flatten(1), b.float().flatten(1), dim=1)
+    return torch.nn.functional.cosine_similarity(widen(a).flatten(1), widen(b).flatten(1), dim=1)
