@@ -1,4 +1,4 @@
-"""The least precision of what is computed with predictions and samples."""
+"""What is computed in which precision: predictions and samples in float32 at least, layers in autocast's."""
 
 import torch
 from torch import Tensor
@@ -11,3 +11,10 @@ def widen(tensor: Tensor) -> Tensor:
     output is computed from it in here.
     """
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast gives layers on this device now; None where it is off, and on meta, which has none."""
+    kind = device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None

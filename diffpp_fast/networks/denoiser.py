@@ -9,7 +9,7 @@ from torch import nn
 
 from diffpp_fast.networks.conditioning import network_arguments
 from diffpp_fast.networks.last_layer import widen_last_layer
-from diffpp_fast.precision import widen
+from diffpp_fast.precision import autocast_dtype, widen
 
 
 class Denoiser(nn.Module):
@@ -27,6 +27,6 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, conditioning: Any = None) -> torch.Tensor:
         """x_t [B, C, H, W], cast to the network's dtype unless autocast does that, and t [B] int64 -> [B, C, H, W]."""
-        x = x_t if torch.is_autocast_enabled(x_t.device.type) else x_t.to(next(self.network.parameters()).dtype)
+        x = x_t if autocast_dtype(x_t.device) else x_t.to(next(self.network.parameters()).dtype)
         prediction = self.network(x, timestep=t, return_dict=False, **network_arguments(conditioning))[0]
         return widen(prediction[:, : x_t.shape[1]])

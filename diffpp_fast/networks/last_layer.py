@@ -15,6 +15,8 @@ from torch import Tensor, nn
 # By name: planning puts stand-ins for autocast into torch.nn.functional, and this layer is under none.
 from torch.nn.functional import conv2d, linear
 
+from diffpp_fast.precision import autocast_dtype
+
 #: What diffusers calls it, the last one first where a network has several.
 NAMES = ("proj_out_2", "proj_out", "conv_out")
 
@@ -42,16 +44,14 @@ def widen_last_layer(network: nn.Module) -> bool:
 
 class _Wide(nn.Module):
     def forward(self: Any, input: Tensor) -> Tensor:
-        kind = input.device.type
-        # There is no autocast for meta, where shapes and bytes are counted.
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        low = autocast_dtype(input.device)
+        if low is None:
             return self._compute(input, self.weight, self.bias)
-        low = torch.get_autocast_dtype(kind)
         weight, bias = (
             None if value is None else value if value.dtype == torch.float64 else value.to(low)
             for value in (self.weight, self.bias)
         )
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(input.device.type, enabled=False):
             return self._compute(input, weight, bias)
 
     def _compute(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from diffpp_fast.networks import Denoiser, fuse, load_denoiser, set_attention
 from diffpp_fast.networks.loading import is_file
 from diffpp_fast.networks.lora import Adapted, Adapters
 from diffpp_fast.training.build.checks import agree, naming
+from diffpp_fast.training.build.compiled import refuse_known_faults
 from diffpp_fast.training.build.precision import compute_dtype, precise
 from diffpp_fast.training.build.text import TextFacts
 from diffpp_fast.training.config import Config, Lora
@@ -148,6 +149,7 @@ class Networks:
             with naming("training.activation_checkpointing", path):
                 network.enable_gradient_checkpointing()
         if training.compile:
+            refuse_known_faults(network, fused=training.fuse, device=self.device)
             network.compile()
         return denoiser
 
