@@ -209,7 +209,9 @@ def test_methods_that_differentiate_networks_pay_for_two_backward_passes(small: 
     assert peaks[1] > 2 * peaks[0]
     checkpointed = count(replace(low, method=method, activation_checkpointing=True))
     recomputed = [phase for phase in checkpointed.phases if phase.name in ("reference backward", "fake backward")]
-    assert [set(phase.operations) for phase in recomputed] == [{BFLOAT16}] * 3
+    assert len(recomputed) == 3
+    for phase in recomputed:
+        assert phase.operations[FLOAT32] < 0.02 * phase.operations[BFLOAT16]  # the last layer
     assert operations(checkpointed, "generator", "reference backward") > 1.5 * operations(
         checkpointed, "generator", "reference"
     )

@@ -14,7 +14,7 @@ from diffpp_fast.methods import Batch, DiffInstructPP
 
 SHAPE, BATCH = (4, 3, 5), 6
 ELEMENTS = 60
-#: By what a peer's clip and eps are multiplied: how many times longer this package's gradient is than that of their loss.
+#: By what a peer's clip and eps are multiplied: as many times longer than theirs is the gradient here.
 GENERATORS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float]] = {
     "DMD2": (lambda x0, g: 0.5 * F.mse_loss(x0, (x0 - g).detach()), ELEMENTS),
     "DMD of PixArt": (lambda x0, g: F.mse_loss(x0, (x0 - g).detach()), ELEMENTS / 2),
