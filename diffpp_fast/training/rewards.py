@@ -16,6 +16,7 @@ from torch import nn
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks import Conditioning
+from diffpp_fast.precision import widen
 from diffpp_fast.rewards import Mixture
 from diffpp_fast.training import config
 
@@ -41,7 +42,7 @@ class LatentReward:
 
     def __call__(self, x0: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """x0 [B, C, h, w] -> [B]; differentiable in x0 as far as the scorer is in its images."""
-        values = self.score(self.decoder(x0).float(), conditioning.prompts)
+        values = self.score(widen(self.decoder(x0)), conditioning.prompts)
         if x0.requires_grad and not values.requires_grad:
             raise ConfigurationError(
                 f"{self.name} has no gradient by the images: it must be differentiable, or its scale 0"

@@ -12,7 +12,7 @@ from diffpp_fast.methods.base import DIFFUSION, LATENT
 from diffpp_fast.noise import Noise
 
 #: What rounding may change in a gradient, as a share of its norm, by the dtype that is computed in. Wrong gradients
-#: have been off by 20 % and more.
+#: have been off by half of it and more.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1}
 #: Gradients shorter than this share of the longest are rounding errors themselves, as that of a bias before a norm.
 NEGLIGIBLE = 1e-3
