@@ -212,6 +212,22 @@ def masters(world: World, kinds: Sequence[int]) -> None:
                 assert off < 0.1 * moved
 
 
+def normalized(world: World, kinds: Sequence[int]) -> None:
+    """Gradients of norm 1, also where they are short, as in one process; norms are those before."""
+    settings = SETTINGS.model_copy(update={"clip": None, "normalize": True})
+    alone = World.alone("cpu")
+    plain = make("plain", alone, settings=settings, network=Network(seed=0))
+    norms = [norm for scale in (1.0, 1e-3) for norm in train(plain, alone, range(3), scale=scale)]
+    expected = plain.full_state(averaged=False)
+    for kind in kinds:
+        engine = make(kind, world, settings=settings)
+        mine = [norm for scale in (1.0, 1e-3) for norm in train(engine, world, range(3), scale=scale)]
+        torch.testing.assert_close(mine, norms, rtol=1e-4, atol=0.0)
+        state = engine.full_state(averaged=False)
+        if world.is_main:
+            torch.testing.assert_close(state, expected, rtol=1e-5, atol=1e-6)
+
+
 def two_networks(world: World, kinds: Sequence[tuple[int, int]], folder: Path) -> None:
     """Two trained networks in turns, the second on what the first one makes, and a frozen one spread over all."""
     from diffpp_fast.training.engines import place_reference
@@ -262,6 +278,7 @@ def main() -> None:
     stages(world, folder, kinds)
     numbered = sorted({int(kind[0]) for kind in kinds} - {0})
     masters(world, numbered)
+    normalized(world, numbered)
     two_networks(world, [(numbered[-1], numbered[0]), (numbered[0], 0), (numbered[-1], numbered[-1])], folder)
     world.close()
 

@@ -14,6 +14,7 @@ FLOORS = {
     "kernels": 0,
     "provenance": 0,
     "noise": 1,
+    "precision": 1,
     "schedule": 1,
     "spreadsheet": 0,
     "tensor_files": 1,

@@ -56,7 +56,8 @@ def by_hand(updates: int, *, skipped: tuple[int, ...] = (), settings: config.Opt
             rate = low + (settings.lr - low) * (1 + math.cos(math.pi * share)) / 2
         decay = min(EMA.decay, (1 + update) / (10 + update))
         for name, weight in weights.items():
-            gradient = gradients[name] * min(1.0, settings.clip / norm) if settings.clip else gradients[name]
+            factor = 1 / norm if settings.normalize else min(1.0, settings.clip / norm) if settings.clip else 1.0
+            gradient = gradients[name] * factor
             mean[name] = beta1 * mean[name] + (1 - beta1) * gradient
             square[name] = beta2 * square[name] + (1 - beta2) * gradient.square()
             direction = mean[name] / (1 - beta1**step) / ((square[name] / (1 - beta2**step)).sqrt() + settings.eps)
@@ -99,6 +100,13 @@ def test_the_plain_engine_equals_a_loop_written_by_hand() -> None:
     assert_same_norms(train(engine, ALONE, range(8), poisoned=[4]), expected["norms"])
     assert_near(numbers(engine), expected, 1e-6)
     assert (engine.updates, engine.applied) == (8, 7)
+
+
+def test_normalised_steps_are_those_of_gradients_divided_by_their_norm() -> None:
+    settings = SETTINGS.model_copy(update={"clip": None, "normalize": True})
+    engine, expected = plain(settings=settings), by_hand(8, skipped=(4,), settings=settings)
+    assert_same_norms(train(engine, ALONE, range(8), poisoned=[4]), expected["norms"])
+    assert_near(numbers(engine), expected, 1e-6)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "lion8bit"])

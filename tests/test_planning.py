@@ -121,7 +121,9 @@ def test_the_frozen_decoder_saves_operations(sd15: Counted) -> None:
 
 def test_operations_know_their_dtype(sd15: Counted) -> None:
     phases = {(phase.update, phase.name): phase.operations for phase in sd15.phases}
-    assert set(phases["generator", "fake"]) == {BFLOAT16}
+    # The last layer: 2 * 64^2 * 9 * 320 * 4 operations of a sample.
+    share = phases["generator", "fake"][FLOAT32] / phases["generator", "fake"][BFLOAT16]
+    assert 1e-4 < share < 2e-4
     # Rewards compute in float32 unless they are told otherwise.
     assert phases["generator", "reward"][FLOAT32] > 0.99 * sum(phases["generator", "reward"].values())
 
@@ -207,7 +209,9 @@ def test_methods_that_differentiate_networks_pay_for_two_backward_passes(small: 
     assert peaks[1] > 2 * peaks[0]
     checkpointed = count(replace(low, method=method, activation_checkpointing=True))
     recomputed = [phase for phase in checkpointed.phases if phase.name in ("reference backward", "fake backward")]
-    assert [set(phase.operations) for phase in recomputed] == [{BFLOAT16}] * 3
+    assert len(recomputed) == 3
+    for phase in recomputed:
+        assert phase.operations[FLOAT32] < 0.02 * phase.operations[BFLOAT16]  # the last layer
     assert operations(checkpointed, "generator", "reference backward") > 1.5 * operations(
         checkpointed, "generator", "reference"
     )

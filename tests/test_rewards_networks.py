@@ -99,14 +99,16 @@ def test_score_and_gradient_equal_an_independent_float64(
     reward = load(name, dtype="float64", checkpoint=checkpoint)
     images, expected_images = (IMAGES.clone().requires_grad_() for _ in range(2))
     values, expected = reward(images, PROMPTS), oracle(name, expected_images)
-    assert values.dtype == torch.float32
+    assert values.dtype == torch.float64
     assert values.shape == (3,)
-    torch.testing.assert_close(values.double(), expected, rtol=1e-6, atol=1e-7)
-    weights = torch.tensor([1.0, -2.0, 0.5])
+    torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-10)
+    weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     (gradient,) = torch.autograd.grad((weights * values).sum(), images)
-    (expected_gradient,) = torch.autograd.grad((weights.double() * expected).sum(), expected_images)
+    (expected_gradient,) = torch.autograd.grad((weights * expected).sum(), expected_images)
     assert expected_gradient.norm() > 1e-3
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-6, atol=1e-7 * float(expected_gradient.abs().max()))
+    torch.testing.assert_close(
+        gradient, expected_gradient, rtol=1e-8, atol=1e-10 * float(expected_gradient.abs().max())
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])

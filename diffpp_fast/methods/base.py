@@ -10,6 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from diffpp_fast.noise import Noise
+from diffpp_fast.precision import widen
 
 #: Which stream of addressed randomness serves what. The adapters' initialise LoRA, where samples are layers.
 LATENT, DIFFUSION, TIMESTEP, PROMPT_ORDER, GENERATOR_ADAPTER, FAKE_ADAPTER = 0, 1, 2, 3, 4, 5
@@ -57,7 +58,10 @@ class Batch:
 
 
 class StepOutput(NamedTuple):
-    """A scalar to call `backward()` on, and float32 scalars to log, detached and on the device."""
+    """A scalar to call `backward()` on, and scalars to log, detached and on the device.
+
+    Scalars are float32, or float64 where the samples are.
+    """
 
     loss: torch.Tensor
     metrics: Mapping[str, torch.Tensor]
@@ -81,9 +85,10 @@ def inject_gradient(x0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """A scalar whose derivative by x0 is `gradient` / B, exactly.
 
     Its value is half the mean squared norm of the gradient. The familiar 0.5 (x0 - stop(x0 - gradient))^2 has the same
-    value and derivative, but loses the gradient's small digits in the subtraction.
+    value and derivative, but loses the gradient's small digits in the subtraction. Both are computed in float32 at
+    least: only a derivative that enters a low-precision x0 is rounded, once.
     """
-    return _InjectGradient.apply(x0, gradient)
+    return _InjectGradient.apply(x0, widen(gradient))
 
 
 def input_gradient(values: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
@@ -93,8 +98,8 @@ def input_gradient(values: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
 
 
 def norms(tensor: torch.Tensor) -> torch.Tensor:
-    """[B], float32: of each sample."""
-    return tensor.float().flatten(1).norm(dim=1)
+    """Each sample's norm, [B], float32 or wider."""
+    return widen(tensor).flatten(1).norm(dim=1)
 
 
 def finite_statistics(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -67,13 +67,13 @@ class DecoupledDMD(Method):
         """
         at = self._noised(batch, x0)
         fake = self._ask_fake(batch, at)
-        matching = self._normalised(x0, at, self.reference(at.x_t, at.t, batch.conditioning), fake, 1.0)
+        matching = self._normalised(x0, at, self._ask(self.reference, at, batch.conditioning), fake, 1.0)
         metrics = self._gap_metrics(matching.gap_sq, matching.gradient)
         if self.guidance_scale == 1.0:
             return matching.gradient, metrics
         null = self._null(batch, "guidance_scale", self.guidance_scale)
         at = self._noised(batch, x0, t_range=self.guidance_t_range, streams=(SECOND_TIMESTEP, SECOND_DIFFUSION))
-        cond, uncond = (self.reference(at.x_t, at.t, prompt) for prompt in (batch.conditioning, null))
+        cond, uncond = (self._ask(self.reference, at, prompt) for prompt in (batch.conditioning, null))
         guidance = self._normalised(x0, at, cond, uncond, self.guidance_scale - 1.0).gradient
         metrics["guidance_gradient_norm"] = norms(guidance).mean()
         return matching.gradient + guidance, metrics

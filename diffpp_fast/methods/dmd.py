@@ -28,6 +28,7 @@ from diffpp_fast.methods.base import (
 )
 from diffpp_fast.methods.method import FakeWeighting, Method
 from diffpp_fast.methods.through_networks import gradient_through
+from diffpp_fast.precision import widen
 from diffpp_fast.schedule import NoiseSchedule
 
 Normalizer = Literal["sample", "batch"]
@@ -167,4 +168,4 @@ class DMD2(Method):
             raise ValueError(
                 f"the discriminator must give one logit per sample, shape ({len(batch)},), got {tuple(logits.shape)}"
             )
-        return logits.float()
+        return widen(logits)

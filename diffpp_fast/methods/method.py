@@ -23,6 +23,7 @@ from diffpp_fast.methods.base import (
     norms,
 )
 from diffpp_fast.noise import Noise
+from diffpp_fast.precision import widen
 from diffpp_fast.schedule import NoiseSchedule
 
 FakeWeighting = Literal["prediction", "x0", "score"]
@@ -103,7 +104,7 @@ class Method(ABC):
         x0 = self._sample(batch)
         gradient, metrics = self._sample_gradient(batch, x0.detach())
         loss = inject_gradient(x0, gradient)
-        samples = x0.detach().float()
+        samples = x0.detach()
         metrics.update(loss=loss.detach(), x0_mean=samples.mean(), x0_std=samples.std(correction=0))
         return StepOutput(loss, metrics)
 
@@ -113,7 +114,7 @@ class Method(ABC):
 
     def _sample(self, batch: Batch) -> torch.Tensor:
         z = batch.noise(LATENT).normal(batch.shape)
-        x0 = self.generator(z, batch.conditioning)
+        x0 = widen(self.generator(z, batch.conditioning))
         if x0.shape != z.shape:
             raise ValueError(f"the generator turned z of shape {tuple(z.shape)} into x0 of shape {tuple(x0.shape)}")
         return x0
@@ -146,14 +147,19 @@ class Method(ABC):
         )
 
     def _ask_fake(self, batch: Batch, at: Noised) -> torch.Tensor:
-        return self.fake(at.x_t, at.t, batch.conditioning)
+        return self._ask(self.fake, at, batch.conditioning)
 
     def _ask_reference(self, batch: Batch, at: Noised) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The reference's outputs with the prompt and, if guided, without."""
-        cond = self.reference(at.x_t, at.t, batch.conditioning)
+        cond = self._ask(self.reference, at, batch.conditioning)
         if self.guidance_scale == 1.0:
             return cond, None
-        return cond, self.reference(at.x_t, at.t, self._null(batch, "guidance_scale", self.guidance_scale))
+        return cond, self._ask(self.reference, at, self._null(batch, "guidance_scale", self.guidance_scale))
+
+    @staticmethod
+    def _ask(network: Denoiser, at: Noised, conditioning: Any) -> torch.Tensor:
+        """A prediction in float32 at least: what is computed with it, guidance and gap, is not rounded again."""
+        return widen(network(at.x_t, at.t, conditioning))
 
     def _null(self, batch: Batch, name: str, scale: float) -> Any:
         """The unconditional conditioning, which a scale that is not 1 needs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffpp_fast.methods.base import Batch, Reward, finite_statistics, input_gradient, norms, per_sample
+from diffpp_fast.precision import widen
 
 
 class RewardTerm:
@@ -49,12 +50,12 @@ class RewardTerm:
             raise ValueError(
                 f"the reward must give one number per sample, shape ({len(batch)},), got {tuple(reward.shape)}"
             )
-        metrics["reward"], metrics["reward_std"] = finite_statistics(reward.detach().float())
+        metrics["reward"], metrics["reward_std"] = finite_statistics(widen(reward.detach()))
         if not optimised:
             return gradient
         if not reward.requires_grad:
             raise ValueError("the reward has no gradient by x0: it must be differentiable, or reward_scale 0")
-        term = self.scale * self.differentiate(reward, x0).float()
+        term = self.scale * widen(self.differentiate(reward, x0))
         defined = reward.detach().isfinite() & term.flatten(1).isfinite().all(1)
         metrics["reward_undefined"] = 1.0 - defined.float().mean()
         term = term.where(per_sample(defined, term), 0.0)
@@ -63,11 +64,11 @@ class RewardTerm:
         metrics["gradient_cosine"] = _cosines(gradient, -term).mean()
         if self.clip is not None:
             share = self.clip * norms(gradient) / lengths
-            metrics["reward_clipped"] = (share < 1.0).float().mean()
+            metrics["reward_clipped"] = (share < 1.0).to(share.dtype).mean()
             # A sample without a reward gradient has nothing to shorten.
             term = term * per_sample(torch.where(lengths == 0.0, 1.0, share).clamp(max=1.0), term)
         return gradient - term
 
 
 def _cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cosine_similarity(a.float().flatten(1), b.float().flatten(1), dim=1)
+    return torch.nn.functional.cosine_similarity(widen(a).flatten(1), widen(b).flatten(1), dim=1)

@@ -89,4 +89,4 @@ class SiD(Method):
         if self.fake_guidance_scale == 1.0:
             return cond
         null = self._null(batch, "fake_guidance_scale", self.fake_guidance_scale)
-        return torch.lerp(self.fake(at.x_t, at.t, null), cond, self.fake_guidance_scale)
+        return torch.lerp(self._ask(self.fake, at, null), cond, self.fake_guidance_scale)

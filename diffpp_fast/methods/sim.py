@@ -170,6 +170,6 @@ class DiffInstructStar(SIM):
         null = self._null(batch, "guidance_scale", self.outside_guidance_scale)
         k = self.schedule.gap_scale(at.t)
         weight = at.alpha.square() * k / at.sigma.square() * self._weight(at.t, at.alpha, at.sigma)
-        uncond = self.reference(at.x_t, at.t, null)
+        uncond = self._ask(self.reference, at, null)
         # d = cond - uncond in the place of guided - fake.
         return ops.score_gap(uncond, cond, scale=(1.0 - self.outside_guidance_scale) * weight).gradient

@@ -32,7 +32,7 @@ def gradient_through(
     Returns:
         losses [B] and gradient [B, ...], without graph.
     """
-    with _without_parameters(networks), torch.enable_grad():
+    with without_parameters(networks), torch.enable_grad():
         x0 = x0.detach().requires_grad_()
         losses = losses_of(x0)
         gradient = differentiate(losses, x0)
@@ -40,7 +40,7 @@ def gradient_through(
 
 
 @contextmanager
-def _without_parameters(networks: Sequence[Callable[..., Any]]) -> Iterator[None]:
+def without_parameters(networks: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Inside, no parameter of the networks requires gradient. Callables that have no parameters are left as they are.
 
     Both passes belong inside: what is recomputed in the backward pass has to keep what the forward pass kept.

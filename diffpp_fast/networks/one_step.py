@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from diffpp_fast.precision import widen
 from diffpp_fast.schedule import NoiseSchedule
 
 
@@ -42,10 +43,11 @@ class OneStepGenerator(nn.Module):
         self.input_scale = self.sigma if input_scale == "sigma" else float(input_scale)
 
     def forward(self, z: torch.Tensor, conditioning: Any = None) -> torch.Tensor:
-        """z [B, C, H, W], standard normal -> x0 [B, C, H, W]."""
-        x = self.input_scale * z
+        """z [B, C, H, W], standard normal -> x0 [B, C, H, W], float32, or float64 where z or the prediction is."""
+        x = self.input_scale * widen(z)
         t = torch.full((len(z),), self.timestep, dtype=torch.int64, device=z.device)
-        prediction = self.network(x, t, conditioning)
+        # x0 is a difference of the two: neither is rounded before.
+        prediction = widen(self.network(x.to(z.dtype), t, conditioning))
         if self.prediction_type == "epsilon":
             return (x - self.sigma * prediction) / self.alpha
         if self.prediction_type == "v_prediction":

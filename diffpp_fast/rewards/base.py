@@ -1,4 +1,4 @@
-"""What every reward has in common: checked input, one pixel pass per preprocessing, scores in float32."""
+"""What every reward has in common: checked input, one pixel pass per preprocessing, scores in float32 at least."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffpp_fast import ops
 from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.precision import widen
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,9 @@ class ImageBatch:
 
 
 class Reward(nn.Module):
-    """A frozen scorer: images [B, 3, H, W] in [-1, 1] and B prompts -> [B] float32, differentiable in the images.
+    """A frozen scorer: images [B, 3, H, W] in [-1, 1] and B prompts -> [B], differentiable in the images.
+
+    Scores are float32, or float64 where the reward computes in it.
 
     A subclass defines `score`, calls `freeze` at the end of its construction, and takes everything that depends on
     the images alone from the batch, so that rewards share it. Surrounding autocast is ignored: a reward computes in
@@ -152,7 +155,7 @@ class Reward(nn.Module):
             return self.score(batch, prompts)
 
     def score(self, batch: ImageBatch, prompts: tuple[str, ...]) -> Tensor:
-        """The scores [B] float32 of a checked batch."""
+        """The scores [B] of a checked batch, float32, or float64 of a reward that computes in it."""
         raise NotImplementedError
 
     def stages(self, batch: ImageBatch, prompts: tuple[str, ...]) -> dict[str, Tensor]:
@@ -184,7 +187,7 @@ class CallableReward(Reward):
         if not isinstance(values, Tensor) or values.shape != (len(batch),):
             got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"{self.name} must give one number per image, shape [{len(batch)}], got {got}")
-        return values.to(batch.images.device, torch.float32, copy=True)
+        return widen(values.to(batch.images.device, copy=True))
 
 
 def as_reward(scorer: Scorer) -> Reward:
@@ -216,7 +219,7 @@ def score(scorer: Scorer, images: Tensor, prompts: Sequence[str], *, batch_size:
         batch_size: images at a time; None: all of them.
 
     Returns:
-        [B] float32, on the device of `images`.
+        [B] float32 (float64 of a float64 reward), on the device of `images`.
 
     Raises:
         ValueError: an image or a score is not finite (this waits for the device), or what `Reward.forward` refuses.
@@ -235,7 +238,7 @@ def score(scorer: Scorer, images: Tensor, prompts: Sequence[str], *, batch_size:
         reward(images[start : start + size].to(device), prompts[start : start + size])
         for start in range(0, len(images), size)
     ]
-    scores = torch.cat(parts).float().to(images.device)
+    scores = widen(torch.cat(parts)).to(images.device)
     bad = (~scores.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise ValueError(

@@ -196,7 +196,7 @@ def _build(config: Any, file: Path, what: str, dtype: torch.dtype, source: Any, 
     tensors = read_tensors(file, what)
     fit(model, tensors, file, what, source=source, spare=spare, dtype=dtype)
     # From the file: bfloat16 would round the scale by a percent.
-    return model, float(tensors["logit_scale"].float().exp())
+    return model, float(tensors["logit_scale"].double().exp())
 
 
 def _from_open_clip(key: str) -> tuple[str, Callable[[Tensor], Tensor]]:

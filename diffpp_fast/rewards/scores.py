@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffpp_fast.precision import widen
 from diffpp_fast.rewards.base import ImageBatch, Preprocessing, Reward
 from diffpp_fast.rewards.clip_model import Clip
 from diffpp_fast.rewards.files import fit, read_tensors
@@ -61,7 +62,7 @@ class CosineReward(Reward):
 
     def score(self, batch: ImageBatch, prompts: tuple[str, ...]) -> Tensor:
         image = self.clip.image_features(batch, self.preprocessing)
-        return (self.factor * (image * self.clip.text_features(prompts)).sum(1)).float()
+        return widen(self.factor * (image * self.clip.text_features(prompts)).sum(1))
 
 
 class AestheticReward(Reward):
@@ -166,9 +167,9 @@ class Head(nn.Module):
 
 
 def apply_head(head: nn.Module, features: Tensor) -> Tensor:
-    """[B, D] -> [B] float32, in the head's own dtype."""
+    """[B, D] -> [B], in the head's own dtype, and float32 at least."""
     scores: Tensor = head(features.to(next(head.parameters()).dtype))
-    return scores.squeeze(1).float()
+    return widen(scores.squeeze(1))
 
 
 def load_head(path: Path, what: str, dtype: torch.dtype, width: int = 768) -> Head:

@@ -232,8 +232,10 @@ class Optimizer(Section):
     #: Of AdamW; null: 1e-8.
     eps: Annotated[float, Field(gt=0)] | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    #: The largest norm of the whole gradient; null: it is not clipped.
+    #: The largest norm of the whole gradient; null: it is not clipped. The generator's is that of a sum over elements.
     clip: Annotated[float, Field(gt=0)] | None = None
+    #: Divide the whole gradient by its norm in every update; norms below 2^-20 count as that.
+    normalize: bool = False
     #: Updates over which the learning rate rises linearly to `lr`.
     warmup_steps: NotNegative = 0
     #: What the learning rate does from there to the run's last update.
@@ -249,6 +251,10 @@ class Optimizer(Section):
     def _keys_fit(self) -> Optimizer:
         if self.schedule == "constant" and self.final_lr != 0.0:
             raise ValueError("final_lr belongs to the schedules linear and cosine: remove it or choose one of them")
+        if self.normalize and self.clip is not None:
+            raise ValueError(
+                "normalize makes the norm of every gradient 1, which leaves clip nothing to do: remove one"
+            )
         if self.name == "lion8bit" and self.eps is not None:
             raise ValueError("lion8bit divides by nothing and takes no eps: remove it")
         if self.name == "lion8bit" and self.betas is not None and self.betas[0] == 0.0:

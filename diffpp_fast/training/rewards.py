@@ -12,6 +12,7 @@ from torch import nn
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks import Conditioning
+from diffpp_fast.precision import widen
 from diffpp_fast.rewards import Mixture
 from diffpp_fast.rewards.base import undisturbed
 from diffpp_fast.rewards.user_code import call_factory
@@ -50,7 +51,7 @@ class LatentReward:
 
         Scores that are constant, for these prompts or for all, have the gradient 0.
         """
-        values = self.score(self.decoder(x0).float(), conditioning.prompts)
+        values = self.score(widen(self.decoder(x0)), conditioning.prompts)
         self._given.append(values.detach().float().clone())
         if isinstance(self.scorer, Mixture):
             for name, part in self.scorer.last.items():

@@ -17,6 +17,7 @@ from diffpp_fast.networks import Denoiser, fuse, load_denoiser, set_attention
 from diffpp_fast.networks.loading import is_file, read_config
 from diffpp_fast.networks.lora import Adapted, Adapters
 from diffpp_fast.training.build.checks import agree, naming
+from diffpp_fast.training.build.compiled import refuse_known_faults
 from diffpp_fast.training.build.precision import compute_dtype, precise
 from diffpp_fast.training.build.text import TextFacts
 from diffpp_fast.training.config import Config, Lora
@@ -157,6 +158,7 @@ class Networks:
             with naming("training.activation_checkpointing", path):
                 network.enable_gradient_checkpointing()
         if training.compile:
+            refuse_known_faults(network, fused=training.fuse, device=self.device)
             logger.info("%s: torch.compile compiles it in the first steps, which takes minutes", key)
             network.compile()
         return denoiser

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from diffpp_fast.methods import METHODS, Method
+from diffpp_fast.methods.through_networks import without_parameters
 from diffpp_fast.networks import Conditioning, OneStepGenerator, load_decoder, load_schedule
 from diffpp_fast.networks.loading import read_config
 from diffpp_fast.schedule import NoiseSchedule
 from diffpp_fast.training.build.checks import agree, naming
+from diffpp_fast.training.build.compiled import check_gradients
 from diffpp_fast.training.build.networks import Networks, Trained
 from diffpp_fast.training.build.precision import compute_dtype, precise
 from diffpp_fast.training.build.text import Text, open_text
@@ -107,6 +109,8 @@ def build_run(
     networks = Networks(config, text.facts, device)
     sampler = _build_sampler(config, device, text, networks)
     reference, fake = networks.reference(), networks.trained("fake")
+    if config.training.compile:
+        _check_compiled(config, world, text, sampler.trained, fake, reference)
     networks.place_reference(world)
     decoder = None if sampler.decoder is None else phases.wrap(sampler.decoder, "decode")
     reward = _load_reward("rewards.optimised", config.rewards.optimised, decoder, device)
@@ -165,6 +169,21 @@ def _build_sampler(config: Config, device: torch.device, text: Text, networks: N
         decoder=decoder,
         inputs=inputs,
     )
+
+
+def _check_compiled(
+    config: Config, world: World, text: Text, generator: Trained, fake: Trained, reference: nn.Module
+) -> None:
+    """Compares the gradients that the run takes through compiled networks with those of eager mode."""
+    conditioning = text.null().expand(config.training.micro_batch or config.training.global_batch // world.size)
+    dtype, shape = compute_dtype("auto", config), config.models.latent_shape
+    for part in (generator, fake):
+        with part.active():
+            check_gradients(part.role, part.denoise, part.parameters, conditioning, shape, dtype, world.device)
+    if METHODS[config.method.name].differentiates_networks:
+        for role, network in (("fake", fake.denoise), ("reference", reference)):
+            with without_parameters([network]):
+                check_gradients(role, network, {}, conditioning, shape, dtype, world.device)
 
 
 def _load_decoder(config: Config, section: Decoder, device: torch.device) -> nn.Module:

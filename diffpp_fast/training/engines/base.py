@@ -46,9 +46,9 @@ class Engine(Protocol):
         """
 
     def step(self) -> torch.Tensor:
-        """Clips, updates weights and average, and drops the gradient (collective).
+        """Clips or normalises the gradient, updates weights and average, and drops it (collective).
 
-        Returns the norm of the whole gradient before clipping: float32, a scalar on the device, the same in all
+        Returns the norm of the whole gradient before that: float32, a scalar on the device, the same in all
         processes. If it is infinite or NaN, weights, optimizer and average are as they were, and only then.
         """
 

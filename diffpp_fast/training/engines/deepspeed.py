@@ -17,7 +17,7 @@ from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.training import config
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines.optimizers import make_optimizer
-from diffpp_fast.training.engines.sharded import ShardedEngine
+from diffpp_fast.training.engines.sharded import NORM_FLOOR, ShardedEngine
 from diffpp_fast.training.engines.shards import Shards, start_together
 from diffpp_fast.training.engines.zero import Zero3Shards, Zero12Shards
 
@@ -115,6 +115,8 @@ class DeepSpeedEngine(ShardedEngine):
                 "weights that are trained are few"
             )
         deepspeed = import_deepspeed(world)
+        # DeepSpeed shortens gradients and never lengthens them: those to be of norm 1 come to it long, and are clipped.
+        self._raise = 1.0 / NORM_FLOOR if settings.normalize else 1.0
         start_together(parameters, world)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -127,7 +129,9 @@ class DeepSpeedEngine(ShardedEngine):
             self._deepspeed, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,
-                config=zero_config(zero, bfloat16=bfloat16, clip=settings.clip, nvme_path=nvme_path),
+                config=zero_config(
+                    zero, bfloat16=bfloat16, clip=1.0 if settings.normalize else settings.clip, nvme_path=nvme_path
+                ),
                 dist_init_required=False,
             )
         shards_of = Zero3Shards if zero.stage == 3 else Zero12Shards
@@ -139,16 +143,18 @@ class DeepSpeedEngine(ShardedEngine):
         """Adds a micro-batch's gradient; see `Engine.backward`."""
         # The network is not called through DeepSpeed's engine, which would do these two things.
         self._deepspeed.optimizer.clear_backward_seen_flag()
+        loss = loss * self._raise
         loss.register_hook(lambda _: self._deepspeed._backward_prologue())
         self._deepspeed.set_gradient_accumulation_boundary(last)
         self._deepspeed.backward(loss)
 
     def step(self) -> torch.Tensor:
-        """Clips, updates weights and average, and drops the gradient; see `Engine.step`."""
+        """Clips or normalises the gradient, updates weights and average, and drops it; see `Engine.step`."""
         self._set_learning_rate()
         # It looks at the norm of all processes' gradients, and changes nothing where that is not finite.
         self._deepspeed.step()
         norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
+        norm = norm / self._raise
         if not self._deepspeed.was_step_applied():
             self._zero.forget_gradients()
         elif self.ema is not None:

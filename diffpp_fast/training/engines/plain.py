@@ -11,7 +11,7 @@ from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.training import config
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines.optimizers import make_optimizer
-from diffpp_fast.training.engines.sharded import ShardedEngine
+from diffpp_fast.training.engines.sharded import NORM_FLOOR, ShardedEngine
 from diffpp_fast.training.engines.shards import Shards
 
 
@@ -46,12 +46,14 @@ class PlainEngine(ShardedEngine):
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
-        """Clips, updates weights and average, and drops the gradient; see `Engine.step`."""
+        """Clips or normalises the gradient, updates weights and average, and drops it; see `Engine.step`."""
         trained = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         self._reduce(gradients)
         norm = nn.utils.get_total_norm(gradients).float()
-        if self.settings.clip is not None:
+        if self.settings.normalize:
+            torch._foreach_div_(gradients, norm.clamp(min=NORM_FLOOR))
+        elif self.settings.clip is not None:
             nn.utils.clip_grads_with_norm_(trained, self.settings.clip, norm)
         self._set_learning_rate()
         if self.optimizer_state.is_torch:

@@ -20,6 +20,10 @@ from diffpp_fast.training.engines.optimizers import OptimizerState
 from diffpp_fast.training.engines.schedules import learning_rate
 from diffpp_fast.training.engines.shards import Fragment, Shards, receivers
 
+#: With `optimizers.X.normalize` a gradient is divided by its norm, or by this where that is smaller. A power of two, so
+#: that gradients can be multiplied by its inverse without rounding.
+NORM_FLOOR = 2.0**-20
+
 
 @dataclass(frozen=True)
 class Column:
