@@ -78,7 +78,10 @@ class NoiseSchedule:
         if prediction_type == "flow_prediction" or flow_matching:
             if getattr(config, "invert_sigmas", False):
                 raise ValueError("NoiseSchedule: a flow scheduler with invert_sigmas=True counts noise downwards")
-            sigmas = torch.arange(config.num_train_timesteps, dtype=torch.float64) / config.num_train_timesteps
+            count = getattr(config, "num_train_timesteps", None)
+            if count is None:
+                raise ValueError(f"NoiseSchedule: {type(scheduler).__name__} has no num_train_timesteps")
+            sigmas = torch.arange(count, dtype=torch.float64) / count
             return cls(1.0 - sigmas, sigmas, "flow_prediction")
         if products is None:
             raise ValueError(

@@ -195,5 +195,7 @@ def test_schedulers_whose_noise_is_not_the_networks_are_refused() -> None:
         NoiseSchedule.from_diffusers(diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True))
     with pytest.raises(ValueError, match="num_train_timesteps=1000, but 3 alphas_cumprod"):
         NoiseSchedule.from_diffusers(diffusers.DDPMScheduler(trained_betas=[0.1, 0.2, 0.3]))
+    with pytest.raises(ValueError, match="SimpleNamespace has no num_train_timesteps"):
+        NoiseSchedule.from_diffusers(SimpleNamespace(config=SimpleNamespace(shift=3.0)))
     with pytest.raises(ValueError, match="EDMEulerScheduler has no alphas_cumprod"):
         NoiseSchedule.from_diffusers(diffusers.EDMEulerScheduler())
