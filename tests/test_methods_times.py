@@ -11,7 +11,7 @@ from method_cases import SCHEDULES, SHAPE, Convolution, GaussianScore, T, batch_
 from torch import nn
 
 from diffpp_fast import Noise
-from diffpp_fast.methods import DiffInstruct, DiffInstructPP, SiD
+from diffpp_fast.methods import Batch, DiffInstruct, DiffInstructPP, SiD
 from diffpp_fast.methods.dropout import drop_prompts
 from diffpp_fast.methods.times import DISTRIBUTIONS, LogitNormal, LogNormal, Shifted, Times, Uniform
 from diffpp_fast.networks import Conditioning
@@ -84,6 +84,7 @@ def test_times_without_mass_are_never_drawn() -> None:
             lambda: Times("t_range", SCHEDULE, (0, 50), LogNormal(2.0, 0.1)),
             r"only 0\.0e\+00 of its mass on t_range \[0, 50\)",
         ),
+        (lambda: Times("t_range", SCHEDULE, (0.02, 0.98)), "t_range must be two whole numbers"),
         (lambda: Times("t_range", SCHEDULE, (7, 7)), r"t_range must lie within \[0, 1000\) and be non-empty"),
     ],
 )
@@ -176,6 +177,33 @@ def test_prompts_are_left_out_by_address() -> None:
     assert torch.equal(method.generator_loss(batch).loss, plain.generator_loss(batch).loss)
     with pytest.raises(ValueError, match=r"prompt_dropout 0\.25 needs Batch\.null_conditioning"):
         method.fake_loss(replace(batch, null_conditioning=None))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_dropped_prompts_identify_the_guided_tas_branches(share: float) -> None:
+    """Samples are N(m, I) with the prompt and N(0, I) without; the TA's branches have means a and b, guided by 2.
+
+    The loss alone fits 2 a - b = m and leaves them, from zero, at a = 2 m / 5 and b = -m / 5, the shortest way. The
+    dropped prompts fit b = 0.
+    """
+    m = torch.tensor([1.0, -2.0, 0.5])
+    a, b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+
+    def fake(x_t: torch.Tensor, t: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        alpha, sigma = (c.view(-1, 1) for c in SCHEDULE.coefficients(t))
+        return sigma * (x_t - alpha * torch.where(conditioning == 0.0, b, a))
+
+    method = SiD(lambda z, c: z + c, fake, fake, SCHEDULE, fake_guidance_scale=2.0, prompt_dropout=share)
+    optimizer, count, steps = torch.optim.SGD([a, b]), 512, 200
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1.5 * (1 - step / steps)
+        samples = torch.arange(step * count, (step + 1) * count)
+        batch = Batch(samples, m.expand(count, 3), shape=(3,), null_conditioning=torch.zeros(count, 3))
+        optimizer.zero_grad()
+        method.fake_loss(batch).loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(2 * a - b, m, rtol=0, atol=0.05)
+    torch.testing.assert_close(b, torch.zeros(3) if share else -m / 5, rtol=0, atol=0.05)
 
 
 def test_every_kind_of_conditioning_can_be_left_out() -> None:

@@ -122,6 +122,8 @@ class Times:
         distribution: TimeDistribution | None = None,
     ) -> None:
         low, high = (0, len(schedule)) if t_range is None else t_range
+        if not (isinstance(low, int) and isinstance(high, int)):
+            raise ValueError(f"{name} must be two whole numbers [low, high) of timesteps, got [{low}, {high})")
         if not 0 <= low < high <= len(schedule):
             raise ValueError(f"{name} must lie within [0, {len(schedule)}) and be non-empty, got [{low}, {high})")
         self.name = name
