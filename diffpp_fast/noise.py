@@ -24,7 +24,7 @@ class Noise:
             patterns, so -1 is 2^64 - 1. Overwriting the tensor in place moves the address, which is how a captured
             CUDA graph replays with fresh noise.
         stream: what the numbers are for, in [0, 2^32): 0 latents, 1 diffusion noise, 2 timesteps, 3 prompt order,
-            4 and up free.
+            4 to 9 other uses of networks and methods (docs/randomness.md), 10 and up free.
 
     Raises:
         TypeError: `samples` is not an int64 tensor, or `seed` or `stream` not an integer.

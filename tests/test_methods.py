@@ -221,6 +221,21 @@ def test_the_same_addresses_give_the_same_step() -> None:
         ({"t_range": (0, 1001)}, "t_range"),
         ({"fake_rounds": 0}, "fake_rounds must be at least 1"),
         ({"reward_scale": 1.0}, "reward_scale is 1.0, but no reward"),
+        ({"reward": quadratic_reward}, r"a reward needs its reward_scale; with 0\.0 it is evaluated and logged only"),
+        ({"reward": quadratic_reward, "reward_scale": float("nan")}, "reward_scale must be finite"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be finite"),
+        ({"guidance_rescale": 1.5}, r"guidance_rescale must lie in \[0, 1\]"),
+        ({"prompt_dropout": 1.0}, r"prompt_dropout must lie in \[0, 1\)"),
+        ({"weighting": lambda t: 1.0}, r"weighting must turn t \[B\] into floating-point weights \[B\], got float"),
+        ({"weighting": lambda t: t}, r"weighting must turn .*, got torch.int64 \[1000\]"),
+        (
+            {"fake_weighting": lambda t: t.float() - 3.0},
+            r"fake_weighting is negative at t = 0, 1, 2: .* e\.g\. \[3, 1000\]",
+        ),
+        (
+            {"weighting": lambda t: 1.0 / t.float()},
+            r"weighting is not finite at t = 0: leave .* t_range, e\.g\. \[1, 1000\]",
+        ),
     ],
 )
 def test_wrong_options_are_refused_by_name(options: dict, message: str) -> None:
@@ -231,14 +246,22 @@ def test_wrong_options_are_refused_by_name(options: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (lambda x0, c: x0.mean(), r"one number per sample, shape \(4,\), got \(\)"),
+        (lambda x0, c: x0.mean(), r"a tensor of shape \(4,\), got shape \(\): keep the samples apart"),
+        (lambda x0, c: x0.mean((1, 2, 3), keepdim=True), r"shape \(4,\), got shape \(4, 1, 1, 1\): flatten it"),
+        (lambda x0, c: x0.mean((1, 2, 3))[:3], r"got shape \(3,\)$"),
+        (lambda x0, c: x0.mean((1, 2, 3)).tolist(), "got list of 4"),
+        (lambda x0, c: x0.mean((1, 2, 3)).detach().numpy(), "got a NumPy array, through which nothing can be diff"),
+        (lambda x0, c: None, "got NoneType: did it return nothing"),
+        (lambda x0, c: x0.mean((1, 2, 3)).round().int(), "of a floating-point dtype, got torch.int32"),
+        (lambda x0, c: x0.mean((1, 2, 3)).to("meta"), "the reward gave a tensor on meta, its inputs are on cpu"),
         (lambda x0, c: x0.mean((1, 2, 3)).detach(), "no gradient by x0"),
+        (lambda x0, c: x0.detach().mean((1, 2, 3)) + nn.Parameter(torch.ones(4)), "does not reach the samples"),
     ],
 )
 def test_wrong_rewards_are_refused(reward: object, message: str) -> None:
     networks = Convolution(0), Convolution(1), Convolution(2)
     method = DiffInstructPP(*networks, SCHEDULES["epsilon"], reward=reward, reward_scale=1.0)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         method.generator_loss(batch_of())
 
 
@@ -246,7 +269,7 @@ def test_wrong_rewards_are_refused(reward: object, message: str) -> None:
 def test_a_weighting_that_is_infinite_somewhere_asks_for_a_time_range(options: dict) -> None:
     sigmas = torch.arange(10, dtype=torch.float64) / 10
     schedule = NoiseSchedule(1 - sigmas, sigmas, "flow_prediction")
-    with pytest.raises(ValueError, match=r"weighting 'score' is not finite at t = \[0\]"):
+    with pytest.raises(ValueError, match=r"weighting 'score' is not finite at t = 0: .* e\.g\. \[1, 10\]"):
         DiffInstruct(Convolution(0), Convolution(1), Convolution(2), schedule, **options)
     DiffInstruct(Convolution(0), Convolution(1), Convolution(2), schedule, t_range=(1, 10), **options)
 

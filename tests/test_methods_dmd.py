@@ -162,7 +162,9 @@ def test_a_discriminator_needs_real_latents(real: torch.Tensor | None) -> None:
 def test_a_discriminator_gives_one_logit_per_sample() -> None:
     networks = Convolution(0), Convolution(1), Convolution(2)
     method = DMD2(*networks, SCHEDULES["epsilon"], discriminator=lambda x_t, t, c: x_t.flatten(1))
-    with pytest.raises(ValueError, match=r"one logit per sample, shape \(4,\), got \(4, 18\)"):
+    with pytest.raises(
+        ValueError, match=r"the discriminator must give one number per sample, .* \(4,\), got shape \(4, 18\)"
+    ):
         method.generator_loss(batch_of())
 
 

@@ -13,15 +13,22 @@ import tiny
 import torch
 import yaml
 
+from diffpp_fast import Noise
+from diffpp_fast.cli.main import main
+from diffpp_fast.errors import CheckpointError
 from diffpp_fast.methods import METHODS
-from diffpp_fast.training import Config, ConfigurationError, Trainer, load_config
+from diffpp_fast.methods import Method as MethodClass
+from diffpp_fast.methods.method import Options
+from diffpp_fast.training import Config, ConfigurationError, Trainer, dump_config, load_config
 from diffpp_fast.training.config import METHOD_KEYS, Method
+from diffpp_fast.training.prompts import open_prompts
+from diffpp_fast.training.state import refuse_other_run
 from diffpp_fast.training.weights import read_role
 
 #: What the constructors take that is no key of the section `method`.
 OF_OTHER_SECTIONS = {"self", "generator", "fake", "reference", "schedule", "reward", "reward_scale", "reward_clip"}
 OF_PYTHON_ALONE = {
-    "normalizer",
+    "options",
     "normalizer_floor",
     "discriminator",
     "gan_weight",
@@ -35,6 +42,13 @@ QUIET = (
     "training.checkpoint_every=1",
     "rewards.held_out=null",
     "logging.tensorboard=false",
+)
+
+
+#: As in test_elastic.py: steps large enough for a difference to show, an eps that does not magnify rounding.
+SPREAD = (
+    "optimizers.generator={lr: 1e-2, betas: [0.5, 0.99], eps: 1e-2, clip: 0.5}",
+    "optimizers.fake={lr: 1e-2, betas: [0.5, 0.99], eps: 1e-2, clip: 0.05}",
 )
 
 
@@ -68,7 +82,8 @@ def log(config: Config) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_keys_and_defaults_are_those_of_the_class(name: str) -> None:
-    parameters = inspect.signature(METHODS[name]).parameters
+    # What all take alike stands in the class that they share.
+    parameters = {**inspect.signature(MethodClass).parameters, **inspect.signature(METHODS[name]).parameters}
     taken = {key: value.default for key, value in parameters.items() if key not in OF_OTHER_SECTIONS | OF_PYTHON_ALONE}
     assert METHODS.keys() == METHOD_KEYS.keys()
     section = Method.model_validate({"name": name})
@@ -81,8 +96,6 @@ def test_keys_and_defaults_are_those_of_the_class(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_configuration_with_all_defaults_written_out_is_the_same(project: Path, tmp_path: Path, name: str) -> None:
-    from diffpp_fast.training import dump_config
-
     config = load_config(project, of(name))
     (tmp_path / "copy.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "copy.yaml") == config
@@ -99,6 +112,21 @@ def test_a_configuration_with_all_defaults_written_out_is_the_same(project: Path
         ("dmd2", "method.guidance_t_range=[0, 9]", "guidance_t_range belongs to decoupled_dmd, not to dmd2"),
         ("diff_instruct", "method.fake_guidance_scale=2", "fake_guidance_scale belongs to sid"),
         ("sim", "method.weighting=unit", "weighting of sim should be x0 or score, got 'unit'"),
+        ("sim", "method.normalizer=batch", "normalizer belongs to dmd2, not to sim"),
+        ("sim", "method.guidance_rescale=2", "method.guidance_rescale should be less than or equal to 1"),
+        ("sid", "method.prompt_dropout=1", "method.prompt_dropout should be less than 1"),
+        (
+            "sim",
+            "method.time_distribution={name: normal}",
+            "method.time_distribution.name should be 'uniform',",
+        ),
+        ("sim", "method.time_distribution={name: shifted}", "the time distribution shifted needs shift"),
+        (
+            "sim",
+            "method.fake_time_distribution={name: shifted, shift: 3, std: 1}",
+            "the time distribution shifted takes shift: remove std",
+        ),
+        ("sim", "models.negative_prompt=''", "models.negative_prompt should have at least 1 character"),
         ("sim", "method.huber_c=0", "method.huber_c should be greater than 0"),
         ("dmd2", "method.discriminator=true", "unknown key method.discriminator"),
         ("sid", "distributed.fake={stage: 3}", "sid differentiates through the fake score and the reference, whose"),
@@ -162,17 +190,117 @@ def test_adapters_of_both_roles_on_one_backbone_keep_their_gradients(project: Pa
     assert any(weight.grad is not None and weight.grad.norm() > 0 for weight in generator.parameters.values())
 
 
-#: As in test_elastic.py: steps large enough for a difference to show, an eps that does not magnify rounding.
-SPREAD = (
-    "optimizers.generator={lr: 1e-2, betas: [0.5, 0.99], eps: 1e-2, clip: 0.5}",
-    "optimizers.fake={lr: 1e-2, betas: [0.5, 0.99], eps: 1e-2, clip: 0.05}",
+@pytest.fixture
+def weightless(tmp_path: Path) -> Path:
+    """A run's inputs without one byte of weights, on a flow's schedule; the configuration."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    config = tiny.write(tmp_path / "weightless")
+    for weights in config.parent.rglob("*.safetensors"):
+        weights.unlink()
+    FlowMatchEulerDiscreteScheduler().save_pretrained(config.parent / "weights" / "scheduler")
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "said"),
+    [
+        (
+            "sim",
+            "seed=1",
+            "method: the loss of SIM is not finite at t = 0: leave such times out by t_range, e.g. [1,",
+        ),
+        ("diff_instruct_pp", "method.fake_weighting=score", "method: fake_weighting 'score' is not finite at t = 0"),
+        ("dmd2", "models.generator.timestep=0", "models.generator: timestep 0, where alpha is 1 and sigma 0: x0 would"),
+        ("dmd2", "models.generator.timestep=1000", "models.generator: timestep must lie in [0, 1000), got 1000"),
+        ("dmd2", "method.t_range=[0, 1001]", "method: t_range must lie within [0, 1000)"),
+        (
+            "dmd2",
+            "method.time_distribution={name: log_normal, mean: 30, std: 1}",
+            "method: LogNormal(mean=30.0, std=1.0) has only 0.0e+00 of its mass on t_range [0, 1000)",
+        ),
+        ("decoupled_dmd", "method.guidance_rescale=0.5", "method: guidance_rescale changes the guided output"),
+    ],
 )
+def test_what_the_schedule_does_not_serve_is_refused_before_anything_is_loaded(
+    weightless: Path, name: str, override: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the run and by `--dry-run`, which reads the schedule alone."""
+    given = of(name, override, f"output={weightless.parent}/run")
+    for flags in ([], ["--dry-run"]):
+        assert main(["train", str(weightless), *given, *flags]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_the_normaliser_of_a_batch_spans_the_whole_update(project: Path, tmp_path: Path) -> None:
+    """The micro-batch changes memory only."""
+    weights = []
+    for micro_batch in (4, 3):
+        chosen = of("dmd2", "method.normalizer=batch", "method.fake_rounds=1", f"training.micro_batch={micro_batch}")
+        config = load_config(
+            project, [*QUIET, *chosen, *SPREAD, "training.steps=1", f"output={tmp_path}/{micro_batch}"]
+        )
+        trainer = Trainer(config)
+        before = torch.cat(
+            [weight.detach().flatten() for weight in trainer.parts.trained("generator").parameters.values()]
+        )
+        trainer.run()
+        after = read_role(Path(config.output) / "checkpoints" / "step_000001", "generator")
+        weights.append(torch.cat([tensor.flatten() for tensor in after.values()]))
+    assert len(before) == len(weights[0])
+    assert (weights[1] - weights[0]).norm() < 1e-4 * (weights[0] - before).norm()
+
+
+def test_what_guidance_leads_away_from_and_the_new_keys_reach_the_run(project: Path, tmp_path: Path) -> None:
+    overrides = [
+        "models.negative_prompt=a blue whale",
+        "method.guidance_rescale=0.7",
+        "method.prompt_dropout=0.25",
+        "method.t_range=[20, 980]",
+        "method.time_distribution={name: log_normal, mean: -1.2, std: 1.2}",
+        "method.fake_t_range=[0, 1000]",
+        "method.fake_time_distribution={name: shifted, shift: 3}",
+        "training.baseline_steps=1",
+        "training.steps=1",
+    ]
+    config = load_config(project, [*QUIET, *of("diff_instruct_pp", *overrides), f"output={tmp_path}/run"])
+    (tmp_path / "copy.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "copy.yaml") == config
+    trainer = Trainer(config)
+    expected = trainer.parts.sampler.encode(["a blue whale"]).tensors["encoder_hidden_states"]
+    assert trainer.parts.null is not None
+    assert torch.equal(trainer.parts.null.tensors["encoder_hidden_states"], expected)
+    method = trainer.parts.method
+    assert (method.t_range, method.fake_t_range) == ((20, 980), (0, 1000))
+    assert (method.guidance_rescale, method.prompt_dropout) == (0.7, 0.25)
+    t = torch.arange(2000)
+    assert method.times.draw(Noise(0, t)).float().mean() < 0.8 * method.fake_times.draw(Noise(0, t)).float().mean()
+    assert trainer.run().step == 1
+    facts = json.loads((tmp_path / "run" / "baseline.json").read_text())["facts"]
+    assert (facts["negative_prompt"], facts["guidance_rescale"]) == ("a blue whale", 0.7)
+
+
+def test_a_checkpoint_from_before_a_key_was_there_goes_on(project: Path, tmp_path: Path) -> None:
+    config = load_config(project, of("dmd2"))
+    prompts = open_prompts(config.prompts)
+    before = yaml.safe_load(dump_config(config))
+    del before["models"]["negative_prompt"]
+    for key in (*Options.__annotations__, "normalizer"):
+        del before["method"][key]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
+    (tmp_path / "state.json").write_text(json.dumps({"prompts": prompts.digest()}))
+    refuse_other_run(tmp_path, config, prompts)
+    changed = load_config(project, of("dmd2", "method.prompt_dropout=0.1"))
+    with pytest.raises(CheckpointError, match=r"method\.prompt_dropout was 0\.0, is 0\.1"):
+        refuse_other_run(tmp_path, changed, prompts)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "stage"), [("sid", 0), ("sid", 1), ("sid", 2), ("diff_instruct_star", 2)])
+@pytest.mark.parametrize(
+    ("name", "stage"), [("sid", 0), ("sid", 1), ("sid", 2), ("diff_instruct_star", 2), ("dmd2", 2)]
+)
 def test_two_processes_at_any_stage_compute_what_one_does(project: Path, tmp_path: Path, name: str, stage: int) -> None:
-    common = [*QUIET, *SPREAD, *of(name)]
+    common = [*QUIET, *SPREAD, *of(name, *(["method.normalizer=batch"] if name == "dmd2" else []))]
     alone = load_config(project, [*common, f"output={tmp_path}/alone"])
     Trainer(alone).run()
     zero = f"distributed={{generator: {{stage: {stage}}}, fake: {{stage: {stage}}}}}"

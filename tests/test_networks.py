@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -70,6 +71,38 @@ def test_one_step_generator_scales_its_input_by_sigma_by_default() -> None:
 def test_one_step_generator_refuses_a_timestep_off_the_schedule() -> None:
     with pytest.raises(ValueError, match=r"timestep must lie in \[0, 50\), got 50"):
         OneStepGenerator(nn.Identity(), SCHEDULES["epsilon"], timestep=50)
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "timestep", "input_scale", "message"),
+    [
+        ("epsilon", 2, "sigma", r"timestep 2, where alpha is 0 and sigma 1: x0 .* the error of an epsilon prediction"),
+        ("epsilon", 1, "sigma", r"alpha is 0\.0001 .* magnified over 1000-fold: choose an earlier timestep"),
+        ("epsilon", 0, 1.0, r"sigma 0: x0 would be the input, whatever the network says: choose a later timestep"),
+        ("v_prediction", 0, "sigma", "whatever the network says"),
+        (
+            "sample",
+            0,
+            "sigma",
+            r"input_scale 'sigma' feeds the network 0 z at .*: it must be finite and not 0",
+        ),
+        ("sample", 1, 0.0, r"input_scale 0\.0 feeds the network 0 z"),
+        ("sample", 1, float("nan"), "input_scale nan feeds the network nan z"),
+    ],
+)
+def test_one_step_generator_refuses_what_gives_no_sample(
+    prediction_type: str, timestep: int, input_scale: Any, message: str
+) -> None:
+    alphas = torch.tensor([1.0, 1e-4, 0.0], dtype=torch.float64)
+    schedule = NoiseSchedule(alphas, (1 - alphas**2).sqrt(), prediction_type)
+    with pytest.raises(ValueError, match=message):
+        OneStepGenerator(nn.Identity(), schedule, timestep=timestep, input_scale=input_scale)
+
+
+def test_one_step_generator_takes_pure_noise_where_the_prediction_still_says_x0() -> None:
+    alphas = torch.tensor([1.0, 0.0])
+    for prediction_type in ("v_prediction", "sample", "flow_prediction"):
+        OneStepGenerator(nn.Identity(), NoiseSchedule(alphas, 1 - alphas, prediction_type), timestep=1)
 
 
 def test_denoiser_is_the_networks_own_call() -> None:

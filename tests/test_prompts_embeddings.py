@@ -134,6 +134,7 @@ def test_whatever_a_familys_conditioning_holds_is_kept(tmp_path: Path, family: s
         ("models.text_encoder.max_length=9", r"models\.text_encoder\.max_length differ"),
         ("models.text_encoder.mask_padding=false", r"models\.text_encoder\.mask_padding differ"),
         ("models.text_encoder.dtype=bfloat16", r"models\.text_encoder\.dtype differ"),
+        ("models.negative_prompt=a red frog", r"models\.negative_prompt differ"),
     ],
 )
 def test_an_encoder_with_other_settings_is_refused(project: Path, override: str, said: str) -> None:

@@ -141,6 +141,61 @@ def test_errors_name_what_is_wrong() -> None:
 @pytest.mark.parametrize(
     ("prediction_type", "tables"), [("v_prediction", straight()), ("flow_prediction", variance_preserving())]
 )
-def test_tables_that_break_the_prediction_type_warn(prediction_type: str, tables: tuple[Tensor, Tensor]) -> None:
-    with pytest.warns(UserWarning, match=f"{prediction_type} takes alpha"):
+def test_tables_that_break_the_prediction_type_are_refused(prediction_type: str, tables: tuple[Tensor, Tensor]) -> None:
+    with pytest.raises(ValueError, match=f"{prediction_type} takes alpha.*which these tables break: it is .* at t = "):
         NoiseSchedule(*tables, prediction_type)
+
+
+@pytest.mark.parametrize(
+    ("alphas", "sigmas", "message"),
+    [
+        ([0.9, float("nan")], [0.1, 0.9], r"alphas must be finite and not negative, got nan at t = 1"),
+        ([0.9, 0.1], [-0.1, 0.9], r"sigmas must be finite and not negative, got -0\.1"),
+        ([1.0, 1.0], [1.0, float("inf")], r"sigmas must be finite and not negative, got inf at t = 1"),
+        ([0.9, 0.0], [0.1, 0.0], r"alpha and sigma are both 0 at t = 1"),
+        ([0.1, 0.9], [0.9, 0.1], r"sigma / alpha falls from t = 0 to 1: noise must grow with t"),
+        ([0.0, 0.1], [1.0, 0.9], r"sigma / alpha falls from t = 0 to 1"),
+    ],
+)
+def test_tables_that_are_no_noise_process_are_refused(alphas: list, sigmas: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NoiseSchedule(torch.tensor(alphas), torch.tensor(sigmas))
+
+
+def test_tables_of_a_variance_exploding_process_and_with_zeros_at_their_ends_are_taken() -> None:
+    NoiseSchedule(torch.ones(5), torch.logspace(-2, 2, 5))
+    NoiseSchedule(torch.tensor([1.0, 0.5, 0.0]), torch.tensor([0.0, 0.5, 1.0]), "flow_prediction")
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_betas_rescaled_to_zero_terminal_snr_are_read_as_such(name: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    make = getattr(diffusers, name)
+    plain, rescaled = (
+        NoiseSchedule.from_diffusers(make(beta_schedule="scaled_linear", rescale_betas_zero_snr=rescale))
+        for rescale in (False, True)
+    )
+    assert plain.alphas[-1] > 0.02 and rescaled.alphas[-1] < 3e-4
+
+
+@pytest.mark.parametrize("change", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+def test_what_a_sampler_visits_changes_no_noise_level(change: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("scipy")
+    plain, other = (
+        NoiseSchedule.from_diffusers(diffusers.DPMSolverMultistepScheduler(**options))
+        for options in ({}, {change: True})
+    )
+    assert torch.equal(plain.alphas, other.alphas)
+
+
+def test_schedulers_whose_noise_is_not_the_networks_are_refused() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    with pytest.raises(ValueError, match="use_flow_sigmas=True and prediction_type 'epsilon'"):
+        NoiseSchedule.from_diffusers(diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True))
+    with pytest.raises(ValueError, match="num_train_timesteps=1000, but 3 alphas_cumprod"):
+        NoiseSchedule.from_diffusers(diffusers.DDPMScheduler(trained_betas=[0.1, 0.2, 0.3]))
+    with pytest.raises(ValueError, match="SimpleNamespace has no num_train_timesteps"):
+        NoiseSchedule.from_diffusers(SimpleNamespace(config=SimpleNamespace(shift=3.0)))
+    with pytest.raises(ValueError, match="EDMEulerScheduler has no alphas_cumprod"):
+        NoiseSchedule.from_diffusers(diffusers.EDMEulerScheduler())

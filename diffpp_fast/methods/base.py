@@ -14,8 +14,10 @@ from diffpp_fast.precision import widen
 
 #: Which stream of addressed randomness serves what. The adapters' initialise LoRA, where samples are layers.
 LATENT, DIFFUSION, TIMESTEP, PROMPT_ORDER, GENERATOR_ADAPTER, FAKE_ADAPTER = 0, 1, 2, 3, 4, 5
-#: Of methods that look at a sample at two noise levels, and at real latents. Streams from 9 on are free for other uses.
+#: Of methods that look at a sample at two noise levels, and at real latents.
 SECOND_TIMESTEP, SECOND_DIFFUSION, REAL_DIFFUSION = 6, 7, 8
+#: Whose prompts the TA's loss does without. Streams from 10 on are free for other uses.
+PROMPT_DROPOUT = 9
 
 #: (z [B, *shape], conditioning) -> x0 [B, *shape]
 Generator = Callable[[torch.Tensor, Any], torch.Tensor]
@@ -38,8 +40,11 @@ class Batch:
         conditioning: handed to the networks and the reward as it is.
         seed: the run's seed.
         shape: of one latent, without the batch.
-        null_conditioning: the unconditional counterpart, for B samples; needed when a method is guided.
+        null_conditioning: the unconditional counterpart, for B samples; needed when a method is guided, and when it
+            drops prompts.
         real: real latents [B, *shape] of the same prompts; needed by a discriminator and by nothing else.
+        normalizer: a scalar, the mean of `Method.normalizers` over the update of which these samples are a part; None:
+            they are all of it. Asked for by methods with `normalizes_update` alone.
     """
 
     samples: torch.Tensor
@@ -48,6 +53,7 @@ class Batch:
     shape: tuple[int, ...] = (4, 64, 64)
     null_conditioning: Any = None
     real: torch.Tensor | None = None
+    normalizer: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.samples.shape[0]
@@ -92,8 +98,13 @@ def inject_gradient(x0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 
 
 def input_gradient(values: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
-    """The derivative of the sum of `values` [B] by x0 [B, ...]; frees the graph between them."""
-    (gradient,) = torch.autograd.grad(values.sum(), x0)
+    """Return the derivative of the sum of `values` [B] by x0 [B, ...]; frees the graph between them.
+
+    Raises ValueError where the values have a graph, but not from x0.
+    """
+    (gradient,) = torch.autograd.grad(values.sum(), x0, allow_unused=True)
+    if gradient is None:
+        raise ValueError("a reward's or a network's gradient does not reach the samples: are they detached in it?")
     return gradient
 
 

@@ -7,6 +7,8 @@ read in the paper; its normalisers were not, so here each term has DMD's, of the
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from diffpp_fast import ops
@@ -19,15 +21,19 @@ from diffpp_fast.methods.base import (
     TimeFunction,
     norms,
 )
-from diffpp_fast.methods.method import FakeWeighting, Method, Noised
+from diffpp_fast.methods.method import FakeWeighting, Method, Noised, Options
+from diffpp_fast.methods.times import Times
 from diffpp_fast.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class DecoupledDMD(Method):
     """DMD whose guidance looks at other noise levels than its matching of distributions.
 
     Args, beyond those of `Method`:
-        t_range: of the matching term, and of the TA's loss.
+        t_range: of the matching term, and of the TA's loss where it has none of its own.
         guidance_t_range: of the guidance term; None is `t_range`. The paper takes levels noisier than the generator's
             input, which for a one-step generator are all.
     """
@@ -44,6 +50,7 @@ class DecoupledDMD(Method):
         guidance_t_range: tuple[int, int] | None = None,
         fake_rounds: int = 5,
         fake_weighting: FakeWeighting | TimeFunction = "prediction",
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             generator,
@@ -54,10 +61,19 @@ class DecoupledDMD(Method):
             t_range=t_range,
             fake_rounds=fake_rounds,
             fake_weighting=fake_weighting,
+            **options,
         )
-        self.guidance_t_range = (
-            self.t_range if guidance_t_range is None else self._times_within("guidance_t_range", guidance_t_range)
-        )
+        if self.guidance_rescale != 0.0:
+            raise ValueError("guidance_rescale changes the guided output, which decoupled DMD never forms: leave it 0")
+        self.guidance_times = self.times
+        if guidance_t_range is not None:
+            self.guidance_times = Times("guidance_t_range", schedule, guidance_t_range, self.time_distribution)
+            self._refuse_pure_noise(self.guidance_times)
+
+    @property
+    def guidance_t_range(self) -> tuple[int, int]:
+        """The diffusion times [low, high) of the guidance term."""
+        return self.guidance_times.range
 
     @torch.no_grad()
     def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -67,16 +83,19 @@ class DecoupledDMD(Method):
         """
         at = self._noised(batch, x0)
         fake = self._ask_fake(batch, at)
-        matching = self._normalised(x0, at, self._ask(self.reference, at, batch.conditioning), fake, 1.0)
+        matching = self._normalised(x0, at, self._ask(batch.conditioning, at), fake, 1.0)
         metrics = self._gap_metrics(matching.gap_sq, matching.gradient)
         if self.guidance_scale == 1.0:
             return matching.gradient, metrics
         null = self._null(batch, "guidance_scale", self.guidance_scale)
-        at = self._noised(batch, x0, t_range=self.guidance_t_range, streams=(SECOND_TIMESTEP, SECOND_DIFFUSION))
-        cond, uncond = (self._ask(self.reference, at, prompt) for prompt in (batch.conditioning, null))
+        at = self._noised(batch, x0, times=self.guidance_times, streams=(SECOND_TIMESTEP, SECOND_DIFFUSION))
+        cond, uncond = self._ask(batch.conditioning, at), self._ask(null, at)
         guidance = self._normalised(x0, at, cond, uncond, self.guidance_scale - 1.0).gradient
         metrics["guidance_gradient_norm"] = norms(guidance).mean()
         return matching.gradient + guidance, metrics
+
+    def _ask(self, conditioning: Any, at: Noised) -> torch.Tensor:
+        return self._call("the reference", self.reference, at, conditioning)
 
     def _normalised(
         self, x0: torch.Tensor, at: Noised, cond: torch.Tensor, other: torch.Tensor, factor: float

@@ -10,15 +10,18 @@ The derivation, and what of the paper could not be verified, is in docs/method.m
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from diffpp_fast import ops
 from diffpp_fast.methods.base import Batch, Denoiser, Generator, Reward, TimeFunction, check_choice
-from diffpp_fast.methods.method import FakeWeighting, Method
+from diffpp_fast.methods.method import FakeWeighting, Method, Options
 from diffpp_fast.methods.reward_term import RewardTerm
 from diffpp_fast.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Weighting = Literal["x0", "score", "unit", "mean_abs"]
 
@@ -46,6 +49,7 @@ class DiffInstruct(Method):
         t_range: tuple[int, int] | None = None,
         fake_rounds: int = 1,
         fake_weighting: FakeWeighting | TimeFunction = "prediction",
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             generator,
@@ -56,17 +60,20 @@ class DiffInstruct(Method):
             t_range=t_range,
             fake_rounds=fake_rounds,
             fake_weighting=fake_weighting,
+            **options,
         )
         check_choice("weighting", weighting, get_args(Weighting))
         self.weighting = weighting
-        self._refuse_infinite("weighting", weighting, self._scale)
+        self._check_weighting("weighting", weighting, self._scale, self.times)
+        if weighting == "x0":
+            self._refuse_large_gap_scale("weighting 'x0'", self.times)
 
     @torch.no_grad()
     def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """h d."""
         at = self._noised(batch, x0)
         fake = self._ask_fake(batch, at)
-        cond, uncond = self._ask_reference(batch, at)
+        cond, uncond, scale = self._ask_reference(batch, at)
         # Only the normaliser needs the target; without it nothing regenerates the noise.
         target: dict[str, Any] = {}
         if self.weighting == "mean_abs":
@@ -75,7 +82,7 @@ class DiffInstruct(Method):
             fake,
             cond,
             uncond,
-            guidance_scale=self.guidance_scale,
+            guidance_scale=scale,
             scale=self._scale(at.t, at.alpha, at.sigma),
             prediction_type=self.schedule.prediction_type,
             **target,
@@ -109,13 +116,14 @@ class DiffInstructPP(DiffInstruct):
         reference: Denoiser,
         schedule: NoiseSchedule,
         reward: Reward | None = None,
-        reward_scale: float = 0.0,
+        reward_scale: float | None = None,
         guidance_scale: float = 1.0,
         weighting: Weighting | TimeFunction = "x0",
         t_range: tuple[int, int] | None = None,
         fake_rounds: int = 1,
         fake_weighting: FakeWeighting | TimeFunction = "prediction",
         reward_clip: float | None = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             generator,
@@ -127,6 +135,7 @@ class DiffInstructPP(DiffInstruct):
             t_range=t_range,
             fake_rounds=fake_rounds,
             fake_weighting=fake_weighting,
+            **options,
         )
         self.reward = RewardTerm(reward, reward_scale, reward_clip)
 

@@ -7,7 +7,7 @@ Checked against the published code; docs/method.md says where this differs from 
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +26,15 @@ from diffpp_fast.methods.base import (
     norms,
     per_sample,
 )
-from diffpp_fast.methods.method import FakeWeighting, Method
+from diffpp_fast.methods.method import FakeWeighting, Method, Noised, Options
+from diffpp_fast.methods.outputs import check_differentiable, check_per_sample
 from diffpp_fast.methods.through_networks import gradient_through
+from diffpp_fast.methods.times import Times
 from diffpp_fast.precision import widen
 from diffpp_fast.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Normalizer = Literal["sample", "batch"]
 
@@ -40,7 +45,8 @@ class DMD2(Method):
     Args, beyond those of `Method`:
         fake_rounds: 5, as in the published scripts for SDXL; those for Stable Diffusion 1.5 have 10.
         normalizer: mean|x0 - X_guided| is taken over each sample ("sample", as published), or over all samples of the
-            call ("batch"), which then depends on the size of the micro-batch.
+            update ("batch"), as FastVideo does with those that a GPU computes at a time. Who splits an update takes the
+            mean of `normalizers` over all of it first, and gives that to every part as `Batch.normalizer`.
         normalizer_floor: the least that the normaliser may be, in units of x0. None is 1e-6; for "sample" that of
             mean|r| instead, in one pass with the gradient.
         discriminator: (x_t, t, conditioning) -> logits [B], on features of the TA; needs `Batch.real`. It learns in
@@ -48,7 +54,7 @@ class DMD2(Method):
         gan_weight: of softplus(-logit) in the generator's loss, per sample, against the sum over elements of the
             distribution-matching gradient. The published weight stands against its mean: multiply it by the elements.
         fake_gan_weight: of softplus(logit of generated) + softplus(-logit of real) in the TA's loss; 1e-2 as published.
-        gan_t_range: diffusion times at which the discriminator looks; None is `t_range`.
+        gan_t_range: diffusion times at which the discriminator looks, each equally often; None is `t_range`.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class DMD2(Method):
         gan_weight: float = 1.0,
         fake_gan_weight: float = 1e-2,
         gan_t_range: tuple[int, int] | None = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             generator,
@@ -78,6 +85,7 @@ class DMD2(Method):
             t_range=t_range,
             fake_rounds=fake_rounds,
             fake_weighting=fake_weighting,
+            **options,
         )
         if normalizer not in get_args(Normalizer):
             raise ValueError(f"normalizer must be one of {', '.join(get_args(Normalizer))}, got {normalizer!r}")
@@ -88,12 +96,32 @@ class DMD2(Method):
         self.discriminator = discriminator
         self.gan_weight = gan_weight
         self.fake_gan_weight = fake_gan_weight
-        self.gan_t_range = self.t_range if gan_t_range is None else self._times_within("gan_t_range", gan_t_range)
+        self.gan_times = Times("gan_t_range", schedule, t_range if gan_t_range is None else gan_t_range)
+        if self.normalizer_floor is not None:  # else k cancels but for its sign
+            self._refuse_large_gap_scale("the normalizer", self.times)
 
-    def fake_loss(self, batch: Batch) -> StepOutput:
+    @property
+    def gan_t_range(self) -> tuple[int, int]:
+        """The diffusion times [low, high) at which the discriminator looks."""
+        return self.gan_times.range
+
+    @property
+    def normalizes_update(self) -> bool:
+        return self.normalizer == "batch"
+
+    @torch.no_grad()
+    def normalizers(self, batch: Batch) -> torch.Tensor:
+        """mean|x0 - X_guided| of each sample, [B]."""
+        x0 = self._sample(batch)
+        at = self._noised(batch, x0)
+        cond, uncond, scale = self._ask_reference(batch, at)
+        gap = ops.score_gap(cond, cond, uncond, guidance_scale=scale, **self._target(x0, at))
+        return self._distance(at, gap)
+
+    def _fake_loss(self, batch: Batch) -> StepOutput:
         """The TA's denoising loss and, where there is a discriminator, its own (gradient to both of them only)."""
         if self.discriminator is None:
-            return super().fake_loss(batch)
+            return super()._fake_loss(batch)
         if batch.real is None or batch.real.shape != (len(batch), *batch.shape):
             got = None if batch.real is None else tuple(batch.real.shape)
             raise ValueError(
@@ -134,7 +162,7 @@ class DMD2(Method):
         """The gradient of distribution matching, and sum d^2 per sample."""
         at = self._noised(batch, x0)
         fake = self._ask_fake(batch, at)
-        cond, uncond = self._ask_reference(batch, at)
+        cond, uncond, scale = self._ask_reference(batch, at)
         k = self.schedule.gap_scale(at.t)
         # Over one sample k cancels but for its sign.
         fused = self.normalizer_floor is None
@@ -142,30 +170,33 @@ class DMD2(Method):
             fake,
             cond,
             uncond,
-            guidance_scale=self.guidance_scale,
+            guidance_scale=scale,
             scale=k.sign() if fused else k,
             normalizer="mean_abs" if fused else None,
-            x0=x0,
-            noise=at.noise,
-            alpha=at.alpha,
-            sigma=at.sigma,
-            prediction_type=self.schedule.prediction_type,
+            **self._target(x0, at),
         )
         if self.normalizer_floor is None:
             return gap.gradient, gap.gap_sq
-        assert gap.residual_abs is not None  # the target was given
-        distance = k.abs() * gap.residual_abs  # mean|x0 - X_guided|
+        distance = self._distance(at, gap)
         if self.normalizer == "batch":
-            distance = distance.mean().expand_as(distance)
+            mean = distance.mean() if batch.normalizer is None else batch.normalizer
+            distance = mean.expand_as(distance)
         return gap.gradient / per_sample(distance.clamp(min=self.normalizer_floor), gap.gradient), gap.gap_sq
+
+    def _target(self, x0: torch.Tensor, at: Noised) -> dict[str, Any]:
+        prediction_type = self.schedule.prediction_type
+        return {"x0": x0, "noise": at.noise, "alpha": at.alpha, "sigma": at.sigma, "prediction_type": prediction_type}
+
+    def _distance(self, at: Noised, gap: ops.ScoreGap) -> torch.Tensor:
+        """mean|x0 - X_guided|, [B]."""
+        assert gap.residual_abs is not None  # the target was given
+        return self.schedule.gap_scale(at.t).abs() * gap.residual_abs
 
     def _logits(self, batch: Batch, x0: torch.Tensor, stream: int) -> torch.Tensor:
         """Of latents at a noise level of their own: generated and real ones share the times."""
         assert self.discriminator is not None
-        at = self._noised(batch, x0, t_range=self.gan_t_range, streams=(SECOND_TIMESTEP, stream))
-        logits = self.discriminator(at.x_t, at.t, batch.conditioning)
-        if logits.shape != batch.samples.shape:
-            raise ValueError(
-                f"the discriminator must give one logit per sample, shape ({len(batch)},), got {tuple(logits.shape)}"
-            )
+        at = self._noised(batch, x0, times=self.gan_times, streams=(SECOND_TIMESTEP, stream))
+        logits = check_per_sample("the discriminator", self.discriminator(at.x_t, at.t, batch.conditioning), x0)
+        if x0.requires_grad:
+            check_differentiable("the discriminator", logits, "x_t")
         return widen(logits)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 
@@ -11,6 +14,7 @@ from diffpp_fast import ops
 from diffpp_fast.methods.base import (
     DIFFUSION,
     LATENT,
+    PROMPT_DROPOUT,
     TIMESTEP,
     Batch,
     Denoiser,
@@ -22,9 +26,15 @@ from diffpp_fast.methods.base import (
     input_gradient,
     norms,
 )
+from diffpp_fast.methods.dropout import drop_prompts
+from diffpp_fast.methods.guidance import Guided, guide
+from diffpp_fast.methods.outputs import check_differentiable, check_output
+from diffpp_fast.methods.times import TimeDistribution, Times
 from diffpp_fast.noise import Noise
-from diffpp_fast.precision import widen
-from diffpp_fast.schedule import NoiseSchedule
+from diffpp_fast.schedule import LARGEST_GAP_SCALE, NoiseSchedule
+
+#: A sum of samples of which one weighs so much holds nothing of the others in float32.
+LARGEST_WEIGHT = 1e8
 
 FakeWeighting = Literal["prediction", "x0", "score"]
 
@@ -39,6 +49,16 @@ class Noised(NamedTuple):
     noise: Noise
 
 
+class Options(TypedDict, total=False):
+    """What every method takes besides, explained in `Method`."""
+
+    fake_t_range: tuple[int, int] | None
+    time_distribution: TimeDistribution | None
+    fake_time_distribution: TimeDistribution | None
+    guidance_rescale: float
+    prompt_dropout: float
+
+
 class Method(ABC):
     """Moves a one-step generator by a gradient on its samples, and keeps a teaching assistant (TA) on them.
 
@@ -51,10 +71,19 @@ class Method(ABC):
         schedule: noise levels and the prediction type that `fake` and `reference` share.
         guidance_scale: w of classifier-free guidance of the reference, in diffusers' convention: 1 is none. Authors who
             call 0 none mean w - 1. Anything but 1 needs `Batch.null_conditioning` and costs one more reference call.
-        t_range: diffusion times [low, high) to draw from, uniformly; None is the whole schedule.
+        t_range: diffusion times [low, high) to draw from; None is the whole schedule.
         fake_rounds: TA updates per generator update. The method does not act on it: its caller does.
         fake_weighting: lambda(t) of the TA's denoising loss: of the prediction itself (1), of the x0 that it implies
             (k^2), of the score (k^2 alpha^2 / sigma^4); or a function of t.
+        fake_t_range: diffusion times of the TA's loss; None is `t_range`.
+        time_distribution: how often each time of `t_range` is drawn, from `methods.times`; None is uniform.
+        fake_time_distribution: the same of `fake_t_range`; None is `time_distribution`.
+        guidance_rescale: in [0, 1]: how much the guided output's spread is brought back to that of the output with the
+            prompt, see `methods.guidance.guide`.
+        prompt_dropout: the share of the samples in the TA's loss that generator and TA see with
+            `Batch.null_conditioning` instead of their prompt.
+
+    Raises ValueError for an option that is not known or out of range, and for times at which the loss is not finite.
     """
 
     #: Whether the arguments reward, reward_scale and reward_clip are there.
@@ -73,24 +102,68 @@ class Method(ABC):
         t_range: tuple[int, int] | None = None,
         fake_rounds: int = 1,
         fake_weighting: FakeWeighting | TimeFunction = "prediction",
+        fake_t_range: tuple[int, int] | None = None,
+        time_distribution: TimeDistribution | None = None,
+        fake_time_distribution: TimeDistribution | None = None,
+        guidance_rescale: float = 0.0,
+        prompt_dropout: float = 0.0,
     ) -> None:
         check_choice("fake_weighting", fake_weighting, get_args(FakeWeighting))
         if fake_rounds < 1:
             raise ValueError(f"fake_rounds must be at least 1, got {fake_rounds}")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
+        if not 0.0 <= guidance_rescale <= 1.0:
+            raise ValueError(f"guidance_rescale must lie in [0, 1], got {guidance_rescale}")
+        if not 0.0 <= prompt_dropout < 1.0:
+            raise ValueError(f"prompt_dropout must lie in [0, 1), got {prompt_dropout}")
         self.generator = generator
         self.fake = fake
         self.reference = reference
         self.schedule = schedule
         self.guidance_scale = guidance_scale
-        self.t_range = self._times_within("t_range", t_range)
+        self.guidance_rescale = guidance_rescale
+        self.prompt_dropout = prompt_dropout
         self.fake_rounds = fake_rounds
         #: (losses [B], x0) -> d sum of losses / dx0, through the networks; a trainer that times the pass wraps it.
         self.differentiate = input_gradient
         self.fake_weighting = fake_weighting
-        self._refuse_infinite("fake_weighting", fake_weighting, self._fake_weight)
+        self.time_distribution = time_distribution
+        self.times = Times("t_range", schedule, t_range, time_distribution)
+        self.fake_times = (
+            self.times
+            if fake_t_range is None and fake_time_distribution is None
+            else Times(
+                "t_range" if fake_t_range is None else "fake_t_range",
+                schedule,
+                t_range if fake_t_range is None else fake_t_range,
+                fake_time_distribution or time_distribution,
+            )
+        )
+        self._refuse_pure_noise(self.times)
+        self._check_weighting("fake_weighting", fake_weighting, self._fake_weight, self.fake_times)
+        if fake_weighting == "x0":
+            self._refuse_large_gap_scale("fake_weighting 'x0'", self.fake_times)
+
+    @property
+    def t_range(self) -> tuple[int, int]:
+        """The diffusion times [low, high) of the generator's loss."""
+        return self.times.range
+
+    @property
+    def fake_t_range(self) -> tuple[int, int]:
+        """The diffusion times [low, high) of the TA's loss."""
+        return self.fake_times.range
 
     def fake_loss(self, batch: Batch) -> StepOutput:
         """Denoising score matching of the TA on fresh samples of the generator (scalar; gradient to the TA only)."""
+        if self.prompt_dropout > 0.0:
+            null = self._null(batch, "prompt_dropout", self.prompt_dropout)
+            dropped = batch.noise(PROMPT_DROPOUT).uniform() < self.prompt_dropout
+            batch = replace(batch, conditioning=drop_prompts(batch.conditioning, null, dropped))
+        return self._fake_loss(batch)
+
+    def _fake_loss(self, batch: Batch) -> StepOutput:
         with torch.no_grad():
             x0 = self._sample(batch)
         loss = self._denoising_loss(batch, x0)
@@ -102,11 +175,21 @@ class Method(ABC):
         Its value is half the mean squared norm of these gradients, see `inject_gradient`.
         """
         x0 = self._sample(batch)
+        check_differentiable("the generator", x0, "its parameters")
         gradient, metrics = self._sample_gradient(batch, x0.detach())
         loss = inject_gradient(x0, gradient)
         samples = x0.detach()
         metrics.update(loss=loss.detach(), x0_mean=samples.mean(), x0_std=samples.std(correction=0))
         return StepOutput(loss, metrics)
+
+    @property
+    def normalizes_update(self) -> bool:
+        """Whether the gradient on a sample is divided by a mean over all samples of the update."""
+        return False
+
+    def normalizers(self, batch: Batch) -> torch.Tensor:
+        """Return the numbers [B] whose mean over an update divides its gradients, where `normalizes_update` is true."""
+        raise NotImplementedError(f"{type(self).__name__} takes no mean over an update")
 
     @abstractmethod
     def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -114,30 +197,29 @@ class Method(ABC):
 
     def _sample(self, batch: Batch) -> torch.Tensor:
         z = batch.noise(LATENT).normal(batch.shape)
-        x0 = widen(self.generator(z, batch.conditioning))
-        if x0.shape != z.shape:
-            raise ValueError(f"the generator turned z of shape {tuple(z.shape)} into x0 of shape {tuple(x0.shape)}")
-        return x0
+        return check_output("the generator", self.generator(z, batch.conditioning), z)
 
     def _noised(
         self,
         batch: Batch,
         x0: torch.Tensor,
         *,
-        t_range: tuple[int, int] | None = None,
+        times: Times | None = None,
         streams: tuple[int, int] = (TIMESTEP, DIFFUSION),
     ) -> Noised:
-        """x0 at times of `t_range` (the method's, if None), drawn with the noise from these two streams."""
-        times, diffusion = streams
-        t = batch.noise(times).integers(*(t_range or self.t_range))
+        """x0 at times (those of the generator's loss, if None), drawn with the noise from these two streams."""
+        timestep, diffusion = streams
+        t = (times or self.times).draw(batch.noise(timestep))
         alpha, sigma = self.schedule.coefficients(t)
         noise = batch.noise(diffusion)
         return Noised(ops.add_noise(x0, alpha, sigma, noise), t, alpha, sigma, noise)
 
     def _denoising_loss(self, batch: Batch, x0: torch.Tensor) -> torch.Tensor:
-        at = self._noised(batch, x0)
+        at = self._noised(batch, x0, times=self.fake_times)
+        prediction = self._ask_fake(batch, at)
+        check_differentiable("the fake score", prediction, "its parameters")
         return ops.denoising_loss(
-            self._ask_fake(batch, at),
+            prediction,
             x0,
             at.noise,
             at.alpha,
@@ -147,22 +229,27 @@ class Method(ABC):
         )
 
     def _ask_fake(self, batch: Batch, at: Noised) -> torch.Tensor:
-        return self._ask(self.fake, at, batch.conditioning)
+        return self._call("the fake score", self.fake, at, batch.conditioning)
 
-    def _ask_reference(self, batch: Batch, at: Noised) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The reference's outputs with the prompt and, if guided, without."""
-        cond = self._ask(self.reference, at, batch.conditioning)
+    def _ask_reference(self, batch: Batch, at: Noised) -> Guided:
+        """The reference's outputs with the prompt and, if guided, without; rescaled they are one."""
+        cond = self._call("the reference", self.reference, at, batch.conditioning)
         if self.guidance_scale == 1.0:
-            return cond, None
-        return cond, self._ask(self.reference, at, self._null(batch, "guidance_scale", self.guidance_scale))
+            return Guided(cond, None, 1.0)
+        null = self._null(batch, "guidance_scale", self.guidance_scale)
+        uncond = self._call("the reference", self.reference, at, null)
+        if self.guidance_rescale == 0.0:
+            return Guided(cond, uncond, self.guidance_scale)
+        return Guided(guide(cond, uncond, self.guidance_scale, self.guidance_rescale), None, 1.0)
 
-    @staticmethod
-    def _ask(network: Denoiser, at: Noised, conditioning: Any) -> torch.Tensor:
-        """A prediction in float32 at least: what is computed with it, guidance and gap, is not rounded again."""
-        return widen(network(at.x_t, at.t, conditioning))
+    def _call(self, who: str, network: Callable[..., Any], at: Noised, conditioning: Any) -> torch.Tensor:
+        prediction = check_output(who, network(at.x_t, at.t, conditioning), at.x_t)
+        if at.x_t.requires_grad:
+            check_differentiable(who, prediction, "x_t")
+        return prediction
 
     def _null(self, batch: Batch, name: str, scale: float) -> Any:
-        """The unconditional conditioning, which a scale that is not 1 needs."""
+        """The unconditional conditioning, which an option with this value needs."""
         if batch.null_conditioning is None:
             raise ValueError(f"{name} {scale} needs Batch.null_conditioning, which is None")
         return batch.null_conditioning
@@ -175,19 +262,56 @@ class Method(ABC):
             "score_gradient_norm": norms(gradient).mean(),
         }
 
-    def _times_within(self, name: str, t_range: tuple[int, int] | None) -> tuple[int, int]:
-        low, high = (0, len(self.schedule)) if t_range is None else t_range
-        if not 0 <= low < high <= len(self.schedule):
-            raise ValueError(f"{name} must lie within [0, {len(self.schedule)}) and be non-empty, got [{low}, {high})")
-        return low, high
+    def _refuse_pure_noise(self, times: Times) -> None:
+        """Refuse times of the generator's loss at which an epsilon prediction holds nothing of x0."""
+        if self.schedule.prediction_type == "epsilon":
+            t = times.possible()
+            alpha, _ = self.schedule.coefficients(t)
+            _refuse(times, t, alpha == 0.0, "alpha is 0, where an epsilon prediction says nothing of x0,")
 
-    def _refuse_infinite(self, name: str, choice: object, weights_of: Any) -> None:
-        """Named weightings divide by alpha or sigma, which are 0 at the ends of some schedules."""
-        t = torch.arange(*self.t_range)
-        weights = None if callable(choice) else weights_of(t, *self.schedule.coefficients(t))
-        if weights is not None and not weights.isfinite().all():
-            bad = t[~weights.isfinite()].tolist()
-            raise ValueError(f"{name} {choice!r} is not finite at t = {bad}: leave such times out by t_range")
+    def _refuse_large_gap_scale(self, who: str, times: Times) -> None:
+        """Refuse times at which the x0 of an epsilon prediction is the prediction's error, magnified."""
+        t = times.possible()
+        k = self.schedule.gap_scale(t)
+        magnified = f"whose error sigma / alpha multiplies over {LARGEST_GAP_SCALE:.0f}-fold"
+        bad = ~(k.abs() <= LARGEST_GAP_SCALE) & (self.schedule.prediction_type == "epsilon")
+        _refuse(times, t, bad, f"{who} reads x0 off an epsilon prediction, {magnified},")
+
+    def _check_weighting(
+        self,
+        name: str,
+        choice: str | TimeFunction,
+        weights_of: Callable[..., torch.Tensor | None],
+        times: Times,
+    ) -> None:
+        """Refuse a function of t that gives no weights, and times at which what becomes of it can't be used.
+
+        Args:
+            name, choice: of the option.
+            weights_of: (t, alpha, sigma) -> [n], what the loss is multiplied by, or None for 1.
+            times: of the loss.
+        """
+        if callable(choice):
+            t = times.possible()
+            try:
+                given = choice(t)
+            except RuntimeError:  # of tensors on another device: the first call will tell
+                return
+            if not isinstance(given, torch.Tensor) or given.shape != t.shape or not given.is_floating_point():
+                got = f"{given.dtype} {list(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
+                raise ValueError(f"{name} must turn t [B] into floating-point weights [B], got {got}")
+            if given.device != t.device:
+                return
+            _refuse(times, t, given < 0.0, f"{name} is negative")
+        self._refuse_beyond_use(name if callable(choice) else f"{name} {choice!r}", weights_of, times)
+
+    def _refuse_beyond_use(self, what: str, weights_of: Callable[..., torch.Tensor | None], times: Times) -> None:
+        """Refuse times at which a factor of the loss is not finite or too large: many divide by alpha or sigma."""
+        t = times.possible()
+        weights = weights_of(t, *self.schedule.coefficients(t))
+        if weights is not None:
+            _refuse(times, t, ~weights.isfinite(), f"{what} is not finite")
+            _refuse(times, t, weights.abs() > LARGEST_WEIGHT, f"{what} is above {LARGEST_WEIGHT:.0e}")
 
     def _fake_weight(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor | None:
         if callable(self.fake_weighting):
@@ -196,3 +320,13 @@ class Method(ABC):
             return None
         k_squared = self.schedule.gap_scale(t).square()
         return k_squared if self.fake_weighting == "x0" else k_squared * alpha.square() / sigma**4
+
+
+def _refuse(times: Times, t: torch.Tensor, bad: torch.Tensor, what: str) -> None:
+    """Raise ValueError if something is wrong at one of the times, and say which others would do."""
+    if not bad.any():
+        return
+    shown = ", ".join(map(str, t[bad][:4].tolist())) + (", ..." if int(bad.sum()) > 4 else "")
+    good = t[~bad]
+    remedy = f", e.g. [{int(good[0])}, {int(good[-1]) + 1}]" if len(good) else ""
+    raise ValueError(f"{what} at t = {shown}: leave such times out by {times.name}{remedy}")

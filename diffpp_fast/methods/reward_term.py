@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from diffpp_fast.methods.base import Batch, Reward, finite_statistics, input_gradient, norms, per_sample
+from diffpp_fast.methods.outputs import check_per_sample
 from diffpp_fast.precision import widen
 
 
@@ -19,19 +22,23 @@ class RewardTerm:
 
     Args:
         reward: (x0, conditioning) -> [B], or None. Differentiated by x0 only.
-        scale: alpha_rew. With 0 the reward is still evaluated and logged, without gradient.
+        scale: alpha_rew; a reward needs one. With 0.0 it is still evaluated and logged, without gradient.
         clip: the most that the norm of a sample's reward term may be, in norms of the gradient that it is subtracted
             from: a longer one is shortened, in its direction. None: as long as it is. By sample, so that it depends on
             no other of the batch. The norms that are logged are those before.
     """
 
-    def __init__(self, reward: Reward | None, scale: float, clip: float | None = None) -> None:
-        if reward is None and scale != 0.0:
+    def __init__(self, reward: Reward | None, scale: float | None, clip: float | None = None) -> None:
+        if reward is None and scale:
             raise ValueError(f"reward_scale is {scale}, but no reward was given")
+        if reward is not None and scale is None:
+            raise ValueError("a reward needs its reward_scale; with 0.0 it is evaluated and logged only")
+        if scale is not None and not math.isfinite(scale):
+            raise ValueError(f"reward_scale must be finite, got {scale}")
         if clip is not None and not clip > 0.0:
             raise ValueError(f"reward_clip must be above 0, or None, got {clip}")
         self.reward = reward
-        self.scale = scale
+        self.scale = 0.0 if scale is None else scale
         self.clip = clip
         #: (reward [B], x0) -> d sum of rewards / dx0; a trainer that times the pass wraps it.
         self.differentiate = input_gradient
@@ -45,11 +52,7 @@ class RewardTerm:
         optimised = self.scale != 0.0
         with torch.set_grad_enabled(optimised):
             x0 = x0.detach().requires_grad_(optimised)
-            reward = self.reward(x0, batch.conditioning)
-        if reward.shape != batch.samples.shape:
-            raise ValueError(
-                f"the reward must give one number per sample, shape ({len(batch)},), got {tuple(reward.shape)}"
-            )
+            reward = check_per_sample("the reward", self.reward(x0, batch.conditioning), x0)
         metrics["reward"], metrics["reward_std"] = finite_statistics(widen(reward.detach()))
         if not optimised:
             return gradient

@@ -10,13 +10,19 @@ Checked against the published code of SiD-LSG; docs/method.md says where this di
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import torch
 
 from diffpp_fast import ops
 from diffpp_fast.methods.base import Batch, Denoiser, Generator, TimeFunction
-from diffpp_fast.methods.method import FakeWeighting, Method, Noised
+from diffpp_fast.methods.method import FakeWeighting, Method, Noised, Options
 from diffpp_fast.methods.through_networks import gradient_through
 from diffpp_fast.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class SiD(Method):
@@ -27,7 +33,8 @@ class SiD(Method):
         fake_guidance_scale: w of classifier-free guidance of the TA, in its own loss and in the generator's: the guided
             output is what denoises the samples. SiD-LSG calls the scales kappa, and its scripts set all of them to 2:
             pass it here and as `guidance_scale`. 1, the default, is a TA that is never guided. Anything else needs
-            `Batch.null_conditioning` and costs one more call of the TA in both losses.
+            `Batch.null_conditioning` and costs one more call of the TA in both losses; SiD-LSG then drops 10 % of the
+            prompts, `prompt_dropout=0.1`.
     """
 
     differentiates_networks = True
@@ -45,6 +52,7 @@ class SiD(Method):
         t_range: tuple[int, int] | None = None,
         fake_rounds: int = 1,
         fake_weighting: FakeWeighting | TimeFunction = "prediction",
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             generator,
@@ -55,7 +63,12 @@ class SiD(Method):
             t_range=t_range,
             fake_rounds=fake_rounds,
             fake_weighting=fake_weighting,
+            **options,
         )
+        for name, value in (("fake_guidance_scale", fake_guidance_scale), ("sid_alpha", sid_alpha)):
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+        self._refuse_large_gap_scale("SiD's loss", self.times)
         self.fake_guidance_scale = fake_guidance_scale
         self.sid_alpha = sid_alpha
 
@@ -66,8 +79,8 @@ class SiD(Method):
         def losses_of(x0: torch.Tensor) -> torch.Tensor:
             at = self._noised(batch, x0)
             fake = self._ask_fake(batch, at)
-            cond, uncond = self._ask_reference(batch, at)
-            gaps.append(ops.score_gap(fake, cond, uncond, guidance_scale=self.guidance_scale).gap_sq)
+            cond, uncond, scale = self._ask_reference(batch, at)
+            gaps.append(ops.score_gap(fake, cond, uncond, guidance_scale=scale).gap_sq)
             return ops.sid_loss(
                 fake,
                 cond,
@@ -76,7 +89,7 @@ class SiD(Method):
                 at.noise,
                 at.alpha,
                 at.sigma,
-                guidance_scale=self.guidance_scale,
+                guidance_scale=scale,
                 prediction_type=self.schedule.prediction_type,
                 sid_alpha=self.sid_alpha,
             )
@@ -89,4 +102,5 @@ class SiD(Method):
         if self.fake_guidance_scale == 1.0:
             return cond
         null = self._null(batch, "fake_guidance_scale", self.fake_guidance_scale)
-        return torch.lerp(self._ask(self.fake, at, null), cond, self.fake_guidance_scale)
+        uncond = self._call("the fake score", self.fake, at, null)
+        return torch.lerp(uncond, cond, self.fake_guidance_scale)

@@ -11,16 +11,21 @@ neither w(t) nor c could be verified.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import math
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
 from diffpp_fast import ops
+from diffpp_fast.kernels.reference.prediction import score_scale
 from diffpp_fast.methods.base import Batch, Denoiser, Generator, Reward, TimeFunction, check_choice
-from diffpp_fast.methods.method import FakeWeighting, Method, Noised
+from diffpp_fast.methods.method import FakeWeighting, Method, Noised, Options
 from diffpp_fast.methods.reward_term import RewardTerm
 from diffpp_fast.methods.through_networks import gradient_through
 from diffpp_fast.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 ScoreWeighting = Literal["x0", "score"]
 Guidance = Literal["inside", "outside"]
@@ -50,6 +55,7 @@ class SIM(Method):
         t_range: tuple[int, int] | None = None,
         fake_rounds: int = 1,
         fake_weighting: FakeWeighting | TimeFunction = "prediction",
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             generator,
@@ -60,13 +66,15 @@ class SIM(Method):
             t_range=t_range,
             fake_rounds=fake_rounds,
             fake_weighting=fake_weighting,
+            **options,
         )
         check_choice("weighting", weighting, get_args(ScoreWeighting))
-        if not huber_c > 0.0:
-            raise ValueError(f"huber_c must be above 0, got {huber_c}")
+        if not 0.0 < huber_c < math.inf:
+            raise ValueError(f"huber_c must be above 0 and finite, got {huber_c}")
         self.weighting = weighting
         self.huber_c = huber_c
-        self._refuse_infinite("weighting", weighting, self._weight)
+        self._check_weighting("weighting", weighting, self._weight, self.times)
+        self._refuse_beyond_use(f"the loss of {type(self).__name__}", self._slope, self.times)
 
     def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The gradient of w(t) `ops.sim_loss` through both networks and the target."""
@@ -80,8 +88,8 @@ class SIM(Method):
         def losses_of(x0: torch.Tensor) -> torch.Tensor:
             at = self._noised(batch, x0)
             fake = self._ask_fake(batch, at)
-            cond, uncond = self._ask_reference(batch, at)
-            gap = ops.score_gap(fake, cond, uncond, guidance_scale=self.guidance_scale)
+            cond, uncond, scale = self._ask_reference(batch, at)
+            gap = ops.score_gap(fake, cond, uncond, guidance_scale=scale)
             outputs.update(gap_sq=gap.gap_sq, cond=cond.detach())
             losses = ops.sim_loss(
                 fake,
@@ -91,7 +99,7 @@ class SIM(Method):
                 at.noise,
                 at.alpha,
                 at.sigma,
-                guidance_scale=self.guidance_scale,
+                guidance_scale=scale,
                 prediction_type=self.schedule.prediction_type,
                 huber_c=self.huber_c,
             )
@@ -106,6 +114,10 @@ class SIM(Method):
         if callable(self.weighting):
             return self.weighting(t)
         return sigma.square() / alpha if self.weighting == "x0" else torch.ones_like(sigma)
+
+    def _slope(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """What the loss of a large gap grows by with the gap of outputs: a score's share of it, times w(t)."""
+        return score_scale(self.schedule.prediction_type, alpha, sigma) * self._weight(t, alpha, sigma)
 
 
 class DiffInstructStar(SIM):
@@ -129,7 +141,7 @@ class DiffInstructStar(SIM):
         reference: Denoiser,
         schedule: NoiseSchedule,
         reward: Reward | None = None,
-        reward_scale: float = 0.0,
+        reward_scale: float | None = None,
         *,
         guidance_scale: float = 1.0,
         guidance: Guidance = "inside",
@@ -139,6 +151,7 @@ class DiffInstructStar(SIM):
         fake_rounds: int = 1,
         fake_weighting: FakeWeighting | TimeFunction = "prediction",
         reward_clip: float | None = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             generator,
@@ -151,9 +164,14 @@ class DiffInstructStar(SIM):
             t_range=t_range,
             fake_rounds=fake_rounds,
             fake_weighting=fake_weighting,
+            **options,
         )
         if guidance not in get_args(Guidance):
             raise ValueError(f"guidance must be one of {', '.join(get_args(Guidance))}, got {guidance!r}")
+        if guidance == "outside" and self.guidance_rescale != 0.0:
+            raise ValueError(
+                "guidance_rescale changes the guided output, which guidance='outside' does not form: leave it 0"
+            )
         self.outside_guidance_scale = guidance_scale if guidance == "outside" else 1.0
         self.reward = RewardTerm(reward, reward_scale, reward_clip)
 
@@ -170,6 +188,6 @@ class DiffInstructStar(SIM):
         null = self._null(batch, "guidance_scale", self.outside_guidance_scale)
         k = self.schedule.gap_scale(at.t)
         weight = at.alpha.square() * k / at.sigma.square() * self._weight(at.t, at.alpha, at.sigma)
-        uncond = self._ask(self.reference, at, null)
+        uncond = self._call("the reference", self.reference, at, null)
         # d = cond - uncond in the place of guided - fake.
         return ops.score_gap(uncond, cond, scale=(1.0 - self.outside_guidance_scale) * weight).gradient

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from diffpp_fast.precision import widen
-from diffpp_fast.schedule import NoiseSchedule
+from diffpp_fast.schedule import LARGEST_GAP_SCALE, NoiseSchedule
 
 
 class OneStepGenerator(nn.Module):
@@ -22,6 +23,9 @@ class OneStepGenerator(nn.Module):
         schedule: gives alpha and sigma at `timestep` and the prediction type.
         timestep: where the network is asked, 0 <= timestep < len(schedule).
         input_scale: "sigma" feeds sigma z, the marginal of x_t without the signal; a number feeds that times z.
+
+    Raises ValueError for a timestep outside the schedule or one at which the network's output would be no x0, and for
+    an input without z.
     """
 
     def __init__(
@@ -41,6 +45,22 @@ class OneStepGenerator(nn.Module):
         alpha, sigma = schedule.coefficients(torch.tensor([timestep]))
         self.alpha, self.sigma = float(alpha), float(sigma)
         self.input_scale = self.sigma if input_scale == "sigma" else float(input_scale)
+        self._refuse_no_sample(input_scale)
+
+    def _refuse_no_sample(self, input_scale: float | str) -> None:
+        at = f"timestep {self.timestep}, where alpha is {self.alpha:.4g} and sigma {self.sigma:.4g}"
+        if self.prediction_type == "epsilon" and self.sigma > LARGEST_GAP_SCALE * self.alpha:
+            raise ValueError(
+                f"{at}: x0 = (x - sigma eps) / alpha would be the error of an epsilon prediction, magnified over "
+                f"{LARGEST_GAP_SCALE:.0f}-fold: choose an earlier timestep"
+            )
+        if self.prediction_type != "sample" and self.sigma == 0.0:
+            raise ValueError(f"{at}: x0 would be the input, whatever the network says: choose a later timestep")
+        if not math.isfinite(self.input_scale) or self.input_scale == 0.0:
+            raise ValueError(
+                f"input_scale {input_scale!r} feeds the network {self.input_scale:g} z at {at}: "
+                "it must be finite and not 0"
+            )
 
     def forward(self, z: torch.Tensor, conditioning: Any = None) -> torch.Tensor:
         """z [B, C, H, W], standard normal -> x0 [B, C, H, W], float32, or float64 where z or the prediction is."""

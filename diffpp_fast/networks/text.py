@@ -31,6 +31,7 @@ class TextEncoder(nn.Module):
         lowercase: prompts are stripped and lowered first, as PixArt's pipeline does.
         added: what every prompt is conditioned on besides, by name, tensors [n] for `added_cond_kwargs`.
         zero_empty: `null` is zeros instead of the encoded empty prompt.
+        negative_prompt: `null` is this prompt, encoded, whatever `zero_empty` says; None: the empty one.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class TextEncoder(nn.Module):
         lowercase: bool = False,
         added: Mapping[str, torch.Tensor] | None = None,
         zero_empty: bool = False,
+        negative_prompt: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
@@ -52,6 +54,7 @@ class TextEncoder(nn.Module):
         self.lowercase = lowercase
         self.added = dict(added or {})
         self.zero_empty = zero_empty
+        self.negative_prompt = negative_prompt
         # Some CLIP encoders were trained to mask what the networks behind them attend to.
         config: Any = model.config
         self.mask_inside = mask_padding or bool(getattr(config, "use_attention_mask", False))
@@ -103,6 +106,8 @@ class TextEncoder(nn.Module):
 
     def null(self) -> Conditioning:
         """The unconditional counterpart of one prompt, for guidance."""
+        if self.negative_prompt is not None:
+            return self([self.negative_prompt])
         return _zeroed(self([""]), "encoder_hidden_states") if self.zero_empty else self([""])
 
 
@@ -117,6 +122,7 @@ class DualTextEncoder(nn.Module):
         max_length: tokens per prompt, of both. Longer prompts are cut, with a warning.
         time_ids: [6]: height and width of the original, top and left of the crop, height and width of the target.
         zero_empty: `null` is zeros instead of the encoded empty prompt.
+        negative_prompt: `null` is this prompt, encoded, whatever `zero_empty` says; None: the empty one.
     """
 
     def __init__(
@@ -127,6 +133,7 @@ class DualTextEncoder(nn.Module):
         *,
         time_ids: torch.Tensor,
         zero_empty: bool,
+        negative_prompt: str | None = None,
     ) -> None:
         super().__init__()
         self.models = nn.ModuleList([first[0], second[0]]).eval().requires_grad_(False)
@@ -134,6 +141,7 @@ class DualTextEncoder(nn.Module):
         self.max_length = max_length
         self.time_ids = time_ids.float()
         self.zero_empty = zero_empty
+        self.negative_prompt = negative_prompt
 
     @property
     def width(self) -> int:
@@ -161,6 +169,8 @@ class DualTextEncoder(nn.Module):
 
     def null(self) -> Conditioning:
         """The unconditional counterpart of one prompt, for guidance."""
+        if self.negative_prompt is not None:
+            return self([self.negative_prompt])
         return _zeroed(self([""]), "encoder_hidden_states", "text_embeds") if self.zero_empty else self([""])
 
 

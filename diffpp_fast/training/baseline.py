@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from diffpp_fast.methods.base import LATENT, Batch, Denoiser
+from diffpp_fast.methods.guidance import guide
 from diffpp_fast.schedule import NoiseSchedule
 
 
@@ -38,18 +39,21 @@ class Baseline:
 
 
 def measure_baseline(
-    reference: Denoiser, schedule: NoiseSchedule, batches: Iterable[Batch], *, steps: int, guidance_scale: float = 1.0
+    reference: Denoiser, schedule: NoiseSchedule, batches: Iterable[Batch], **options: Any
 ) -> Baseline:
-    """Draws the batches' samples from the reference; arguments as in `sample_reference`."""
-    drawn = [
-        sample_reference(reference, schedule, batch, steps=steps, guidance_scale=guidance_scale) for batch in batches
-    ]
-    return Baseline.of(torch.cat(drawn))
+    """Draws the batches' samples from the reference; options as in `sample_reference`."""
+    return Baseline.of(torch.cat([sample_reference(reference, schedule, batch, **options) for batch in batches]))
 
 
 @torch.no_grad()
 def sample_reference(
-    reference: Denoiser, schedule: NoiseSchedule, batch: Batch, *, steps: int, guidance_scale: float = 1.0
+    reference: Denoiser,
+    schedule: NoiseSchedule,
+    batch: Batch,
+    *,
+    steps: int,
+    guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
 ) -> torch.Tensor:
     """Samples of a diffusion model by a deterministic sampler: DDIM with eta = 0.
 
@@ -62,6 +66,7 @@ def sample_reference(
         batch: whose addressed latents are where the sampler begins.
         steps: calls of the reference (twice as many with guidance), at times evenly spaced from the last one down.
         guidance_scale: w, as in the methods; anything but 1 needs `batch.null_conditioning`.
+        guidance_rescale: as in the methods.
 
     Returns float32 [B, *shape].
     """
@@ -72,7 +77,7 @@ def sample_reference(
         prediction = reference(x, t, batch.conditioning).float()
         if guidance_scale != 1.0:
             uncond = reference(x, t, batch.null_conditioning).float()
-            prediction = uncond + guidance_scale * (prediction - uncond)
+            prediction = guide(prediction, uncond, guidance_scale, guidance_rescale)
         alpha, sigma = float(schedule.alphas[time]), float(schedule.sigmas[time])
         x0, noise = _parts(schedule.prediction_type, prediction, x, alpha, sigma)
         if following is None:

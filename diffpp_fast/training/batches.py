@@ -50,6 +50,11 @@ class Batches:
         self.source = prompts
         self.order = PromptOrder(config.seed, len(prompts))
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether one process computes an update in one piece."""
+        return self.world.size == 1 and self.size <= self.micro_batch
+
     def prompts(self, numbers: torch.Tensor) -> list[str]:
         """Sample numbers, int64 [B] on the CPU -> their prompts."""
         return self.source[self.order(numbers).tolist()]

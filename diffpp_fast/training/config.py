@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from diffpp_fast.methods import METHODS
 from diffpp_fast.methods.diff_instruct import Weighting
+from diffpp_fast.methods.dmd import Normalizer
 from diffpp_fast.methods.method import FakeWeighting
 from diffpp_fast.methods.sim import Guidance, ScoreWeighting
 
@@ -132,6 +133,8 @@ class Models(Section):
     #: What guidance leads away from: the encoded empty prompt, or zeros. "auto" is "zeros" for Stable Diffusion XL,
     #: unless the base says otherwise, and "encoded" for all others.
     empty_prompt: Literal["auto", "encoded", "zeros"] = "auto"
+    #: What guidance leads away from in place of the empty prompt, whatever `empty_prompt` says; null: the empty prompt.
+    negative_prompt: Annotated[str, Field(min_length=1)] | None = None
     size_conditions: SizeConditions = SizeConditions()
     #: Channels, height and width of one latent; where it is left open, the reference's.
     latent_shape: tuple[Positive, Positive, Positive]
@@ -143,7 +146,7 @@ MethodName = Literal["diff_instruct", "diff_instruct_pp", "dmd2", "decoupled_dmd
 METHOD_KEYS: Mapping[str, Mapping[str, Any]] = {
     "diff_instruct": {"fake_rounds": 1, "weighting": "x0"},
     "diff_instruct_pp": {"fake_rounds": 1, "weighting": "x0"},
-    "dmd2": {"fake_rounds": 5},
+    "dmd2": {"fake_rounds": 5, "normalizer": "sample"},
     "decoupled_dmd": {"fake_rounds": 5, "guidance_t_range": None},
     "sid": {"fake_rounds": 1, "fake_guidance_scale": 1.0, "sid_alpha": 1.0},
     "sim": {"fake_rounds": 1, "weighting": "x0", "huber_c": 1.0},
@@ -151,17 +154,58 @@ METHOD_KEYS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+#: What each distribution of times takes.
+DISTRIBUTION_KEYS: Mapping[str, tuple[str, ...]] = {
+    "uniform": (),
+    "log_normal": ("mean", "std"),
+    "logit_normal": ("mean", "std"),
+    "shifted": ("shift",),
+}
+
+
+class TimeDistribution(Section):
+    """How often each diffusion time is drawn; `diffpp_fast.methods.times` has the formulas."""
+
+    name: Literal["uniform", "log_normal", "logit_normal", "shifted"]
+    #: From here on keys of some distributions, null for the others.
+    mean: float | None = None
+    std: Annotated[float, Field(gt=0)] | None = None
+    shift: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> TimeDistribution:
+        own = DISTRIBUTION_KEYS[self.name]
+        for key in ("mean", "std", "shift"):
+            given = getattr(self, key) is not None
+            if given and key not in own:
+                takes = " and ".join(own) or "no other key"
+                raise ValueError(f"the time distribution {self.name} takes {takes}: remove {key}")
+            if not given and key in own:
+                raise ValueError(f"the time distribution {self.name} needs {key}")
+        return self
+
+
 class Method(Section):
     """Arguments of `diffpp_fast.methods`, where they are explained."""
 
     name: MethodName
     guidance_scale: float = 1.0
+    #: How much of the guided output's spread is brought back to that of the output with the prompt.
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     t_range: tuple[NotNegative, Positive] | None = None
+    #: null: uniform.
+    time_distribution: TimeDistribution | None = None
+    #: Of the fake score's loss; null: those of the generator's.
+    fake_t_range: tuple[NotNegative, Positive] | None = None
+    fake_time_distribution: TimeDistribution | None = None
     #: 5 for dmd2 and decoupled_dmd.
     fake_rounds: Positive = 1
     fake_weighting: FakeWeighting = "prediction"
+    #: The share of the samples in the fake score's loss that are made and seen without their prompt.
+    prompt_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     #: From here on keys of some methods, null for the others.
     weighting: Weighting | None = None
+    normalizer: Normalizer | None = None
     sid_alpha: float | None = None
     fake_guidance_scale: float | None = None
     huber_c: Annotated[float, Field(gt=0)] | None = None
@@ -171,7 +215,7 @@ class Method(Section):
     @property
     def guided(self) -> bool:
         """Whether a network is called without prompt, too."""
-        return (self.guidance_scale, self.fake_guidance_scale or 1.0) != (1.0, 1.0)
+        return (self.guidance_scale, self.fake_guidance_scale or 1.0, self.prompt_dropout) != (1.0, 1.0, 0.0)
 
     # Not before validation: the values would no longer count as JSON's, where a strict schema takes a list for a tuple.
     @model_validator(mode="after")

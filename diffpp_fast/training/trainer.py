@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import torch
 from diffpp_fast.errors import CheckpointError, ConfigurationError, NonFiniteError
 from diffpp_fast.methods import Batch, StepOutput
 from diffpp_fast.training.baseline import Baseline, measure_baseline, read_baseline, write_baseline
-from diffpp_fast.training.batches import Batches
+from diffpp_fast.training.batches import Batches, MicroBatch
 from diffpp_fast.training.build import build_run
 from diffpp_fast.training.build.embeddings import open_embeddings
 from diffpp_fast.training.callbacks import Callback, Environment, describe_environment, standard_callbacks
@@ -196,17 +196,21 @@ class Trainer:
 
     def _find_baseline(self) -> Baseline | None:
         """What the reference's own samples are like: read from the output folder, or measured once (collective)."""
-        steps, guidance = self.config.training.baseline_steps, self.config.method.guidance_scale
+        steps, method = self.config.training.baseline_steps, self.config.method
         if steps is None:
             return None
         path = self.output / "baseline.json"
-        facts = {
+        facts: dict[str, Any] = {
             "reference": self.config.models.reference.path,
-            "guidance_scale": guidance,
+            "guidance_scale": method.guidance_scale,
             "steps": steps,
             "seed": self.config.seed,
             "prompts": self.grid.prompts,
         }
+        if method.guidance_rescale != 0.0:
+            facts["guidance_rescale"] = method.guidance_rescale
+        if self.config.models.negative_prompt is not None:
+            facts["negative_prompt"] = self.config.models.negative_prompt
         found = read_baseline(path, facts)
         if not self.world.any(found is None):
             return found
@@ -216,7 +220,8 @@ class Trainer:
                 self.parts.sampler.schedule,
                 self.grid.batches(self.parts.null),
                 steps=steps,
-                guidance_scale=guidance,
+                guidance_scale=method.guidance_scale,
+                guidance_rescale=method.guidance_rescale,
             )
         if measured.undefined:
             self._warn(
@@ -270,7 +275,7 @@ class Trainer:
         first = self.position.samples
         trained = self.parts.trained(engine.role)
         defined = torch.zeros((), device=self.world.device)
-        for part in self.batches.micro_batches(first, self._encode, self.parts.null):
+        for part in self._micro_batches(engine, first):
             with self.phases("loss"):
                 output = loss_of(part.batch)
             loss = part.weight * output.loss
@@ -289,6 +294,20 @@ class Trainer:
         self._means.add({"gradient_norm": norm, "updates_skipped": skipped}, prefix=engine.role)
         self._skips[engine.role].note(norm, first, self._note_rewards(engine))
         self.position.samples += self.batches.size
+
+    def _micro_batches(self, engine: Engine, first: int) -> Iterator[MicroBatch]:
+        """This process's part of an update (collective, for methods that divide by a mean over all of it)."""
+
+        def parts() -> Iterator[MicroBatch]:
+            return self.batches.micro_batches(first, self._encode, self.parts.null)
+
+        method = self.parts.method
+        if engine is not self.generator or not method.normalizes_update or self.batches.is_whole:
+            return parts()
+        with self.phases("loss"):
+            total = torch.stack([method.normalizers(part.batch).sum() for part in parts()]).sum()
+            mean = self.world.sum(total) / self.batches.size
+        return (replace(part, batch=replace(part.batch, normalizer=mean)) for part in parts())
 
     def _note_rewards(self, engine: Engine) -> torch.Tensor | None:
         """The rewards that this process's samples got in a generator's update, kept for the log."""

@@ -11,13 +11,14 @@ from torch import nn
 
 from diffpp_fast.methods import METHODS, Method
 from diffpp_fast.methods.through_networks import without_parameters
-from diffpp_fast.networks import Conditioning, OneStepGenerator, load_decoder, load_schedule
+from diffpp_fast.networks import Conditioning, OneStepGenerator, load_decoder
 from diffpp_fast.networks.loading import read_config
 from diffpp_fast.schedule import NoiseSchedule
 from diffpp_fast.training.build.checks import agree, naming
 from diffpp_fast.training.build.compiled import check_gradients
 from diffpp_fast.training.build.networks import Networks, Trained
 from diffpp_fast.training.build.precision import compute_dtype, precise
+from diffpp_fast.training.build.schedule import load_checked_schedule, load_run_schedule, make_generator, make_method
 from diffpp_fast.training.build.text import Text, open_text
 from diffpp_fast.training.config import Config, Decoder, Reward
 from diffpp_fast.training.distributed import World
@@ -83,7 +84,7 @@ def build_sampler(config: Config, device: torch.device) -> Sampler:
     Raises ConfigurationError for what can't be loaded and for networks whose shapes don't agree.
     """
     text = open_text(config.models, device)
-    return _build_sampler(config, device, text, Networks(config, text.facts, device))
+    return _build_sampler(config, device, load_run_schedule(config), text, Networks(config, text.facts, device))
 
 
 def build_run(
@@ -104,10 +105,11 @@ def build_run(
 
     Raises like `build_sampler`.
     """
-    settings, device = config.method, world.device
+    device = world.device
+    schedule = load_checked_schedule(config)
     text = open_text(config.models, device, embeddings, prompts)
     networks = Networks(config, text.facts, device)
-    sampler = _build_sampler(config, device, text, networks)
+    sampler = _build_sampler(config, device, schedule, text, networks)
     reference, fake = networks.reference(), networks.trained("fake")
     if config.training.compile:
         _check_compiled(config, world, text, sampler.trained, fake, reference)
@@ -115,43 +117,36 @@ def build_run(
     decoder = None if sampler.decoder is None else phases.wrap(sampler.decoder, "decode")
     reward = _load_reward("rewards.optimised", config.rewards.optimised, decoder, device)
     held_out = _load_reward("rewards.held_out", config.rewards.held_out, decoder, device)
-    arguments: dict[str, Any] = settings.model_dump(exclude={"name"}, exclude_none=True)
-    if METHODS[settings.name].takes_reward:
-        assert config.rewards.optimised is not None and reward is not None  # the schema sees to it
-        optimised = config.rewards.optimised
-        timed = phases.wrap(reward, "reward")
-        arguments.update(reward=timed, reward_scale=optimised.scale, reward_clip=optimised.clip)
-    with naming("method"):
-        method = METHODS[settings.name](
-            phases.wrap(sampler.generator, "generator"),
-            phases.wrap(fake.denoise, "fake"),
-            phases.wrap(reference, "reference"),
-            sampler.schedule,
-            **arguments,
-        )
+    method = make_method(
+        config,
+        phases.wrap(sampler.generator, "generator"),
+        phases.wrap(fake.denoise, "fake"),
+        phases.wrap(reference, "reference"),
+        sampler.schedule,
+        reward if reward is None else phases.wrap(reward, "reward"),
+    )
     method.differentiate = phases.wrap(method.differentiate, "networks_backward")
     term = getattr(method, "reward", None)
     if term is not None:
         term.differentiate = phases.wrap(term.differentiate, "reward_backward")
-    null = text.null() if settings.guided else None
+    null = text.null() if config.method.guided else None
     inputs = {**sampler.inputs, **networks.inputs}
     if reward is not None and config.rewards.optimised is not None:
         inputs["reward"] = digest_of_reward(config.rewards.optimised, reward.scorer)
     return Run(sampler, fake, reference, method, null, reward, held_out, inputs)
 
 
-def _build_sampler(config: Config, device: torch.device, text: Text, networks: Networks) -> Sampler:
-    models = config.models
-    with naming("models.scheduler", models.scheduler.path):
-        schedule = load_schedule(models.scheduler.path)
+def build_trained(config: Config, role: str, device: torch.device) -> Trained:
+    """Loads the network of one role and nothing else; raises like `build_sampler`."""
+    return Networks(config, None, device).trained(role)
+
+
+def _build_sampler(
+    config: Config, device: torch.device, schedule: NoiseSchedule, text: Text, networks: Networks
+) -> Sampler:
     trained = networks.trained("generator")
-    with naming("models.generator", models.generator.path):
-        generator = OneStepGenerator(
-            trained.denoise,
-            schedule,
-            timestep=models.generator.timestep,
-            input_scale=models.generator.input_scale,
-        )
+    generator = make_generator(config, trained.denoise, schedule)
+    models = config.models
     tables = {"alphas": schedule.alphas, "sigmas": schedule.sigmas}
     inputs = {**text.inputs, **networks.inputs, "scheduler": digest_of(schedule.prediction_type, tables)}
     decoder = None

@@ -95,6 +95,7 @@ def conditioning_facts(models: config.Models) -> dict[str, Any]:
     return {
         "family": [facts["_class_name"], facts.get("addition_embed_type")],
         "empty_prompt": models.empty_prompt,
+        "negative_prompt": models.negative_prompt,
         "size_conditions": sizes if two or (_is_pixart(facts) and _wants_sizes(facts)) else None,
     }
 
@@ -113,6 +114,7 @@ def _load_one(models: config.Models, facts: Mapping[str, Any]) -> tuple[TextEnco
             lowercase=pixart,
             added=_picture_conditions(models) if pixart and _wants_sizes(facts) else None,
             zero_empty=models.empty_prompt == "zeros",
+            negative_prompt=models.negative_prompt,
         )
     return encoder, TextFacts(encoder.width)
 
@@ -139,6 +141,7 @@ def _load_two(models: config.Models, second: config.TextEncoder) -> tuple[DualTe
         lengths.pop(),
         time_ids=torch.tensor([*(sizes.original or picture), *sizes.crop, *(sizes.target or picture)]),
         zero_empty=models.empty_prompt != "encoded",
+        negative_prompt=models.negative_prompt,
     )
     return encoder, TextFacts(encoder.width, encoder.pooled_width)
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpp_fast.networks.loading import build_network, is_file, load_schedule, pretrained_arguments, read_config
+from diffpp_fast.networks.loading import build_network, is_file, pretrained_arguments, read_config
 from diffpp_fast.networks.text import check_tokenizer
 from diffpp_fast.rewards.text import need_ftfy
 from diffpp_fast.training.build.checks import naming
 from diffpp_fast.training.build.precision import compute_dtype
+from diffpp_fast.training.build.schedule import load_checked_schedule
 from diffpp_fast.training.build.text import CLIP_LENGTH, PIXART_LENGTH
 from diffpp_fast.training.config import Config, TextEncoder
 from diffpp_fast.training.planning.models import Models, Recipe
@@ -24,7 +25,8 @@ from diffpp_fast.training.planning.setup import Lora, Setup, Trained, Zero
 def setup_of(config: Config, gpus: int = 1) -> Setup:
     """The setup of a run on so many GPUs.
 
-    Raises ConfigurationError for a folder without configuration, and for networks that can't be planned.
+    Raises ConfigurationError for a folder without configuration, for networks that can't be planned, and for settings
+    that the noise schedule does not serve.
     """
     training, models = config.training, config.models
     return Setup(
@@ -56,8 +58,7 @@ def _models(config: Config) -> Models:
     models = config.models
     reference = models.reference.path
     generator, fake = models.generator.path or reference, models.fake.path or reference
-    with naming("models.scheduler", models.scheduler.path):
-        schedule = load_schedule(models.scheduler.path)
+    schedule = load_checked_schedule(config)
     text = {"models.text_encoder": models.text_encoder, "models.text_encoder_2": models.text_encoder_2}
     encoders = {key: _text_encoder(key, section) for key, section in text.items() if section is not None}
     facts = _facts("models.reference", reference)

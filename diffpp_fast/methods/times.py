@@ -1,0 +1,174 @@
+"""Diffusion times: which ones are drawn, how often, and how an address makes one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from diffpp_fast.noise import Noise
+from diffpp_fast.schedule import NoiseSchedule
+
+#: A draw is one word of 32 bits.
+WORDS = 2**32
+#: A distribution with less of its mass than this on the range of times was meant for another schedule.
+LEAST_MASS = 0.01
+
+
+class TimeDistribution(Protocol):
+    """How often each diffusion time is drawn."""
+
+    def cumulative(self, schedule: NoiseSchedule) -> torch.Tensor:
+        """Return the probabilities of a time below 0, 1, ..., T: float64 [T + 1], rising, within [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every time equally often."""
+
+    def cumulative(self, schedule: NoiseSchedule) -> torch.Tensor:
+        return _edges(schedule)
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """ln(sigma / alpha) is normal with this mean and standard deviation, as EDM and Diff-Instruct draw it (-1.2, 1.2).
+
+    A time gets the mass between the points midway, in ln(sigma / alpha), to its neighbours. Times at which alpha or
+    sigma is 0 are never drawn.
+    """
+
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        _check_normal(self.mean, self.std)
+
+    def cumulative(self, schedule: NoiseSchedule) -> torch.Tensor:
+        levels = (schedule.sigmas / schedule.alphas).log()
+        inner = levels.isfinite().nonzero().flatten()
+        if len(inner) < 2:
+            raise ValueError("a log-normal distribution needs at least two times with alpha and sigma above 0")
+        first, last = int(inner[0]), int(inner[-1])
+        known = levels[first : last + 1]
+        middles = (known[1:] + known[:-1]) / 2
+        edges = torch.empty(len(schedule) + 1, dtype=torch.float64)
+        edges[first + 1 : last + 1] = middles
+        # The outer cells reach as far outwards as inwards.
+        edges[: first + 1] = 2 * known[0] - middles[0]
+        edges[last + 1 :] = 2 * known[-1] - middles[-1]
+        return torch.special.ndtr((edges - self.mean) / self.std)
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    """floor(T sigmoid(n)) with n normal of this mean and standard deviation, as in Stable Diffusion 3 (0, 1)."""
+
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        _check_normal(self.mean, self.std)
+
+    def cumulative(self, schedule: NoiseSchedule) -> torch.Tensor:
+        return torch.special.ndtr((_edges(schedule).logit() - self.mean) / self.std)
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """floor(T s u / (1 + (s - 1) u)) with u uniform, as flow models do at high resolution; s = 1 is uniform."""
+
+    shift: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.shift < math.inf:
+            raise ValueError(f"the shift of a distribution of times must be above 0 and finite, got {self.shift}")
+
+    def cumulative(self, schedule: NoiseSchedule) -> torch.Tensor:
+        edges = _edges(schedule)
+        return edges / (self.shift - (self.shift - 1.0) * edges)
+
+
+#: By the names that configurations have for them.
+DISTRIBUTIONS: Mapping[str, type] = {
+    "uniform": Uniform,
+    "log_normal": LogNormal,
+    "logit_normal": LogitNormal,
+    "shifted": Shifted,
+}
+
+
+class Times:
+    """The diffusion times that a loss draws.
+
+    Args:
+        name: of the range, for messages.
+        schedule: of the noise.
+        t_range: times [low, high); None is the whole schedule.
+        distribution: over these times, what lies outside cut off; None is uniform.
+
+    Raises ValueError for a range that is empty or not within the schedule, and for a distribution that hardly ever
+    gives one of its times.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schedule: NoiseSchedule,
+        t_range: tuple[int, int] | None,
+        distribution: TimeDistribution | None = None,
+    ) -> None:
+        low, high = (0, len(schedule)) if t_range is None else t_range
+        if not (isinstance(low, int) and isinstance(high, int)):
+            raise ValueError(f"{name} must be two whole numbers [low, high) of timesteps, got [{low}, {high})")
+        if not 0 <= low < high <= len(schedule):
+            raise ValueError(f"{name} must lie within [0, {len(schedule)}) and be non-empty, got [{low}, {high})")
+        self.name = name
+        self.range = low, high
+        self._thresholds: dict[torch.device, torch.Tensor] = {}
+        if distribution is not None and not isinstance(distribution, Uniform):
+            self._thresholds[torch.device("cpu")] = self._table(distribution, schedule)
+
+    def draw(self, noise: Noise) -> torch.Tensor:
+        """[B] int64, from element 0 of each sample: the first time below which the word's share of the mass lies."""
+        low, high = self.range
+        if not self._thresholds:
+            return noise.integers(low, high)
+        words = noise.integers(0, WORDS)
+        if words.device not in self._thresholds:
+            self._thresholds[words.device] = self._thresholds[torch.device("cpu")].to(words.device)
+        return low + torch.searchsorted(self._thresholds[words.device], words, right=True)
+
+    def possible(self) -> torch.Tensor:
+        """The times that can be drawn at all, [n] int64, on the CPU."""
+        t = torch.arange(*self.range)
+        if not self._thresholds:
+            return t
+        thresholds = self._thresholds[torch.device("cpu")]
+        return t[thresholds.diff(prepend=thresholds.new_zeros(1)) > 0]
+
+    def _table(self, distribution: TimeDistribution, schedule: NoiseSchedule) -> torch.Tensor:
+        """The words below which a time of the range, or one before it, is meant: int64, compared exactly anywhere."""
+        low, high = self.range
+        below = distribution.cumulative(schedule).to("cpu", torch.float64)
+        if below.shape != (len(schedule) + 1,) or not below.isfinite().all() or not (below.diff() >= 0.0).all():
+            raise ValueError(f"{distribution}: cumulative must give {len(schedule) + 1} finite numbers that never fall")
+        mass = float(below[high] - below[low])
+        if not mass >= LEAST_MASS:
+            raise ValueError(f"{distribution} has only {mass:.1e} of its mass on {self.name} [{low}, {high})")
+        return ((below[low + 1 : high + 1] - below[low]) / mass * WORDS).ceil().to(torch.int64)
+
+
+def _edges(schedule: NoiseSchedule) -> torch.Tensor:
+    """t / T for t = 0, ..., T."""
+    return torch.arange(len(schedule) + 1, dtype=torch.float64) / len(schedule)
+
+
+def _check_normal(mean: float, std: float) -> None:
+    if not math.isfinite(mean) or not 0.0 < std < math.inf:
+        raise ValueError(
+            f"a distribution of times needs a finite mean and a std above 0, got mean {mean} and std {std}"
+        )
