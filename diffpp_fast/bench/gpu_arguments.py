@@ -105,6 +105,10 @@ def _lower(kernel: Any, arguments: list[Any], options: dict[str, Any]) -> None:
     _, _, target, backend, binder = kernel.device_caches[NamedGpu.ANY]
     bound, specialization, others = binder(*arguments, **options, debug=False)
     parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, others)
+    # torch.compile makes a constant of every integer that is 1, also of one that a kernel asks not to specialise.
+    for index, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
+        if type(value) is int and value == 1 and not parameter.is_constexpr:
+            signature[parameter.name], constants[index,] = "constexpr", 1
     source = kernel.ASTSource(kernel, signature, constants, attributes)
     context = ir.context()
     ir.load_dialects(context)
