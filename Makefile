@@ -74,17 +74,17 @@ OLDEST_310 := $(abspath $(VENV)-oldest-3.10/bin)
 PYTHON_3_12 ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python)),python3.12)
 PYTHON_3_10 ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)),python3.10)
 OLDEST_TESTS := test_noise.py test_dispatch.py test_native_*.py test_ops_*.py test_triton_*.py test_gpu_*.py
-OLDEST_RUN := cd $(OLDEST) && env -u PYTHONPATH
+OLDEST_RUN := cd $(OLDEST) && env -u TRITON_INTERPRET PYTHONPATH=$(abspath $(OLDEST))
 test-oldest:
 	test -x $(OLDEST_BIN)/python || $(PYTHON_3_12) -m venv $(VENV)-oldest
 	test -x $(OLDEST_310)/python || $(PYTHON_3_10) -m venv $(VENV)-oldest-3.10
 	for bin in $(OLDEST_BIN) $(OLDEST_310); do $$bin/python -m pip install --quiet --no-deps --requirement tests/oldest.txt || exit 1; done
 	mkdir -p $(OLDEST) && find $(OLDEST) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
 	git ls-files -z --cached --others --exclude-standard | tar --create --null --files-from=- --ignore-failed-read | tar --extract --directory=$(OLDEST)
-	$(OLDEST_RUN) $(MAKE) gpu-check REHEARSE=1 PYTHON=$(OLDEST_BIN)/python
+	cd $(OLDEST) && env -u PYTHONPATH $(MAKE) gpu-check REHEARSE=1 PYTHON=$(OLDEST_BIN)/python
 	$(OLDEST_RUN) $(OLDEST_BIN)/python setup.py --quiet build_ext --inplace
 	$(OLDEST_RUN) $(OLDEST_BIN)/python -m pytest $(WORKERS) -m "not slow" $(addprefix tests/,$(OLDEST_TESTS))
-	$(OLDEST_RUN) -u TRITON_INTERPRET $(OLDEST_BIN)/python -m diffpp_fast.bench.gpu_build $(if $(shell command -v nvcc),,--no-csrc)
+	$(OLDEST_RUN) $(OLDEST_BIN)/python -m diffpp_fast.bench.gpu_build $(if $(shell command -v nvcc),,--no-csrc)
 	env -u PYTHONPATH $(OLDEST_BIN)/python -m pytest tests/test_packaging.py tests/test_build.py
 	DIFFPP_FAST_CUDA=0 $(OLDEST_310)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall ./$(OLDEST)
 	cd $(OLDEST)/tests && env -u PYTHONPATH $(OLDEST_310)/python installed.py && $(OLDEST_310)/diffpp-fast --help > /dev/null
