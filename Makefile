@@ -7,8 +7,6 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LIBRARY := diffpp_fast/kernels/native/_library.so
-# What it is made of: a change makes it anew.
-CSRC := $(wildcard csrc/*/*)
 
 # Busy-waiting threads cost more than they gain when cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -16,12 +14,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # DeepSpeed without its compiled operators: what needs one builds it when it is first used.
 export DS_BUILD_OPS ?= 0
 
-.PHONY: help setup demo demo-short test test-all sanitize emulate lint types gpu-build gpu-check docs clean
+.PHONY: help setup demo demo-short test test-all test-oldest sanitize emulate lint types gpu-build gpu-check docs clean
 
 help:
 	@echo "make demo       align the emoji generator with a reward: about 5 minutes on two cores, pictures in runs/demo"
 	@echo "make test       linter, type checker, tests (no GPU needed)"
 	@echo "make test-all   the same with the slow tests"
+	@echo "make test-oldest  the operators, builds and the rehearsal with the oldest torch, Triton and Python (fetches 2.6 GB)"
 	@echo "make demo-short the demo cut to a minute: shows that it works, not what it can do"
 	@echo "make sanitize   the tests of the compiled operators under AddressSanitizer and UBSan"
 	@echo "make emulate    the tests of the operators on csrc's GPU kernels, thread by thread on the CPU (needs CUDA's headers)"
@@ -38,9 +37,11 @@ $(READY): pyproject.toml constraints.txt
 	DIFFPP_FAST_BUILD=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
 	touch $(READY)
 
-# In place, next to the Python files that load it. Objects that are newer than csrc are kept.
-$(LIBRARY): $(READY) setup.py $(CSRC)
+# In place, next to the Python files that load it. Always asked: what it is made of (sources, torch, compilers, flags) is
+# compared in setup.py, which does nothing where nothing has changed.
+$(LIBRARY): $(READY) FORCE
 	$(BIN)/python setup.py --quiet build_ext --inplace
+FORCE:
 
 demo: $(LIBRARY)
 	$(BIN)/python examples/emoji/demo.py --out runs/demo
@@ -64,6 +65,30 @@ test-all: $(LIBRARY) lint types
 	$(BIN)/pytest $(WORKERS)
 	if command -v nvcc > /dev/null; then $(MAKE) emulate; else echo "no nvcc: csrc's GPU kernels are not emulated"; fi
 
+# The other end of what is supported, in environments and a copy of the tree of its own. The copy begins without a built library
+# but with the objects of last time. First what a machine with a GPU and no more than torch does, then csrc for GPUs, the tests, Triton's
+# kernels ahead of time, a wheel where pip isolates nothing, and the package installed by the oldest Python.
+OLDEST := build/oldest
+OLDEST_BIN := $(abspath $(VENV)-oldest/bin)
+OLDEST_310 := $(abspath $(VENV)-oldest-3.10/bin)
+PYTHON_3_12 ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python)),python3.12)
+PYTHON_3_10 ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)),python3.10)
+OLDEST_TESTS := test_noise.py test_dispatch.py test_native_*.py test_ops_*.py test_triton_*.py test_gpu_*.py
+OLDEST_RUN := cd $(OLDEST) && env -u TRITON_INTERPRET PYTHONPATH=$(abspath $(OLDEST))
+test-oldest:
+	test -x $(OLDEST_BIN)/python || $(PYTHON_3_12) -m venv $(VENV)-oldest
+	test -x $(OLDEST_310)/python || $(PYTHON_3_10) -m venv $(VENV)-oldest-3.10
+	for bin in $(OLDEST_BIN) $(OLDEST_310); do $$bin/python -m pip install --quiet --no-deps --requirement tests/oldest.txt || exit 1; done
+	mkdir -p $(OLDEST) && find $(OLDEST) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	git ls-files -z --cached --others --exclude-standard | tar --create --null --files-from=- --ignore-failed-read | tar --extract --directory=$(OLDEST)
+	cd $(OLDEST) && env -u PYTHONPATH $(MAKE) gpu-check REHEARSE=1 PYTHON=$(OLDEST_BIN)/python
+	$(OLDEST_RUN) $(OLDEST_BIN)/python setup.py --quiet build_ext --inplace
+	$(OLDEST_RUN) $(OLDEST_BIN)/python -m pytest $(WORKERS) -m "not slow" $(addprefix tests/,$(OLDEST_TESTS))
+	$(OLDEST_RUN) $(OLDEST_BIN)/python -m diffpp_fast.bench.gpu_build $(if $(shell command -v nvcc),,--no-csrc)
+	env -u PYTHONPATH $(OLDEST_BIN)/python -m pytest tests/test_packaging.py tests/test_build.py
+	DIFFPP_FAST_CUDA=0 $(OLDEST_310)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall ./$(OLDEST)
+	cd $(OLDEST)/tests && env -u PYTHONPATH $(OLDEST_310)/python installed.py && $(OLDEST_310)/diffpp-fast --help > /dev/null
+
 # A copy of the package with an instrumented library; leaks are Python's own at exit.
 SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined
@@ -83,6 +108,7 @@ sanitize: $(READY)
 EMULATED := build/emulated
 emulate: $(READY)
 	$(BIN)/python tests/emulation/build.py $(EMULATED)
+	cd tests && PYTHONPATH=../$(EMULATED) PYTHONSAFEPATH=1 $(abspath $(BIN))/python emulation/launches.py ../$(EMULATED)
 	cd tests && PYTHONPATH=../$(EMULATED) PYTHONSAFEPATH=1 $(abspath $(BIN))/pytest -p no:cacheprovider \
 	  -m "not slow" -k "not compiles and not reference and not far_apart and not every_magnitude" \
 	  $(foreach op,add_noise denoising_loss score_gap reward_pixels group_norm_silu,test_native_$(op).py test_ops_$(op).py) test_noise.py
@@ -113,4 +139,4 @@ $(MATHJAX)/tex-chtml.js:
 	cp build/mathjax/package/es5/tex-chtml.js $@
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest* build dist site *.egg-info

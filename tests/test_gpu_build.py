@@ -149,6 +149,18 @@ def test_spills_overruns_and_new_kernels_are_caught() -> None:
     assert new == "k on sm_100 has no budget: `make gpu-build BUDGET=write` records one"
 
 
+def test_another_triton_has_a_budget_of_its_own_where_it_takes_more() -> None:
+    budget = {"triton.k": {"sm_80": 40, "sm_90": 40}, "cuda.k": {"sm_90": 40}}
+    more, less = Resources("triton.k", 80, 45, 0, 0), Resources("triton.k", 90, 30, 0, 0)
+    assert gpu_build.failures([more, less], budget, "3.6") == gpu_build.failures([more, less], budget) != []
+    written = gpu_build.budget_of([more, less, Resources("cuda.k", 90, 48, 0, 0)], budget, "3.6")
+    assert written == {**budget, "cuda.k": {"sm_90": 48}, "triton.k, triton 3.6": {"sm_80": 48}}
+    assert gpu_build.failures([more, less], written, "3.6") == []
+    assert len(gpu_build.failures([more], written)) == 1
+    # When it takes no more again, nothing of its own is left.
+    assert gpu_build.budget_of([more._replace(registers=40)], written, "3.6").keys() == budget.keys()
+
+
 def test_a_new_budget_keeps_what_was_not_compiled(tmp_path: Path) -> None:
     old = {"a": {"sm_80": 16, "sm_90": 24}, "b": {"sm_90": 8}}
     new = gpu_build.budget_of([Resources("a", 90, 30, 0, 0)], old)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from diffpp_fast.bench import gpu_gate, variants
+from diffpp_fast.bench import gpu_check, gpu_gate, variants
 from diffpp_fast.bench.gpu_check import main
 from diffpp_fast.bench.gpu_gate import Checks, failure, judge
 from diffpp_fast.bench.gpu_jobs import Job, State, digest, run_jobs
@@ -160,11 +161,21 @@ def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert time.monotonic() - began < 30.0
 
 
+def test_a_rehearsal_builds_csrc_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = SimpleNamespace(rehearse=True, steps_only=False, seconds=9.0, ops=["add_noise"], out=tmp_path)
+    session = gpu_check.Session(arguments)  # type: ignore[arg-type]
+    assert gpu_check._build(session) == []
+    monkeypatch.setattr(gpu_check.native, "unavailable", lambda: "csrc was not compiled")
+    (job,) = gpu_check._build(session)
+    assert job.command[-2:] == ["build_ext", "--inplace"] and job.environment["DIFFPP_FAST_CUDA"] == "0"
+
+
 def test_time_that_is_over_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--rehearse", "--ops", "add_noise", "--out", str(tmp_path), "--seconds", "0"]) == 0
     said = capsys.readouterr().out
     assert "left out, the time was over" in said and "add_noise on triton" in said
-    assert "0 failures, 5 left out" in said
+    # Whole steps need diffusers.
+    assert f"0 failures, {4 if gpu_check._missing(*gpu_check.STEPS_NEED) else 5} left out" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from diffpp_fast.kernels import dispatch
+from diffpp_fast.kernels.triton import interpreter_refuses
 from diffpp_fast.kernels.triton.device import on_its_device
 
 TESTS = Path(__file__).parent
@@ -52,12 +53,32 @@ def test_the_current_device_changes_only_where_it_must(
     assert seen == entered
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu-check compiles them for the GPU that is there")
-def test_every_operator_compiles_to_one_graph() -> None:
-    # Not in this process, whose Triton is an interpreter.
+@pytest.mark.parametrize(
+    ("versions", "serves"),
+    [(("3.6.0", "2.3.5"), True), (("3.6.0", "2.4.6"), False), (("3.7.1", "2.4.6"), True), (("3.10.0", "2.10.1"), True)],
+)
+def test_which_numpy_the_interpreter_needs(versions: tuple[str, str], serves: bool) -> None:
+    reason = interpreter_refuses(*versions)
+    assert (reason is None) == serves
+    assert serves or "needs numpy before 2.4, here is 2.4.6: pip install" in str(reason)
+
+
+def compiled_by(script: str) -> str:
+    """The output of a script, which runs in a process whose Triton is not an interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, TESTS / "triton_graphs.py"], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, TESTS / script], capture_output=True, text=True, env=environment, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert dict(line.split() for line in done.stdout.splitlines()) == dict.fromkeys(dispatch.OPS, "1")
+    return done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu-check compiles them for the GPU that is there")
+def test_every_operator_compiles_to_one_graph() -> None:
+    lines = compiled_by("triton_graphs.py").splitlines()
+    assert dict(line.split() for line in lines) == dict.fromkeys(dispatch.OPS, "1")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu-check compiles them for the GPU that is there")
+def test_every_kernel_compiles_whatever_its_integers_are() -> None:
+    assert compiled_by("triton_arguments.py") == ""

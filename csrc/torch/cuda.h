@@ -22,7 +22,7 @@ inline void* current_stream(int32_t device) {
   }();
   STD_TORCH_CHECK(function != nullptr, "diffpp_fast: this torch has no CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  TORCH_ERROR_CODE_CHECK(function(device, &stream));
   return stream;
 }
 

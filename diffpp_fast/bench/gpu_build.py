@@ -2,7 +2,8 @@
 
 Triton's kernels are compiled through the public operators, exactly as a launch would specialise them, by a driver that
 only names the GPU; nothing is launched. Those of csrc are read from the compiled library. A kernel that spills, or
-takes more registers than the budget beside this file allows, fails.
+takes more registers than the budget beside this file allows, fails; so does one that some value of an argument breaks
+(gpu_arguments.py).
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -37,6 +39,10 @@ BUDGET = Path(__file__).with_name("gpu_budget.json")
 #: The hardware hands out a thread's registers in lots of this size: within one, a register more costs nothing.
 LOT = 8
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+#: The Triton that the budget is for. What another supported one takes beyond it stands beside it under a name of its
+#: own ("KERNEL, triton 3.6"): compilers schedule differently, and neither is to hide what the other does.
+TRITON = "3.7"
 
 #: Kernel -> GPU ("sm_90") -> registers per thread.
 Budget = dict[str, dict[str, int]]
@@ -68,6 +74,9 @@ class Usage(NamedTuple):
 
 class NamedGpu:
     """As much of a Triton driver as compiling needs: it names the GPU."""
+
+    #: For what does not depend on it.
+    ANY = 90
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -127,7 +136,6 @@ def compiling(arch: int) -> Iterator[dict[bytes, tuple[str, int]]]:
 
     The value collects cubin -> (kernel, bytes of shared memory).
     """
-    from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     launch = JITFunction.run
@@ -135,9 +143,18 @@ def compiling(arch: int) -> Iterator[dict[bytes, tuple[str, int]]]:
 
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = launch(kernel, *arguments, grid=grid, warmup=True, **options)
-        name = f"triton.{kernel.__module__.rpartition('.')[2]}.{kernel.__name__.strip('_')}"
-        cubins[compiled.asm["cubin"]] = name, compiled.metadata.shared
+        cubins[compiled.asm["cubin"]] = triton_name(kernel), compiled.metadata.shared
         return compiled
+
+    with launching_by(compile_only, arch):
+        yield cubins
+
+
+@contextmanager
+def launching_by(run: Callable[..., Any], arch: int) -> Iterator[None]:
+    """Within the block, operators on CPU tensors hand their Triton launches to `run`, an unbound `JITFunction.run`."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
 
     on_cpu = {
         key: replace(kernel, unavailable=lambda: None, refuses=lambda device, dtype: None)
@@ -147,11 +164,16 @@ def compiling(arch: int) -> Iterator[dict[bytes, tuple[str, int]]]:
     # For the rest of the process: without a GPU there is no driver to go back to.
     driver.set_active(NamedGpu(arch))
     with (
-        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(JITFunction, "run", run),
         mock.patch.dict(dispatch._kernels, on_cpu),
         dispatch.use_backend("triton"),
     ):
-        yield cubins
+        yield
+
+
+def triton_name(kernel: Any) -> str:
+    """triton.file.function of a kernel."""
+    return f"triton.{kernel.__module__.rpartition('.')[2]}.{kernel.__name__.strip('_')}"
 
 
 def library_resources(archs: Sequence[int]) -> list[Resources]:
@@ -232,12 +254,12 @@ def largest(found: Iterable[Resources]) -> list[Resources]:
     return sorted(rows.values())
 
 
-def failures(found: Sequence[Resources], budget: Budget) -> list[str]:
-    """What is not allowed, a sentence each with its remedy."""
+def failures(found: Sequence[Resources], budget: Budget, release: str = TRITON) -> list[str]:
+    """What is not allowed with this version of Triton, a sentence each with its remedy."""
     sentences = []
     for resources in found:
         place = f"{resources.kernel} on {resources.gpu}"
-        allowed = budget.get(resources.kernel, {}).get(resources.gpu)
+        allowed = _allowed(resources, budget, release)
         if resources.spilled:
             sentences.append(
                 f"{place} spills {resources.spilled} bytes per thread to local memory: give it smaller blocks, more "
@@ -253,12 +275,28 @@ def failures(found: Sequence[Resources], budget: Budget) -> list[str]:
     return sentences
 
 
-def budget_of(found: Sequence[Resources], old: Budget) -> Budget:
-    """The budget that allows just what was found; what was not compiled this time keeps its own."""
+def _allowed(resources: Resources, budget: Budget, release: str) -> int | None:
+    own = budget.get(_name_with(resources.kernel, release), {})
+    return own.get(resources.gpu, budget.get(resources.kernel, {}).get(resources.gpu))
+
+
+def _name_with(kernel: str, release: str) -> str:
+    return kernel if release == TRITON or not kernel.startswith("triton.") else f"{kernel}, triton {release}"
+
+
+def budget_of(found: Sequence[Resources], old: Budget, release: str = TRITON) -> Budget:
+    """The budget that allows just what was found; what was not compiled this time keeps its own.
+
+    Of another Triton than the budget's, what is beyond the budget is recorded under its name.
+    """
     budget = {kernel: dict(gpus) for kernel, gpus in old.items()}
     for resources in found:
-        budget.setdefault(resources.kernel, {})[resources.gpu] = -(-resources.registers // LOT) * LOT
-    return budget
+        name, lots = _name_with(resources.kernel, release), -(-resources.registers // LOT) * LOT
+        if name == resources.kernel or lots > budget.get(resources.kernel, {}).get(resources.gpu, 0):
+            budget.setdefault(name, {})[resources.gpu] = lots
+        elif name in budget:
+            budget[name].pop(resources.gpu, None)
+    return {kernel: gpus for kernel, gpus in budget.items() if gpus}
 
 
 def read_budget(path: Path) -> Budget:
@@ -312,26 +350,30 @@ def _run(arguments: argparse.Namespace) -> int:
     if unknown := [op for op in ops if op not in served]:
         raise ConfigurationError(f"--ops: Triton has no kernels for {', '.join(unknown)}; it has: {', '.join(served)}")
     found = library_resources(arguments.archs) if arguments.csrc else []
+    from diffpp_fast.bench.gpu_arguments import refused
+
     tasks = [(op, arch) for op in ops for arch in arguments.archs]
     wrong = []
     # Not forked: torch's threads would be missing.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(arguments.jobs, len(tasks)), mp_context=context) as pool:
         futures = [pool.submit(triton_resources, op, arch, arguments.exhaustive) for op, arch in tasks]
+        cases = [pool.submit(refused, op, True) for op in ops]
         for (op, arch), future in zip(tasks, futures, strict=True):
             try:
                 found += future.result()
             except Exception as error:  # of any kind: it is reported, and the other kernels go on
                 wrong.append(f"Triton's {op} can't be compiled for sm_{arch}: {type(error).__name__}: {error}")
             print(f"done: Triton's {op} for sm_{arch}", file=sys.stderr)
+        wrong += [sentence for case in cases for sentence in case.result()]
     found = largest(found)
     print(table(found))
-    budget = read_budget(arguments.budget_file)
+    budget, release = read_budget(arguments.budget_file), ".".join(version("triton").split(".")[:2])
     if arguments.budget == "write":
-        budget = budget_of(found, budget)
+        budget = budget_of(found, budget, release)
         write_budget(arguments.budget_file, budget)
         print(f"written: {arguments.budget_file}")
-    wrong += failures(found, budget)
+    wrong += failures(found, budget, release)
     for sentence in wrong:
         print(sentence)
     print(f"{len(found)} rows, {len(wrong)} failures")

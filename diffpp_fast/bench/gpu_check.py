@@ -32,7 +32,7 @@ from diffpp_fast.bench.machine import Provenance, provenance
 from diffpp_fast.bench.results import Comparison, Group, compare, failures
 from diffpp_fast.bench.run import Plan, measure
 from diffpp_fast.bench.selftest import small
-from diffpp_fast.kernels import dispatch
+from diffpp_fast.kernels import dispatch, native
 from diffpp_fast.provenance import PACKAGE
 
 ROOT = PACKAGE.parent
@@ -54,6 +54,7 @@ STEPS = {
     "sdxl, eager and fused": ("--model", "sdxl", "--no-compile"),
     "sd15, fused and compile": ("--model", "sd15", "--providers", "eager,fused,fused-compile"),
 }
+STEPS_NEED = ("diffusers", "transformers")
 REHEARSED_STEPS = {"tiny, eager and fused": ("--model", "tiny", "--no-compile", "--providers", "eager,fused")}
 #: The exit code of compute-sanitizer when it has found errors.
 SANITIZER_ERRORS = 86
@@ -190,17 +191,20 @@ def _check(session: Session) -> None:
 
 
 def _build(session: Session) -> list[Job]:
-    if session.rehearse:
+    if session.rehearse and native.unavailable() is None:
         return []
     if not (ROOT / "setup.py").exists():
         session.say("csrc is not built: there is no setup.py here, the installed library is used")
         return []
+    command = ["env", "-C", str(ROOT), sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    if session.rehearse:
+        limit = session.checks_end - time.monotonic()
+        return [Job("build", command, limit, {**session.environment, "DIFFPP_FAST_CUDA": "0"})]
     # Objects for other GPUs stay apart.
     arch = "{}{}".format(*torch.cuda.get_device_capability())
     folder = ROOT / "build" / f"gpu-check-sm_{arch}"
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", "--build-temp", str(folder)]
     environment = {**session.environment, "DIFFPP_FAST_CUDA_ARCHS": arch}
-    return [Job("build", ["env", "-C", str(ROOT), *command], BUILD_LIMIT, environment)]
+    return [Job("build", [*command, "--build-temp", str(folder)], BUILD_LIMIT, environment)]
 
 
 def _gates(session: Session, backend: str) -> list[Job]:
@@ -245,7 +249,7 @@ def _sanitizers(session: Session) -> list[Job]:
 
 
 def _tests(session: Session) -> list[Job]:
-    missing = [package for package in ("pytest", "hypothesis") if importlib.util.find_spec(package) is None]
+    missing = _missing("pytest", "hypothesis")
     if missing or not (ROOT / "tests").is_dir():
         session.say(f"the tests are left out: {' and '.join(missing) or 'tests/'} missing")
         return []
@@ -331,7 +335,7 @@ def _measure(session: Session) -> None:
 
 def _measure_reward_path(session: Session, which: str, *options: str) -> None:
     """`diffpp-fast bench reward`, as long as it may take: its figures are files of their own."""
-    missing = [package for package in ("diffusers", "transformers") if importlib.util.find_spec(package) is None]
+    missing = _missing("diffusers", "transformers")
     name = f"reward path, {which}"
     if missing:
         session.say(f"{name}: left out, for {' and '.join(missing)} is not installed")
@@ -362,7 +366,7 @@ def _measure_reward_path(session: Session, which: str, *options: str) -> None:
 def _check_plan(session: Session) -> None:
     """The bytes that `diffpp-fast plan` says against those that an engine holds."""
     name = "plan"
-    missing = [package for package in ("diffusers", "pydantic") if importlib.util.find_spec(package) is None]
+    missing = _missing("diffusers", "pydantic")
     if missing or session.state.read().get(("step", name), ("", False))[1]:
         session.say(f"{name}: {'left out, for ' + ' and '.join(missing) + ' is not installed' if missing else 'done'}")
         return
@@ -376,8 +380,7 @@ def _check_plan(session: Session) -> None:
 
 def _measure_steps(session: Session) -> None:
     """`diffpp-fast bench step` on what is not measured yet; one that is stopped leaves the files it has written."""
-    missing = [package for package in ("diffusers", "transformers") if importlib.util.find_spec(package) is None]
-    if missing:
+    if missing := _missing(*STEPS_NEED):
         session.say(f"whole steps: left out, for {' and '.join(missing)} is not installed")
         return
     for name, options in _steps_left(session).items():
@@ -396,12 +399,18 @@ def _measure_steps(session: Session) -> None:
 
 
 def _steps_left(session: Session) -> dict[str, tuple[str, ...]]:
-    """Benchmarks of whole steps that have not come to their end: name and options."""
+    """Benchmarks of whole steps that can be run and have not come to their end: name and options."""
+    if _missing(*STEPS_NEED):
+        return {}
     done = session.state.read()
     steps = {
         f"whole step, {which}": options for which, options in (REHEARSED_STEPS if session.rehearse else STEPS).items()
     }
     return {name: options for name, options in steps.items() if not done.get(("step", name), ("", False))[1]}
+
+
+def _missing(*packages: str) -> list[str]:
+    return [package for package in packages if importlib.util.find_spec(package) is None]
 
 
 def _left(session: Session) -> list[tuple[Case, torch.dtype]]:

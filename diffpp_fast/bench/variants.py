@@ -18,16 +18,25 @@ from diffpp_fast.noise import Noise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = ("contiguous", "channels_last", "strided", "misaligned")
-#: Samples that vector and block lengths divide, and that they don't; the even ones need several blocks.
-LATENTS = {"even": (2, 4, 48, 64), "odd": (3, 5, 7, 9), "video": (2, 4, 3, 6, 8)}
-#: More and fewer pixels than `REWARD_SIZE`.
-IMAGES = {"shrink": (2, 3, 61, 43), "enlarge": (1, 3, 15, 19)}
+#: Samples that vector and block lengths divide, and that they don't; the even ones need several blocks. Here and below
+#: a "one" has as many sizes of 1 as can be: Triton makes a constant of an argument that is 1.
+LATENTS = {"even": (2, 4, 48, 64), "odd": (3, 5, 7, 9), "video": (2, 4, 3, 6, 8), "one": (1, 1, 1, 1)}
+#: More and fewer pixels than `REWARD_SIZE`; of the last, one pixel in channels_last is more than csrc's tile on GPUs.
+IMAGES = {"shrink": (2, 3, 61, 43), "enlarge": (1, 3, 15, 19), "one": (1, 3, 1, 1), "channels": (1, 260, 3, 4)}
 REWARD_SIZE = 24
-#: Groups that lie in memory one after another and, of the last, groups of one channel.
-ACTIVATIONS = {"even": (2, 32, 16, 16), "odd": (3, 6, 7, 9), "long": (1, 8, 96, 64)}
-GROUPS = {"even": 8, "odd": 3, "long": 8}
+#: Groups that fit into one program of Triton's, then those that are cut into chunks of pixels: several channels to a
+#: group, and of the last a single one. None has a single value, whose gradient is zero, or two, where it is rounding.
+ACTIVATIONS = {
+    "even": (2, 32, 16, 16),
+    "odd": (3, 6, 7, 9),
+    "long": (1, 8, 96, 64),
+    "one": (2, 32, 1, 1),
+    "chunks": (1, 4, 96, 96),
+    "channels": (1, 2, 100, 100),
+}
+GROUPS = {"even": 8, "odd": 3, "long": 8, "one": 4, "chunks": 2, "channels": 2}
 #: [B, N, D]: rows that block lengths divide and that they don't, short ones in numbers, long ones.
-TOKENS = {"even": (2, 40, 256), "odd": (3, 7, 90), "short": (2, 300, 16), "long": (2, 3, 8192)}
+TOKENS = {"even": (2, 40, 256), "odd": (3, 7, 90), "short": (2, 300, 16), "long": (2, 3, 8192), "one": (1, 1, 1)}
 
 SEED, STREAM = 2**64 - 3, 2**31 + 5
 GUIDANCE_SCALE = 4.5
@@ -64,7 +73,7 @@ OPTIONS: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "group_norm_silu": {
         "activation": ("silu", "identity"),
         "affine": ("both", "weight", "none"),
-        "wrt": ("x", "all", "none"),
+        "wrt": ("x", "parameters", "all", "none"),
         "shape": (*ACTIVATIONS,),
     },
     "geglu": {"gradient": (True, False), "shape": (*TOKENS,)},
@@ -171,6 +180,8 @@ def _makes_sense(variant: Variant) -> bool:
         return False
     if variant.op == "score_gap" and options["noise"] == "none":
         return options["normalizer"] is None and options["prediction_type"] == "epsilon"
+    if variant.op == "group_norm_silu" and options["affine"] == "none":
+        return options["wrt"] != "parameters"
     return True
 
 
@@ -268,7 +279,8 @@ def _reward_pixels(draw: _Draw) -> Inputs:
     # Where the clamp begins, a rounding decides whether a pixel gets a gradient, and float64 may decide otherwise.
     images = draw.place(images.masked_fill((images.abs() - 1.0).abs() < 0.02, 0.0))
     outer = draw.normal((*shape[:2], REWARD_SIZE, REWARD_SIZE))
-    arguments = {"images": images, "size": REWARD_SIZE, "mean": PIXEL_MEAN, "std": PIXEL_STD}
+    mean, std = ([values[c % 3] for c in range(shape[1])] for values in (PIXEL_MEAN, PIXEL_STD))
+    arguments = {"images": images, "size": REWARD_SIZE, "mean": mean, "std": std}
     arguments |= {name: options[name] for name in ("filter", "antialias", "fit", "clamp")}
     if options["output"] == "float32" and draw.variant.dtype != torch.float64:
         arguments["dtype"] = torch.float32
@@ -288,12 +300,13 @@ def _group_norm_silu(draw: _Draw) -> Inputs:
     }
     for name in affine:
         arguments[name] = draw.normal((channels,), scale=0.2, mean=1.0 if name == "weight" else 0.0)
-    wrt = {"x": ("x",), "all": ("x", *affine), "none": ()}[options["wrt"]]
+    wrt = {"x": ("x",), "parameters": affine, "all": ("x", *affine), "none": ()}[options["wrt"]]
     return _with_gradients(arguments, wrt, draw.normal(shape))
 
 
 def _geglu(draw: _Draw) -> Inputs:
     batch, tokens, width = TOKENS[draw.variant["shape"]]
+    width = max(width, 2)  # two halves
     arguments: dict[str, Any] = {"x": draw.normal((batch, tokens, width))}
     wrt = ("x",) if draw.variant["gradient"] else ()
     return _with_gradients(arguments, wrt, draw.normal((batch, tokens, width // 2)))

@@ -22,23 +22,44 @@ CALLS = """#pragma once
 #define DIFFPP_ON_CUDA(tensor, launch, ...) (::diffpp::cuda::launch(__VA_ARGS__, nullptr), true)
 #define DIFFPP_FOR_CUDA(tensor, on_cuda, otherwise) (::diffpp::cuda::on_cuda)
 """
-RUNTIME = """#include <cuda_runtime.h>
+RUNTIME = """#include "emulation.h"
+// The launches so far, one a line.
+extern "C" __attribute__((visibility("default"))) const char* diffpp_launched() {
+  static std::string lines;
+  lines.clear();
+  for (const std::string& launch : emulation::launched) lines += launch + "\\n";
+  return lines.c_str();
+}
 extern "C" cudaError_t cudaGetLastError() { return cudaSuccess; }
 extern "C" const char* cudaGetErrorString(cudaError_t) { return "none"; }
 """
 
 
-def rewritten(kernels: str) -> str:
-    """`kernel<<<grid, threads, ...>>>(arguments)` as a call of emulation::launch; shared arrays as static ones."""
+def rewritten(kernels: str, file: str, launches: list[str]) -> str:
+    """`kernel<<<grid, threads, ...>>>(arguments)` as a call of emulation::launch; shared arrays as static ones.
+
+    Adds the file's launches to `launches`, one for each kernel that a place chooses among.
+    """
     kernels = kernels.replace("__shared__", "static thread_local")
     while (at := kernels.find("<<<")) >= 0:
         begin = kernel_begins(kernels, at)
         grid, threads = split(kernels[at + 3 : (end := kernels.index(">>>", at))])[:2]
         close = closing(kernels, end + 3)
         kernel, arguments = kernels[begin:at].rstrip(), kernels[end + 3 : close]
-        call = f"::emulation::launch({grid}, {threads}, [&] {{ {kernel}{arguments}; }})"
+        call = (
+            f"::emulation::launch({name_of(kernel, file, launches)}, {grid}, {threads}, [&] {{ {kernel}{arguments}; }})"
+        )
         kernels = kernels[:begin] + call + kernels[close:]
     return kernels
+
+
+def name_of(kernel: str, file: str, launches: list[str]) -> str:
+    """An expression for the name of what is launched: `condition ? a : b` in parentheses chooses between two."""
+    choice = re.fullmatch(r"\((.+?) \? (.+) : (.+)\)", " ".join(kernel.split()))
+    names = [f"{file}: {name}" for name in (choice.groups()[1:] if choice else [" ".join(kernel.split())])]
+    launches += names
+    first, *second = (f'"{name}"' for name in names)
+    return f"({choice[1]}) ? {first} : {second[0]}" if choice else first
 
 
 def kernel_begins(text: str, end: int) -> int:
@@ -102,6 +123,7 @@ def main() -> None:
     if shutil.which("nvcc") is None:
         sys.exit("the emulated GPU needs CUDA's headers: no nvcc on the PATH")
     to = Path(sys.argv[1]).resolve()
+    launches: list[str] = []
     for name in COPIED:
         for source in (path for path in [ROOT / name, *(ROOT / name).rglob("*")] if path.is_file()):
             if source.suffix in {".so", ".pyc"}:
@@ -113,14 +135,16 @@ def main() -> None:
                 continue
             text = source.read_text()
             if source.parent.name == "cuda":
-                text = rewritten(text)
+                text = rewritten(text, source.name, launches)
             elif source.parent.name == "torch":
                 text = text.replace("is_cuda()", "is_cpu()")
             write(path, CALLS if source.name == "cuda.h" else text)
+    write(to / "csrc/torch/emulation.h", (HERE / "emulation.h").read_text())
     for source in (ROOT / "csrc/cuda").glob("*.cu"):
-        shim = f'#include "{HERE / "emulation.h"}"\n#include "../cuda/{source.name}"\n'
+        shim = f'#include "emulation.h"\n#include "../cuda/{source.name}"\n'
         write(to / f"csrc/torch/cuda_{source.stem}.cpp", shim)
     write(to / "csrc/torch/cuda_runtime.cpp", RUNTIME)
+    write(to / "launches.txt", "\n".join(launches))
     flags = f"-DDIFFPP_CUDA {headers()} -Wno-unknown-pragmas -Wno-attributes {os.environ.get('CXXFLAGS', '')}"
     environment = os.environ | {"DIFFPP_FAST_CUDA": "0", "CXXFLAGS": flags}
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]

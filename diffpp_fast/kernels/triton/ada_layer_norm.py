@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffpp_fast.kernels.triton.device import on_its_device
+from diffpp_fast.kernels.triton.layout import as_float
 
 #: The widest row that registers hold, with the gradient's sums beside it.
 MOST_COLUMNS = 8192
@@ -134,7 +135,7 @@ def _forward(
     b_x = tl.load(p_x + row * width + b_c, mask=m_c, other=0.0).to(tl.float32)
     b_scale = tl.load(p_scale + b * scale_stride + b_c, mask=m_c, other=0.0).to(tl.float32)
     b_shift = tl.load(p_shift + b * shift_stride + b_c, mask=m_c, other=0.0).to(tl.float32)
-    total = width.to(tl.float32)
+    total = as_float(width)
     pivot = tl.sum(b_x) / total
     # The sum rounds; the mean of what is left takes the rounding off.
     mean = pivot + tl.sum(tl.where(m_c, b_x - pivot, 0.0)) / total
@@ -169,7 +170,7 @@ def _backward(
     b_c = tl.arange(0, BLOCK)
     m_c = b_c < width
     b_factor = 1.0 + tl.load(p_scale + b * scale_stride + b_c, mask=m_c, other=0.0).to(tl.float32)
-    total = width.to(tl.float32)
+    total = as_float(width)
     b_by_scale = tl.zeros([BLOCK], tl.float32)
     b_by_shift = tl.zeros([BLOCK], tl.float32)
     for r in range(first, last):

@@ -331,7 +331,7 @@ def _sums(
         # After all loads: they could not pass a store that may write what they read.
         if p_gradient is not None:
             tl.store(p_gradient + start + b_at, (factor * b_gap).to(p_gradient.dtype.element_ty), mask=m_inside)
-    row = batch.to(tl.int64) * programs
+    row = tl.cast(batch, tl.int64) * programs
     p_partial = p_partials + tl.program_id(0)
     tl.store(p_partial, tl.sum(b_gap_sq))
     if PREDICTION is not None:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffpp_fast.kernels.triton.device import on_its_device
-from diffpp_fast.kernels.triton.layout import Order
+from diffpp_fast.kernels.triton.layout import Order, as_float
 
 #: Elements of a tile: 16 a thread, so that a thread has at least two loads of 16 bytes in flight, and four programs
 #: with their accumulators fit on a multiprocessor.
@@ -245,9 +245,8 @@ def _place(channels, span, tiles, chunks, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _first_pixel(chunk_index, chunk, WIDE: tl.constexpr):
-    if WIDE:
-        return chunk_index.to(tl.int64) * chunk
-    return chunk_index * chunk
+    # Not an early return: one function has one type.
+    return (chunk_index.to(tl.int64) if WIDE else chunk_index) * chunk
 
 
 @triton.jit
@@ -353,7 +352,7 @@ def _group_moments(
         b_squares += tl.load(p_of_chunk + channels, mask=m_i, other=0.0) + b_d * b_d * (b_n * b_share)
         b_mean += b_d * b_share
         b_n += b_more
-    total = per_group.to(tl.float32) * pixels.to(tl.float32)
+    total = as_float(per_group) * as_float(pixels)
     mean, squares = _merged(b_n, b_mean, b_squares, total, 0)
     pivot = _pivot(p_x + b * pixels * channels, first, True, pixels, CHANNELS_LAST, WIDE)
     return pivot + mean, _rstd(squares, total, eps)
@@ -380,7 +379,7 @@ def _group_terms(
             b_second_more *= b_weight
         b_first += b_first_more
         b_second += b_second_more
-    total = per_group.to(tl.float32) * pixels.to(tl.float32)
+    total = as_float(per_group) * as_float(pixels)
     return tl.sum(b_first, 0, keep_dims=True) / total, tl.sum(b_second, 0, keep_dims=True) / total
 
 
@@ -413,7 +412,7 @@ def _normalise_group(
     m_inside = m_c[:, None] & (b_p < pixels)[None, :]
     b_at = b * pixels * channels + _within(b_c, b_p, channels, pixels, CHANNELS_LAST, WIDE)
     b_x = tl.load(p_x + b_at, mask=m_inside, other=0.0).to(tl.float32)
-    total = (per_group * pixels).to(tl.float32)
+    total = as_float(per_group * pixels)
     pivot = tl.sum(tl.sum(b_x, 1), 0) / total
     shift = tl.sum(tl.sum(tl.where(m_inside, b_x - pivot, 0.0), 1), 0) / total
     mean = pivot + shift
@@ -620,7 +619,7 @@ def _group_gradient(
         tl.store(p_partials + b_to, b_first, mask=m_c[:, None])
         tl.store(p_partials + b_to + channels, b_second, mask=m_c[:, None])
     if p_grad_x is not None:
-        total = (per_group * pixels).to(tl.float32)
+        total = as_float(per_group * pixels)
         b_first_mean = tl.sum(b_first * b_weight, 0, keep_dims=True) / total
         b_second_mean = tl.sum(b_second * b_weight, 0, keep_dims=True) / total
         b_grad_x = rstd * (b_g * b_weight - b_first_mean - b_normalized * b_second_mean)

@@ -63,6 +63,15 @@ def noise_arguments(noise: Tensor | Address, order: Order) -> tuple[Tensor, int,
 
 
 @triton.jit
+def as_float(number):
+    """An integer argument as float32. One that is 1 is a constant to Triton, and a constant has no `.to`.
+
+    Also where a kernel asks that it be none: torch.compile does not listen.
+    """
+    return tl.cast(number, tl.float32)
+
+
+@triton.jit
 def place(sample, BLOCK: tl.constexpr):
     """The sample of this program of `Order.grid`, and its block there."""
     blocks = tl.cdiv(sample, BLOCK)

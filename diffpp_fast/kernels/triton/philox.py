@@ -91,5 +91,5 @@ def _integers(p_to, p_samples, seed, stream, low, span, batch, BLOCK: tl.constex
     b_sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b_word = _first_word(p_samples, seed, stream, b_sample, batch).to(tl.uint64)
     # span is at most 2^32, so the unsigned product fits in 64 bits.
-    b_offset = (b_word * span.to(tl.uint64)) >> 32
+    b_offset = (b_word * tl.cast(span, tl.uint64)) >> 32
     tl.store(p_to + b_sample, low + b_offset.to(tl.int64), mask=b_sample < batch)

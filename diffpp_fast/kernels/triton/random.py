@@ -62,7 +62,7 @@ def words(seed, stream, sample, b_block):
     high = ((sample >> 32) & 0xFFFFFFFF).to(tl.uint32)
     index = b_block.to(tl.uint32)
     zero = index ^ index
-    return tl.philox(seed, index, zero + stream.to(tl.uint32), zero + low, zero + high)
+    return tl.philox(seed, index, zero + tl.cast(stream, tl.uint32), zero + low, zero + high)
 
 
 @triton.jit

@@ -1,0 +1,32 @@
+"""Whether the GPU gate's cases reach every launch of csrc's kernels: `python launches.py FOLDER`, on an emulated build.
+
+Prints those that none reaches; the exit code is then 1.
+"""
+
+import ctypes
+import sys
+from pathlib import Path
+
+import torch
+
+from diffpp_fast import use_backend
+from diffpp_fast.bench import variants
+from diffpp_fast.bench.operators import step
+from diffpp_fast.kernels import dispatch, native
+
+with use_backend("cpu"):
+    for op, backend in dispatch._kernels:
+        if backend != "cuda":
+            continue
+        every, pairs = variants.ordered(op)
+        for variant in every[:pairs]:
+            inputs = variants.make(variant, torch.device("cpu"))
+            step(variants.forward(variant), inputs.fused, inputs.wrt, inputs.outer)
+library = ctypes.CDLL(str(native.LIBRARY))
+library.diffpp_launched.restype = ctypes.c_char_p
+launched = library.diffpp_launched().decode().splitlines()
+missed = set(Path(sys.argv[1], "launches.txt").read_text().splitlines()) - set(launched)
+for launch in sorted(missed):
+    print(f"{launch}: no case of the GPU gate reaches it")
+print(f"{len(launched)} launches of csrc's kernels reached, {len(missed)} missed")
+sys.exit(bool(missed))
