@@ -203,7 +203,7 @@ def _opens_text(call: ast.Call) -> bool:
     if any(keyword.arg in ("text", "universal_newlines") for keyword in call.keywords) and owner == "subprocess":
         return True
     if name in ("read_text", "write_text"):
-        return True
+        return not (name == "read_text" and call.args)  # a distribution's own takes a name, and is UTF-8
     # Files of prompts have an `open` of their own, in bytes; Pillow's and os' know no text.
     if name != "open" or owner in ("Image", "os") or owner.endswith(("self", "_file")):
         return False
