@@ -122,7 +122,9 @@ def find_archs(nvcc):
     asked = os.environ.get("DIFFPP_FAST_CUDA_ARCHS")
     if asked:
         return asked.split(";")
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    known = subprocess.run(
+        [nvcc, "--list-gpu-arch"], capture_output=True, encoding="utf-8", errors="replace"
+    ).stdout.split()
     archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
     if not archs:
         raise SystemExit(f"diffpp_fast: {nvcc} knows none of the GPUs {CUDA_ARCHS}; set DIFFPP_FAST_CUDA=0")
@@ -158,7 +160,7 @@ def replacing(path):
 
 
 def version(compiler):
-    return subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    return subprocess.run([*compiler, "--version"], capture_output=True, encoding="utf-8", errors="replace").stdout
 
 
 class BuildExt(build_ext):
@@ -178,7 +180,7 @@ class BuildExt(build_ext):
         import fcntl
 
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
-        with Path(self.build_temp, "lock").open("w") as lock:
+        with Path(self.build_temp, "lock").open("w", encoding="utf-8") as lock:
             # Of two builds at once the second waits, and finds everything made.
             fcntl.flock(lock, fcntl.LOCK_EX)
             super().run()
@@ -187,7 +189,7 @@ class BuildExt(build_ext):
         torch = find_torch()
         self._sources = digest(*(f"{path} {path.read_bytes()}" for path in sorted(CSRC.rglob("*.*"))))
         self._versions = {True: version([NVCC]) if NVCC else "", False: version(COMPILER)}
-        self._torch = Path(torch, "version.py").read_text()
+        self._torch = Path(torch, "version.py").read_text(encoding="utf-8")
         kernels = list(self._kernels())
         if extension.name == LIBRARY:
             includes = [f"-I{torch / 'include'}"]
@@ -244,11 +246,16 @@ class BuildExt(build_ext):
         """Run a command that writes `output`, unless the file is there that it wrote before from the same inputs."""
         made_of = digest(command, self._versions[command[0] == NVCC], self._sources, *inputs)
         mark = Path(self.build_temp, f"{output.name}.made")
-        if not self.force and output.exists() and mark.exists() and mark.read_text() == made_of + identity(output):
+        if (
+            not self.force
+            and output.exists()
+            and mark.exists()
+            and mark.read_text(encoding="utf-8") == made_of + identity(output)
+        ):
             return output
         with replacing(output) as unfinished:
             execute([*command, "-o", str(unfinished)])
-        mark.write_text(made_of + identity(output))
+        mark.write_text(made_of + identity(output), encoding="utf-8")
         return output
 
     def copy_extensions_to_source(self):
