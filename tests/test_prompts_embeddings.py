@@ -322,7 +322,7 @@ def whole(folder: Path) -> EmbeddingCache:
 def test_writing_goes_on_where_it_was_stopped(tmp_path: Path, writer: Callable[..., embed.EmbeddingWriter]) -> None:
     folder = tmp_path / "embeddings"
     with pytest.raises(KeyboardInterrupt):
-        list(writer(Encoder(last=11)).write())
+        list(writer(Encoder(last=11), batch=1).write())
     before = state(folder)
     # The first call tells a prompt's size; ten prompts make two shards and a half.
     assert sum(name.startswith("shard") for name in before) == 2
@@ -331,13 +331,13 @@ def test_writing_goes_on_where_it_was_stopped(tmp_path: Path, writer: Callable[.
     (folder / ".shard-00002-of-00006.safetensors.partial").write_bytes(b"killed in the middle")
     os.truncate(folder / "shard-00001-of-00006.safetensors", 40)
     encoder = Encoder()
-    assert list(writer(encoder).write()) == [4, 4, 4, 4, 3]
+    assert list(writer(encoder, batch=1).write()) == [4, 4, 4, 4, 3]
     assert encoder.calls[1:] == [(prompt,) for prompt in PROMPTS[4:]]
     assert state(folder)["shard-00000-of-00006.safetensors"] == before["shard-00000-of-00006.safetensors"]
     assert not list(folder.glob(".*"))
     assert_equal(whole(folder)(PROMPTS[::-1]).tensors, Encoder()(PROMPTS[::-1]).tensors)
     encoder = Encoder()
-    assert list(writer(encoder).write()) == [] and len(encoder.calls) == 1
+    assert list(writer(encoder, batch=1).write()) == [] and len(encoder.calls) == 1
 
 
 def test_processes_split_the_shards_and_need_nothing_of_each_other(
