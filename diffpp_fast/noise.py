@@ -1,14 +1,17 @@
 """Random numbers with an address: a function of (seed, stream, sample number, element), never of a global generator."""
 
-import operator
 from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from diffpp_fast.kernels import dispatch
+from diffpp_fast.arguments import integer, shown
+from diffpp_fast.kernels import dispatch, transforms
+from diffpp_fast.kernels.reference import philox as definition
 from diffpp_fast.kernels.reference.philox import Address
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Noise:
@@ -17,6 +20,9 @@ class Noise:
     Element i of sample b, in logical row-major order whatever the memory format, is a lane of the Philox4x32-10 block
     with key `seed` and counter (i // 4, stream, samples[b]). So a sample's numbers depend neither on the batch it
     is in, nor on the device, the layout or the number of processes.
+
+    Random numbers have no derivative. `torch.func.vmap` over sample numbers draws each row's own, and inside transforms
+    plain torch draws: integers and uniform numbers to the same bits, normals to the last.
 
     Args:
         seed: the run's seed, in [0, 2^64).
@@ -37,11 +43,13 @@ class Noise:
         if not isinstance(samples, Tensor) or samples.dtype != torch.int64:
             got = samples.dtype if isinstance(samples, Tensor) else type(samples).__name__
             raise TypeError(f"Noise: samples must be an int64 tensor, got {got}")
+        if samples.layout is not torch.strided or samples.is_nested:
+            raise TypeError("Noise: samples must be a dense tensor")
         if samples.dim() != 1:
             raise ValueError(f"Noise: samples must have shape [B], got {list(samples.shape)}")
-        self.seed = operator.index(seed)
+        self.seed = integer("Noise", "seed", seed)
         self.samples = samples
-        self.stream = operator.index(stream)
+        self.stream = integer("Noise", "stream", stream)
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"Noise: seed must be in [0, 2^64), got {seed}")
         if not 0 <= self.stream < 2**32:
@@ -61,14 +69,23 @@ class Noise:
 
         Returns:
             [B, *shape], contiguous.
+
+        Raises:
+            TypeError: `shape` is not a sequence of integers, or `dtype` none of these.
+            ValueError: a size is negative, or a sample has too many elements.
         """
-        shape = torch.Size(shape)
-        if any(size < 0 for size in shape):
-            raise ValueError(f"Noise.normal: negative size in shape {list(shape)}")
+        op = "Noise.normal"
+        try:
+            shape = torch.Size(shape)
+        except TypeError as error:
+            raise TypeError(f"{op}: shape must be a sequence of integers, got {shown(shape)}") from error
+        if min(shape, default=0) < 0:
+            raise ValueError(f"{op}: negative size in shape {list(shape)}")
         if shape.numel() >= 2**34:
-            raise ValueError(f"Noise.normal: a sample has less than 2^34 elements, got shape {list(shape)}")
-        if not dtype.is_floating_point:
-            raise TypeError(f"Noise.normal: dtype must be a floating-point type, got {dtype}")
+            raise ValueError(f"{op}: a sample has less than 2^34 elements, got shape {list(shape)}")
+        if dtype not in DTYPES:
+            known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+            raise TypeError(f"{op}: dtype must be a floating-point type, one of {known}; got {dtype}")
         drawn: Tensor = self._kernels().normal(self.address, shape, dtype)
         return drawn
 
@@ -79,7 +96,7 @@ class Noise:
 
     def integers(self, low: int, high: int) -> Tensor:
         """[B] int64, uniform in [low, high), from element 0 of each sample; high - low at most 2^32."""
-        low, high = operator.index(low), operator.index(high)
+        low, high = integer("Noise.integers", "low", low), integer("Noise.integers", "high", high)
         if low >= high:
             raise ValueError(f"Noise.integers: low must be below high, got low {low} and high {high}")
         if high - low > 2**32:
@@ -93,4 +110,6 @@ class Noise:
         return f"Noise(seed={self.seed}, samples={self.samples}, stream={self.stream})"
 
     def _kernels(self) -> ModuleType:
+        if transforms.functional():
+            return definition
         return dispatch.select("philox", self.samples.device, torch.float32)

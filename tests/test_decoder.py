@@ -11,6 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffpp_fast.bench.memory import kept_bytes
 from diffpp_fast.networks import FrozenDecoder, load_decoder
@@ -347,6 +350,45 @@ def test_weights_are_read_when_they_are_used() -> None:
     other = copy.deepcopy(decoder)
     vae.decoder.conv_in.weight.data.zero_()
     assert not torch.equal(other(random_latents()), decoder(random_latents()))
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("name", ["sd", "tiny", "tiny silu"])
+def test_tangents_second_derivatives_and_vmap(name: str, checkpoint: bool) -> None:
+    decoder = FrozenDecoder(variant(name).double(), checkpoint=checkpoint)
+    z, tangent = random_latents(torch.float64), torch.randn(2, *LATENT, dtype=torch.float64)
+    image, pushed = jvp(decoder, (z,), (tangent,))
+    torch.testing.assert_close(image, decoder(z))
+    outer = torch.randn_like(image)
+    leaf = z.clone().requires_grad_()
+    (pulled,) = torch.autograd.grad(decoder(leaf), leaf, outer)
+    torch.testing.assert_close((pushed * outer).sum(), (tangent * pulled).sum())
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(decoder(forward_ad.make_dual(z, tangent)))
+    torch.testing.assert_close(dual.tangent, pushed)
+    torch.testing.assert_close(vmap(decoder)(torch.stack((z, tangent)))[1], decoder(tangent))
+
+    def energy(z: Tensor) -> Tensor:
+        return decoder(z).square().sum()
+
+    with sdpa_kernel(SDPBackend.MATH):  # torch's other attention has no second derivative, and raises
+        (gradient,) = torch.autograd.grad(energy(leaf), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(gradient, leaf, tangent)
+    torch.testing.assert_close(second, jvp(grad(energy), (z,), (tangent,))[1])
+
+
+@pytest.mark.parametrize("weight", ["conv_in.weight", "conv_out.bias", "conv_norm_out.weight"])
+def test_a_derivative_by_a_weight_is_refused(weight: str) -> None:
+    decoder, latents = FrozenDecoder(kl()), random_latents()
+    name = f"vae.decoder.{weight}"
+    value = decoder.get_parameter(name).detach()
+
+    def energy(value: Tensor) -> Tensor:
+        return functional_call(decoder, {name: value}, (latents,)).sum()
+
+    for derive in (lambda: grad(energy)(value), lambda: jvp(energy, (value,), (value,))):
+        with pytest.raises(RuntimeError, match="FrozenDecoder: a derivative by its weights is asked for"):
+            derive()
 
 
 def test_weights_that_are_unfrozen_later_get_no_gradient() -> None:

@@ -13,6 +13,7 @@ import tiny
 import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from diffpp_fast import networks
 from diffpp_fast.bench import blocks
@@ -130,6 +131,30 @@ def test_outputs_and_gradients_are_those_of_the_unfused_network(name: str) -> No
         # Twice the unfused network's rounding, and what is left where that happens to be next to nothing.
         allowed = 2.0 * (unfused[key].double() - value).norm() + 2e-6 * value.norm() + 1e-5
         assert (fused[key].double() - value).norm() <= allowed, key
+
+
+@pytest.mark.parametrize("name", ["sd15", "scale_shift", "pixart"])
+def test_tangents_are_those_of_the_unfused_network(name: str) -> None:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    network: Any = build(name).requires_grad_(False)
+    network.set_attn_processor(AttnProcessor())  # torch's scaled_dot_product_attention has no tangents on the CPU
+    inputs = NETWORKS[name][1]()
+    first = next(iter(inputs))
+    x = inputs.pop(first)
+    tangent = torch.randn_like(x)
+
+    def output(x: Tensor) -> Tensor:
+        found: Tensor = network(**{first: x}, **inputs, return_dict=False)[0]
+        return found
+
+    expected = torch.func.jvp(output, (x,), (tangent,))
+    assert networks.fuse(network) > 0
+    torch.testing.assert_close(torch.func.jvp(output, (x,), (tangent,)), expected)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(output(forward_ad.make_dual(x, tangent)))
+    torch.testing.assert_close(dual.tangent, expected[1])
+    assert expected[1].norm() > 1
 
 
 @every_network

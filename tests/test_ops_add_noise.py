@@ -54,11 +54,12 @@ def test_adjoint_identity() -> None:
     torch.testing.assert_close((linear * y).sum(), (x0 * adjoint).sum())
 
 
-def test_only_x0_gets_gradient() -> None:
+def test_a_learned_schedule_gets_its_gradient() -> None:
     x0, alpha, sigma, eps = (argument.requires_grad_() for argument in arguments(2, 3))
     ops.add_noise(x0, alpha, sigma, eps).sum().backward()
-    assert x0.grad is not None
-    assert alpha.grad is None and sigma.grad is None and eps.grad is None
+    torch.testing.assert_close(alpha.grad, x0.detach().sum(1))
+    torch.testing.assert_close(sigma.grad, eps.detach().sum(1))
+    torch.testing.assert_close(x0.grad, alpha.detach()[:, None].expand_as(x0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from diffpp_fast import ops, rewards
 from diffpp_fast.rewards import clip_model, factories, files, scores
 from diffpp_fast.rewards.base import CLIP_MEAN, CLIP_STD
+from diffpp_fast.rewards.towers import recompute
 
 PROMPTS = ("a cat", "the dogs", "a cat")
 IMAGES = (2.4 * torch.rand(3, 3, 44, 56, generator=torch.Generator().manual_seed(5)) - 1.2).double()
@@ -369,3 +370,12 @@ class FakeTokenizer:
             tensor = torch.cat((tensor, torch.full((len(texts), 75), 49407)), 1)
             return {"input_ids": tensor, "attention_mask": tensor}
         return {"input_ids": ids}
+
+
+def test_recomputed_layers_have_tangents() -> None:
+    layer = nn.Sequential(nn.Linear(3, 3), nn.GELU()).double()
+    x, tangent = torch.randn(2, 2, 3, dtype=torch.float64).unbind()
+    expected = torch.func.jvp(layer, (x,), (tangent,))
+    recompute([layer])
+    torch.testing.assert_close(torch.func.jvp(layer, (x,), (tangent,)), expected)
+    torch.testing.assert_close(torch.func.vmap(layer)(x[:, None])[:, 0], expected[0])

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from diffpp_fast.noise import Noise
+from diffpp_fast.ops.autograd import by_definition, needs_gradient, refused
 from diffpp_fast.precision import widen
 
 #: Which stream of addressed randomness serves what. The adapters' initialise LoRA, where samples are layers.
@@ -81,7 +81,6 @@ class _InjectGradient(torch.autograd.Function):
         return 0.5 * gradient.square().sum() / len(gradient)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return (grad_output / len(gradient) * gradient).to(ctx.dtype), None
@@ -93,8 +92,20 @@ def inject_gradient(x0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     Its value is half the mean squared norm of the gradient. The familiar 0.5 (x0 - stop(x0 - gradient))^2 has the same
     value and derivative, but loses the gradient's small digits in the subtraction. Both are computed in float32 at
     least: only a derivative that enters a low-precision x0 is rounded, once.
+
+    Tangents, transforms and second derivatives see the same derivative, constant in x0.
+
+    Raises:
+        ValueError: `gradient` requires gradient itself: it is a constant here.
     """
-    return _InjectGradient.apply(x0, widen(gradient))
+    if needs_gradient(gradient):
+        raise ValueError("inject_gradient: gradient is a constant and gets no gradient: detach it")
+    gradient = widen(gradient)
+    if by_definition():
+        (gradient,) = refused("inject_gradient: gradient is a constant without a derivative: detach it", [gradient])
+        slope = (gradient * (x0 - x0.detach())).sum()
+        return (0.5 * gradient.square().sum() + slope) / len(gradient)
+    return _InjectGradient.apply(x0, gradient)
 
 
 def input_gradient(values: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:

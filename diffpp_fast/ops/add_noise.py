@@ -6,10 +6,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from diffpp_fast.kernels import dispatch
+from diffpp_fast.kernels.reference import add_noise as definition
 from diffpp_fast.kernels.reference.philox import Address
 from diffpp_fast.noise import Noise
 from diffpp_fast.ops import checks
-from diffpp_fast.ops.autograd import once_differentiable
+from diffpp_fast.ops.autograd import by_definition, needs_gradient, recorded
 
 
 def add_noise(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Noise | Tensor) -> Tensor:
@@ -23,21 +24,29 @@ def add_noise(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Noise | Tensor) -
             as `x0`.
 
     Returns:
-        x_t [B, ...] in the dtype and memory format of `x0`. Differentiable in `x0`; `alpha`, `sigma` and `noise` get
-        no gradient. An empty batch gives an empty result.
+        x_t [B, ...] in the dtype and memory format of `x0`. An empty batch gives an empty result.
+
+    Transforms:
+        Kernels compute x_t and the gradient of `x0`. Plain torch computes gradients of `alpha`, `sigma` and a noise
+        tensor, second derivatives, tangents (forward mode) and what `torch.func` makes of the operator, `vmap` among
+        it; all are exact.
 
     Raises:
         TypeError: an argument is not a floating-point tensor.
         ValueError: shapes, batch sizes or devices differ; alpha or sigma is not finite (seen on the CPU only).
     """
     checks.floating("add_noise", {"x0": x0, "alpha": alpha, "sigma": sigma})
-    checks.same_shape("add_noise", {"x0": x0})
+    if x0.dim() == 0:
+        raise ValueError("add_noise: x0 must have shape [B, ...], got a scalar")
     checks.per_sample("add_noise", x0.shape[0], {"alpha": alpha, "sigma": sigma})
     eps = checks.noise("add_noise", noise, x0)
     dtype = checks.common_dtype(x0, eps)
     arguments = checks.cast(x0, dtype), alpha, sigma, checks.cast(eps, dtype)
-    if checks.needs_gradient(x0):
-        x_t: Tensor = _AddNoise.apply(*arguments)
+    x_t: Tensor
+    if by_definition(alpha, sigma, eps):
+        x_t = definition.forward(*arguments)
+    elif needs_gradient(x0):
+        x_t = _AddNoise.apply(*arguments)
     else:
         x_t = dispatch.select("add_noise", x0.device, dtype).forward(*arguments)
     return checks.cast(x_t, x0.dtype)
@@ -52,8 +61,7 @@ class _AddNoise(Function):
         return x_t
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (alpha,) = ctx.saved_tensors
-        grad_x0 = ctx.kernels.backward(grad_output, alpha) if ctx.needs_input_grad[0] else None
-        return grad_x0, None, None, None
+        kernels = definition if recorded() else ctx.kernels
+        return kernels.backward(grad_output, alpha), None, None, None

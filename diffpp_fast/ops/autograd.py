@@ -1,34 +1,65 @@
-"""Backward passes without a derivative of their own."""
+"""Derivatives that kernels have not: the plain definition has them, and what has none is refused by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+
+from diffpp_fast.kernels import transforms
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For the backward of an operator: a `backward()` that reaches its gradients raises.
+def needs_gradient(*tensors: object) -> bool:
+    """Whether autograd will ask for a gradient. Where it won't, an operator saves the microseconds of its Function."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                return True
+    return False
 
-    Unlike with torch's decorator of this name, also where the upstream gradient is a constant. A gradient penalty that
-    went through would be a number without a gradient. `torch.autograd.grad(..., inputs)` does not get to the error: it
-    visits what leads to the inputs, and these gradients lead nowhere.
+
+def by_definition(*others: object) -> bool:
+    """Whether plain torch is to compute an operator, so that every derivative and transform of torch is right.
+
+    So it is inside a transform of `torch.func` or a dual level, and where a gradient is asked for by one of `others`:
+    the arguments that the kernels have no gradient for.
     """
+    return transforms.active() or needs_gradient(*others)
 
-    @wraps(backward)
-    def call(ctx: Any, *grad_outputs: Any) -> Any:
-        with torch.no_grad():
-            gradients = backward(ctx, *grad_outputs)
-        # Gradients are recorded here under create_graph=True alone. torch.compile traces first derivatives only.
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return gradients
-        op = type(ctx).__name__.removesuffix("Backward").strip("_")
-        message = f"{op} has no second derivative: where a gradient penalty goes through it, write it in plain torch"
-        listed = [gradients] if isinstance(gradients, Tensor) else list(gradients)
-        refuse: Any = torch._C._functions.DelayedError(message.encode(), len(listed))
-        return refuse(*(None if gradient is None else gradient.detach().requires_grad_() for gradient in listed))
 
-    return call
+def recorded() -> bool:
+    """In a backward pass: whether it is differentiated or transformed itself, and has to be made of plain torch.
+
+    Under torch.compile it never is: torch refuses second derivatives of what it compiled.
+    """
+    return (torch.is_grad_enabled() or transforms.active()) and not torch.compiler.is_compiling()
+
+
+class _Refused(Function):
+    """The identity. A derivative that goes through it, of either mode, raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor, message: str) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        ctx.message = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        raise RuntimeError(ctx.message)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        raise RuntimeError(ctx.message)
+
+
+def refused(message: str, tensors: Sequence[Any]) -> list[Any]:
+    """The tensors among `tensors`, such that inside transforms a derivative by them raises; all else as it is."""
+    return [_Refused.apply(value, message) if isinstance(value, Tensor) else value for value in tensors]

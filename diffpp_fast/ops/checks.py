@@ -7,6 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from diffpp_fast.arguments import number, shown
+from diffpp_fast.kernels import transforms
 from diffpp_fast.kernels.reference.philox import Address
 from diffpp_fast.kernels.reference.prediction import PREDICTION_TYPES
 from diffpp_fast.noise import Noise
@@ -14,21 +16,26 @@ from diffpp_fast.noise import Noise
 Argument = TypeVar("Argument", Tensor, Tensor | None, Tensor | Address, Tensor | Address | None)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DENSE = torch.strided
 
 
-def floating(op: str, tensors: Mapping[str, Tensor | None]) -> None:
-    """Every argument is a tensor of a supported dtype, and all are on one device."""
+def floating(op: str, tensors: Mapping[str, Tensor | None], optional: Sequence[str] = ()) -> None:
+    """Every argument is a dense tensor of a supported dtype, or None if it is optional, and all are on one device."""
     device = None
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name in optional:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
-        if device is not None and tensor.device != device:
+        if tensor.layout is not DENSE or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            raise TypeError(f"{op}: {name} must be a dense tensor, got a {kind} one")
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, the tensors before it on {device}")
-        device = tensor.device
 
 
 def same_shape(op: str, tensors: Mapping[str, Tensor | None]) -> None:
@@ -43,26 +50,31 @@ def same_shape(op: str, tensors: Mapping[str, Tensor | None]) -> None:
 
 def per_sample(op: str, batch: int, tensors: Mapping[str, Tensor | None]) -> None:
     """Every argument has shape [B], and on the CPU its values are finite."""
+    # A tracer's and a transform's tensors have no values, and elsewhere reading one would wait for the device.
+    readable = not (torch.compiler.is_compiling() or transforms.functional())
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         if tensor.shape != (batch,):
             raise ValueError(f"{op}: {name} must have shape [B] = [{batch}], got {list(tensor.shape)}")
-        # Elsewhere reading a value would wait for the device, and a tracer's tensors have none.
-        if tensor.is_cpu and type(tensor) is Tensor and not torch.compiler.is_compiling():
+        if readable and tensor.is_cpu and type(tensor) is Tensor:
             values = tensor.tolist()
-            if not all(map(math.isfinite, values)):
-                wrong = next(b for b, value in enumerate(values) if not math.isfinite(value))
-                raise ValueError(f"{op}: {name} must be finite, got {values[wrong]} for sample {wrong}")
+            if math.isfinite(sum(values)):
+                continue
+            for b, value in enumerate(values):
+                if not math.isfinite(value):
+                    raise ValueError(f"{op}: {name} must be finite, got {value} for sample {b}")
 
 
 def elements(op: str, name: str, tensor: Tensor) -> None:
     """A sample has elements, so that its mean is a number."""
-    if tensor.shape[1:].numel() == 0:
+    if tensor.numel() == 0 and tensor.shape[1:].numel() == 0:
         raise ValueError(f"{op}: a sample of {name} has no elements, shape {list(tensor.shape)}")
 
 
 def one_of(op: str, name: str, value: str | None, known: Sequence[str | None]) -> None:
+    if not (value is None or isinstance(value, str)):  # the comparison of an array has no truth value
+        raise TypeError(f"{op}: {name} must be one of {', '.join(map(str, known))}, got {shown(value)}")
     if value not in known:
         raise ValueError(f"{op}: unknown {name} {value!r}; known: {', '.join(map(str, known))}")
 
@@ -71,13 +83,22 @@ def prediction_type(op: str, value: str) -> None:
     one_of(op, "prediction type", value, PREDICTION_TYPES)
 
 
+def eps(op: str, value: float) -> float:
+    """What is added to a variance; 0 is allowed, and makes NaN of equal values."""
+    value = number(op, "eps", value)
+    if value < 0.0:
+        raise ValueError(f"{op}: eps must not be negative, got {value}")
+    return value
+
+
 def noise(op: str, value: Noise | Tensor, like: Tensor) -> Address | Tensor:
     """The noise as kernels take it: an address with the batch of `like`, or a tensor of its shape."""
     if isinstance(value, Noise):
-        if value.samples.device != like.device:
-            raise ValueError(f"{op}: noise.samples is on {value.samples.device}, the data on {like.device}")
-        if value.samples.shape != like.shape[:1]:
-            raise ValueError(f"{op}: noise has {len(value.samples)} samples, the batch has {like.shape[0]}")
+        samples = value.samples
+        if samples.device != like.device:
+            raise ValueError(f"{op}: noise.samples is on {samples.device}, the data on {like.device}")
+        if samples.shape[0] != like.shape[0]:
+            raise ValueError(f"{op}: noise has {len(samples)} samples, the batch has {like.shape[0]}")
         return value.address
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: noise must be a Noise or a tensor, got {type(value).__name__}")
@@ -88,10 +109,11 @@ def noise(op: str, value: Noise | Tensor, like: Tensor) -> Address | Tensor:
 
 def common_dtype(*values: Tensor | Address | None) -> torch.dtype:
     """The dtype in which no tensor among `values` loses precision: kernels see one dtype."""
-    dtypes = [value.dtype for value in values if isinstance(value, Tensor)]
-    common = dtypes[0]
-    for dtype in dtypes[1:]:
-        common = torch.promote_types(common, dtype)
+    common = None
+    for value in values:
+        if isinstance(value, Tensor) and value.dtype is not common:
+            common = value.dtype if common is None else torch.promote_types(common, value.dtype)
+    assert common is not None
     return common
 
 
@@ -113,11 +135,6 @@ def cast(value: Argument, dtype: torch.dtype) -> Argument:
     return value.to(dtype)
 
 
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for a gradient. Where it won't, an operator saves the microseconds of its Function."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 def split_noise(value: Address | Tensor) -> tuple[Tensor, tuple[int, int] | None]:
     """The tensor in `value`, for `save_for_backward` to guard against overwriting, and (seed, stream) of an address."""
     return (value, None) if isinstance(value, Tensor) else (value.samples, (value.seed, value.stream))
@@ -128,10 +145,12 @@ def join_noise(tensor: Tensor, key: tuple[int, int] | None) -> Address | Tensor:
     return tensor if key is None else Address(key[0], tensor, key[1])
 
 
-def guidance(op: str, uncond: Tensor | None, guidance_scale: float) -> None:
-    """Guidance has something to guide away from."""
+def guidance(op: str, uncond: Tensor | None, guidance_scale: float) -> float:
+    """A guidance scale that has something to guide away from."""
+    guidance_scale = number(op, "guidance_scale", guidance_scale)
     if uncond is None and guidance_scale != 1.0:
         raise ValueError(f"{op}: guidance_scale {guidance_scale} needs uncond; without it the scale must be 1")
+    return guidance_scale
 
 
 def outputs_with_target(
@@ -142,14 +161,12 @@ def outputs_with_target(
     x0: Tensor,
     alpha: Tensor,
     sigma: Tensor,
-    guidance_scale: float,
     prediction: str,
 ) -> None:
     """What the losses on three network outputs and a target have in common."""
     prediction_type(op, prediction)
     large = {"fake": fake, "cond": cond, "uncond": uncond, "x0": x0}
-    floating(op, {**large, "alpha": alpha, "sigma": sigma})
+    floating(op, {**large, "alpha": alpha, "sigma": sigma}, optional=("uncond",))
     same_shape(op, large)
     per_sample(op, fake.shape[0], {"alpha": alpha, "sigma": sigma})
     elements(op, "fake", fake)
-    guidance(op, uncond, guidance_scale)

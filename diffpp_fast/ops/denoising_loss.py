@@ -6,10 +6,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from diffpp_fast.kernels import dispatch
+from diffpp_fast.kernels.reference import denoising_loss as definition
 from diffpp_fast.kernels.reference.philox import Address
 from diffpp_fast.noise import Noise
 from diffpp_fast.ops import checks
-from diffpp_fast.ops.autograd import once_differentiable
+from diffpp_fast.ops.autograd import by_definition, needs_gradient, recorded
 
 
 def denoising_loss(
@@ -37,7 +38,12 @@ def denoising_loss(
         weight: [B], or None for 1.
 
     Returns:
-        A scalar, float32 (float64 for float64 inputs). Differentiable in `prediction` only.
+        A scalar, float32 (float64 for float64 inputs).
+
+    Transforms:
+        Kernels compute the loss and the gradient of `prediction`. Plain torch computes gradients of all other tensors
+        (detach those that only make the target), second derivatives, tangents (forward mode) and what `torch.func`
+        makes of the operator, `vmap` among it; all are exact.
 
     Raises:
         TypeError: an argument is not a floating-point tensor.
@@ -45,7 +51,9 @@ def denoising_loss(
     """
     op = "denoising_loss"
     checks.prediction_type(op, prediction_type)
-    checks.floating(op, {"prediction": prediction, "x0": x0, "alpha": alpha, "sigma": sigma, "weight": weight})
+    checks.floating(
+        op, {"prediction": prediction, "x0": x0, "alpha": alpha, "sigma": sigma, "weight": weight}, ("weight",)
+    )
     checks.same_shape(op, {"prediction": prediction, "x0": x0})
     checks.per_sample(op, x0.shape[0], {"alpha": alpha, "sigma": sigma, "weight": weight})
     if prediction.numel() == 0:
@@ -62,8 +70,11 @@ def denoising_loss(
         prediction_type,
         weight,
     )
-    if checks.needs_gradient(prediction):
-        loss: Tensor = _DenoisingLoss.apply(*arguments)
+    loss: Tensor
+    if by_definition(x0, eps, alpha, sigma, weight):
+        loss, _ = definition.forward(*arguments, save_residual=False)
+    elif needs_gradient(prediction):
+        loss, _ = _DenoisingLoss.apply(*arguments)
     else:
         loss, _ = dispatch.select(op, prediction.device, dtype).forward(*arguments, save_residual=False)
     return loss
@@ -80,18 +91,23 @@ class _DenoisingLoss(Function):
         sigma: Tensor,
         prediction_type: str,
         weight: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and the residual, an output so that second derivatives can go through it."""
         ctx.kernels = dispatch.select("denoising_loss", prediction.device, prediction.dtype)
-        loss: Tensor
+        ctx.set_materialize_grads(False)
         loss, residual = ctx.kernels.forward(
-            prediction, x0, noise, alpha, sigma, prediction_type, weight, save_residual=ctx.needs_input_grad[0]
+            prediction, x0, noise, alpha, sigma, prediction_type, weight, save_residual=True
         )
         ctx.save_for_backward(residual, weight)
-        return loss
+        return loss, residual
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_residual: Tensor | None) -> tuple[Tensor | None, ...]:
         residual, weight = ctx.saved_tensors
-        grad = ctx.kernels.backward(grad_output, residual, weight) if ctx.needs_input_grad[0] else None
+        grad = grad_residual
+        if grad_loss is not None:
+            kernels = definition if recorded() else ctx.kernels
+            grad = kernels.backward(grad_loss, residual, weight)
+            if grad_residual is not None:
+                grad = grad + grad_residual
         return grad, None, None, None, None, None, None

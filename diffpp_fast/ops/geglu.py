@@ -5,9 +5,10 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from diffpp_fast.kernels import dispatch
+from diffpp_fast.kernels import dispatch, transforms
+from diffpp_fast.kernels.reference import geglu as definition
 from diffpp_fast.ops import checks
-from diffpp_fast.ops.autograd import once_differentiable
+from diffpp_fast.ops.autograd import needs_gradient, recorded
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -20,7 +21,11 @@ def geglu(x: Tensor) -> Tensor:
         x: [..., 2 D].
 
     Returns:
-        [..., D] in the dtype of `x`, row-major. Differentiable in `x`.
+        [..., D] in the dtype of `x`, row-major.
+
+    Transforms:
+        Kernels compute the value and the gradient. Plain torch computes second derivatives, tangents (forward mode)
+        and what `torch.func` makes of the operator, `vmap` among it; all are exact.
 
     Raises:
         TypeError: x is not a floating-point tensor.
@@ -30,8 +35,11 @@ def geglu(x: Tensor) -> Tensor:
     checks.floating(op, {"x": x})
     if x.dim() == 0 or x.shape[-1] % 2:
         raise ValueError(f"{op}: x must have shape [..., 2 D], got {list(x.shape)}")
-    if checks.needs_gradient(x):
-        y: Tensor = _Geglu.apply(x)
+    y: Tensor
+    if transforms.active():
+        y = definition.forward(x)
+    elif needs_gradient(x):
+        y = _Geglu.apply(x)
     else:
         y = dispatch.select(op, x.device, x.dtype).forward(x)
     return y
@@ -46,7 +54,7 @@ class _Geglu(Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        grad: Tensor = ctx.kernels.backward(grad_output, *ctx.saved_tensors)
+        kernels = definition if recorded() else ctx.kernels
+        grad: Tensor = kernels.backward(grad_output, *ctx.saved_tensors)
         return grad

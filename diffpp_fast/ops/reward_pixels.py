@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from diffpp_fast.kernels import dispatch
+from diffpp_fast.arguments import integer, numbers, shown
+from diffpp_fast.kernels import dispatch, transforms
+from diffpp_fast.kernels.reference import reward_pixels as definition
 from diffpp_fast.kernels.reference.reward_pixels import SUPPORT, Preprocessing
 from diffpp_fast.ops import checks
-from diffpp_fast.ops.autograd import once_differentiable
+from diffpp_fast.ops.autograd import needs_gradient, recorded
 
+FILTERS = tuple(SUPPORT)
 FITS = ("crop", "pad", "stretch")
 CLAMPS = ("hard", "straight_through", "none")
 
@@ -48,38 +51,49 @@ def reward_pixels(
         dtype: of the output; None for that of `images`.
 
     Returns:
-        [B, C, size, size], channels_last if `images` is. Differentiable in `images`; the gradient is the exact adjoint.
-        An empty batch gives an empty result.
+        [B, C, size, size], channels_last if `images` is. An empty batch gives an empty result.
+
+    Transforms:
+        Kernels compute the pixels and the gradient of `images`, which is the exact adjoint. Plain torch computes second
+        derivatives, tangents (forward mode) and what `torch.func` makes of the operator, `vmap` among it; all are
+        exact, with "straight_through" as the identity where the clamp was.
 
     Raises:
-        TypeError: `images` or `dtype` is not floating-point.
-        ValueError: a shape, a length or an option that is not among the above.
+        TypeError: `images` or `dtype` is not floating-point, or another argument not of the type that is named above.
+        ValueError: a shape, a length, a number or an option that is not among the above.
     """
     op = "reward_pixels"
     checks.floating(op, {"images": images})
-    if images.dim() != 4 or 0 in images.shape[1:]:
+    if images.dim() != 4 or (images.numel() == 0 and 0 in images.shape[1:]):
         raise ValueError(f"{op}: images must have shape [B, C, H, W] with pixels, got {list(images.shape)}")
+    size = integer(op, "size", size)
     if size < 1:
         raise ValueError(f"{op}: size must be at least 1, got {size}")
+    means, stds, limits = numbers(op, "mean", mean), numbers(op, "std", std), numbers(op, "value_range", value_range)
     channels = images.shape[1]
-    if len(mean) != channels or len(std) != channels:
-        raise ValueError(f"{op}: {channels} channels, but {len(mean)} values of mean and {len(std)} of std")
-    if 0.0 in std:
-        raise ValueError(f"{op}: std must not be zero, got {list(std)}")
-    low, high = value_range
-    if not low < high:
-        raise ValueError(f"{op}: value_range must increase, got {value_range}")
-    checks.one_of(op, "filter", filter, tuple(SUPPORT))
+    if len(means) != channels or len(stds) != channels:
+        raise ValueError(
+            f"{op}: {channels} channels, but {len(means)} values of mean and {len(stds)} of std; "
+            f"images are [B, C, H, W], got {list(images.shape)}"
+        )
+    if min(stds) <= 0.0:
+        raise ValueError(f"{op}: std must not be zero or negative, got {list(stds)}")
+    if len(limits) != 2 or not limits[0] < limits[1]:
+        raise ValueError(f"{op}: value_range must increase from one number to another, got {limits}")
+    if not isinstance(antialias, bool):
+        raise TypeError(f"{op}: antialias must be True or False, got {shown(antialias)}")
+    checks.one_of(op, "filter", filter, FILTERS)
     checks.one_of(op, "fit", fit, FITS)
     checks.one_of(op, "clamp", clamp, CLAMPS)
     dtype = images.dtype if dtype is None else dtype
-    if dtype not in checks.DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in checks.DTYPES:
         raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
-    preprocessing = Preprocessing(
-        size, tuple(map(float, mean)), tuple(map(float, std)), filter, antialias, fit, (float(low), float(high)), clamp
-    )
-    if checks.needs_gradient(images):
-        pixels: Tensor = _RewardPixels.apply(images, preprocessing, dtype)
+    preprocessing = Preprocessing(size, means, stds, filter, antialias, fit, (limits[0], limits[1]), clamp)
+    pixels: Tensor
+    if transforms.active():
+        pixels = definition.forward(images, preprocessing, dtype)
+    elif needs_gradient(images):
+        pixels = _RewardPixels.apply(images, preprocessing, dtype)
     else:
         pixels = dispatch.select(op, images.device, images.dtype).forward(images, preprocessing, dtype)
     return pixels
@@ -95,8 +109,6 @@ class _RewardPixels(Function):
         return pixels
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        (images,) = ctx.saved_tensors
-        grad = ctx.kernels.backward(grad_output, images, ctx.preprocessing) if ctx.needs_input_grad[0] else None
-        return grad, None, None
+        kernels = definition if recorded() else ctx.kernels
+        return kernels.backward(grad_output, *ctx.saved_tensors, ctx.preprocessing), None, None

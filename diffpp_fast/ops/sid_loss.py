@@ -5,11 +5,13 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
+from diffpp_fast.arguments import number
 from diffpp_fast.kernels import dispatch
+from diffpp_fast.kernels.reference import sid_loss as definition
 from diffpp_fast.kernels.reference.philox import Address
 from diffpp_fast.noise import Noise
 from diffpp_fast.ops import checks
-from diffpp_fast.ops.autograd import once_differentiable
+from diffpp_fast.ops.autograd import by_definition, needs_gradient, recorded
 
 
 def sid_loss(
@@ -45,20 +47,27 @@ def sid_loss(
         sid_alpha: SiD's alpha.
 
     Returns:
-        [B], float32 (float64 for float64 inputs). Differentiable in `fake`, `cond`, `uncond`, and in `x0` as far as the
-        target holds it (all but "epsilon"). mean|r| is taken as at least 1e-6 and gets no gradient.
+        [B], float32 (float64 for float64 inputs). mean|r| is taken as at least 1e-6.
+
+    Transforms:
+        Kernels compute the loss and the gradients of `fake`, `cond`, `uncond` and `x0`, the last as far as the target
+        holds it (all but "epsilon"). Plain torch computes gradients of `alpha`, `sigma` and a noise tensor, second
+        derivatives, tangents (forward mode) and what `torch.func` makes of the operator, `vmap` among it. In all of
+        them mean|r| is a constant, as SiD has it; else they are exact.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor.
-        ValueError: shapes, batch sizes or devices differ; a sample has no elements; `uncond` is missing; unknown
-            prediction type.
+        TypeError: an argument is not a floating-point tensor, or not a number where one is due.
+        ValueError: shapes, batch sizes or devices differ; a sample has no elements; `uncond` is missing; a number is
+            not finite; unknown prediction type.
     """
     op = "sid_loss"
-    checks.outputs_with_target(op, fake, cond, uncond, x0, alpha, sigma, guidance_scale, prediction_type)
+    sid_alpha = number(op, "sid_alpha", sid_alpha)
+    checks.outputs_with_target(op, fake, cond, uncond, x0, alpha, sigma, prediction_type)
+    guidance_scale = checks.guidance(op, uncond, guidance_scale)
     eps = checks.noise(op, noise, x0)
     x0 = checks.target_x0(prediction_type, x0, fake)
     dtype = checks.common_dtype(fake, cond, uncond, x0, eps)
-    loss: Tensor = _SidLoss.apply(
+    arguments = (
         checks.cast(fake, dtype),
         checks.cast(cond, dtype),
         checks.cast(uncond, dtype),
@@ -70,6 +79,13 @@ def sid_loss(
         prediction_type,
         sid_alpha,
     )
+    loss: Tensor
+    if by_definition(eps, alpha, sigma):
+        loss, *_ = definition.forward(*arguments)
+    elif needs_gradient(fake, cond, uncond, x0):
+        loss = _SidLoss.apply(*arguments)
+    else:
+        loss, *_ = dispatch.select(op, fake.device, dtype).forward(*arguments)
     return loss
 
 
@@ -97,10 +113,10 @@ class _SidLoss(Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         factor, fake, cond, uncond, x0, alpha, sigma, noise_tensor = ctx.saved_tensors
-        grads = ctx.kernels.backward(
+        kernels = definition if recorded() else ctx.kernels
+        grads = kernels.backward(
             grad_output,
             factor,
             fake,

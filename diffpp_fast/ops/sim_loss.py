@@ -5,11 +5,13 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
+from diffpp_fast.arguments import positive
 from diffpp_fast.kernels import dispatch
+from diffpp_fast.kernels.reference import sim_loss as definition
 from diffpp_fast.kernels.reference.philox import Address
 from diffpp_fast.noise import Noise
 from diffpp_fast.ops import checks
-from diffpp_fast.ops.autograd import once_differentiable
+from diffpp_fast.ops.autograd import by_definition, needs_gradient, recorded
 
 
 def sim_loss(
@@ -46,22 +48,27 @@ def sim_loss(
         huber_c: the distance, in units of the whole sample's score, where squared turns into absolute; positive.
 
     Returns:
-        [B], float32 (float64 for float64 inputs). Differentiable in `fake`, `cond`, `uncond`, and in `x0` as far as the
-        target holds it (all but "epsilon").
+        [B], float32 (float64 for float64 inputs).
+
+    Transforms:
+        Kernels compute the loss and the gradients of `fake`, `cond`, `uncond` and `x0`, the last as far as the target
+        holds it (all but "epsilon"). Plain torch computes gradients of `alpha`, `sigma` and a noise tensor, second
+        derivatives, tangents (forward mode) and what `torch.func` makes of the operator, `vmap` among it; all are
+        exact.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor.
+        TypeError: an argument is not a floating-point tensor, or not a number where one is due.
         ValueError: shapes, batch sizes or devices differ; a sample has no elements; `uncond` is missing; unknown
-            prediction type; huber_c is not positive.
+            prediction type; huber_c is not positive and finite, or guidance_scale not finite.
     """
     op = "sim_loss"
-    checks.outputs_with_target(op, fake, cond, uncond, x0, alpha, sigma, guidance_scale, prediction_type)
-    if not huber_c > 0.0:
-        raise ValueError(f"{op}: huber_c must be positive, got {huber_c}")
+    checks.outputs_with_target(op, fake, cond, uncond, x0, alpha, sigma, prediction_type)
+    guidance_scale = checks.guidance(op, uncond, guidance_scale)
+    huber_c = positive(op, "huber_c", huber_c)
     eps = checks.noise(op, noise, x0)
     x0 = checks.target_x0(prediction_type, x0, fake)
     dtype = checks.common_dtype(fake, cond, uncond, x0, eps)
-    loss: Tensor = _SimLoss.apply(
+    arguments = (
         checks.cast(fake, dtype),
         checks.cast(cond, dtype),
         checks.cast(uncond, dtype),
@@ -73,6 +80,13 @@ def sim_loss(
         prediction_type,
         huber_c,
     )
+    loss: Tensor
+    if by_definition(eps, alpha, sigma):
+        loss, *_ = definition.forward(*arguments)
+    elif needs_gradient(fake, cond, uncond, x0):
+        loss = _SimLoss.apply(*arguments)
+    else:
+        loss, *_ = dispatch.select(op, fake.device, dtype).forward(*arguments)
     return loss
 
 
@@ -94,27 +108,20 @@ class _SimLoss(Function):
         ctx.kernels = dispatch.select("sim_loss", fake.device, fake.dtype)
         noise_tensor, ctx.noise_key = checks.split_noise(noise)
         ctx.options = guidance_scale, prediction_type
+        ctx.huber_c = huber_c
         loss: Tensor
         loss, factor, shrink = ctx.kernels.forward(fake, cond, uncond, x0, noise, alpha, sigma, *ctx.options, huber_c)
         ctx.save_for_backward(factor, shrink, fake, cond, uncond, x0, alpha, sigma, noise_tensor)
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         factor, shrink, fake, cond, uncond, x0, alpha, sigma, noise_tensor = ctx.saved_tensors
-        grads = ctx.kernels.backward(
-            grad_output,
-            factor,
-            shrink,
-            fake,
-            cond,
-            uncond,
-            x0,
-            checks.join_noise(noise_tensor, ctx.noise_key),
-            alpha,
-            sigma,
-            *ctx.options,
-            ctx.needs_input_grad[:4],
-        )
+        noise = checks.join_noise(noise_tensor, ctx.noise_key)
+        arguments: Any = fake, cond, uncond, x0, noise, alpha, sigma, *ctx.options
+        kernels = ctx.kernels
+        if recorded():
+            kernels = definition
+            _, factor, shrink = definition.forward(*(*arguments, ctx.huber_c))  # which depend on the outputs
+        grads = kernels.backward(grad_output, factor, shrink, *arguments, ctx.needs_input_grad[:4])
         return (*grads, None, None, None, None, None, None)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffpp_fast.kernels import transforms
+
 
 class QuickGelu(nn.Module):
     """x sigmoid(1.702 x), as OpenAI's CLIP has it, keeping one tensor for the backward pass instead of two."""
@@ -70,6 +72,8 @@ def recompute(layers: Iterable[nn.Module]) -> None:
 @lru_cache
 def _recomputing(kind: Any) -> Any:
     def forward(self: nn.Module, *inputs: Any, **options: Any) -> Any:
+        if transforms.active():  # transforms know no recomputation
+            return kind.forward(self, *inputs, **options)
         # No layer draws random numbers.
         return checkpoint(
             partial(kind.forward, self), *inputs, use_reentrant=False, preserve_rng_state=False, **options

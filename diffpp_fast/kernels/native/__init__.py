@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffpp_fast.kernels.reference.philox import Address
 
+CPU = torch.device("cpu")
 LIBRARY = Path(__file__).parent / "_library.so"
 
 
@@ -55,7 +56,9 @@ def only_gpu(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def only_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
     """What the CPU kernels refuse: tensors elsewhere. On meta there is nothing to compute, and the fakes serve."""
-    return None if device.type in ("cpu", "meta") else f"it serves the CPU, the tensors are on {device.type}"
+    if device == CPU or device.type == "meta":
+        return None
+    return f"it serves the CPU, the tensors are on {device.type}"
 
 
 def noise_arguments(noise: Tensor | Address) -> tuple[Tensor, int, int]:

@@ -1,10 +1,13 @@
-"""The unfused definition of every operator in plain torch: the oracle and the baseline.
+"""The unfused definition of every operator in plain torch: the oracle, the baseline, and what transforms go through.
 
-Arithmetic is float32 whatever the dtype outside, float64 for float64. The helpers here state that once.
+`forward` and `backward` are functions that torch itself can differentiate and transform, in every mode. Arithmetic is
+float32 whatever the dtype outside, float64 for float64. The helpers here state that once.
 """
 
 import torch
 from torch import Tensor
+
+from diffpp_fast.kernels import transforms
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -23,5 +26,7 @@ def sum_per_sample(values: Tensor) -> Tensor:
 
 
 def stored_like(result: Tensor, like: Tensor) -> Tensor:
-    """`result` in the dtype and memory layout of `like`."""
+    """`result` in the dtype and memory layout of `like`; where `torch.func` hides the layout, in the dtype alone."""
+    if transforms.functional():
+        return result.to(like.dtype)
     return torch.empty_like(like).copy_(result)

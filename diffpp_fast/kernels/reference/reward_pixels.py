@@ -4,12 +4,14 @@ Resizing is separable and linear, and so are cropping and zero-padding: each axi
 """
 
 import math
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffpp_fast.kernels import transforms
 from diffpp_fast.kernels.reference import compute_dtype, stored_like
 
 # Half the width of each filter at scale 1, in pixels.
@@ -34,14 +36,20 @@ def forward(images: Tensor, preprocessing: Preprocessing, dtype: torch.dtype) ->
     work = compute_dtype(images)
     low, high = preprocessing.value_range
     pixels = (images.to(work) - low) / (high - low)
-    if preprocessing.clamp != "none":
+    if preprocessing.clamp == "hard":
         pixels = pixels.clamp(0.0, 1.0)
+    elif preprocessing.clamp == "straight_through":
+        # The difference is 0, or NaN where a pixel is infinite, and has the derivative of the identity.
+        pixels = pixels.clamp(0.0, 1.0).detach() + (pixels - pixels.detach()).nan_to_num(nan=0.0)
     rows, columns = _matrices(images, preprocessing)
     resized = _apply(rows, pixels, columns.T)
     mean, std = (_per_channel(values, images.device, work) for values in (preprocessing.mean, preprocessing.std))
+    pixels = (resized - mean) / std
+    if transforms.functional():  # which hides the layout
+        return pixels.to(dtype)
     channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return ((resized - mean) / std).to(dtype, memory_format=memory_format)
+    return pixels.to(dtype, memory_format=memory_format)
 
 
 def backward(grad_output: Tensor, images: Tensor, preprocessing: Preprocessing) -> Tensor:
@@ -131,8 +139,21 @@ def _matrices(images: Tensor, spec: Preprocessing) -> tuple[Tensor, Tensor]:
     )
 
 
-# Cached, so that a call copies nothing to the device.
-@lru_cache(maxsize=256)
+def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`make` with its results kept, so that a second call copies nothing to the device."""
+    cached = lru_cache(maxsize=256)(make)
+
+    @wraps(make)
+    def call(*arguments: Any) -> Tensor:
+        # Tensors that are made in a transform or in inference mode are of no use outside.
+        if transforms.active() or torch.is_inference_mode_enabled():
+            return make(*arguments)
+        return cached(*arguments)
+
+    return call
+
+
+@_kept
 def _axis_matrix_on(
     device: torch.device,
     dtype: torch.dtype,
@@ -146,6 +167,6 @@ def _axis_matrix_on(
     return axis_matrix(in_size, other_in_size, size, fit, filter, antialias).to(device, dtype)
 
 
-@lru_cache(maxsize=256)
+@_kept
 def _per_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, device=device, dtype=dtype)[:, None, None]

@@ -26,7 +26,7 @@ def forward(
     gap = guided - fake.to(dtype)
     residual = guided - regression_target(prediction_type, x0, noise, alpha, sigma)
     k = gap_scale(prediction_type, alpha.to(dtype), sigma.to(dtype))
-    factor = k.abs() / mean_abs(residual).clamp(min=MEAN_ABS_FLOOR)
+    factor = k.abs() / mean_abs(residual).detach().clamp(min=MEAN_ABS_FLOOR)
     return factor * sum_per_sample(gap * (residual - sid_alpha * gap)), factor
 
 

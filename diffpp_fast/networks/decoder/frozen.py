@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from diffpp_fast.kernels import transforms
 from diffpp_fast.networks.decoder import checks
 from diffpp_fast.networks.decoder.walk import Stage, kl_stages, tiny_stages
+from diffpp_fast.ops.autograd import needs_gradient
 
 #: How to walk each class of autoencoder.
 STAGES = {"AutoencoderKL": kl_stages, "AutoencoderTiny": tiny_stages}
@@ -25,6 +27,11 @@ class FrozenDecoder(nn.Module):
     The arithmetic is in the weights' dtype, or in autocast's where it is on; latents of any floating dtype are unscaled
     before they are cast. There are no waits for the device and no branches on data: it can be compiled in one graph
     and captured. A latent that is not finite gives an image that is not, without an error.
+
+    Transforms:
+        Second derivatives by the latents are exact, as far as torch's attention has them. Forward mode and the
+        transforms of `torch.func` are exact; they recompute nothing, and raise RuntimeError for a derivative by a
+        weight.
 
     Args:
         vae: an `AutoencoderKL` (Stable Diffusion 1.5, XL and 3, PixArt) or an `AutoencoderTiny`. It is shared, not
@@ -83,7 +90,9 @@ class FrozenDecoder(nn.Module):
         dtype = self._compute_dtype(latents.device)
         checks.check_dtype(self.vae, dtype)
         z = self._unscale(latents.to(torch.promote_types(latents.dtype, dtype)))
-        z = z.to(dtype).contiguous(memory_format=self.memory_format)
+        z = z.to(dtype)
+        if not transforms.functional():  # which hides the layout
+            z = z.contiguous(memory_format=self.memory_format)
         stages = STAGES[self.kind](self.vae, z)
         if self.slice_size is None or len(z) <= self.slice_size:
             return self._decode(z, stages).contiguous()
@@ -115,7 +124,7 @@ class FrozenDecoder(nn.Module):
 
     def _decode(self, x: Tensor, stages: list[Stage]) -> Tensor:
         for stage in stages:
-            if self.checkpoint and torch.is_grad_enabled() and x.requires_grad:
+            if self.checkpoint and needs_gradient(x) and not transforms.active():
                 # There is nothing random to repeat, and reading the generators' states would wait for the device.
                 x = recompute(_run, stage, x, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -3,6 +3,9 @@
 Torch's convolution keeps its input, which only the weight's gradient needs. Here the backward pass is the adjoint
 map, which is a convolution of the transposed kind and takes nothing but the weight. Weights are read, and cast to the
 dtype of the data, at every use: what was loaded, moved or cast in the meantime counts. None ever gets a gradient.
+
+Second derivatives differentiate the adjoint maps. Inside transforms of `torch.func` and forward-mode AD the layers are
+torch's own, and a derivative by a weight raises.
 """
 
 from __future__ import annotations
@@ -13,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from diffpp_fast import ops
+from diffpp_fast.kernels import transforms
+from diffpp_fast.ops.autograd import refused
 
 
 def convolution(x: Tensor, layer: nn.Conv2d, *, residual: Tensor | None = None, relu: bool = False) -> Tensor:
@@ -23,8 +27,13 @@ def convolution(x: Tensor, layer: nn.Conv2d, *, residual: Tensor | None = None, 
 
     Keeps nothing, or one byte per output of the ReLU. Stride 1.
     """
-    geometry = (layer.padding, layer.dilation, layer.groups)
-    y: Tensor = _Convolution.apply(x, layer.weight, layer.bias, residual, relu, geometry)
+    geometry: Any = (layer.padding, layer.dilation, layer.groups)
+    if transforms.active():
+        weight, bias = _frozen(layer, x)
+        y = F.conv2d(x, weight, bias, 1, *geometry)
+        y = y if residual is None else y + residual
+        return y.relu() if relu else y
+    y = _Convolution.apply(x, layer.weight, layer.bias, residual, relu, geometry)
     return y
 
 
@@ -39,6 +48,9 @@ def enlarged_convolution(x: Tensor, layer: nn.Conv2d, taps: Tensor) -> Tensor:
         layer: 3 x 3 with padding 1.
         taps: from `enlarging_taps`.
     """
+    if transforms.active():
+        weight, bias = _frozen(layer, x)
+        return F.conv_transpose2d(x, _summed(weight, taps, x.dtype), bias, stride=2, padding=1)
     y: Tensor = _EnlargedConvolution.apply(x, layer.weight, layer.bias, taps)
     return y
 
@@ -51,13 +63,18 @@ def enlarging_taps(like: Tensor) -> Tensor:
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
     """layer(x), [..., C] -> [..., C']. Keeps nothing."""
+    if transforms.active():
+        return F.linear(x, *_frozen(layer, x))
     y: Tensor = _Linear.apply(x, layer.weight, layer.bias)
     return y
 
 
 def group_norm(x: Tensor, layer: nn.GroupNorm, activation: str = "silu") -> Tensor:
     """activation(layer(x)). Keeps x and two statistics per group."""
-    weight, bias = (None if value is None else value.detach() for value in (layer.weight, layer.bias))
+    if transforms.active():
+        weight, bias = _frozen(layer)
+    else:
+        weight, bias = (None if value is None else value.detach() for value in (layer.weight, layer.bias))
     return ops.group_norm_silu(x, layer.num_groups, weight, bias, layer.eps, activation)
 
 
@@ -90,7 +107,6 @@ class _Convolution(Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, blocked = ctx.saved_tensors
         needs_x, _, _, needs_residual, _, _ = ctx.needs_input_grad
@@ -112,7 +128,6 @@ class _EnlargedConvolution(Function):
         return F.conv_transpose2d(x, _summed(weight, taps, x.dtype), _cast(bias, x), stride=2, padding=1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, taps = ctx.saved_tensors
         grad = grad.contiguous(memory_format=ctx.layout)
@@ -126,10 +141,18 @@ class _Linear(Function):
         return F.linear(x, weight.to(x.dtype), _cast(bias, x))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         return F.linear(grad, weight.to(grad.dtype).t()), None, None
+
+
+def _frozen(layer: Any, like: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias inside a transform, in the dtype of `like`: a derivative by them raises."""
+    weight, bias = refused(
+        "FrozenDecoder: a derivative by its weights is asked for; they are frozen, and have none",
+        [layer.weight, layer.bias],
+    )
+    return (weight, bias) if like is None else (weight.to(like.dtype), _cast(bias, like))
 
 
 def _summed(weight: Tensor, taps: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffpp_fast.kernels import transforms
 from diffpp_fast.networks.decoder.layers import (
     convolution,
     enlarged_convolution,
@@ -85,9 +86,15 @@ def _attention(block: Any, x: Tensor) -> Tensor:
         linear(tokens, layer).unflatten(2, (block.heads, -1)).transpose(1, 2)
         for layer in (block.to_q, block.to_k, block.to_v)
     )
-    attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    attended = _attend(q, k, v).transpose(1, 2).flatten(2)
     y = x + linear(attended, block.to_out[0]).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
     return y if block.rescale_output_factor == 1.0 else y / block.rescale_output_factor
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if transforms.active():  # torch's own has no tangents
+        return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def _tiny_block(block: Any, x: Tensor) -> Tensor:
