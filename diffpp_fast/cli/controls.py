@@ -60,6 +60,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     from diffpp_fast.report import check_drawing, is_run, write_report
     from diffpp_fast.training.controls import NAMES, check_control, controls_of
+    from diffpp_fast.training.launch import find_place
     from diffpp_fast.training.loading import load_config
     from diffpp_fast.training.prompts import open_prompts
 
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     # All of them before the first one begins.
     complete = [_check(control, arguments, check_control(control, prompts)) for control in chosen]
 
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = find_place(os.environ).rank == 0
     logging.basicConfig(format="%(message)s", handlers=[Stderr()])
     hide_loading_bars()
     logging.getLogger("diffpp_fast").setLevel(logging.INFO)
@@ -98,9 +99,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _chosen(controls: Sequence[Control], only: str | None) -> list[Control]:
     from diffpp_fast.errors import ConfigurationError
+    from diffpp_fast.training.launch import find_place
 
     names = ", ".join(control.name for control in controls)
-    if only is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if only is None and find_place(os.environ).size > 1:
         raise ConfigurationError(
             f"several processes train one run per launch: launch one after the other with --only NAME, of {names}"
         )
