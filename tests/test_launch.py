@@ -133,5 +133,3 @@ def test_processes_that_do_not_find_each_other_say_so(tmp_path: Path) -> None:
     assert code == 1 and "the processes don't find each other" in output, output
     assert "rank 0 waits for the others: MASTER_ADDR and MASTER_PORT (127.0.0.1:" in output
     assert "Traceback" not in output
-
-

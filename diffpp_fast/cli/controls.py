@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffpp_fast.cli.quiet import Stderr, hide_loading_bars
+from diffpp_fast.cli.train import add_unlock
 from diffpp_fast.terminal import say
 from diffpp_fast.user_paths import user_path
 
@@ -47,6 +48,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--resume", choices=["latest"], help="leave out what is complete, and go on with what was interrupted"
     )
+    add_unlock(parser)
     parser.add_argument("--only", metavar="NAME", help="train this one alone; several processes need it")
     parser.add_argument(
         "--full",
@@ -87,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         tell(f"{control.name}: {'complete, in' if done else 'into'} {control.folder}")
         if done:
             continue
-        outcome = _train(control, arguments.resume)
+        outcome = _train(control, arguments)
         if outcome.signal is not None:
             tell(f"stopped after step {outcome.step} of {control.name}; to go on:\n  {_command(arguments)}")
             return 128 + outcome.signal
@@ -126,12 +128,12 @@ def _check(control: Control, arguments: argparse.Namespace, complete: bool | Non
     return bool(complete)
 
 
-def _train(control: Control, resume: str | None) -> Outcome:
+def _train(control: Control, arguments: argparse.Namespace) -> Outcome:
     from diffpp_fast.training.trainer import Trainer
 
     # What the run before has left goes first: a trainer's listeners know it and it knows them.
     gc.collect()
-    return Trainer(control.config, resume=resume).run()
+    return Trainer(control.config, resume=arguments.resume, unlock=arguments.unlock).run()
 
 
 def _command(arguments: argparse.Namespace) -> str:

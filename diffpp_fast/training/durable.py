@@ -108,7 +108,9 @@ def open_tensors(path: Path) -> Any:
         # safetensors leaves `errno` empty.
         if error.errno not in NO_MAP and not any(f"(os error {number})" in str(error) for number in NO_MAP):
             raise
-        warn_once(path, error, "files can't be mapped into memory", "whole files are read, which takes their size in memory")
+        warn_once(
+            path, error, "files can't be mapped into memory", "whole files are read, which takes their size in memory"
+        )
         return _ReadTensors(path)
 
 

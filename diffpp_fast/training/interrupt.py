@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 as a wish to stop after the current step, in all processes of a run."""
+"""Ctrl-C, SIGTERM and what schedulers send as a wish to stop after the current step, in all processes of a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -13,16 +14,17 @@ import torch
 
 from diffpp_fast.training.distributed import World
 
-#: SIGUSR1 is what schedulers are often told to send before the time is up.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+#: A terminal that is closed sends SIGHUP; schedulers send SIGUSR1, SIGUSR2 or SIGXCPU before the time is up.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 #: Launchers pass a signal on to processes that may have got it already: within so many seconds it is the same one.
 ECHO_SECONDS = 5.0
 
 
 class Interrupt:
-    """Inside this context the first SIGINT, SIGTERM or SIGUSR1 is only noted; a second one acts as it would outside.
+    """Inside this context the first of `SIGNALS` is only noted; a second one acts as it would outside.
 
-    Outside the main thread, where no handler can be set, it does nothing.
+    Outside the main thread, where no handler can be set, it does nothing. A SIGHUP that `nohup` has told the process to
+    ignore stays ignored, and a handler that is not Python's (faulthandler's) stays as it is.
 
     Args:
         world: the processes, of which any may get the signal.
@@ -39,7 +41,10 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            for number in SIGNALS:
+                before = signal.getsignal(number)
+                if before is not None and (number, before) != (signal.SIGHUP, signal.SIG_IGN):
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -73,7 +78,8 @@ class Interrupt:
 
     def _say(self, sentence: str) -> None:
         # Not through sys.stderr: a handler may run in the middle of a print, which does not bear another one.
-        os.write(2, f"\n{sentence}\n".encode())
+        with suppress(OSError):  # the terminal may be closed
+            os.write(2, f"\n{sentence}\n".encode())
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -75,7 +75,9 @@ class FolderLock:
             with suppress(OSError):  # somebody has removed the file; a file system may fail for a moment
                 self._create()
         elif holder["token"] != self._record["token"]:
-            raise CheckpointError(f"{self.folder} has been taken over by {_describe(holder)}: this one saves nothing more")
+            raise CheckpointError(
+                f"{self.folder} has been taken over by {_describe(holder)}: this one saves nothing more"
+            )
 
     def release(self) -> None:
         """Remove the lock, and the folder if it was made for it and nothing is in it."""
@@ -103,7 +105,9 @@ class FolderLock:
                 self.path.read_bytes()
             except FileNotFoundError:
                 return
-            logger.warning("%s: an unreadable lock, which no writer leaves that is alive: taking the folder over", self.path)
+            logger.warning(
+                "%s: an unreadable lock, which no writer leaves that is alive: taking the folder over", self.path
+            )
         elif _is(holder, self._record):
             pass  # of this process
         elif _same_kernel(holder, self._record):
@@ -232,7 +236,9 @@ def _describe(holder: dict[str, Any]) -> str:
 def _remedy(holder: dict[str, Any]) -> str:
     stop = f"kill {holder['pid']}"
     if holder["launcher"] is not None and _parent_of(holder["pid"]) != holder["launcher"]:
-        return f"Its launcher is gone: it is left over from an earlier start. Stop it ({stop}) and the processes beside it"
+        return (
+            f"Its launcher is gone: it is left over from an earlier start. Stop it ({stop}) and the processes beside it"
+        )
     return f"Wait for it or stop it ({stop}), or choose another output=FOLDER"
 
 
