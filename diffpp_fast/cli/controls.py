@@ -60,7 +60,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from diffpp_fast.report import check_drawing, is_run, write_report
+    from diffpp_fast.report import check_drawing, is_run, refuse_foreign_report, write_report
     from diffpp_fast.training.controls import NAMES, check_control, controls_of
     from diffpp_fast.training.launch import find_place
     from diffpp_fast.training.loading import load_config
@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = open_prompts(config.prompts)
     # All of them before the first one begins.
     complete = [_check(control, arguments, check_control(control, prompts)) for control in chosen]
+    refuse_foreign_report(Path(config.output) / "report.html")
 
     is_main = find_place(os.environ).rank == 0
     logging.basicConfig(format="%(message)s", handlers=[Stderr()])

@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     from diffpp_fast.training.distributed import choose_device
     from diffpp_fast.training.launch import find_place
     from diffpp_fast.training.loading import load_config
+    from diffpp_fast.training.lock import LOCK, FolderLock
     from diffpp_fast.training.prompts import open_prompts
     from diffpp_fast.training.prompts.embed import EmbeddingWriter
     from diffpp_fast.training.prompts.embedding_files import read_manifest
@@ -67,17 +68,19 @@ def run(arguments: argparse.Namespace) -> int:
     manifest = read_manifest(folder)
     facts = embedding_facts(config, prompts, manifest["seen"] if manifest else {})
     encoder = load_text(config.models)[0].to(choose_device(config.device, local_rank))
-    writer = EmbeddingWriter(
-        folder, facts, prompts, encoder, encoder.null(), batch=arguments.batch or BATCH, rank=rank, size=size
-    )
-    who = f"process {rank} of {size}: " if size > 1 else ""
-    kept = len(writer.shards) - len(writer.missing)
-    say(f"{who}{len(prompts)} prompts; {kept} of {len(writer.shards)} shards are there already")
-    start, written = time.monotonic(), 0
-    for number, count in enumerate(writer.write(listed_grid_prompts(config)), 1):
-        written += count
-        speed = written / (time.monotonic() - start)
-        say(f"{who}shard {kept + number} of {len(writer.shards)}, {speed:.0f} prompts/s")
+    # Each process of another launch has a counterpart here: it is refused.
+    with FolderLock(folder, name=f".{rank}{LOCK}"):
+        writer = EmbeddingWriter(
+            folder, facts, prompts, encoder, encoder.null(), batch=arguments.batch or BATCH, rank=rank, size=size
+        )
+        who = f"process {rank} of {size}: " if size > 1 else ""
+        kept = len(writer.shards) - len(writer.missing)
+        say(f"{who}{len(prompts)} prompts; {kept} of {len(writer.shards)} shards are there already")
+        start, written = time.monotonic(), 0
+        for number, count in enumerate(writer.write(listed_grid_prompts(config)), 1):
+            written += count
+            speed = written / (time.monotonic() - start)
+            say(f"{who}shard {kept + number} of {len(writer.shards)}, {speed:.0f} prompts/s")
     say(f"{who}done. Train with prompts.embeddings={folder}")
     return 0
 

@@ -15,7 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.kernels.dispatch import requested_backend, why_not
-from diffpp_fast.training.launch import ALONE, find_place, launch_variables
+from diffpp_fast.training.launch import ALONE, end_pretence, find_place, launch_variables
 
 #: Rank 0 alone writes exports and grids while the others wait.
 TIMEOUT = timedelta(minutes=60)
@@ -122,6 +122,7 @@ class World:
 
     def close(self) -> None:
         """Leaves the process group."""
+        end_pretence()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from diffpp_fast.training.distributed import World
+from diffpp_fast.training.launch import is_launched
 
 #: A terminal that is closed sends SIGHUP; schedulers send SIGUSR1, SIGUSR2 or SIGXCPU before the time is up.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
@@ -35,7 +36,7 @@ class Interrupt:
         #: The signal that came, if one did: in this process, and once `agree` has told, in any.
         self.signal: int | None = None
         # A terminal sends a second Ctrl-C only when it is pressed again.
-        self._echo_seconds = ECHO_SECONDS if "LOCAL_RANK" in os.environ else 0.0
+        self._echo_seconds = ECHO_SECONDS if is_launched() else 0.0
         self._came: float | None = None
         self._before: dict[int, Any] = {}
 

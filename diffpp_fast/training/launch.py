@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ FOREIGN = (
 )
 #: Names of a job that stay when a scheduler or torchrun starts it again.
 JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "TORCHELASTIC_RUN_ID")
+#: Variables that `pretend_launch` has set.
+_added: set[str] = set()
 ALONE = "to train in this process alone, set RANK=0 WORLD_SIZE=1"
 
 
@@ -98,6 +101,26 @@ def launch_variables(place: Place, environment: Mapping[str, str]) -> dict[str, 
         )
     _check_address(known["MASTER_ADDR"], known["MASTER_PORT"])
     return known
+
+
+def is_launched() -> bool:
+    """Return whether a launcher has started this process, which passes signals on."""
+    return "LOCAL_RANK" in os.environ and "LOCAL_RANK" not in _added
+
+
+def pretend_launch(place: Place) -> None:
+    """Set what DeepSpeed looks up in the environment all the time, where no launcher has; see `end_pretence`."""
+    place_variables = {"RANK": place.rank, "WORLD_SIZE": place.size, "LOCAL_RANK": place.local_rank}
+    for name, value in place_variables.items():
+        if name not in os.environ:
+            os.environ[name] = str(value)
+            _added.add(name)
+
+
+def end_pretence() -> None:
+    """Remove what `pretend_launch` has set."""
+    while _added:
+        os.environ.pop(_added.pop(), None)
 
 
 def job_of(environment: Mapping[str, str]) -> str | None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpp_fast.errors import CheckpointError, ConfigurationError
-from diffpp_fast.training.launch import job_of
+from diffpp_fast.training.launch import is_launched, job_of
 
 LOCK = ".lock"
 #: A holder shows that it is alive so often; one that has not done so for the second time is gone.
@@ -82,6 +82,12 @@ class FolderLock:
     def release(self) -> None:
         """Remove the lock, and the folder if it was made for it and nothing is in it."""
         self._finalizer()
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
 
     def _create(self) -> bool:
         try:
@@ -157,7 +163,7 @@ def _identity() -> dict[str, Any]:
         "processes": _link("/proc/self/ns/pid"),
         "pid": os.getpid(),
         "start": _start_of(os.getpid()),
-        "launcher": os.getppid() if "LOCAL_RANK" in os.environ else None,
+        "launcher": os.getppid() if is_launched() else None,
         "job": job_of(os.environ),
         "began": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv)[:COMMAND],

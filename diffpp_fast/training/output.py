@@ -16,7 +16,7 @@ from diffpp_fast.training.config import Config
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.durable import write_whole
 from diffpp_fast.training.loading import dump_config
-from diffpp_fast.training.lock import FolderLock
+from diffpp_fast.training.lock import LOCK, FolderLock
 from diffpp_fast.training.publish import MANIFEST, read_manifest
 from diffpp_fast.version import __version__
 
@@ -55,6 +55,11 @@ def claim_output(config: Config, world: World, *, unlock: bool = False) -> Folde
     return lock
 
 
+def lock_target(target: Path) -> FolderLock:
+    """Make this process the only writer of a folder that is replaced as a whole; of a run's, with all of the run."""
+    return FolderLock(target.parent, name=LOCK if is_run(target.parent) else f".{target.name}{LOCK}")
+
+
 def refuse_foreign_output(config: Config) -> None:
     """Raise ConfigurationError where a run would replace an input of its own, or a file that no run has written."""
     output = Path(config.output)
@@ -79,7 +84,7 @@ def refuse_inputs(config: Config, written: list[Path]) -> None:
         for folder in folders:
             if path.resolve().is_relative_to(folder):
                 raise ConfigurationError(
-                    f"{key} is {path}, which would be replaced: choose another folder to write to than {folder.parent}"
+                    f"{key} is {path}, which would be replaced with {folder}: write into another folder"
                 )
 
 
