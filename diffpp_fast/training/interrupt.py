@@ -25,7 +25,7 @@ class Interrupt:
     """Inside this context the first of `SIGNALS` is only noted; a second one acts as it would outside.
 
     Outside the main thread, where no handler can be set, it does nothing. A SIGHUP that `nohup` has told the process to
-    ignore stays ignored, and a handler that is not Python's (faulthandler's) stays as it is.
+    ignore stays ignored.
 
     Args:
         world: the processes, of which any may get the signal.
@@ -44,6 +44,7 @@ class Interrupt:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 before = signal.getsignal(number)
+                # None: not Python's, and could not be put back.
                 if before is not None and (number, before) != (signal.SIGHUP, signal.SIG_IGN):
                     self._before[number] = signal.signal(number, self._note)
         return self
