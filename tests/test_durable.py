@@ -96,7 +96,9 @@ def test_a_copy_that_is_cut_off_leaves_the_old_or_the_new(tmp_path: Path, monkey
         monkeypatch.setattr(os, "rename", no_rename)
         copied = []
 
-        def copy(source: Path, to: Path, *, stop: int = stop, copied: list[Path] = copied, whole: Any = shutil.copyfile) -> None:
+        def copy(
+            source: Path, to: Path, *, stop: int = stop, copied: list[Path] = copied, whole: Any = shutil.copyfile
+        ) -> None:
             if len(copied) == stop:
                 raise KeyboardInterrupt
             copied.append(to)

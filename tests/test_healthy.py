@@ -97,7 +97,13 @@ def test_logs_that_fail_are_told_once_and_the_run_goes_on(
     assert Trainer(config, callbacks=[Breaks(tmp_path)]).run().step == 3
     monkeypatch.undo()
     warnings = [record.getMessage() for record in caplog.records if record.name.endswith("trainer")]
-    said = ("Progress failed", "Breaks failed at step 1 (ValueError: not today)", "JsonLines failed", "can't write", "no sample")
+    said = (
+        "Progress failed",
+        "Breaks failed at step 1 (ValueError: not today)",
+        "JsonLines failed",
+        "can't write",
+        "no sample",
+    )
     assert [sum(part in warning for warning in warnings) for part in said] == [1] * 5 and len(warnings) == 5, warnings
     assert (tmp_path / "generator").is_dir() and (tmp_path / "checkpoints" / "step_000003").is_dir()
 
@@ -115,7 +121,8 @@ def test_an_error_comes_after_a_checkpoint_and_the_run_goes_on_to_the_same_bits(
     project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     flag = tmp_path / "flag"
-    reward = f"rewards.optimised={{factory: '{project.parent}/failing.py:served', arguments: {{flag: '{flag}'}}, scale: 2.0}}"
+    factory = f"{project.parent}/failing.py:served"
+    reward = f"rewards.optimised={{factory: '{factory}', arguments: {{flag: '{flag}'}}, scale: 2.0}}"
     rare = (*QUIET, reward, "training.steps=3", "training.checkpoint_every=100", "method.fake_rounds=2")
 
     def run(name: str, resume: str | None = None) -> dict[str, torch.Tensor]:

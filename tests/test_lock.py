@@ -67,7 +67,7 @@ def test_another_process_is_refused_and_a_killed_one_is_not_waited_for(
 ) -> None:
     run = tmp_path / "run"
     (run / "kept").write_text("")
-    said = rf"{run} is being written by process {holder.pid} on .*since 20.*\(kill {holder.pid}\), or choose another output"
+    said = rf"{run} is being written by process {holder.pid} on .*since 20.*\(kill {holder.pid}\), or choose another"
     for unlock in (False, True):
         with pytest.raises(ConfigurationError, match=said):
             FolderLock(run, unlock=unlock)
@@ -97,7 +97,7 @@ def test_a_process_number_that_is_used_again_is_another_process(tmp_path: Path) 
 
 def test_another_machine_s_lock_is_left_to_the_user(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     other = write(tmp_path, host="node7", boot="another", job=None, pid=4242)
-    said = rf"process 4242 on node7 \(`diffpp-fast train x.yaml`, since {other['began'][:10]}.*can't be told from.*--unlock"
+    said = rf"process 4242 on node7 \(`diffpp-fast train x.yaml`, since {other['began'][:10]}.*can't be told.*--unlock"
     with pytest.raises(ConfigurationError, match=said):
         FolderLock(tmp_path)
     assert json.loads((tmp_path / LOCK).read_text()) == other
@@ -165,5 +165,5 @@ def test_a_folder_that_was_made_for_it_goes_with_it(tmp_path: Path) -> None:
     FolderLock(tmp_path / "new" / "run").release()
     assert not (tmp_path / "new" / "run").exists()
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigurationError, match="can't write to .*file"):
+    with pytest.raises(ConfigurationError, match=r"can't write to .*file"):
         FolderLock(tmp_path / "file")

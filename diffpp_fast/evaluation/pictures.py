@@ -63,7 +63,9 @@ def refuse_foreign_pictures(paths: Iterable[Path]) -> None:
         except (OSError, ValueError, SyntaxError):
             own = False
         if not own:
-            raise ConfigurationError(f"{path} exists and was not drawn by diffpp-fast: choose another place for the pictures")
+            raise ConfigurationError(
+                f"{path} exists and was not drawn by diffpp-fast: choose another place for the pictures"
+            )
 
 
 def read_facts(path: Path) -> dict[str, str]:

@@ -15,7 +15,6 @@ from diffpp_fast.report.style import style_sheet
 from diffpp_fast.training.durable import write_whole
 from diffpp_fast.version import __version__
 
-
 #: How a report's page begins, by which it is known again.
 TITLE = "<title>diffpp_fast: "
 

@@ -173,8 +173,8 @@ def _init_process_group(backend: str, rank: int, size: int) -> None:
     except (dist.DistError, RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error):
             raise ConfigurationError(
-                f"MASTER_PORT {os.environ['MASTER_PORT']} is in use on this machine, maybe by another run: choose another "
-                "one, the same for all processes (torchrun --master-port PORT)"
+                f"MASTER_PORT {os.environ['MASTER_PORT']} is in use on this machine, maybe by another run: choose "
+                "another one, the same for all processes (torchrun --master-port PORT)"
             ) from None
         raise ConfigurationError(
             f"the processes don't find each other ({str(error).splitlines()[0]}): {said}"

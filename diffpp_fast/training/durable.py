@@ -73,7 +73,7 @@ def move(source: Path, target: Path, last: str = "") -> None:
 
 
 def discard(folder: Path, last: str) -> None:
-    """Remove a file or a folder, whose file `last` says that it is whole, so that it never seems to be when half gone."""
+    """Remove a file or a folder, first of it the file `last`, by which it is known to be whole."""
     if not folder.is_dir() or folder.is_symlink():
         folder.unlink(missing_ok=True)
         return

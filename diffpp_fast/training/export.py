@@ -175,8 +175,8 @@ def refuse_foreign_folder(folder: Path) -> None:
     if added:
         more = f" and {len(added) - 4} more" if len(added) > 4 else ""
         raise CheckpointError(
-            f"{folder} holds {', '.join(added[:4])}{more}, which no export has written, and an export would remove: choose "
-            "another --out FOLDER, or move it away"
+            f"{folder} holds {', '.join(added[:4])}{more}, which no export has written, and an export would remove: "
+            "choose another --out FOLDER, or move it away"
         )
 
 

@@ -61,15 +61,15 @@ def find_place(environment: Mapping[str, str]) -> Place:
     if half and environment.get("WORLD_SIZE") != "1":
         (missing,) = half
         raise ConfigurationError(
-            f"{'RANK' if missing == 'WORLD_SIZE' else 'WORLD_SIZE'} is set, but not {missing}: start the processes with "
-            "torchrun or the deepspeed launcher, or unset it"
+            f"{'RANK' if missing == 'WORLD_SIZE' else 'WORLD_SIZE'} is set, but not {missing}: start the processes "
+            "with torchrun or the deepspeed launcher, or unset it"
         )
     rank, size = _number(environment, "RANK", 0), _number(environment, "WORLD_SIZE", 1)
     local_rank = _number(environment, "LOCAL_RANK", 0)
     if not 0 <= rank < size or local_rank < 0:
         raise ConfigurationError(
-            f"RANK is {rank} and WORLD_SIZE {size}, which no launcher sets (ranks count from 0): start the processes with "
-            "torchrun or the deepspeed launcher, or unset these variables"
+            f"RANK is {rank} and WORLD_SIZE {size}, which no launcher sets (ranks count from 0): start the processes "
+            "with torchrun or the deepspeed launcher, or unset these variables"
         )
     return Place(rank, size, local_rank)
 
@@ -89,8 +89,8 @@ def launch_variables(place: Place, environment: Mapping[str, str]) -> dict[str, 
     if missing and place.launcher is not None:
         raise ConfigurationError(
             f"{place.launcher} has started this as process {place.rank} of {place.size}, but {' and '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} not set: set MASTER_ADDR to the machine of process 0 and MASTER_PORT "
-            f"to a free port there, the same for all processes, or start them with torchrun; {ALONE}"
+            f"{'is' if len(missing) == 1 else 'are'} not set: set MASTER_ADDR to the machine of process 0 and "
+            f"MASTER_PORT to a free port there, the same for all processes, or start them with torchrun; {ALONE}"
         )
     if missing:
         empty = [name for name in missing if name in environment]
@@ -145,14 +145,14 @@ def _foreign_place(environment: Mapping[str, str]) -> Place | None:
             continue
         if launcher == FOREIGN[0][0] and not {"SLURM_STEP_ID", "SLURM_STEPID"} & environment.keys():
             raise ConfigurationError(
-                f"Slurm's job has {size} tasks ({size_name}), but srun has not started this process (SLURM_STEP_ID is not "
-                f"set): put srun or `srun torchrun` in front of the command; {ALONE}"
+                f"Slurm's job has {size} tasks ({size_name}), but srun has not started this process (SLURM_STEP_ID is "
+                f"not set): put srun or `srun torchrun` in front of the command; {ALONE}"
             )
         local_name = local_name if local_name in environment else "LOCAL_RANK"
         if local_name not in environment:
             raise ConfigurationError(
-                f"{launcher} has started this as process {rank} of {size} and does not say which one it is on its machine: "
-                f"set LOCAL_RANK, or start the processes with torchrun; {ALONE}"
+                f"{launcher} has started this as process {rank} of {size} and does not say which one it is on its "
+                f"machine: set LOCAL_RANK, or start the processes with torchrun; {ALONE}"
             )
         # Where a task sees only GPUs of its own, the first one is its.
         local = 0 if environment.get("SLURM_GPUS_PER_TASK") == "1" else _number(environment, local_name, 0)

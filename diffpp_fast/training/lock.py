@@ -134,8 +134,8 @@ class FolderLock:
             return
         alive = "it is alive" if known else f"whether it is alive can't be told from {self._record['host']}"
         raise ConfigurationError(
-            f"{self.folder} is being written by {_describe(holder)}; {alive}. Wait for it or stop it there, or choose another "
-            "output=FOLDER. If it is gone, start again with --unlock"
+            f"{self.folder} is being written by {_describe(holder)}; {alive}. Wait for it or stop it there, or "
+            "choose another output=FOLDER. If it is gone, start again with --unlock"
         )
 
     def _remove(self, holder: dict[str, Any] | None) -> None:
@@ -179,7 +179,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     """A lock's record; None where it isn't there or is none."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return record if KEYS <= record.keys() else None
+        return record if record.keys() >= KEYS else None
     except (OSError, ValueError, AttributeError):
         return None
 

@@ -73,8 +73,8 @@ def publish(
         if not isinstance(error, Failed):
             raise
         raise CheckpointError(
-            f"can't write {target}: {error}{_free_text(target)}. What was saved before is untouched: make room or mend the "
-            "cause, and go on with --resume latest"
+            f"can't write {target}: {error}{_free_text(target)}. What was saved before is untouched: make room or "
+            "mend the cause, and go on with --resume latest"
         ) from error
 
 

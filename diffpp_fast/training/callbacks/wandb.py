@@ -18,8 +18,8 @@ from diffpp_fast.training.config import Config, WandBSection
 class WandB(Callback):
     """One W&B run per output folder: its id lies in `wandb/run_id` there, so that a resumed run goes on with it.
 
-    Raises ConfigurationError where the package is missing, and in `on_start` where nobody has logged in. Where W&B can't
-    be reached, `on_start` raises its CommError, which costs a run its listener only.
+    Raises ConfigurationError where the package is missing, and in `on_start` where nobody has logged in. Where W&B
+    can't be reached, `on_start` raises its CommError, which costs a run its listener only.
     """
 
     def __init__(self, settings: WandBSection, config: Config) -> None:

@@ -124,7 +124,7 @@ class EmbeddingWriter:
             return False
 
     def _refuse_foreign_files(self) -> None:
-        """Raises ConfigurationError where there is no manifest, but a file in a place of this cache's that is not of it."""
+        """Raises ConfigurationError where there is no manifest, but a file that this cache would replace."""
         for path in (self.folder / NULL, self.folder / EXTRA, *map(self._path, self.shards)):
             if path.exists() and self._identity_of(path) != self.identity:
                 raise ConfigurationError(

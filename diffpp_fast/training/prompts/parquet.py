@@ -54,7 +54,7 @@ class ParquetFile(PromptFile):
         self._file = StableFile(path, self._index, digest)
         #: How many prompts there are up to the end of each row group.
         self._ends = self._file.places
-        self._advise([self._metadata.row_group(number) for number in range(len(self._ends))])
+        self._advise(range(len(self._ends)))
 
     def _index(self, opened: BinaryIO, digest: Digest) -> np.ndarray:
         with self._read(opened) as file:
@@ -93,7 +93,8 @@ class ParquetFile(PromptFile):
             self._decoded.keep(key, values)
         return values
 
-    def _advise(self, groups: Sequence[Any]) -> None:
+    def _advise(self, numbers: range) -> None:
+        groups = [self._metadata.row_group(number) for number in numbers]
         rows = max(group.num_rows for group in groups)
         columns = (group.column(place) for group in groups for place in range(group.num_columns))
         size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == self.column)
