@@ -135,7 +135,7 @@ class FolderLock:
         alive = "it is alive" if known else f"whether it is alive can't be told from {self._record['host']}"
         raise ConfigurationError(
             f"{self.folder} is being written by {_describe(holder)}; {alive}. Wait for it or stop it there, or "
-            "choose another output=FOLDER. If it is gone, start again with --unlock"
+            f"choose another output=FOLDER. If it is gone, start again with --unlock, or remove {self.path}"
         )
 
     def _remove(self, holder: dict[str, Any] | None) -> None:
