@@ -319,9 +319,7 @@ def whole(folder: Path) -> EmbeddingCache:
     return EmbeddingCache(folder, manifest, CPU)
 
 
-def test_a_file_that_is_in_the_way_is_not_replaced(
-    tmp_path: Path, writer: Callable[..., embed.EmbeddingWriter]
-) -> None:
+def test_a_file_in_the_way_is_not_replaced(tmp_path: Path, writer: Callable[..., embed.EmbeddingWriter]) -> None:
     folder = tmp_path / "embeddings"
     folder.mkdir()
     (folder / "null.safetensors").write_text("mine")
