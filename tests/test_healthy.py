@@ -28,17 +28,17 @@ from diffpp_fast.training.lock import LOCK
 
 QUIET = ("training.grid_every=null", "rewards.held_out=null", "training.baseline_steps=null")
 
-#: A reward that fails while a file is there, at the third of the generator's updates.
+#: A reward that fails at the third of the generator's updates while a variable is set.
 FAILING = """
-from pathlib import Path
+import os
 
 
-def served(flag):
+def served():
     calls = []
 
     def score(images, prompts):
         calls.append(len(prompts))
-        if len(calls) == 3 and Path(flag).exists():
+        if len(calls) == 3 and "REWARD_FAILS" in os.environ:
             raise RuntimeError("the reward's server is gone")
         return images[:, 0].mean((1, 2))
 
@@ -118,11 +118,10 @@ def test_the_first_grid_must_be_drawn(project: Path, tmp_path: Path, monkeypatch
 
 
 def test_an_error_comes_after_a_checkpoint_and_the_run_goes_on_to_the_same_bits(
-    project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    flag = tmp_path / "flag"
     factory = f"{project.parent}/failing.py:served"
-    reward = f"rewards.optimised={{factory: '{factory}', arguments: {{flag: '{flag}'}}, scale: 2.0}}"
+    reward = f"rewards.optimised={{factory: '{factory}', scale: 2.0}}"
     rare = (*QUIET, reward, "training.steps=3", "training.checkpoint_every=100", "method.fake_rounds=2")
 
     def run(name: str, resume: str | None = None) -> dict[str, torch.Tensor]:
@@ -130,14 +129,14 @@ def test_an_error_comes_after_a_checkpoint_and_the_run_goes_on_to_the_same_bits(
         return read_tensors(tmp_path / name / "checkpoints" / "step_000003" / "generator_optimizer.safetensors")
 
     straight = run("straight")
-    flag.write_text("")
+    monkeypatch.setenv("REWARD_FAILS", "1")
     with pytest.raises(RuntimeError, match="the reward's server is gone"):
         run("run")
     assert "an error ends the run; its state was saved" in caplog.text
     state = json.loads((tmp_path / "run" / "checkpoints" / "step_000002" / "state.json").read_text())
     assert (state["step"], state["rounds"], state["samples"]) == (2, 2, (2 * 3 + 2) * 4)
     assert not (tmp_path / "run" / LOCK).exists()
-    flag.unlink()
+    monkeypatch.delenv("REWARD_FAILS")
     resumed = run("run", "latest")
     assert resumed.keys() == straight.keys()
     assert not [name for name, tensor in straight.items() if not torch.equal(tensor, resumed[name])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from diffpp_fast.cli.quiet import hide_loading_bars
 from diffpp_fast.terminal import say

@@ -481,6 +481,7 @@ class Trainer:
         if self.world.is_main:
             logger.warning("step %d: %s: %s", self.step, name, message)
             self._tell("on_warning", self.step, name, message)
+
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.release()
