@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import suppress
 
 #: Control characters but for tab and line feed, and those that turn the direction of writing or end a line elsewhere.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -15,10 +16,12 @@ def printable(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print what may hold text from files: prompts, names, values."""
-    print(printable(text), flush=True)
+    """Print what may hold text from files: prompts, names, values; nothing happens where nobody reads it any more."""
+    with suppress(OSError):
+        print(printable(text), flush=True)
 
 
 def complain(text: str) -> None:
     """Print it to stderr."""
-    print(printable(text), file=sys.stderr, flush=True)
+    with suppress(OSError):
+        print(printable(text), file=sys.stderr, flush=True)

@@ -159,6 +159,7 @@ def test_refused_before_anything_is_trained(
     assert "--only guidance: the runs of this configuration are full, no-reward, no-guidance, neither" in said
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
+        patch.setenv("RANK", "0")
         assert "launch one after the other with --only NAME, of full, no-reward" in refusal(capsys, "output=runs/none")
     monkeypatch.setattr(drawing, "find_spec", lambda name: None)
     assert "reports need matplotlib" in refusal(capsys, "output=runs/none")

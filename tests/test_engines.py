@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import engine_worker
 import processes
 import pytest
+import tiny
 import torch
 from engine_worker import EMA, SETTINGS, UPDATES, Network, Two, make, numbers, samples, train
 from safetensors.torch import load_file
@@ -397,3 +401,37 @@ def test_two_processes_equal_one_and_read_each_other(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_equal_one_in_the_other_stages(tmp_path: Path) -> None:
     check_on_two_processes(tmp_path, ("1-cpu", "2", "3", "3-cpu"))
+
+
+ALONE_SCRIPT = """
+import os, sys
+from diffpp_fast.cli.main import main
+
+code = main(["train", *sys.argv[1:]])
+assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} & os.environ.keys()
+sys.exit(code)
+"""
+OFFLOADED = (
+    "distributed.engine=deepspeed",
+    "distributed.reference=offload",
+    "distributed.generator={stage: 2, offload_optimizer: cpu}",
+    "distributed.fake={stage: 3, offload_optimizer: cpu, offload_parameters: cpu}",
+)
+
+
+@pytest.mark.slow
+def test_one_process_without_a_launcher_offloads(tmp_path: Path) -> None:
+    config = tiny.write(tmp_path)
+    short = [str(config), "training.steps=2", "training.grid_every=null", "rewards.held_out=null"]
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in launched}
+    for name, settings in (("plain", ()), ("offloaded", OFFLOADED)):
+        command = [sys.executable, "-c", ALONE_SCRIPT, *short, f"output={tmp_path / name}", *settings]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    for file in ("generator", "fake", "generator_ema"):
+        plain, offloaded = (
+            load_file(tmp_path / name / "checkpoints" / "step_000002" / f"{file}.safetensors")
+            for name in ("plain", "offloaded")
+        )
+        assert_near(offloaded, plain, 1e-5)

@@ -319,6 +319,15 @@ def whole(folder: Path) -> EmbeddingCache:
     return EmbeddingCache(folder, manifest, CPU)
 
 
+def test_a_file_in_the_way_is_not_replaced(tmp_path: Path, writer: Callable[..., embed.EmbeddingWriter]) -> None:
+    folder = tmp_path / "embeddings"
+    folder.mkdir()
+    (folder / "null.safetensors").write_text("mine")
+    with pytest.raises(ConfigurationError, match=r"embeddings holds null\.safetensors, which belongs to no embeddings"):
+        writer(Encoder())
+    assert (folder / "null.safetensors").read_text() == "mine"
+
+
 def test_writing_goes_on_where_it_was_stopped(tmp_path: Path, writer: Callable[..., embed.EmbeddingWriter]) -> None:
     folder = tmp_path / "embeddings"
     with pytest.raises(KeyboardInterrupt):

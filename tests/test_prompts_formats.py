@@ -406,8 +406,14 @@ def test_paths_that_say_nothing_of_a_format(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl", "prompts.csv", "prompts.parquet", "prompts.tar"])
-def test_a_file_that_changes_under_a_run_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_file_that_changes_under_a_run_is_refused_and_one_that_is_touched_is_not(tmp_path: Path, name: str) -> None:
     WRITERS[name](tmp_path / name, PROMPTS)
+    source = opened(tmp_path / name)
+    for _ in range(2):
+        os.utime(tmp_path / name, ns=(1, 1))
+        assert source[[0, 2]] == [PROMPTS[0], PROMPTS[2]]
+        WRITERS[name](tmp_path / name, PROMPTS)  # written anew, with the same prompts
+    assert list(source) == PROMPTS
     source = opened(tmp_path / name)
     WRITERS[name](tmp_path / name, PROMPTS[::-1])
     os.utime(tmp_path / name, ns=(0, 0))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffpp_fast.cli.quiet import Stderr, hide_loading_bars
+from diffpp_fast.cli.train import add_unlock
 from diffpp_fast.terminal import say
 from diffpp_fast.user_paths import user_path
 
@@ -47,6 +48,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--resume", choices=["latest"], help="leave out what is complete, and go on with what was interrupted"
     )
+    add_unlock(parser)
     parser.add_argument("--only", metavar="NAME", help="train this one alone; several processes need it")
     parser.add_argument(
         "--full",
@@ -58,8 +60,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from diffpp_fast.report import check_drawing, is_run, write_report
+    from diffpp_fast.report import check_drawing, is_run, refuse_foreign_report, write_report
     from diffpp_fast.training.controls import NAMES, check_control, controls_of
+    from diffpp_fast.training.launch import find_place
     from diffpp_fast.training.loading import load_config
     from diffpp_fast.training.prompts import open_prompts
 
@@ -72,8 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = open_prompts(config.prompts)
     # All of them before the first one begins.
     complete = [_check(control, arguments, check_control(control, prompts)) for control in chosen]
+    refuse_foreign_report(Path(config.output) / "report.html")
 
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = find_place(os.environ).rank == 0
     logging.basicConfig(format="%(message)s", handlers=[Stderr()])
     hide_loading_bars()
     logging.getLogger("diffpp_fast").setLevel(logging.INFO)
@@ -86,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         tell(f"{control.name}: {'complete, in' if done else 'into'} {control.folder}")
         if done:
             continue
-        outcome = _train(control, arguments.resume)
+        outcome = _train(control, arguments)
         if outcome.signal is not None:
             tell(f"stopped after step {outcome.step} of {control.name}; to go on:\n  {_command(arguments)}")
             return 128 + outcome.signal
@@ -98,9 +102,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _chosen(controls: Sequence[Control], only: str | None) -> list[Control]:
     from diffpp_fast.errors import ConfigurationError
+    from diffpp_fast.training.launch import find_place
 
     names = ", ".join(control.name for control in controls)
-    if only is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if only is None and find_place(os.environ).size > 1:
         raise ConfigurationError(
             f"several processes train one run per launch: launch one after the other with --only NAME, of {names}"
         )
@@ -124,12 +129,12 @@ def _check(control: Control, arguments: argparse.Namespace, complete: bool | Non
     return bool(complete)
 
 
-def _train(control: Control, resume: str | None) -> Outcome:
+def _train(control: Control, arguments: argparse.Namespace) -> Outcome:
     from diffpp_fast.training.trainer import Trainer
 
     # What the run before has left goes first: a trainer's listeners know it and it knows them.
     gc.collect()
-    return Trainer(control.config, resume=resume).run()
+    return Trainer(control.config, resume=arguments.resume, unlock=arguments.unlock).run()
 
 
 def _command(arguments: argparse.Namespace) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from diffpp_fast.cli.quiet import hide_loading_bars
@@ -50,7 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     from diffpp_fast.training.build.embeddings import embedding_facts, listed_grid_prompts
     from diffpp_fast.training.build.text import load_text
     from diffpp_fast.training.distributed import choose_device
+    from diffpp_fast.training.launch import find_place
     from diffpp_fast.training.loading import load_config
+    from diffpp_fast.training.lock import LOCK, FolderLock
     from diffpp_fast.training.prompts import open_prompts
     from diffpp_fast.training.prompts.embed import EmbeddingWriter
     from diffpp_fast.training.prompts.embedding_files import read_manifest
@@ -60,36 +61,28 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.out or (Path(config.prompts.embeddings) if config.prompts.embeddings else None)
     if folder is None:
         raise ConfigurationError("embed: name a folder with --out FOLDER or prompts.embeddings=FOLDER")
-    rank, size, local_rank = _place(os.environ)
+    # No process group is needed, so no address.
+    rank, size, local_rank, _ = find_place(os.environ)
     hide_loading_bars()
     prompts = open_prompts(config.prompts)
     manifest = read_manifest(folder)
     facts = embedding_facts(config, prompts, manifest["seen"] if manifest else {})
     encoder = load_text(config.models)[0].to(choose_device(config.device, local_rank))
-    writer = EmbeddingWriter(
-        folder, facts, prompts, encoder, encoder.null(), batch=arguments.batch or BATCH, rank=rank, size=size
-    )
-    who = f"process {rank} of {size}: " if size > 1 else ""
-    kept = len(writer.shards) - len(writer.missing)
-    say(f"{who}{len(prompts)} prompts; {kept} of {len(writer.shards)} shards are there already")
-    start, written = time.monotonic(), 0
-    for number, count in enumerate(writer.write(listed_grid_prompts(config)), 1):
-        written += count
-        speed = written / (time.monotonic() - start)
-        say(f"{who}shard {kept + number} of {len(writer.shards)}, {speed:.0f} prompts/s")
+    # Each process of another launch has a counterpart here: it is refused.
+    with FolderLock(folder, name=f".{rank}{LOCK}"):
+        writer = EmbeddingWriter(
+            folder, facts, prompts, encoder, encoder.null(), batch=arguments.batch or BATCH, rank=rank, size=size
+        )
+        who = f"process {rank} of {size}: " if size > 1 else ""
+        kept = len(writer.shards) - len(writer.missing)
+        say(f"{who}{len(prompts)} prompts; {kept} of {len(writer.shards)} shards are there already")
+        start, written = time.monotonic(), 0
+        for number, count in enumerate(writer.write(listed_grid_prompts(config)), 1):
+            written += count
+            speed = written / (time.monotonic() - start)
+            say(f"{who}shard {kept + number} of {len(writer.shards)}, {speed:.0f} prompts/s")
     say(f"{who}done. Train with prompts.embeddings={folder}")
     return 0
-
-
-def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """Rank, number of processes and rank on this machine. They need no process group, so no address."""
-    from diffpp_fast.errors import ConfigurationError
-
-    for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
-        if name in environment and other not in environment:
-            raise ConfigurationError(f"{name} is set, but not {other}: start the processes with torchrun, or unset it")
-    rank, size, local_rank = (int(environment.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    return rank, size or 1, local_rank
 
 
 def _positive(text: str) -> int:

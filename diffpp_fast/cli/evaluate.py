@@ -66,10 +66,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from diffpp_fast.evaluation.files import refuse_used_folder
+    from diffpp_fast.training.lock import FolderLock
+
+    refuse_used_folder(arguments.output)
+    with FolderLock(arguments.output):
+        refuse_used_folder(arguments.output)
+        return _evaluate(arguments)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from diffpp_fast.evaluation.files import refuse_used_folder
     from diffpp_fast.evaluation.metrics import Scores, parse_metrics
     from diffpp_fast.evaluation.models import refuse_equal_names
     from diffpp_fast.evaluation.plan import SEED, STRIDE, Plan
@@ -80,7 +89,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     seed = SEED if arguments.seed is None else arguments.seed
     check_addresses(seed, arguments.first_sample, arguments.images_per_prompt * STRIDE)
-    refuse_used_folder(arguments.output)
     wanted, distances = parse_metrics([name.strip() for name in arguments.metrics.split(",")], arguments.settings)
     prompts = read_prompts(arguments.prompts, column=arguments.column, limit=arguments.limit)
     sources = [_source(text, arguments) for text in arguments.models]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from diffpp_fast.cli.quiet import hide_loading_bars
 from diffpp_fast.terminal import say
@@ -45,32 +46,39 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import torch
-
     from diffpp_fast.errors import ConfigurationError
-    from diffpp_fast.training.export import (
-        export_generator,
-        export_pipeline,
-        find_weights,
-        load_generator,
-        refuse_foreign_folder,
-    )
-    from diffpp_fast.training.one_step_scheduler import latents_scale
+    from diffpp_fast.training.export import refuse_foreign_folder
+    from diffpp_fast.training.output import lock_target
 
     if arguments.pipeline and not arguments.merge:
         raise ConfigurationError("--pipeline holds merged weights: leave --no-merge out, or export the adapters alone")
-    refuse_foreign_folder(arguments.out)
+    out = arguments.out.resolve()
+    with lock_target(out):
+        refuse_foreign_folder(out)
+        return _export(out, arguments)
+
+
+def _export(out: Path, arguments: argparse.Namespace) -> int:
+    import torch
+
+    from diffpp_fast.errors import ConfigurationError
+    from diffpp_fast.training.export import export_generator, export_pipeline, find_weights, load_generator
+    from diffpp_fast.training.loading import load_config
+    from diffpp_fast.training.one_step_scheduler import latents_scale
+    from diffpp_fast.training.output import refuse_inputs
+
     weights = find_weights(arguments.source, raw=arguments.raw)
     say(f"weights: {weights}")
+    refuse_inputs(load_config(weights.folder / "config.yaml"), [out])
     hide_loading_bars()
     config, generator = load_generator(weights)
     if not arguments.merge and generator.adapters is None:
         raise ConfigurationError("--no-merge: the run trained all weights of its generator, there are no adapters")
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     if arguments.pipeline:
-        export_pipeline(arguments.out, config, generator, dtype=dtype)
+        export_pipeline(out, config, generator, dtype=dtype)
     else:
-        export_generator(arguments.out, config, generator, dtype=dtype, merge=arguments.merge)
+        export_generator(out, config, generator, dtype=dtype, merge=arguments.merge)
     scale = latents_scale(config.models.generator.input_scale)
     latents = "" if scale == 1.0 else f", latents={scale:g} * z"
     say(f"exported: {arguments.out}")

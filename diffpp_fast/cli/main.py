@@ -6,6 +6,7 @@ import argparse
 import errno
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from diffpp_fast import install
 from diffpp_fast.cli import bench, controls, doctor, embed, evaluate, export, plan, report, sample, train
 from diffpp_fast.cli.environment import check_environment
-from diffpp_fast.cli.quiet import silence_libraries
+from diffpp_fast.cli.quiet import drop_output, open_streams, silence_libraries
 from diffpp_fast.errors import UserError
 from diffpp_fast.terminal import complain
 from diffpp_fast.version import __version__
@@ -42,6 +43,16 @@ TRACEBACK = "DIFFPP_FAST_TRACEBACK"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand. Returns the exit code: 0, 2 for a user's error, 128 + n after signal n."""
+    open_streams()
+    try:
+        return _main(argv)
+    except BrokenPipeError:  # the reader has seen enough, as `head` has
+        return 128 + signal.SIGPIPE
+    finally:
+        drop_output()
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="diffpp-fast",
         description=DESCRIPTION,

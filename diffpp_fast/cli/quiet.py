@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+from contextlib import suppress
 
 from diffpp_fast.terminal import complain
 
@@ -35,8 +37,6 @@ def silence_libraries() -> None:
 
     To be called before they are imported.
     """
-    import sys
-
     if sys.warnoptions:
         return
     for name in CHATTY:
@@ -44,6 +44,26 @@ def silence_libraries() -> None:
     # Names that diffusers, DeepSpeed and torch are going to change between them, said at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|deepspeed|torch|transformers|peft)\.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def open_streams() -> None:
+    """Make standard streams that can be written to, whatever the shell has closed."""
+    # The next file that is opened would get a closed stream's number, and what libraries print would go into it.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (for the process's life)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+def drop_output() -> None:
+    """Let what is still to be printed go nowhere if there is no reader, or the interpreter would fail at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def hide_loading_bars() -> None:

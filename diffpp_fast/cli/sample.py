@@ -85,12 +85,16 @@ def add_surroundings(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from diffpp_fast.evaluation.models import find_source
+    from diffpp_fast.evaluation.pictures import refuse_foreign_pictures
     from diffpp_fast.training.distributed import choose_device
 
     check_addresses(arguments.seed, arguments.first_sample, arguments.count)
     prompts = _prompts(arguments)
     grid = arguments.out or (None if arguments.images else Path("samples.png"))
     _check_grid(grid, len(prompts) * arguments.count)
+    places = [divmod(place, arguments.count) for place in range(len(prompts) * arguments.count)]
+    single = [] if arguments.images is None else [_file_of(arguments.images, *place) for place in places]
+    refuse_foreign_pictures([*single, *([] if grid is None else [grid])])
     source = find_source(
         arguments.model or arguments.source,
         which=arguments.checkpoint,
@@ -125,9 +129,13 @@ def _draw(model: Model, prompts: Sequence[str], arguments: argparse.Namespace, *
             kept.append(pictures)
         if arguments.images is not None:
             for (number, column), text, sample, picture in zip(places, texts, samples, pictures, strict=True):
-                file = arguments.images / f"{number:06d}_{column}.png"
+                file = _file_of(arguments.images, number, column)
                 write_png(file, picture.permute(1, 2, 0), facts_of(model, text, seed=arguments.seed, sample=sample))
     return kept
+
+
+def _file_of(folder: Path, number: int, column: int) -> Path:
+    return folder / f"{number:06d}_{column}.png"
 
 
 def _write_grid(

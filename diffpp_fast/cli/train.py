@@ -22,6 +22,7 @@ Trains a one-step generator from a configuration.
 
 Into the configuration's `output` go checkpoints/, grids/ (sample pictures), metrics.jsonl, tensorboard/, config.yaml
 (with every default written out) and, at the end, generator/ in diffusers' format. Ctrl-C saves a checkpoint first.
+What no run has written is not replaced, and one run at a time writes into a folder.
 """
 
 
@@ -53,6 +54,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="with --resume: go on although the content of these has changed: reference, decoder, reward, ... "
         "(docs/checkpoints.md)",
     )
+    add_unlock(parser)
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
     parser.add_argument(
         "--dry-run",
@@ -61,6 +63,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_machine(parser.add_argument_group("with --dry-run"))
     parser.set_defaults(run=run)
+
+
+def add_unlock(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--unlock",
+        action="store_true",
+        help="write into the output folder although a process on another machine may be doing so: only if it is gone",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -81,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     hide_loading_bars()
     logging.getLogger("diffpp_fast").setLevel(logging.INFO)
     accepted = [name for name in arguments.accept_changed.split(",") if name]
-    trainer = Trainer(config, resume=arguments.resume, accept_changed=accepted)
+    trainer = Trainer(config, resume=arguments.resume, accept_changed=accepted, unlock=arguments.unlock)
     complete = trainer.step >= config.training.steps
     outcome = trainer.run()
     tell = say if trainer.world.is_main else lambda _: None

@@ -18,6 +18,7 @@ from diffpp_fast.evaluation.pictures import facts_of
 from diffpp_fast.evaluation.plan import Place, Plan
 from diffpp_fast.spreadsheet import cell
 from diffpp_fast.training.grids import tile_bytes, write_png
+from diffpp_fast.training.lock import LOCK
 
 #: Prompts in the picture that shows the models side by side.
 GRID_PROMPTS = 8
@@ -27,7 +28,7 @@ def refuse_used_folder(folder: Path) -> None:
     """Raises ConfigurationError for an output that holds something, which would be mixed with what comes."""
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"--output {folder}: it is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         raise ConfigurationError(f"--output {folder} holds something already: choose another folder, or empty it")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,19 @@ def facts_of(model: Model, prompt: str, *, seed: int, sample: int) -> dict[str, 
         "precision": model.config.precision,
         "Software": f"diffpp-fast {__version__}",
     }
+
+
+def refuse_foreign_pictures(paths: Iterable[Path]) -> None:
+    """Raise ConfigurationError for a file that a picture would replace and that is none of this program's."""
+    for path in paths:
+        try:
+            own = not path.exists() or "weights" in read_facts(path)
+        except (OSError, ValueError, SyntaxError):
+            own = False
+        if not own:
+            raise ConfigurationError(
+                f"{path} exists and was not drawn by diffpp-fast: choose another place for the pictures"
+            )
 
 
 def read_facts(path: Path) -> dict[str, str]:

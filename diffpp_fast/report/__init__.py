@@ -2,6 +2,6 @@
 
 from diffpp_fast.report.drawing import check_drawing
 from diffpp_fast.report.runs import find_runs, is_run
-from diffpp_fast.report.write import write_report
+from diffpp_fast.report.write import refuse_foreign_report, write_report
 
-__all__ = ["check_drawing", "find_runs", "is_run", "write_report"]
+__all__ = ["check_drawing", "find_runs", "is_run", "refuse_foreign_report", "write_report"]

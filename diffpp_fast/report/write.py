@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,7 +12,11 @@ from diffpp_fast.report.markup import Markup, element
 from diffpp_fast.report.panels import divergence_panels, reward_panels
 from diffpp_fast.report.runs import RunRecord, read_runs
 from diffpp_fast.report.style import style_sheet
+from diffpp_fast.training.durable import write_whole
 from diffpp_fast.version import __version__
+
+#: How a report's page begins, by which it is known again.
+TITLE = "<title>diffpp_fast: "
 
 
 def write_report(folders: Sequence[Path], output: Path) -> Path:
@@ -27,20 +30,31 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
     drawing.check_drawing()
     if len(folders) > len(drawing.LIGHT):
         raise ConfigurationError(f"{len(folders)} runs are too many for one page: at most {len(drawing.LIGHT)}")
-    if output.is_dir():
-        raise ConfigurationError(f"--output {output}: it is a folder; name a file")
+    refuse_foreign_report(output)
     runs = read_runs(folders)
     sheets = pictures.sheets_of(runs)
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text(make_page(runs, sheets), encoding="utf-8")
-    os.replace(partial, output)
+    write_whole(output, make_page(runs, sheets))
     for name, panels in (("reward", reward_panels(runs)), ("divergence", divergence_panels(runs))):
         if panels:
             drawing.write_png(output.with_name(f"{output.stem}-{name}.png"), panels, runs)
     if sheets:
         pictures.write_png(output.with_name(f"{output.stem}-pictures.png"), sheets[0])
     return output
+
+
+def refuse_foreign_report(output: Path) -> None:
+    """Raise ConfigurationError where a report would replace what is none."""
+    if output.is_dir():
+        raise ConfigurationError(f"--output {output}: it is a folder; name a file")
+    beside = [output.with_name(f"{output.stem}-{name}.png") for name in ("reward", "divergence", "pictures")]
+    try:
+        own = TITLE in output.read_bytes()[:4096].decode("utf-8", "replace")
+        foreign = [] if own else [output]
+    except FileNotFoundError:
+        foreign = [path for path in beside if path.exists()]
+    if foreign:
+        raise ConfigurationError(f"--output {output}: {foreign[0]} exists and is no report: choose another file")
 
 
 def make_page(runs: Sequence[RunRecord], sheets: Sequence[pictures.Sheet]) -> str:

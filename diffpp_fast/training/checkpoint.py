@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from diffpp_fast.errors import CheckpointError
 from diffpp_fast.training.config import KeepBest
 from diffpp_fast.training.distributed import World
+from diffpp_fast.training.durable import free_bytes, open_tensors
 from diffpp_fast.training.publish import (
     find_damage,
-    free_space,
     leftovers,
     publish,
     read_manifest,
@@ -145,8 +145,8 @@ class Checkpoints:
             size = sum(facts["size"] for facts in read_manifest(paths[-1])["files"].values())
         except ValueError:
             return
-        free = free_space(self.folder)
-        if free < size:
+        free = free_bytes(self.folder)
+        if free is not None and free < size:
             logger.warning(
                 "the next checkpoint takes about %s, and %s are free in %s: make room, or it can't be written",
                 size_text(size),
@@ -177,8 +177,9 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, on the CPU; copies, for `load_file` maps the file and dies with it."""
-    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    """The tensors of a safetensors file, on the CPU; copies, for the file is mapped and they would die with it."""
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
 def _step(path: Path) -> int:

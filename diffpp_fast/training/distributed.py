@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.kernels.dispatch import requested_backend, why_not
+from diffpp_fast.training.launch import ALONE, end_pretence, find_place, launch_variables
 
-#: What torchrun, the deepspeed launcher and most schedulers' wrappers set.
-LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 #: Rank 0 alone writes exports and grids while the others wait.
 TIMEOUT = timedelta(minutes=60)
+#: Processes that don't find each other for this long give up; before that they say whom they wait for.
+JOIN_TIMEOUT = timedelta(minutes=10)
+JOIN_SECONDS = 20.0
 #: Of an error that is passed on; a longer one is cut.
 MESSAGE_BYTES = 4096
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,19 +52,22 @@ class World:
 
         Args:
             device: "cpu", "cuda", or "auto": the GPU where there is one.
-            environment: with RANK, WORLD_SIZE and so on where a launcher has set them.
+            environment: with RANK, WORLD_SIZE and so on where a launcher has set them, or its own names for them.
 
-        Raises ConfigurationError for a device that isn't there and for half a launch environment.
+        Raises ConfigurationError for a device that isn't there, for half a launch environment, and where the processes
+        don't find each other.
         """
-        rank, size, local_rank = _place(environment)
-        place = choose_device(device, local_rank)
-        if size > 1 and not dist.is_initialized():
-            if place.type == "cuda":
-                torch.cuda.set_device(place)
+        place = find_place(environment)
+        where = choose_device(device, place.local_rank)
+        if place.size > 1 and not dist.is_initialized():
+            # Libraries read them, too.
+            os.environ.update(launch_variables(place, environment))
+            if where.type == "cuda":
+                torch.cuda.set_device(where)
             # Flags and counts go through the CPU, so that agreeing on them does not wait for the GPU.
-            backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-            dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
-        return cls(rank, size, local_rank, place)
+            backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+            _init_process_group(backend, place.rank, place.size)
+        return cls(place.rank, place.size, place.local_rank, where)
 
     @classmethod
     def alone(cls, device: torch.device | str) -> World:
@@ -112,6 +122,7 @@ class World:
 
     def close(self) -> None:
         """Leaves the process group."""
+        end_pretence()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -146,15 +157,27 @@ def _find_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """Rank, size, local rank."""
-    given = [name for name in LAUNCH_VARIABLES if name in environment]
-    if "RANK" not in given and "WORLD_SIZE" not in given:
-        return 0, 1, 0
-    missing = [name for name in LAUNCH_VARIABLES if name not in given]
-    if missing and environment.get("WORLD_SIZE") != "1":
+def _init_process_group(backend: str, rank: int, size: int) -> None:
+    """`dist.init_process_group` that says what it waits for, and what went wrong."""
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    said = (
+        f"MASTER_ADDR and MASTER_PORT ({address}) must be those of rank 0's machine, and all {size} processes must be "
+        f"started; {ALONE}"
+    )
+    waiting = threading.Timer(JOIN_SECONDS, lambda: logger.warning("rank %d waits for the others: %s", rank, said))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        store, rank, size = next(rendezvous("env://", rank, size, timeout=JOIN_TIMEOUT))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        if "EADDRINUSE" in str(error):
+            raise ConfigurationError(
+                f"MASTER_PORT {os.environ['MASTER_PORT']} is in use on this machine, maybe by another run: choose "
+                "another one, the same for all processes (torchrun --master-port PORT)"
+            ) from None
         raise ConfigurationError(
-            f"{' and '.join(given)} are set, but not {' and '.join(missing)}: start the processes with torchrun or "
-            "the deepspeed launcher, or unset these variables"
-        )
-    return int(environment.get("RANK", "0")), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", "0"))
+            f"the processes don't find each other ({str(error).splitlines()[0]}): {said}"
+        ) from error
+    finally:
+        waiting.cancel()

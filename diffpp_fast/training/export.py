@@ -18,13 +18,11 @@ from diffpp_fast.training.distributed import World
 from diffpp_fast.training.inputs import warn_of_changed_inputs
 from diffpp_fast.training.loading import load_config
 from diffpp_fast.training.one_step_scheduler import one_step_scheduler
+from diffpp_fast.training.output import CALL, added_files
 from diffpp_fast.training.publish import MANIFEST, publish
 from diffpp_fast.training.resume import Which, open_checkpoint
 from diffpp_fast.training.state import read_record
 from diffpp_fast.training.weights import find_role, load_role, read_role
-
-#: How a generator is called, and the mark of a folder that was exported.
-CALL = "generator.json"
 
 
 class Weights(NamedTuple):
@@ -168,9 +166,18 @@ def load_generator(weights: Weights) -> tuple[Config, Trained]:
 
 
 def refuse_foreign_folder(folder: Path) -> None:
-    """Raises CheckpointError for a folder that an export would replace and that is none."""
-    if folder.exists() and not (folder / CALL).is_file():
+    """Raise CheckpointError for a folder that an export would replace and that holds what no export has written."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_symlink() or not (folder / CALL).is_file():
         raise CheckpointError(f"{folder} exists and is no exported generator: choose another --out FOLDER")
+    added = added_files(folder)
+    if added:
+        more = f" and {len(added) - 4} more" if len(added) > 4 else ""
+        raise CheckpointError(
+            f"{folder} holds {', '.join(added[:4])}{more}, which no export has written, and an export would remove: "
+            "choose another --out FOLDER, or move it away"
+        )
 
 
 def _last_run() -> Path:

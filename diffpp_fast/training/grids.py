@@ -16,6 +16,7 @@ from diffpp_fast.networks import Conditioning
 from diffpp_fast.noise import Noise
 from diffpp_fast.training.build import Run, Sampler
 from diffpp_fast.training.config import Config
+from diffpp_fast.training.durable import move
 from diffpp_fast.training.prompts import PromptSource
 from diffpp_fast.training.rewards import LatentReward
 
@@ -154,4 +155,7 @@ def write_png(path: Path, pixels: torch.Tensor, facts: Mapping[str, str] | None 
     text = PngInfo()
     for name, value in (facts or {}).items():
         text.add_itxt(name, value)
-    Image.fromarray(pixels.numpy()).save(path, pnginfo=text)
+    # A link is replaced, and not what it points to.
+    partial = path.with_name(f".{path.name}.partial")
+    Image.fromarray(pixels.numpy()).save(partial, format="PNG", pnginfo=text)
+    move(partial, path)

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 as a wish to stop after the current step, in all processes of a run."""
+"""Ctrl-C, SIGTERM and what schedulers send as a wish to stop after the current step, in all processes of a run."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 
 from diffpp_fast.training.distributed import World
+from diffpp_fast.training.launch import is_launched
 
-#: SIGUSR1 is what schedulers are often told to send before the time is up.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+#: A terminal that is closed sends SIGHUP; schedulers send SIGUSR1, SIGUSR2 or SIGXCPU before the time is up.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 #: Launchers pass a signal on to processes that may have got it already: within so many seconds it is the same one.
 ECHO_SECONDS = 5.0
 
 
 class Interrupt:
-    """Inside this context the first SIGINT, SIGTERM or SIGUSR1 is only noted; a second one acts as it would outside.
+    """Inside this context the first of `SIGNALS` is only noted; a second one acts as it would outside.
 
-    Outside the main thread, where no handler can be set, it does nothing.
+    Outside the main thread, where no handler can be set, it does nothing. A SIGHUP that `nohup` has told the process to
+    ignore stays ignored.
 
     Args:
         world: the processes, of which any may get the signal.
@@ -33,13 +36,17 @@ class Interrupt:
         #: The signal that came, if one did: in this process, and once `agree` has told, in any.
         self.signal: int | None = None
         # A terminal sends a second Ctrl-C only when it is pressed again.
-        self._echo_seconds = ECHO_SECONDS if "LOCAL_RANK" in os.environ else 0.0
+        self._echo_seconds = ECHO_SECONDS if is_launched() else 0.0
         self._came: float | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            for number in SIGNALS:
+                before = signal.getsignal(number)
+                # None: not Python's, and could not be put back.
+                if before is not None and (number, before) != (signal.SIGHUP, signal.SIG_IGN):
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -73,7 +80,8 @@ class Interrupt:
 
     def _say(self, sentence: str) -> None:
         # Not through sys.stderr: a handler may run in the middle of a print, which does not bear another one.
-        os.write(2, f"\n{sentence}\n".encode())
+        with suppress(OSError):  # the terminal may be closed
+            os.write(2, f"\n{sentence}\n".encode())
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

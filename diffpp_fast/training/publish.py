@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 
 from diffpp_fast.errors import CheckpointError
 from diffpp_fast.training.distributed import World
+from diffpp_fast.training.durable import NO_RENAME, allow, discard, free_bytes, move, sync
 
 #: The last file that is written: a folder with an undamaged one is complete.
 MANIFEST = "manifest.json"
@@ -73,8 +73,8 @@ def publish(
         if not isinstance(error, Failed):
             raise
         raise CheckpointError(
-            f"can't write {target}: {error} ({size_text(free_space(target))} are free there). What was saved before is "
-            "untouched: make room or mend the cause, and go on with --resume latest"
+            f"can't write {target}: {error}{_free_text(target)}. What was saved before is untouched: make room or "
+            "mend the cause, and go on with --resume latest"
         ) from error
 
 
@@ -104,7 +104,11 @@ def tidy(target: Path) -> None:
     shutil.rmtree(_beside(target, "partial"), ignore_errors=True)
     old = _beside(target, "old")
     if old.exists() and not target.exists():
-        old.rename(target)
+        move(old, target, MANIFEST)
+    elif (old / MANIFEST).is_file() and not (target / MANIFEST).is_file():
+        # Where folders can't be renamed, the new one was being copied.
+        discard(target, MANIFEST)
+        move(old, target, MANIFEST)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -119,7 +123,12 @@ def remove(target: Path) -> None:
     # As if it had been replaced, but with nothing to put back: the bytes go with the next `tidy` at the latest.
     doomed = _beside(target, "partial")
     shutil.rmtree(doomed, ignore_errors=True)
-    target.rename(doomed)
+    try:
+        target.rename(doomed)
+    except OSError as error:
+        if error.errno not in NO_RENAME:
+            raise
+        discard(target, MANIFEST)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -181,13 +190,6 @@ def find_damage(path: Path, rank: int = 0, size: int = 1) -> str | None:
         return next(filter(None, pool.map(damage, part)), None)
 
 
-def free_space(path: Path) -> int:
-    """Bytes free where `path` is, or will be."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
 def size_text(size: float) -> str:
     """A number of bytes as people write it."""
     for unit in ("bytes", "kB", "MB"):
@@ -215,12 +217,12 @@ def _describe(own: Path) -> None:
     mode = own.stat().st_mode & 0o666
     for path in files:
         # safetensors makes files that their owner alone can read; the folder's mode follows the umask.
-        path.chmod(mode)
+        allow(path, mode)
     with ThreadPoolExecutor(THREADS) as pool:
-        syncs = [pool.submit(_sync, path) for path in files]
+        syncs = [pool.submit(sync, path) for path in files]
         digests = list(pool.map(_sha256, files))
-        for sync in syncs:
-            sync.result()
+        for pending in syncs:
+            pending.result()
     facts = {
         str(path.relative_to(own)): {"size": path.stat().st_size, "sha256": digest}
         for path, digest in zip(files, digests, strict=True)
@@ -237,20 +239,25 @@ def _assemble(partial: Path, size: int, scores: Mapping[str, float]) -> None:
             if name in files:
                 raise FileExistsError(f"two processes wrote {name}")
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            (own / name).rename(partial / name)
+            move(own / name, partial / name)
             files[name] = facts
         shutil.rmtree(own)
     (partial / MANIFEST).write_text(_manifest_text(files, scores), encoding="utf-8")
     for path in (partial / MANIFEST, *(path for path in partial.rglob("*") if path.is_dir()), partial):
-        _sync(path)
+        sync(path)
 
 
 def _replace(target: Path, partial: Path) -> None:
     if target.exists():
-        target.rename(_beside(target, "old"))
-    partial.rename(target)
-    _sync(target.parent)
+        move(target, _beside(target, "old"), MANIFEST)
+    move(partial, target, MANIFEST)
+    sync(target.parent)
     shutil.rmtree(_beside(target, "old"), ignore_errors=True)
+
+
+def _free_text(target: Path) -> str:
+    free = free_bytes(target)
+    return "" if free is None else f" ({size_text(free)} are free there)"
 
 
 def _manifest_text(files: Mapping[str, Any], scores: Mapping[str, float]) -> str:
@@ -266,11 +273,3 @@ def _sha256(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -33,9 +33,20 @@ def find_checkpoint(resume: str | None, checkpoints: Checkpoints, config: Config
     checkpoint belongs to another run.
     """
     checkpoints.tidy()
+    output, there = Path(config.output), checkpoints.world.any(bool(checkpoints.paths()))
+    if not there and checkpoints.world.any((output / "generator").exists()):
+        raise CheckpointError(
+            f"{output} holds the generator of a run whose checkpoints are gone, and this run would replace it: choose "
+            "another output=FOLDER, or move it away"
+        )
     if resume not in (None, "latest", "best"):
+        if there and not Path(str(resume)).resolve().is_relative_to(output.resolve()):
+            raise CheckpointError(
+                f"{output} already holds checkpoints, of another run than {resume}: go on with --resume latest, or "
+                "choose another output=FOLDER"
+            )
         found: Path | None = open_checkpoint(Path(str(resume)), checkpoints.world)
-    elif not checkpoints.world.any(bool(checkpoints.paths())):
+    elif not there:
         if resume is not None and checkpoints.world.is_main:
             logger.warning("%s holds no checkpoint: starting from the beginning", checkpoints.folder)
         return None

@@ -54,6 +54,8 @@ class Position:
     warmup: int = 0
     #: The number of the next sample.
     samples: int = 0
+    #: Rounds of the fake score since the last of the generator's updates; not 0 where an error ended the run.
+    rounds: int = 0
 
 
 def write_state(
@@ -88,7 +90,7 @@ def read_state(folder: Path, engines: Sequence[Engine]) -> Position:
     state = read_record(folder)
     for engine in engines:
         engine.read(folder)
-    return Position(state["step"], state["warmup"], state["samples"])
+    return Position(state["step"], state["warmup"], state["samples"], state.get("rounds", 0))
 
 
 def refuse_other_run(folder: Path, config: Config, prompts: PromptSource) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffpp_fast.errors import CheckpointError, ConfigurationError, NonFiniteError
+from diffpp_fast.errors import CheckpointError, ConfigurationError, NonFiniteError, UserError
 from diffpp_fast.methods import Batch, StepOutput
 from diffpp_fast.training.baseline import Baseline, measure_baseline, read_baseline, write_baseline
 from diffpp_fast.training.batches import Batches, MicroBatch
@@ -23,13 +24,13 @@ from diffpp_fast.training.checkpoint import Checkpoints, read_scores
 from diffpp_fast.training.config import Config, Ema
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import Engine, make_engine
-from diffpp_fast.training.export import export_generator
+from diffpp_fast.training.export import export_generator, refuse_foreign_folder
 from diffpp_fast.training.grids import Grid, write_png
 from diffpp_fast.training.inputs import refuse_changed_inputs, refuse_unequal_inputs, refuse_unknown_inputs
 from diffpp_fast.training.interrupt import Interrupt
-from diffpp_fast.training.loading import dump_config
 from diffpp_fast.training.memory import Memory
 from diffpp_fast.training.metrics import Means
+from diffpp_fast.training.output import claim_output, write_config
 from diffpp_fast.training.phases import Phases
 from diffpp_fast.training.prompts import open_prompts
 from diffpp_fast.training.resume import find_checkpoint
@@ -70,6 +71,7 @@ class Trainer:
         callbacks: told about the run, in the main process, in addition to those of the configuration.
         accept_changed: inputs that may have other content than the resumed run had, by the names of `inputs.INPUTS`.
         world: the processes; None: those of the launcher's environment, else this one.
+        unlock: take the output folder over from a process elsewhere that may be alive; see `FolderLock`.
 
     Raises a UserError where the run can't be done as asked; nothing has been written by then.
     """
@@ -82,11 +84,21 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         accept_changed: Sequence[str] = (),
         world: World | None = None,
+        unlock: bool = False,
     ) -> None:
         self.config = config
         self.output = Path(config.output)
         self.world = World.join(config.device) if world is None else world
         refuse_unknown_inputs(accept_changed)
+        self._lock = claim_output(config, self.world, unlock=unlock)
+        try:
+            self._prepare(resume, callbacks, accept_changed)
+        except BaseException:
+            self._release()
+            raise
+
+    def _prepare(self, resume: str | None, callbacks: Sequence[Callback], accept_changed: Sequence[str]) -> None:
+        config = self.config
         self.prompts = open_prompts(config.prompts)
         self.checkpoints = Checkpoints(
             self.output / "checkpoints", self.world, config.training.keep, config.training.keep_best
@@ -107,6 +119,9 @@ class Trainer:
         self.grid = Grid(config, self.parts, self.prompts, self.world.device)
         self.position = Position()
         self._saved: Position | None = None
+        #: Whether the engines are where the position says: not in the middle of an update.
+        self._whole = True
+        self._told: set[str] = set()
         #: The last value of every scalar that was logged.
         self._scores: dict[str, float] = {}
         if checkpoint is not None:
@@ -146,22 +161,29 @@ class Trainer:
     def run(self) -> Outcome:
         """Trains to `training.steps` and exports the generator, or stops after the step in which a signal comes.
 
-        Either way the last step is saved as a checkpoint. An update whose gradient is not finite changes no weight;
-        more than `training.skip_limit` of them in a row raise NonFiniteError, and so does an end at which a network has
-        not been updated once. Raises ConfigurationError for a reward that never had a gradient, and CheckpointError
-        when a checkpoint can't be written.
+        Either way the last step is saved as a checkpoint; in one process, also before an error ends the run. What only
+        tells of the run (a callback, a sample grid after the first) may fail: that is told once, and the run goes on.
+        An update whose gradient is not finite changes no weight; more than `training.skip_limit` of them in a row raise
+        NonFiniteError, and so does an end at which a network has not been updated once. Raises ConfigurationError for a
+        reward that never had a gradient, and CheckpointError when a checkpoint can't be written.
         """
         settings = self.config.training
-        self._make_output()
         try:
+            self._make_output()
             self._tell("on_start", self.step, settings.steps)
             with Interrupt(self.world) as interrupt:
                 self._baseline = self._find_baseline()
                 self._mark = self._now()
                 if self._saved is None and settings.grid_every is not None:
                     self._draw_grid()
-                while self.step < settings.steps and interrupt.agree() is None:
-                    self._advance()
+                try:
+                    while self.step < settings.steps and interrupt.agree() is None:
+                        self._advance()
+                except (CheckpointError, NonFiniteError):
+                    raise
+                except Exception:
+                    self._save_before_error()
+                    raise
                 if self.step >= settings.steps:
                     self._finish()
                 if self._saved != self.position:
@@ -172,6 +194,7 @@ class Trainer:
             return Outcome(self.step, None)
         finally:
             self._tell("on_end", self.step)
+            self._release()
             self.world.close()
 
     @property
@@ -186,8 +209,7 @@ class Trainer:
         error: OSError | None = None
         if self.world.is_main:
             try:
-                self.output.mkdir(parents=True, exist_ok=True)
-                (self.output / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+                write_config(self.config)
             except OSError as found:
                 error = found
         said = self.world.first_error(error)
@@ -231,7 +253,10 @@ class Trainer:
         if not math.isfinite(measured.x0_std):
             return None
         if self.world.is_main:
-            write_baseline(path, measured, facts)
+            try:
+                write_baseline(path, measured, facts)
+            except OSError as failed:
+                self._warn_once("baseline", f"can't write {path}: {failed.strerror}; a resumed run measures it again")
         return measured
 
     def _advance(self) -> None:
@@ -239,17 +264,15 @@ class Trainer:
         settings, method = self.config.training, self.parts.method
         if self.position.warmup < settings.fake_warmup:
             self._update(self.fake, method.fake_loss)
-            self.position.warmup += 1
         else:
-            for _ in range(method.fake_rounds):
+            while self.position.rounds < method.fake_rounds:
                 self._update(self.fake, method.fake_loss)
             self._update(self.generator, method.generator_loss)
-            self.position.step += 1
         self._tell("on_step", self.step)
         if self.step % settings.log_every == 0:
             self._log()
         if self.step > 0 and settings.grid_every is not None and self.step % settings.grid_every == 0:
-            self._draw_grid()
+            self._try_grid()
         if self.step > 0 and self.step % settings.checkpoint_every == 0:
             self._save()
 
@@ -289,11 +312,24 @@ class Trainer:
             metrics = {name: value for name, value in output.metrics.items() if name not in ("reward", "reward_std")}
             self._means.add(metrics, prefix=engine.role, weight=part.weight)
         with self.phases("optimizer"):
+            self._whole = False
             norm = engine.step()
+            self._count(engine)
+            self._whole = True
         skipped = 1.0 - norm.isfinite().float()
         self._means.add({"gradient_norm": norm, "updates_skipped": skipped}, prefix=engine.role)
         self._skips[engine.role].note(norm, first, self._note_rewards(engine))
-        self.position.samples += self.batches.size
+
+    def _count(self, engine: Engine) -> None:
+        """Brings the position behind an update."""
+        position = self.position
+        position.samples += self.batches.size
+        if engine is self.generator:
+            position.step, position.rounds = position.step + 1, 0
+        elif position.warmup < self.config.training.fake_warmup:
+            position.warmup += 1
+        else:
+            position.rounds += 1
 
     def _micro_batches(self, engine: Engine, first: int) -> Iterator[MicroBatch]:
         """This process's part of an update (collective, for methods that divide by a mean over all of it)."""
@@ -367,13 +403,27 @@ class Trainer:
             said += f"It began with samples {first} to {first + len(prompts) - 1}, prompts: {_some(prompts)}"
         return f"{said}. No weight was changed by them."
 
+    def _try_grid(self) -> None:
+        """A grid that may fail: it only shows the run (collective)."""
+        error: Exception | None = None
+        try:
+            self._draw_grid()
+        except Exception as found:
+            error = found
+        said = self.world.first_error(error)
+        if said is not None:
+            self._warn_once("grid", f"no sample grid at step {self.step}: {said}. The run goes on")
+
     def _draw_grid(self) -> None:
         """Samples of the averaged generator at fixed prompts and latents, and what the rewards say of them."""
         with self.phases("grid"), self.generator.averaged():
             pixels, scores, troubles = self.grid.draw()
         path = self.output / "grids" / f"step_{self.position.step:06d}.png"
         if self.world.is_main:
-            write_png(path, pixels)
+            try:
+                write_png(path, pixels)
+            except OSError as failed:
+                self._warn_once("picture", f"can't write {path}: {failed.strerror or failed}. The run goes on")
         self._tell("on_grid", self.step, pixels, path)
         for trouble in troubles:
             self._warn("grid-undefined", trouble)
@@ -382,6 +432,7 @@ class Trainer:
             self._tell("on_log", self.step, scores)
 
     def _save(self) -> None:
+        self._check_lock()
         with self.phases("checkpoint"):
             path = self.checkpoints.save(
                 self.position.step,
@@ -393,15 +444,26 @@ class Trainer:
         self._saved = replace(self.position)
         self._tell("on_checkpoint", self.step, path)
 
-    def _export(self) -> None:
-        """The averaged generator in diffusers' format, written by the main process (collective)."""
-        state = self.generator.full_state(averaged=True)
-        error: Exception | None = None
-        if state is not None:
-            try:
-                export_generator(self.output / "generator", self.config, self.parts.sampler.trained, state)
-            except CheckpointError as found:
-                error = found
+    def _save_before_error(self) -> None:
+        """Saves the updates since the last checkpoint, where no other process has to take part."""
+        before, now = self._saved or Position(), self.position
+        if self.world.size > 1 or not self._whole or (now.step, now.warmup) == (before.step, before.warmup):
+            return
+        try:
+            self._save()
+        except Exception as failed:
+            logger.warning("the steps since the last checkpoint can't be saved: %s", failed)
+        else:
+            logger.warning("an error ends the run; its state was saved in %s", self.checkpoints.folder)
+
+    def _check_lock(self) -> None:
+        """Raises CheckpointError in all processes where another run writes into the output folder by now."""
+        error: CheckpointError | None = None
+        try:
+            if self._lock is not None:
+                self._lock.check()
+        except CheckpointError as found:
+            error = found
         said = self.world.first_error(error)
         if said is not None:
             raise CheckpointError(said)
@@ -420,9 +482,52 @@ class Trainer:
             logger.warning("step %d: %s: %s", self.step, name, message)
             self._tell("on_warning", self.step, name, message)
 
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _export(self) -> None:
+        """The averaged generator in diffusers' format, written by the main process (collective)."""
+        self._check_lock()
+        state = self.generator.full_state(averaged=True)
+        folder, error = self.output / "generator", None
+        if state is not None:
+            try:
+                refuse_foreign_folder(folder)
+                export_generator(folder, self.config, self.parts.sampler.trained, state)
+            except Exception as found:
+                error = found
+        said = self.world.first_error(error)
+        if said is not None:
+            command = shlex.join(["diffpp-fast", "export", str(self.output), "--out", "FOLDER"])
+            raise CheckpointError(
+                f"the run is complete and its last checkpoint is saved, but the generator can't be exported: {said}. "
+                f"To export it elsewhere:\n  {command}"
+            ) from error
+
     def _tell(self, event: str, *arguments: Any) -> None:
-        for callback in self.callbacks:
-            getattr(callback, event)(*arguments)
+        """Tells the callbacks; of one that fails a warning is given once, for no log is worth a run.
+
+        Raises a UserError of `on_start`, when there is nothing to lose yet.
+        """
+        for callback in tuple(self.callbacks):
+            try:
+                getattr(callback, event)(*arguments)
+            except Exception as error:
+                if event == "on_start":
+                    if isinstance(error, UserError):
+                        raise
+                    self.callbacks.remove(callback)
+                name = type(callback).__name__
+                said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+                self._warn_once(
+                    name, f"{name} failed at step {self.step} ({said}). The run goes on without what it tells"
+                )
+
+    def _warn_once(self, about: str, sentence: str) -> None:
+        if self.world.is_main and about not in self._told:
+            self._told.add(about)
+            logger.warning("%s", sentence)
 
 
 def _some(prompts: Sequence[str]) -> str:

@@ -11,6 +11,8 @@ import torch
 class Callback:
     """Listens to a run; override what you need.
 
+    What a method raises is told once as a warning, and the run goes on; only a UserError of `on_start` ends it.
+
     Steps count the generator's updates. Rounds of the fake score before the first of them have negative numbers, so
     that the last warm-up round is step 0.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -16,6 +15,7 @@ import torch
 from diffpp_fast.provenance import commit, device_name, package_version
 from diffpp_fast.training.callbacks.base import Callback
 from diffpp_fast.training.distributed import World
+from diffpp_fast.training.durable import write_whole
 from diffpp_fast.version import __version__
 
 #: Whose versions change what a run computes or how fast.
@@ -55,9 +55,7 @@ class Environment(Callback):
             logger.warning("can't write %s: %s", self.path, error.strerror)
 
     def _write(self, sessions: Sequence[Mapping[str, Any]]) -> None:
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps({"sessions": sessions}, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self.path)
+        write_whole(self.path, json.dumps({"sessions": sessions}, indent=2) + "\n")
 
 
 def describe_environment(world: World, grid_prompts: Sequence[str]) -> dict[str, Any]:

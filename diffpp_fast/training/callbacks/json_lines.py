@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffpp_fast.training.callbacks.base import Callback
+from diffpp_fast.training.durable import write_whole
 
 
 class JsonLines(Callback):
@@ -20,9 +20,7 @@ class JsonLines(Callback):
 
     def on_start(self, step: int, steps: int) -> None:
         kept = [json.dumps(record) + "\n" for record in read_records(self.path) if record["step"] <= step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        write_whole(self.path, "".join(kept))
 
     def on_log(self, step: int, scalars: Mapping[str, float]) -> None:
         # JSON has no NaN.

@@ -33,7 +33,7 @@ class Progress(Callback):
 
     def on_start(self, step: int, steps: int) -> None:
         self.first, self.steps, self.began = step, steps, time.monotonic()
-        if not sys.stdout.isatty():
+        if sys.stdout is None or not sys.stdout.isatty():
             return
         from rich import progress
         from rich.table import Column
@@ -44,7 +44,7 @@ class Progress(Callback):
             progress.TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             expand=True,
             # Where stderr goes elsewhere, what is said there is not for this terminal.
-            redirect_stderr=sys.stderr.isatty(),
+            redirect_stderr=sys.stderr is not None and sys.stderr.isatty(),
         )
         self.bar.start()
         self.task = self.bar.add_task(self._line(step), total=steps, completed=max(step, 0))

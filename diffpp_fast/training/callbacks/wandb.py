@@ -18,8 +18,8 @@ from diffpp_fast.training.config import Config, WandBSection
 class WandB(Callback):
     """One W&B run per output folder: its id lies in `wandb/run_id` there, so that a resumed run goes on with it.
 
-    Raises ConfigurationError where the package is missing, and in `on_start` where W&B can't be reached or logged in
-    to.
+    Raises ConfigurationError where the package is missing, and in `on_start` where nobody has logged in. Where W&B
+    can't be reached, `on_start` raises its CommError, which costs a run its listener only.
     """
 
     def __init__(self, settings: WandBSection, config: Config) -> None:
@@ -49,6 +49,8 @@ class WandB(Callback):
                 settings=wandb.Settings(console="off", quiet=True),
             )
         except wandb.Error as error:
+            if isinstance(error, wandb.errors.CommError) and not isinstance(error, wandb.errors.AuthenticationError):
+                raise
             raise ConfigurationError(
                 f"logging.wandb: {error}. Log in with `wandb login`, or set logging.wandb.mode=offline"
             ) from None

@@ -20,12 +20,14 @@ from diffpp_fast.training.engines.optimizers import make_optimizer
 from diffpp_fast.training.engines.sharded import NORM_FLOOR, ShardedEngine
 from diffpp_fast.training.engines.shards import Shards, start_together
 from diffpp_fast.training.engines.zero import Zero3Shards, Zero12Shards
+from diffpp_fast.training.launch import Place, pretend_launch
 
 
 def import_deepspeed(world: World) -> Any:
     """DeepSpeed, ready for these processes; raises ConfigurationError where it is not installed.
 
-    It logs warnings only, and compiles nothing: its own collectives for the CPU would take minutes.
+    It logs warnings only, and compiles nothing: its own collectives for the CPU would take minutes. In one process that
+    no launcher has started it gets a process group and variables of its own, the latter until `World.close`.
     """
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # it reads this once, when it is imported
@@ -39,6 +41,7 @@ def import_deepspeed(world: World) -> Any:
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    pretend_launch(Place(world.rank, world.size, world.local_rank))
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=world.rank, world_size=world.size)

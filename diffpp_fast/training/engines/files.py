@@ -9,8 +9,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from diffpp_fast.errors import CheckpointError
+from diffpp_fast.training.durable import open_tensors
 
 _DTYPES = {torch.float32: "F32", torch.int64: "I64"}
 
@@ -62,8 +64,6 @@ class TensorReader:
     """
 
     def __init__(self, folder: Path, stem: str) -> None:
-        from safetensors import SafetensorError, safe_open
-
         self._folder, self._stem = folder, stem
         whole, parts = folder / f"{stem}.safetensors", sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
         paths = [whole] if whole.is_file() else parts
@@ -72,7 +72,7 @@ class TensorReader:
             raise CheckpointError(f"{whole}: {found}")
         try:
             # Opened without being read: the file is mapped into memory.
-            files = [safe_open(path, framework="pt") for path in paths]
+            files = [open_tensors(path) for path in paths]
             self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no mapping)
         except SafetensorError as error:
             raise CheckpointError(f"{whole} can't be read: {error}") from error

@@ -66,6 +66,7 @@ class EmbeddingWriter:
         self.rank = rank
         self._prompt_bytes = stored_bytes(encode(prompts[[0]]))
         manifest = read_manifest(folder)
+        begun = manifest is not None
         if manifest is None:
             rows = max(1, min(SHARD_BYTES // self._prompt_bytes, SHARD_ROWS))
             # Whole batches, so that prompts have the neighbours that they have in a run.
@@ -77,6 +78,8 @@ class EmbeddingWriter:
         self.manifest = manifest
         self.identity = identity(manifest)
         self.shards = range(rank, manifest["shards"], size)
+        if not begun:
+            self._refuse_foreign_files()
         self.missing = [number for number in self.shards if not self._is_whole(self._path(number), self._rows(number))]
 
     def write(self, extra: Sequence[str] = ()) -> Iterator[int]:
@@ -119,6 +122,22 @@ class EmbeddingWriter:
                 return shard.identity == self.identity and len(shard.keys()) == len(rows)
         except ConfigurationError:
             return False
+
+    def _refuse_foreign_files(self) -> None:
+        """Raises ConfigurationError where there is no manifest, but a file that this cache would replace."""
+        for path in (self.folder / NULL, self.folder / EXTRA, *map(self._path, self.shards)):
+            if path.exists() and self._identity_of(path) != self.identity:
+                raise ConfigurationError(
+                    f"{self.folder} holds {path.name}, which belongs to no embeddings of these prompts: choose another "
+                    "folder with --out"
+                )
+
+    def _identity_of(self, path: Path) -> str | None:
+        try:
+            with Rows(path) as rows:
+                return rows.identity
+        except ConfigurationError:
+            return None
 
     def _refuse_small_disk(self) -> None:
         existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,11 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks import Conditioning
+from diffpp_fast.training.durable import allow, move, open_tensors, sync
 
 MANIFEST, NULL, EXTRA = "manifest.json", "null.safetensors", "extra.safetensors"
 #: Tensors of keys and checksums in every file; those of a conditioning have their path as a name, after the prefix.
@@ -101,7 +101,7 @@ class Rows:
 
     def __enter__(self) -> Rows:
         try:
-            self._file = safe_open(self.path, framework="pt").__enter__()
+            self._file = open_tensors(self.path).__enter__()
             about = json.loads((self._file.metadata() or {})[ABOUT])
             self.identity: str = about["identity"]
             self._dtypes: dict[str, str] = about["dtypes"]
@@ -190,18 +190,10 @@ def _publish(path: Path, write: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
         # safetensors makes files that their owner alone can read; the folder's mode follows the umask.
-        partial.chmod(path.parent.stat().st_mode & 0o666)
-        _sync(partial)
-        partial.rename(path)
-        _sync(path.parent)
+        allow(partial, path.parent.stat().st_mode & 0o666)
+        sync(partial)
+        move(partial, path)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise ConfigurationError(f"can't write {path}: {error}. Shards that are complete stay.") from None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -24,26 +24,47 @@ LONGEST = 1 << 20
 
 
 class StableFile:
-    """A file that is opened for every reading, and that has to stay as it was at first."""
+    """A file that is opened for every reading, and whose prompts have to stay as they were at first.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of the file.
+        index: reads the file, adds its prompts to a digest and returns where they lie.
+        digest: of all prompts before this file's; has them, too, afterwards.
+    """
+
+    def __init__(self, path: Path, index: Callable[[BinaryIO, Digest], np.ndarray], digest: Digest) -> None:
         self.path = path
+        self._index = index
         self._state: tuple[int, int] | None = None
+        self._before = digest.copy()
         with self.open() as file:
             self._state = _state(file)
+            #: Where the prompts lie.
+            self.places = index(file, digest)
+        self._digest = digest.hexdigest()
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """Raises ConfigurationError where the file can't be read or has changed."""
+        """Raises ConfigurationError where the file can't be read or its prompts have changed."""
         try:
             with open(self.path, "rb") as file:
                 if self._state not in (None, _state(file)):
-                    raise ConfigurationError(
-                        f"prompts: {self.path} has changed since it was opened: start the run again"
-                    )
+                    self._refuse_change(file)
+                    self._state = _state(file)
+                    file.seek(0)
                 yield file
         except OSError as error:
             raise ConfigurationError(f"prompts: can't read {self.path}: {error.strerror}") from None
+
+    def _refuse_change(self, file: BinaryIO) -> None:
+        """Reads a file again that has been written to, or only touched."""
+        digest = self._before.copy()
+        try:
+            same = np.array_equal(self._index(file, digest), self.places) and digest.hexdigest() == self._digest
+        except ConfigurationError:
+            same = False
+        if not same:
+            raise ConfigurationError(f"prompts: {self.path} has changed since it was opened: start the run again")
 
 
 class RecordFile(PromptFile):
@@ -54,10 +75,9 @@ class RecordFile(PromptFile):
 
     def __init__(self, path: Path, digest: Digest) -> None:
         self.path = path
-        self._file = StableFile(path)
-        with self._file.open() as file:
-            #: int64 [N + 1]: where the N records begin, and where the last one ends.
-            self._starts = self._index(file, digest)
+        self._file = StableFile(path, self._index, digest)
+        #: int64 [N + 1]: where the N records begin, and where the last one ends.
+        self._starts = self._file.places
         if len(self) == 0:
             raise ConfigurationError(f"prompts: {path} holds no prompt")
 

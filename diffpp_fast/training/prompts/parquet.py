@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -50,20 +50,24 @@ class ParquetFile(PromptFile):
         self.path = path
         self.column = column
         self._decoded = decoded
-        self._file = StableFile(path)
         self._metadata: Any = None  # read once
-        with self._open() as file:
+        self._file = StableFile(path, self._index, digest)
+        #: How many prompts there are up to the end of each row group.
+        self._ends = self._file.places
+        self._advise(range(len(self._ends)))
+
+    def _index(self, opened: BinaryIO, digest: Digest) -> np.ndarray:
+        with self._read(opened) as file:
             self._metadata = file.metadata
-            check_column(file.schema_arrow, column, str(path))
+            check_column(file.schema_arrow, self.column, str(self.path))
             first = 1
-            for batch in file.iter_batches(ROWS, columns=[column]):
-                digest.add(check_rows(batch.column(0), str(path), column, first))
+            for batch in file.iter_batches(ROWS, columns=[self.column]):
+                digest.add(check_rows(batch.column(0), str(self.path), self.column, first))
                 first += batch.num_rows
             if first == 1:
-                raise ConfigurationError(f"prompts: {path} holds no prompt")
-            groups = [self._metadata.row_group(number) for number in range(self._metadata.num_row_groups)]
-            self._ends = np.cumsum([group.num_rows for group in groups])
-            self._advise(groups)
+                raise ConfigurationError(f"prompts: {self.path} holds no prompt")
+            groups = range(self._metadata.num_row_groups)
+            return np.cumsum([self._metadata.row_group(number).num_rows for number in groups])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -84,12 +88,13 @@ class ParquetFile(PromptFile):
         key = self.path, number
         values = self._decoded.get(key)
         if values is None:
-            with self._open() as file:
+            with self._file.open() as opened, self._read(opened, self._metadata) as file:
                 values = as_text(file.read_row_group(number, columns=[self.column]).column(0))
             self._decoded.keep(key, values)
         return values
 
-    def _advise(self, groups: Sequence[Any]) -> None:
+    def _advise(self, numbers: range) -> None:
+        groups = [self._metadata.row_group(number) for number in numbers]
         rows = max(group.num_rows for group in groups)
         columns = (group.column(place) for group in groups for place in range(group.num_columns))
         size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == self.column)
@@ -102,12 +107,11 @@ class ParquetFile(PromptFile):
             )
 
     @contextmanager
-    def _open(self) -> Iterator[Any]:
+    def _read(self, opened: BinaryIO, metadata: Any = None) -> Iterator[Any]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with self._file.open() as file:
-            try:
-                yield pq.ParquetFile(file, metadata=self._metadata)
-            except (pa.ArrowException, OSError) as error:
-                raise ConfigurationError(f"prompts: can't read {self.path}: {error}") from None
+        try:
+            yield pq.ParquetFile(opened, metadata=metadata)
+        except (pa.ArrowException, OSError) as error:
+            raise ConfigurationError(f"prompts: can't read {self.path}: {error}") from None

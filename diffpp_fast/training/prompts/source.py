@@ -28,6 +28,12 @@ class Digest:
             self._hash.update(text.encode() if self._first else f"\n{text}".encode())
             self._first = False
 
+    def copy(self) -> Digest:
+        """Return one that goes on from here on its own."""
+        other = Digest()
+        other._hash, other._first = self._hash.copy(), self._first
+        return other
+
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
 

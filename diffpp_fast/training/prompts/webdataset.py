@@ -30,13 +30,12 @@ class TarFile(PromptFile):
     def __init__(self, path: Path, column: str | None, digest: Digest) -> None:
         self.path = path
         self.column = column
-        self._file = StableFile(path)
-        with self._file.open() as file:
-            #: int64 [N, 2]: offset and size of every text.
-            self._places = self._index(file, digest)
-            if len(self) == 0 and column is None:
-                self.column = "prompt"
-                self._places = self._index(file, digest)
+        self._file = StableFile(path, self._index, digest)
+        if len(self._file.places) == 0 and column is None:
+            self.column = "prompt"
+            self._file = StableFile(path, self._index, digest)
+        #: int64 [N, 2]: offset and size of every text.
+        self._places = self._file.places
         if len(self) == 0:
             kinds = ".txt or .json" if column is None else ".json"
             raise ConfigurationError(f"prompts: {path} holds no {kinds} members")
