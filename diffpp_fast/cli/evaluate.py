@@ -125,6 +125,7 @@ def _source(text: str, arguments: argparse.Namespace) -> Source:
         config=arguments.config,
         base=arguments.base,
         precision=arguments.dtype,
+        overrides=arguments.override,
     )
 
 

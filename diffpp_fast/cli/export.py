@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from diffpp_fast.cli.quiet import hide_loading_bars
+from diffpp_fast.cli.sample import add_override
 from diffpp_fast.terminal import say
 from diffpp_fast.user_paths import user_path
 
@@ -41,6 +42,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="LoRA adapters as part of the weights (default), or as a file for load_lora_weights",
     )
     parser.add_argument("--pipeline", action="store_true", help="the whole pipeline of the run's models.base")
+    add_override(parser)
     parser.set_defaults(run=run)
 
 
@@ -52,10 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
         export_generator,
         export_pipeline,
         find_weights,
-        load_generator,
         refuse_foreign_folder,
+        warn_of_changed_base,
     )
     from diffpp_fast.training.one_step_scheduler import latents_scale
+    from diffpp_fast.training.saved_config import load_saved_config, naming_moves
 
     if arguments.pipeline and not arguments.merge:
         raise ConfigurationError("--pipeline holds merged weights: leave --no-merge out, or export the adapters alone")
@@ -63,14 +66,16 @@ def run(arguments: argparse.Namespace) -> int:
     weights = find_weights(arguments.source, raw=arguments.raw)
     say(f"weights: {weights}")
     hide_loading_bars()
-    config, generator = load_generator(weights)
-    if not arguments.merge and generator.adapters is None:
+    config = load_saved_config(weights.folder, arguments.override)
+    if not arguments.merge and config.models.generator.lora is None:
         raise ConfigurationError("--no-merge: the run trained all weights of its generator, there are no adapters")
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    if arguments.pipeline:
-        export_pipeline(arguments.out, config, generator, dtype=dtype)
-    else:
-        export_generator(arguments.out, config, generator, dtype=dtype, merge=arguments.merge)
+    with naming_moves(weights.folder):
+        warn_of_changed_base(weights, config)
+        if arguments.pipeline:
+            export_pipeline(arguments.out, config, weights, dtype=dtype)
+        else:
+            export_generator(arguments.out, config, weights, dtype=dtype, merge=arguments.merge)
     scale = latents_scale(config.models.generator.input_scale)
     latents = "" if scale == 1.0 else f", latents={scale:g} * z"
     say(f"exported: {arguments.out}")

@@ -37,6 +37,7 @@ from diffpp_fast.training.reward_watch import RewardWatch
 from diffpp_fast.training.skips import SkippedUpdates
 from diffpp_fast.training.state import Position, read_record, read_state, write_state
 from diffpp_fast.training.watch import Watch
+from diffpp_fast.training.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -107,12 +108,13 @@ class Trainer:
         self.grid = Grid(config, self.parts, self.prompts, self.world.device)
         self.position = Position()
         self._saved: Position | None = None
+        self._saved_in: Path | None = None
         #: The last value of every scalar that was logged.
         self._scores: dict[str, float] = {}
         if checkpoint is not None:
             self.position = read_state(checkpoint, self._engines)
             self._scores = read_scores(checkpoint)
-            self._saved = replace(self.position)
+            self._saved, self._saved_in = replace(self.position), checkpoint
             logger.info("resuming from %s", checkpoint)
         self.callbacks: list[Callback] = []
         if self.world.is_main:
@@ -390,17 +392,19 @@ class Trainer:
                 ),
                 self._scores,
             )
-        self._saved = replace(self.position)
+        self._saved, self._saved_in = replace(self.position), path
         self._tell("on_checkpoint", self.step, path)
 
     def _export(self) -> None:
-        """The averaged generator in diffusers' format, written by the main process (collective)."""
-        state = self.generator.full_state(averaged=True)
+        """The averaged generator in diffusers' format, written by the main process from the last checkpoint
+        (collective)."""
+        assert self._saved_in is not None
         error: Exception | None = None
-        if state is not None:
+        if self.world.is_main:
+            weights = Weights(self._saved_in, "generator" if self.config.ema is None else "generator_ema")
             try:
-                export_generator(self.output / "generator", self.config, self.parts.sampler.trained, state)
-            except CheckpointError as found:
+                export_generator(self.output / "generator", self.config, weights)
+            except (CheckpointError, ConfigurationError) as found:
                 error = found
         said = self.world.first_error(error)
         if said is not None:
