@@ -1,63 +1,289 @@
-"""Files of weights from elsewhere: safetensors, and what torch.save wrote, read without unpickling."""
+"""Files of weights: safetensors, read and written tensor by tensor, and what torch.save wrote, without unpickling."""
 
 from __future__ import annotations
 
-import pickle
+import json
+import re
+import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 #: What files of weights are called.
 SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pkl", ".pt", ".pth")
+#: What wrappers put into every name, wherever the wrapped module is.
+WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+#: What a network is called inside a larger module; taken off where all names begin with it.
+PREFIXES = ("module.", "model.", "unet.", "transformer.", "network.", "generator.")
+#: Nodes of a checkpoint that hold tensors and are no weights.
+NO_WEIGHTS = re.compile(r"opt|sched|scaler|rng|random|callback|loop", re.IGNORECASE)
+#: The first bytes of files that are not what their names say.
+SIGNS = {
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: run `git lfs pull` where it was cloned",
+    b"<!DOCTYPE": "is a web page, not weights: the download went wrong",
+    b"<html": "is a web page, not weights: the download went wrong",
+    b"GGUF": "is GGUF, which holds quantised weights for llama.cpp and its kin: take the model's safetensors",
+}
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+}  # fmt: skip
+_NAMED = {name: dtype for dtype, name in _DTYPES.items()}
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of what torch.save wrote, on the CPU; nothing is unpickled.
+class Place(NamedTuple):
+    """Where a tensor lies: the file, its dtype and shape, and its first and last byte."""
 
-    A state dict inside a checkpoint's "state_dict", "model" or "module" is taken out, and the prefix that
-    DistributedDataParallel adds to every key is cut off.
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
 
-    Raises ValueError, with what to do, for a file that is damaged or holds anything else.
+
+class StoredTensors(Mapping[str, Tensor]):
+    """Tensors in safetensors files by name; each is read when it is asked for, and not kept.
+
+    Nothing is mapped into memory, where it would count as the process's own.
+
+    Args:
+        files: to read; a name in two of them is an error.
+
+    Raises ValueError, naming the file, for one that is damaged, empty or no safetensors.
     """
-    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
-    if tensors and all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return tensors
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.places: dict[str, Place] = {}
+        for path in files:
+            for name, place in _places(path).items():
+                if name in self.places:
+                    raise ValueError(f"{name} is in {self.places[name].path.name} and in {path.name} of {path.parent}")
+                self.places[name] = place
+
+    def __getitem__(self, name: str) -> Tensor:
+        place = self.places[name]
+        data = bytearray(place.end - place.begin)
+        with place.path.open("rb", buffering=0) as file:
+            file.seek(place.begin)
+            view = memoryview(data)
+            while view and (count := file.readinto(view)):
+                view = view[count:]
+        if view:
+            raise ValueError(f"{place.path} has become shorter while it was read")
+        if not data:
+            return torch.empty(place.shape, dtype=place.dtype)
+        return torch.frombuffer(data, dtype=place.dtype).reshape(place.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+class Renamed(Mapping[str, Tensor]):
+    """Some of the tensors of another mapping, by other names; each is looked up when it is asked for.
+
+    Args:
+        source: has them.
+        names: those in `source`, by those here.
+    """
+
+    def __init__(self, source: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self.source = source
+        self.names = names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.source[self.names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class Planned(NamedTuple):
+    """A tensor that will be written: its dtype, its shape, and what makes it when its turn comes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+def read_tensors(path: Path, state_dict: str | None = None) -> Mapping[str, Tensor]:
+    """Return the tensors of a .safetensors file, or of what torch.save wrote, on the CPU; nothing is unpickled.
+
+    The one state dict inside a training checkpoint is taken out, and names that wrappers (torch.compile, FSDP,
+    DistributedDataParallel) or a larger module have put in front of every key are taken off. Those of a .safetensors
+    file are read when they are asked for.
+
+    Args:
+        path: of the file.
+        state_dict: which of a file's state dicts: its key, with dots between those of nested ones, or what the names
+            of its tensors begin with.
+
+    Raises ValueError, with what to do, for a file that is damaged, holds anything else, or several state dicts.
+    """
+    stored = path.suffix == ".safetensors"
+    found = {"": StoredTensors([path])} if stored else dict(_state_dicts(_read_pickled(path)))
+    tensors = _choose(path, found, state_dict)
+    return Renamed(tensors, _plain_names({name: name for name in tensors}))
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of tensors by name; those that are stored are not read."""
+    if isinstance(tensors, Renamed):
+        shapes = shapes_of(tensors.source)
+        return {name: shapes[other] for name, other in tensors.names.items()}
+    if isinstance(tensors, StoredTensors):
+        return {name: place.shape for name, place in tensors.places.items()}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor with values that are NaN or infinite; None where there is none."""
+    for name, tensor in tensors.items():
+        if (
+            not tensor.is_meta
+            and tensor.is_floating_point()
+            and tensor.numel()
+            and not torch.stack(tensor.aminmax()).isfinite().all()
+        ):
+            return name
+    return None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Planned]) -> None:
+    """Write a safetensors file tensor by tensor, so that one of them is in memory at a time.
+
+    Raises OSError where the disk fails, and ValueError where a tensor is not what was planned.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # Wider elements first keep every tensor aligned, as the format's own writer has it.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    end = 0
+    for name in order:
+        begin, end = end, end + tensors[name].dtype.itemsize * torch.Size(tensors[name].shape).numel()
+        planned = tensors[name]
+        header[name] = {
+            "dtype": _DTYPES[planned.dtype],
+            "shape": list(planned.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            # In a function of its own, which drops each tensor before the next one is made.
+            _write(file, name, tensors[name])
+
+
+def _places(path: Path) -> dict[str, Place]:
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt"):  # checks the header, and that the file is whole
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, Any] = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} can't be read as safetensors: {error}. Is it whole?") from error
+        raise ValueError(_unreadable(path, f"can't be read as safetensors: {error}. Is it whole?")) from error
+    header.pop("__metadata__", None)
+    unknown = sorted({facts["dtype"] for facts in header.values()} - _NAMED.keys())
+    if unknown:
+        raise ValueError(f"{path} holds tensors of {', '.join(unknown)}, which are not read here: quantised weights?")
+    return {
+        name: Place(
+            path,
+            _NAMED[facts["dtype"]],
+            tuple(facts["shape"]),
+            *(8 + length + offset for offset in facts["data_offsets"]),
+        )
+        for name, facts in header.items()
+    }
 
 
-def _read_pickled(path: Path) -> dict[str, Tensor]:
+def _write(file: IO[bytes], name: str, planned: Planned) -> None:
+    tensor = planned.make()
+    if (tensor.dtype, tuple(tensor.shape)) != (planned.dtype, tuple(planned.shape)):
+        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, planned as {list(planned.shape)}")
+    file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _plain_names(names: Mapping[str, str]) -> dict[str, str]:
+    """What tensors are called in the network itself, without the names of what it was wrapped in: new -> old."""
+    plain = {WRAPPERS.sub("", name): old for name, old in names.items()}
+    prefix = next((prefix for prefix in PREFIXES if plain and all(name.startswith(prefix) for name in plain)), None)
+    return plain if prefix is None else _plain_names({name.removeprefix(prefix): old for name, old in plain.items()})
+
+
+def _read_pickled(path: Path) -> Any:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors, and nothing else is unpickled, because unpickling runs code. If you "
-            "trust it, write its state dict once with safetensors.torch.save_file and give that file's path. "
-            f"({_first_line(error)})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} can't be read: {_first_line(error)}. It should be what torch.save wrote of a state dict (no "
-            "TorchScript), or .safetensors; is it whole?"
-        ) from error
-    for name in ("state_dict", "model", "module"):
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no state dict: {type(content).__name__}")
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # damage shows as almost any kind of error
+        # torch answers anything that it would have to unpickle with this advice.
+        if "weights_only" in str(error):
+            raise ValueError(
+                f"{path} holds more than tensors, and nothing else is unpickled, because unpickling runs code. If you "
+                "trust it, write its state dict once with safetensors.torch.save_file and give that file's path. "
+                f"({_first_line(error)})"
+            ) from error
+        said = f"can't be read: {_first_line(error)}. It should be what torch.save wrote of a state dict (no "
+        raise ValueError(_unreadable(path, f"{said}TorchScript), or .safetensors; is it whole?")) from error
+
+
+def _state_dicts(content: Any, place: str = "") -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """The mappings of names to tensors inside a checkpoint, each with the keys that lead to it."""
+    if not isinstance(content, Mapping):
+        return
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    # A counter or a learning rate beside nested state dicts makes no state dict.
+    if any(tensor.dim() > 0 for tensor in tensors.values()):
+        yield place, tensors
+    for name, value in content.items():
+        if isinstance(name, str) and not NO_WEIGHTS.search(name):
+            yield from _state_dicts(value, f"{place}.{name}" if place else name)
+
+
+def _choose(path: Path, found: Mapping[str, Mapping[str, Tensor]], wanted: str | None) -> Mapping[str, Tensor]:
+    if wanted is None:
+        if not found:
+            raise ValueError(f"{path} holds no state dict: no tensors by name")
+        if len(found) > 1:
+            names = ", ".join(name or "(the file's own tensors)" for name in found)
+            raise ValueError(f"{path} holds several state dicts: choose one of {names} with the key state_dict")
+        return next(iter(found.values()))
+    if wanted in found:
+        return found[wanted]
+    for tensors in found.values():
+        part = {name.removeprefix(f"{wanted}."): name for name in tensors if name.startswith(f"{wanted}.")}
+        if part:
+            return Renamed(tensors, part)
+    beginnings = {name.partition(".")[0] for tensors in found.values() for name in tensors}
+    known = ", ".join(name for name in found if name) or ", ".join(sorted(beginnings))
+    raise ValueError(f"{path} holds no state dict {wanted}; it holds {known or 'no tensors'}")
+
+
+def _unreadable(path: Path, said: str) -> str:
+    if path.is_dir():
+        return f"{path} is a folder, not a file"
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        return f"{path} can't be read: {error.strerror}"
+    if not start:
+        return f"{path} is empty: the download or the copy was cut off"
+    known = next((words for sign, words in SIGNS.items() if start.startswith(sign)), None)
+    return f"{path} {known or said}"
 
 
 def _first_line(error: BaseException) -> str:

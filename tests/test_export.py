@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,129 @@ def test_adapters_of_a_transformer_load_too(bases: dict[str, Path], tmp_path: Pa
     arguments = sampler.encode([PROMPT]).tensors
     expected = sampler.trained.denoise(x_t, t, arguments)
     torch.testing.assert_close(network(x_t, timestep=t, **arguments).sample[:, :4], expected, rtol=1e-4, atol=1e-4)
+
+
+def stored(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize(("family", "precision"), [("stable_diffusion", "float32"), ("pixart", "float16")])
+def test_merging_rounds_nothing_of_the_base(
+    bases: dict[str, Path], tmp_path: Path, family: str, precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a run in bfloat16 frozen weights are rounded in memory: the file has the base's own, and float32 sums."""
+    shutil.copytree(bases[family].parent, tmp_path / "project")
+    part = "transformer" if family == "pixart" else "unet"
+    base = tmp_path / "project" / "base" / part
+    tensors = {name: tensor.to(getattr(torch, precision)) for name, tensor in stored(base).items()}
+    save_file(tensors, base / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    output, lora = tmp_path / "run", "models.generator.lora={rank: 3, alpha: 6, targets: [to_q, to_out.0, conv1, proj]}"
+    config = load_config(
+        tmp_path / "project" / "align.yaml",
+        ["precision=bfloat16", f"output={output}", lora, "optimizers.generator.lr=0.1"],
+    )
+    Trainer(config).run()
+    exported, adapters = (
+        stored(output / "generator"),
+        read_role(output / "checkpoints" / "step_000001", "generator_ema"),
+    )
+    changed = 0
+    for name, tensor in tensors.items():
+        assert exported[name].dtype == torch.float32
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_A.generator.weight" in adapters:
+            down, up = (adapters[f"{layer}.lora_{side}.generator.weight"] for side in "AB")
+            expected = tensor.float() + (2.0 * (up.flatten(1) @ down.flatten(1))).view_as(tensor)
+            assert torch.equal(exported[name], expected) and not torch.equal(exported[name], tensor.float())
+            changed += 1
+        else:
+            assert torch.equal(exported[name], tensor.float()), name
+    assert exported.keys() == tensors.keys() and 2 * changed == len(adapters) > 4
+    assert main(["export", str(output), "--out", str(tmp_path / "out")]) == 0
+    again = stored(tmp_path / "out")
+    assert all(torch.equal(again[name], exported[name]) for name in exported)
+
+
+def test_an_export_holds_one_tensor_at_a_time(runs: dict[str, Config], tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """No network is built on the way, and of what is read nothing stays."""
+    import weakref
+
+    from diffpp_fast.tensor_files import StoredTensors
+
+    held: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    read = StoredTensors.__getitem__
+
+    def watch(self: StoredTensors, name: str) -> torch.Tensor:
+        nonlocal most
+        tensor = read(self, name)
+        held.append(weakref.ref(tensor))
+        most = max(most, sum(reference() is not None for reference in held))
+        return tensor
+
+    monkeypatch.setattr(StoredTensors, "__getitem__", watch)
+    monkeypatch.setattr("diffpp_fast.networks.loading.load_denoiser", None)
+    for run in ("lora", "whole"):
+        assert main(["export", runs[run].output, "--out", str(tmp_path / run)]) == 0
+        assert most == {"lora": 3, "whole": 1}[run]  # a weight with its A and B
+        held, most = [], 0
+
+
+def test_a_pipelines_other_parts_are_the_bases_files(bases: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(bases["stable_diffusion_xl"].parent, tmp_path / "project")
+    base = tmp_path / "project" / "base"
+    for part, stem in (
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder_2", "model"),
+        ("unet", "diffusion_pytorch_model"),
+    ):
+        tensors = load_file(base / part / f"{stem}.safetensors")
+        halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        save_file(halves, base / part / f"{stem}.fp16.safetensors", {"format": "pt"})
+    (base / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (base / "vae" / "leftover.bin").write_bytes(b"1")
+    (base / "text_encoder" / "model.safetensors").rename(base / "text_encoder" / "model.fp16.safetensors")
+    config = load_config(tmp_path / "project" / "align.yaml", ["models.variant=fp16"])
+    sampler = sampler_of(config)
+    export_pipeline(tmp_path / "out", config, sampler.trained, dtype=torch.bfloat16)
+    for part, stem in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model"), ("text_encoder_2", "model")):
+        copied = (tmp_path / "out" / part / f"{stem}.safetensors").read_bytes()
+        assert copied == (base / part / f"{stem}.fp16.safetensors").read_bytes()
+        assert (tmp_path / "out" / part / "config.json").read_bytes() == (base / part / "config.json").read_bytes()
+    assert not list((tmp_path / "out").rglob("*.bin")) and not list((tmp_path / "out").rglob("*fp16*"))
+    assert {tensor.dtype for tensor in stored(tmp_path / "out" / "unet").values()} == {torch.bfloat16}
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert type(pipeline).__name__ == "StableDiffusionXLPipeline"
+    assert type(pipeline.scheduler).__name__ == "EulerDiscreteScheduler"
+    (base / "text_encoder" / "model.fp16.safetensors").unlink()
+    with pytest.raises(ConfigurationError, match=r"models\.base.*text_encoder holds no model\.safetensors"):
+        export_pipeline(tmp_path / "out", config, sampler.trained)
+
+
+def test_a_project_that_has_moved_says_so(bases: dict[str, Path], tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    shutil.copytree(bases["stable_diffusion"].parent, tmp_path / "old")
+    config = load_config(tmp_path / "old" / "align.yaml", [f"output={tmp_path / 'run'}", "models.fake.lora.rank=2"])
+    Trainer(config).run()
+    run, new = str(tmp_path / "run"), tmp_path / "new"
+    (tmp_path / "old").rename(new)
+    out = str(tmp_path / "out")
+    for command in (["export", run, "--out", out], ["sample", "--run", run, "a red apple", "--out", f"{out}.png"]):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert f"models.base={tmp_path}/old/base" in said and "--override models.base=FOLDER" in said
+        assert main([*command, "--override", f"models.base={new / 'base'}"]) == 0
+
+
+def test_what_was_trained_must_be_of_the_network(runs: dict[str, Config], tmp_path: Path) -> None:
+    config = runs["whole"]
+    weights = find_weights(Path(config.output))
+    tensors = dict(read_role(*weights))
+    tensors.pop("conv_in.weight")
+    save_file(tensors, tmp_path / "generator_ema.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 names differ, e\.g\. conv_in\.weight"):
+        export_generator(tmp_path / "out", config, type(weights)(tmp_path, "generator_ema"))
 
 
 def test_a_pipeline_needs_the_base_that_the_run_computes_with(bases: dict[str, Path], tmp_path: Path) -> None:

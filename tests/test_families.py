@@ -185,7 +185,7 @@ def test_text_encoders_have_to_fit_the_network(config_of, bases: dict[str, Path]
     wide = f"models.text_encoder.path={bases['stable_diffusion'].parent}/base/text_encoder"
     tokenizer = f"models.text_encoder.tokenizer={bases['stable_diffusion'].parent}/base/tokenizer"
     with pytest.raises(
-        ConfigurationError, match=r"models.generator has 16 channels of text, models.text_encoder has 24"
+        ConfigurationError, match=r"models.reference has 16 channels of text, models.text_encoder has 24"
     ):
         build_sampler(config_of("stable_diffusion_xl", wide, tokenizer), CPU)
     with pytest.raises(ConfigurationError, match="max_length must be equal"):
@@ -396,4 +396,5 @@ def test_prompts_that_are_too_long_are_cut_with_a_warning(config_of, caplog: pyt
 def test_configurations_of_a_base_name_what_is_wrong(bases: dict[str, Path]) -> None:
     with pytest.raises(ConfigurationError, match=r"unknown key models.generator.lora.rang: did you mean .*rank"):
         load_config(bases["pixart"], ["models.generator.lora.rang=3"])
-    assert yaml.safe_load(dump_config(load_config(bases["pixart"])))["models"]["fake"] == {"path": None, "lora": None}
+    fake = yaml.safe_load(dump_config(load_config(bases["pixart"])))["models"]["fake"]
+    assert fake == dict.fromkeys(("path", "variant", "state_dict", "lora"))

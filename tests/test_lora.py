@@ -11,7 +11,7 @@ import torch
 
 from diffpp_fast.methods import Batch
 from diffpp_fast.networks import Denoiser
-from diffpp_fast.networks.lora import Adapted, Adapters
+from diffpp_fast.networks.lora import Adapted, Adapters, layers_of, merged_weight
 from diffpp_fast.training import CheckpointError, Config, ConfigurationError, Trainer, load_config
 from diffpp_fast.training.build import Run, build_run
 from diffpp_fast.training.checkpoint import read_tensors
@@ -152,7 +152,14 @@ def test_merged_weights_compute_the_same(build) -> None:  # type: ignore[no-unty
         **({"added_cond_kwargs": added} if build is tiny.sdxl_unet else {}),
     }
     adapted = Adapted(Denoiser(network), adapters, "generator")(x_t, t, conditioning)
-    merged = adapters.merged(network.state_dict(), "generator")
+    merged = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in network.state_dict().items()
+        if ".lora_" not in name
+    }
+    for name, (down, up) in layers_of(parameters["generator"], "generator").items():
+        weights = parameters["generator"]
+        merged[name] = merged_weight(merged[name], weights[down], weights[up], 5.0 / 2)
     assert set(merged) == names
     plain = build().eval()
     plain.load_state_dict(merged)

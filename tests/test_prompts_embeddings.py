@@ -21,9 +21,9 @@ from diffpp_fast.training import Config, ConfigurationError, Trainer, load_confi
 from diffpp_fast.training.build import text
 from diffpp_fast.training.build.embeddings import open_embeddings
 from diffpp_fast.training.build.text import TextFacts, load_text
+from diffpp_fast.training.checkpoint import read_tensors
 from diffpp_fast.training.prompts import EmbeddingCache, PromptSource, embed, fingerprint, open_prompts
 from diffpp_fast.training.prompts.embedding_files import read_manifest
-from diffpp_fast.training.weights import read_tensors
 
 CPU = torch.device("cpu")
 GRID = ["a green apple", "a red sun"]

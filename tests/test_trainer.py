@@ -335,8 +335,9 @@ def test_networks_that_do_not_agree(config_of, tmp_path: Path, role: str, build,
 
 
 def test_an_unknown_prediction_type_names_the_scheduler(config_of, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    betas = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
     (tmp_path / "scheduler_config.json").write_text(
-        json.dumps({"_class_name": "DDPMScheduler", "prediction_type": "wavelet"})
+        json.dumps({"_class_name": "DDPMScheduler", "prediction_type": "wavelet", **betas})
     )
     with pytest.raises(ConfigurationError, match=rf"models.scheduler \({tmp_path}\).*'wavelet'"):
         Trainer(config_of(*QUIET, f"models.scheduler.path={tmp_path}"))

@@ -133,6 +133,7 @@ def _source(text: str, arguments: argparse.Namespace) -> Source:
         config=arguments.config,
         base=arguments.base,
         precision=arguments.dtype,
+        overrides=arguments.override,
     )
 
 

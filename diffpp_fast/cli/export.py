@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from diffpp_fast.cli.quiet import hide_loading_bars
+from diffpp_fast.cli.sample import add_override
 from diffpp_fast.terminal import say
 from diffpp_fast.user_paths import user_path
 
@@ -42,6 +43,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="LoRA adapters as part of the weights (default), or as a file for load_lora_weights",
     )
     parser.add_argument("--pipeline", action="store_true", help="the whole pipeline of the run's models.base")
+    add_override(parser)
     parser.set_defaults(run=run)
 
 
@@ -62,23 +64,25 @@ def _export(out: Path, arguments: argparse.Namespace) -> int:
     import torch
 
     from diffpp_fast.errors import ConfigurationError
-    from diffpp_fast.training.export import export_generator, export_pipeline, find_weights, load_generator
-    from diffpp_fast.training.loading import load_config
+    from diffpp_fast.training.export import export_generator, export_pipeline, find_weights, warn_of_changed_base
     from diffpp_fast.training.one_step_scheduler import latents_scale
     from diffpp_fast.training.output import refuse_inputs
+    from diffpp_fast.training.saved_config import load_saved_config, naming_moves
 
     weights = find_weights(arguments.source, raw=arguments.raw)
     say(f"weights: {weights}")
-    refuse_inputs(load_config(weights.folder / "config.yaml"), [out])
     hide_loading_bars()
-    config, generator = load_generator(weights)
-    if not arguments.merge and generator.adapters is None:
+    config = load_saved_config(weights.folder, arguments.override)
+    refuse_inputs(config, [out])
+    if not arguments.merge and config.models.generator.lora is None:
         raise ConfigurationError("--no-merge: the run trained all weights of its generator, there are no adapters")
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    if arguments.pipeline:
-        export_pipeline(out, config, generator, dtype=dtype)
-    else:
-        export_generator(out, config, generator, dtype=dtype, merge=arguments.merge)
+    with naming_moves(weights.folder):
+        warn_of_changed_base(weights, config)
+        if arguments.pipeline:
+            export_pipeline(out, config, weights, dtype=dtype)
+        else:
+            export_generator(out, config, weights, dtype=dtype, merge=arguments.merge)
     scale = latents_scale(config.models.generator.input_scale)
     latents = "" if scale == 1.0 else f", latents={scale:g} * z"
     say(f"exported: {arguments.out}")

@@ -81,6 +81,15 @@ def add_surroundings(parser: argparse.ArgumentParser) -> None:
         "--config", type=user_path, metavar="CONFIG.yaml", help="names text encoder and decoder of an exported network"
     )
     parser.add_argument("--base", metavar="PIPELINE", help="has them, in diffusers' format, instead of --config")
+    add_override(parser)
+
+
+def add_override(parser: argparse.ArgumentParser) -> None:
+    """The option that changes what a run's configuration says, e.g. where its models are now."""
+    parser.add_argument(
+        "--override", action="append", default=[], metavar="section.key=value",
+        help="replaces a value of the run's configuration, e.g. models.base=FOLDER where the models have moved",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -101,6 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
         config=arguments.config,
         base=arguments.base,
         precision=arguments.dtype,
+        overrides=arguments.override,
     )
     say(f"weights: {source.origin}")
     hide_loading_bars()

@@ -83,7 +83,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(printable(written) if sys.stdout.isatty() else written, end="")
         return 0
     if arguments.dry_run:
-        return print_plan_of(arguments)
+        from diffpp_fast.training.build.networks import refuse_weights
+
+        code = print_plan_of(arguments)
+        refuse_weights(config, download=False)
+        return code
 
     from diffpp_fast.training.trainer import Trainer
 

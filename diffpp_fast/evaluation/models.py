@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from diffpp_fast.training.inputs import warn_of_changed_inputs
 from diffpp_fast.training.loading import load_config
 from diffpp_fast.training.publish import MANIFEST
 from diffpp_fast.training.resume import Which
+from diffpp_fast.training.saved_config import load_saved_config, naming_moves
 from diffpp_fast.training.state import read_record
 from diffpp_fast.training.weights import load_role, read_role
 
@@ -65,7 +67,8 @@ class Source:
 
     def load(self, device: torch.device) -> Model:
         """Raises ConfigurationError and CheckpointError for what can't be loaded or does not fit together."""
-        sampler = build_sampler(self.config, device)
+        with nullcontext() if self.weights is None else naming_moves(self.weights.folder):
+            sampler = build_sampler(self.config, device)
         if self.weights is not None:
             folder = self.weights.folder
             load_role(sampler.trained, read_role(*self.weights), folder)
@@ -83,6 +86,7 @@ def find_source(
     config: Path | None = None,
     base: str | None = None,
     precision: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> Source:
     """What a path names: a run, a checkpoint, a folder that `diffpp-fast export` wrote, or a configuration.
 
@@ -94,12 +98,13 @@ def find_source(
             folder has no `generator.json`, it also says how the generator is called.
         base: in place of `config`, a whole pipeline in diffusers' format, a folder or a hub id.
         precision: "float32" or "bfloat16"; None: the configuration's, float32 where there is none.
+        overrides: of the configuration that it is loaded with.
 
     Raises:
         CheckpointError: the path is nothing of all that.
         ConfigurationError: something that surrounds the generator is missing.
     """
-    overrides = [] if precision is None else [f"precision={precision}"]
+    overrides = [*overrides, *([] if precision is None else [f"precision={precision}"])]
     if path is not None and path.suffix in (".yaml", ".yml") and path.is_file():
         source = Source(name or path.stem, str(path), load_config(path, overrides))
     elif path is not None and (path / PIPELINE).is_file():
@@ -112,7 +117,7 @@ def find_source(
         weights = _find_in_run(path, which)
         # Of a run it is the run's name, not "step_002000", which other runs have too.
         run = weights.folder.resolve().parents[1].name
-        source = Source(name or run, str(weights), load_config(weights.folder / "config.yaml", overrides), weights)
+        source = Source(name or run, str(weights), load_saved_config(weights.folder, overrides), weights)
     if source.config.models.decoder is None:
         raise ConfigurationError(f"{source.origin}: models.decoder is missing, so there are no images")
     return source

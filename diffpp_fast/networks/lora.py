@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,10 @@ def inject(network: nn.Module, name: str, *, rank: int, alpha: float, targets: S
     it casts what a matrix product takes, and peft's own cast of every adapted input to float32, a copy that autocast
     casts back and autograd keeps, is switched off.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
     from peft.tuners.lora.layer import LoraLayer
 
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none")
+    settings = settings_of(rank, alpha, targets)
     inject_adapter_in_model(settings, network, name)
     layers: dict[str, Any] = {path: layer for path, layer in network.named_modules() if isinstance(layer, LoraLayer)}
     for layer in layers.values():
@@ -103,29 +103,28 @@ class Adapters:
             for layer, active in zip(self._layers.values(), before, strict=True):
                 layer._active_adapter = active
 
-    def merged(self, state: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-        """The weights that the network would have without adapters to compute what it does with this one.
 
-        Args:
-            state: as the network's `state_dict` has it, with whole tensors.
-            name: of the adapter.
+def settings_of(rank: int, alpha: float, targets: Sequence[str]) -> Any:
+    """Return peft's settings of an adapter."""
+    from peft import LoraConfig
 
-        Returns:
-            Tensors by the names of the network without adapters; sums are computed in float32.
-        """
-        plain = {
-            key.replace(".base_layer.", "."): tensor
-            for key, tensor in state.items()
-            if ".lora_A." not in key and ".lora_B." not in key
-        }
-        for path, layer in self._layers.items():
-            if name not in layer.lora_A:
-                continue
-            down, up = state[f"{path}.lora_A.{name}.weight"], state[f"{path}.lora_B.{name}.weight"]
-            weight = plain[f"{path}.weight"]
-            update = layer.scaling[name] * (up.float().flatten(1) @ down.float().flatten(1))
-            plain[f"{path}.weight"] = weight.float() + update.view_as(weight)
-        return plain
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none")
+
+
+def layers_of(names: Iterable[str], adapter: str) -> dict[str, tuple[str, str]]:
+    """Return the names of A and B in an adapter's state, by the weight's name in the network without adapters."""
+    ending = f".lora_A.{adapter}.weight"
+    downs = [name for name in names if name.endswith(ending)]
+    return {
+        f"{name.removesuffix(ending)}.weight": (name, name.replace(ending, f".lora_B.{adapter}.weight"))
+        for name in downs
+    }
+
+
+def merged_weight(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return weight + scale B A, computed in float32, of a linear layer or a convolution."""
+    update = scale * (up.float().flatten(1) @ down.float().flatten(1))
+    return weight.float() + update.view_as(weight)
 
 
 class Adapted(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,17 @@ import torch
 from torch import nn
 
 from diffpp_fast.networks.conditioning import Conditioning
-from diffpp_fast.networks.loading import pretrained_arguments, resolve
+from diffpp_fast.networks.loading import local_folder, refuse_not_finite, resolve
+from diffpp_fast.networks.weight_files import TRANSFORMERS, open_weights, patterns
 
 logger = logging.getLogger("diffpp_fast")
 
 #: Overflow in float16; bfloat16 has the range of float32.
 OVERFLOWING = ("mt5", "t5", "umt5")
+#: Tensors that a text encoder's hidden states do not depend on: heads, other towers, and buffers that are counted anew.
+SPARE = re.compile(
+    r"(^|\.)position_ids$|(^|\.)pooler\.|^(text_projection|visual_projection|logit_scale|vision_model|cls|lm_head|decoder)\b"
+)
 
 
 class TextEncoder(nn.Module):
@@ -68,6 +74,7 @@ class TextEncoder(nn.Module):
         *,
         tokenizer: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
         **arguments: Any,
     ) -> TextEncoder:
         """From a hub id or a folder with the model (safetensors). Of T5 it takes the encoder.
@@ -76,11 +83,12 @@ class TextEncoder(nn.Module):
             path, max_length, mask_padding, arguments: as above.
             tokenizer: where the tokenizer is; None: with the model.
             dtype: of the weights.
+            variant: which of the folder's weights, e.g. "fp16".
 
-        Raises ValueError for float16 where it overflows.
+        Raises like `load_text_model` and `load_tokenizer`.
         """
-        model = load_text_model(str(path), dtype)
-        return cls(model, load_tokenizer(str(tokenizer or path)), max_length, mask_padding, **arguments)
+        model = load_text_model(str(path), dtype, variant=variant)
+        return cls(model, load_tokenizer(str(tokenizer or path), model), max_length, mask_padding, **arguments)
 
     @property
     def width(self) -> int:
@@ -174,16 +182,35 @@ class DualTextEncoder(nn.Module):
         return _zeroed(self([""]), "encoder_hidden_states", "text_embeds") if self.zero_empty else self([""])
 
 
-def load_text_model(path: str, dtype: torch.dtype = torch.float32, *, projection: bool = False) -> nn.Module:
-    """A text encoder from safetensors; with `projection` a CLIP that also gives `text_embeds`."""
+def load_text_model(
+    path: str, dtype: torch.dtype = torch.float32, *, projection: bool = False, variant: str | None = None
+) -> nn.Module:
+    """Return a text encoder from safetensors; with `projection` a CLIP that also gives `text_embeds`.
+
+    Raises:
+        FileNotFoundError: the folder, or its weights, are not there.
+        ValueError: they are damaged, are not those of the encoder, or are not finite; or float16, where it overflows.
+    """
     from transformers import AutoConfig, AutoModelForTextEncoding, CLIPTextModelWithProjection
 
-    where: dict[str, Any] = pretrained_arguments(path)
-    kind = AutoConfig.from_pretrained(**where).model_type
+    folder = local_folder(path, ["config.json", *patterns(TRANSFORMERS, variant)])
+    kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
     if dtype == torch.float16 and kind in OVERFLOWING:
         raise ValueError(f"{path}: {kind} overflows in float16; use dtype bfloat16 or float32")
     loader = CLIPTextModelWithProjection if projection else AutoModelForTextEncoding
-    return loader.from_pretrained(**where, dtype=dtype, use_safetensors=True)
+    open_weights(folder, TRANSFORMERS, variant, f"transformers.{loader.__name__}")
+    model, found = loader.from_pretrained(
+        folder,
+        dtype=dtype,
+        variant=variant,
+        use_safetensors=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # to name them
+        output_loading_info=True,
+    )
+    _refuse_misfit(path, found, projection)
+    refuse_not_finite(path, model)
+    return model
 
 
 def check_tokenizer(path: str) -> None:
@@ -211,23 +238,72 @@ def check_tokenizer(path: str) -> None:
         raise ValueError(f"{files[0]} is damaged: {error}") from None
 
 
-def load_tokenizer(path: str) -> Any:
-    """A tokenizer of transformers from a hub id or a folder; raises like `check_tokenizer`."""
+def refuse_stored_text(path: str, variant: str | None) -> None:
+    """Raises like `load_text_model` for a folder or hub id whose weights are not there or damaged; none is read."""
+    folder = local_folder(path, ["config.json", *patterns(TRANSFORMERS, variant)])
+    open_weights(folder, TRANSFORMERS, variant, "transformers.AutoModel")
+
+
+def load_tokenizer(path: str, model: nn.Module | None = None) -> Any:
+    """Return the tokenizer of a folder or hub id.
+
+    Args:
+        path: its own, or that of a model that has it.
+        model: the encoder that gets its tokens.
+
+    Raises:
+        FileNotFoundError: its vocabulary is not there, without which transformers makes a tokenizer of a few tokens.
+        ValueError: it is damaged, or not that of the model; and like `check_tokenizer`.
+    """
     from transformers import AutoTokenizer
 
-    arguments: dict[str, Any] = pretrained_arguments(path)
-    inside = arguments.pop("subfolder", None)
-    if inside is not None:
-        # As a folder: of a hub id AutoTokenizer wants a config.json, too, which pipelines' tokenizers do without, and
-        # behind a cache that was filled on another machine it can't be told that there is none.
-        from huggingface_hub import snapshot_download
+    # As a folder: of a hub id AutoTokenizer wants a config.json, too, which pipelines' tokenizers do without, and
+    # behind a cache that was filled on another machine it can't be told that there is none.
+    folder = local_folder(path, ["*.json", "*.txt", "*.model"])
+    check_tokenizer(str(folder))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers' library raises nothing more special
+        if isinstance(error, ImportError):
+            raise
+        raise ValueError(f"{path} holds no tokenizer that can be read: {error}") from error
+    names = {key: name for key, name in tokenizer.vocab_files_names.items() if isinstance(name, str)}
+    whole = names.pop("tokenizer_file", "tokenizer.json")
+    if not (folder / whole).is_file() and not (names and all((folder / name).is_file() for name in names.values())):
+        wanted = " or ".join(filter(None, (whole, " and ".join(names.values()))))
+        raise FileNotFoundError(f"{path} holds no vocabulary of a {type(tokenizer).__name__}: {wanted}")
+    if model is not None:
+        refuse_other_tokenizer(path, tokenizer, model)
+    return tokenizer
 
-        repository = arguments["pretrained_model_name_or_path"]
-        arguments["pretrained_model_name_or_path"] = str(
-            Path(snapshot_download(repository, allow_patterns=f"{inside}/*")) / inside
+
+def refuse_other_tokenizer(path: str, tokenizer: Any, model: nn.Module) -> None:
+    """Raises ValueError for a tokenizer whose tokens are not those of the text encoder."""
+    settings: Any = model.config
+    settings = getattr(settings, "text_config", settings)
+    # Embeddings are padded to a round number; T5 has 28 rows more than tokens.
+    least = settings.vocab_size - max(128, settings.vocab_size // 50)
+    if not least <= len(tokenizer) <= settings.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {path} has {len(tokenizer)} tokens, the text encoder {settings.vocab_size}: give the "
+            "tokenizer that belongs to it, with all its files"
         )
-    check_tokenizer(arguments["pretrained_model_name_or_path"])
-    return AutoTokenizer.from_pretrained(**arguments, trust_remote_code=False)
+
+
+def _refuse_misfit(path: str, found: Mapping[str, Any], projection: bool) -> None:
+    # The projection is what `text_embeds` are made with, and is spare only where nobody asks for them.
+    def counts(name: str) -> bool:
+        return not SPARE.search(name) or (projection and name.startswith("text_projection"))
+
+    missing = sorted(filter(counts, found["missing_keys"]))
+    unknown = sorted(filter(counts, found["unexpected_keys"]))
+    shapes = sorted(f"{name} has shape {list(stored)}, the encoder's {list(wanted)}"
+                    for name, stored, wanted in found["mismatched_keys"])  # fmt: skip
+    said = [f"lacks {len(missing)} tensors, e.g. {missing[0]}"] if missing else []
+    said += [f"has {len(unknown)} that the encoder does not know, e.g. {unknown[0]}"] if unknown else []
+    said += [f"has {len(shapes)} of another shape, e.g. {shapes[0]}"] if shapes else []
+    if said:
+        raise ValueError(f"{path} {' and '.join(said)}: it must hold all weights that its config.json asks for")
 
 
 def tokenize(tokenizer: Any, prompts: list[str], max_length: int) -> Any:

@@ -64,7 +64,7 @@ def _download(repository: str, name: str, what: str) -> Path:
         ) from error
 
 
-def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
+def read_tensors(path: Path, what: str) -> Mapping[str, Tensor]:
     """The tensors of a file, as `tensor_files` reads them.
 
     Raises ConfigurationError, naming `what`, where it can't be read.
@@ -98,7 +98,7 @@ def fit(
         spare: regular expressions of keys that the file may hold though the network has no use for them.
         dtype: of the weights.
 
-    Raises ConfigurationError, naming the file and the first keys in question, unless every key fits.
+    Raises ConfigurationError, naming the file and the first keys in question, unless every key fits and is finite.
     """
     values, missing, shapes, used = {}, [], [], set()
     for key, wanted in network.state_dict().items():
@@ -118,6 +118,9 @@ def fit(
     unexpected = [name for name in tensors if name not in used and not spares.search(name)]
     if missing or shapes or unexpected:
         raise ConfigurationError(_misfit(what, path, tensors, missing, shapes, unexpected))
+    bad = tensor_files.first_not_finite(values)
+    if bad is not None:
+        raise ConfigurationError(f"{what}: {path}: {source(bad)[0]} holds values that are NaN or infinite")
     network.load_state_dict(values, assign=True)
     for module in network.modules():
         positions = module._buffers.get("position_ids")

@@ -23,6 +23,10 @@ logger = logging.getLogger("diffpp_fast")
 CLIP_MERGES = 49152 - 256 - 2
 
 
+#: Where it finds no vocabulary, transformers makes a tokenizer of a few special tokens, which takes every word for one.
+FEWEST_TOKENS = 10
+
+
 class PromptTokenizer:
     """Prompts -> token ids and attention mask, padded to one length. What is cut is logged.
 
@@ -164,7 +168,13 @@ def load_bert_tokenizer(path: str | Path) -> Any:
 
 def _from_pretrained(kind: Any, path: str | Path) -> Any:
     try:
-        return kind.from_pretrained(str(path), trust_remote_code=False)
+        tokenizer = kind.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigurationError(f"tokenizer: {path} gives no {kind.__name__}: {reason}") from error
+    if len(tokenizer) < FEWEST_TOKENS:
+        raise ConfigurationError(
+            f"tokenizer: {path} holds no vocabulary of a {kind.__name__}: tokenizer.json, or "
+            f"{' and '.join(kind.vocab_files_names.values())}"
+        )
+    return tokenizer

@@ -26,16 +26,27 @@ def fill_models(data: dict[str, Any], file: Path) -> None:
     models = data.get("models")
     if not isinstance(models, dict):
         return
-    if isinstance(models.get("base"), str):
+    if isinstance(models.get("base"), str) and not _is_complete(models):
         for key, section in _sections(models["base"], file).items():
             given = models.get(key, {})
+            if isinstance(section, dict) and key != "scheduler" and models.get("variant") is not None:
+                section["variant"] = models["variant"]
             if isinstance(section, str):
                 models.setdefault(key, section)
             elif isinstance(given, dict) and "path" not in given:
                 models[key] = {**section, **given}
     reference = models.get("reference")
-    if "latent_shape" not in models and isinstance(reference, dict) and isinstance(reference.get("path"), str):
-        models["latent_shape"] = _latent_shape(reference["path"], file)
+    path = reference.get("path") if isinstance(reference, dict) else None
+    if "latent_shape" not in models and isinstance(path, str) and path:
+        models["latent_shape"] = _latent_shape(path, file)
+
+
+def _is_complete(models: dict[str, Any]) -> bool:
+    """Whether nothing is left open, as in what a run has saved: the base may have gone since."""
+    return "empty_prompt" in models and all(
+        key in models and (models[key] is None or (isinstance(models[key], dict) and "path" in models[key]))
+        for key in ("text_encoder", "text_encoder_2", "scheduler", "reference", "decoder")
+    )
 
 
 def _sections(base: str, file: Path) -> dict[str, Any]:
@@ -67,7 +78,12 @@ def _sections(base: str, file: Path) -> dict[str, Any]:
 
 
 def _latent_shape(reference: str, file: Path) -> list[int]:
-    config = _read(reference, "config.json", f"{file}: models.latent_shape is missing, and so is the reference's")
+    config = _read(reference, "config.json", f"{file}: models.latent_shape is left open, and models.reference")
+    if "model_type" in config:
+        raise ConfigurationError(
+            f"{file}: models.reference ({reference}) is a {config['model_type']} of transformers, not a network of "
+            "diffusers"
+        )
     size = config.get("sample_size")
     height, width = (size, size) if isinstance(size, int) else size or (None, None)
     if height is None or config.get("in_channels") is None:

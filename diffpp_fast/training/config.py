@@ -18,6 +18,8 @@ LIMIT = 2**63
 Positive = Annotated[int, Field(gt=0, lt=LIMIT)]
 NotNegative = Annotated[int, Field(ge=0, lt=LIMIT)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Path = Annotated[str, Field(min_length=1)]
+Variant = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "math", "flash", "cudnn", "efficient", "flash_attn", "xformers"]
 
@@ -48,10 +50,18 @@ class Folder(Section):
 
     #: A folder, relative to the configuration file; `package:NAME/sub/folder` inside an installed package; or a hub id
     #: `owner/name`, also with a folder in it, `owner/name/sub/folder`.
-    path: str
+    path: Path
 
 
-class TextEncoder(Folder):
+class Weights(Folder):
+    """A folder that holds weights."""
+
+    #: Which of them: "fp16" are those in `....fp16.safetensors`; null: those without a name. `models.variant` is the
+    #: default of the sections that `models.base` fills in.
+    variant: Variant | None = None
+
+
+class TextEncoder(Weights):
     #: Where the tokenizer is; null: with the model.
     tokenizer: str | None = None
     #: Tokens per prompt; longer prompts are cut. null: 120 for PixArt's networks, else 77.
@@ -63,7 +73,7 @@ class TextEncoder(Folder):
     dtype: Dtype = "auto"
 
 
-class Frozen(Folder):
+class Frozen(Weights):
     #: Of the weights and of what is computed with them; "auto" is the run's precision.
     dtype: Dtype = "auto"
 
@@ -83,7 +93,11 @@ class Generator(Section):
 
     #: A folder as elsewhere, or a file with all weights of a network like the reference: `.safetensors`, or `.bin` and
     #: the like with tensors alone; null: the reference's weights.
-    path: str | None = None
+    path: Path | None = None
+    #: Which weights of a folder, as elsewhere.
+    variant: Variant | None = None
+    #: Which state dict of a file that holds several, e.g. "generator_ema"; null: the only one.
+    state_dict: Annotated[str, Field(min_length=1)] | None = None
     timestep: NotNegative = 625
     #: The network is fed this times z; "sigma" is the schedule's sigma at `timestep`.
     input_scale: Literal["sigma"] | float = "sigma"
@@ -95,7 +109,9 @@ class Fake(Section):
     """The teaching assistant."""
 
     #: Its initial weights, as the generator's; null: those of the reference.
-    path: str | None = None
+    path: Path | None = None
+    variant: Variant | None = None
+    state_dict: Annotated[str, Field(min_length=1)] | None = None
     #: null: all weights are trained.
     lora: Lora | None = None
 
@@ -119,7 +135,9 @@ class SizeConditions(Section):
 class Models(Section):
     #: A whole pipeline in diffusers' format: a folder or hub id with `model_index.json`. What the sections below leave
     #: open is taken from its subfolders, and stands in them once a configuration is loaded.
-    base: str | None = None
+    base: Path | None = None
+    #: Which weights of the base, e.g. "fp16": the default of the sections that it fills in.
+    variant: Variant | None = None
     text_encoder: TextEncoder
     #: Stable Diffusion XL's second, with the pooled projection.
     text_encoder_2: TextEncoder | None = None

@@ -2,69 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 
 from diffpp_fast.errors import CheckpointError, ConfigurationError
-from diffpp_fast.networks.loading import load_scheduler, resolve
-from diffpp_fast.training.build import Networks, Sampler, Trained, build_sampler
-from diffpp_fast.training.checkpoint import write_json, write_tensors
+from diffpp_fast.networks.loading import load_scheduler, read_config
+from diffpp_fast.training.build import Sampler, Trained, build_sampler
+from diffpp_fast.training.build.checks import naming
+from diffpp_fast.training.checkpoint import write_json
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.distributed import World
+from diffpp_fast.training.exported import Exported
 from diffpp_fast.training.inputs import warn_of_changed_inputs
-from diffpp_fast.training.loading import load_config
 from diffpp_fast.training.one_step_scheduler import one_step_scheduler
 from diffpp_fast.training.output import CALL, added_files
+from diffpp_fast.training.pipeline_files import copy_parts, pipeline_files
 from diffpp_fast.training.publish import MANIFEST, publish
 from diffpp_fast.training.resume import Which, open_checkpoint
+from diffpp_fast.training.saved_config import load_saved_config, naming_moves
 from diffpp_fast.training.state import read_record
-from diffpp_fast.training.weights import find_role, load_role, read_role
-
-
-class Weights(NamedTuple):
-    """A generator in a checkpoint: the folder, and which of its weights, `generator` or `generator_ema`."""
-
-    folder: Path
-    name: str
-
-    def __str__(self) -> str:
-        return str(self.folder / self.name)
+from diffpp_fast.training.weights import Weights, find_role, load_role, read_role
 
 
 def export_generator(
     folder: Path,
     config: Config,
-    generator: Trained,
-    state: Mapping[str, torch.Tensor] | None = None,
+    generator: Weights | Trained,
     *,
     dtype: torch.dtype | None = None,
     merge: bool = True,
 ) -> None:
-    """Writes a generator in diffusers' format: weights, `scheduler_config.json` with the schedule of training, a
+    """Write a generator in diffusers' format: weights, `scheduler_config.json` with the schedule of training, a
     scheduler for one step in `scheduler/` where diffusers has one, and how to call it (`generator.json`).
+
+    Tensors are made and written one at a time: what was trained is read from the checkpoint, all else from the weights
+    that the generator began as, in the precision that they have there.
 
     Args:
         folder: is replaced as a whole.
         config: the run's.
-        generator: from `build_run`.
-        state: the network's `state_dict` with whole tensors; None: as they are now.
-        dtype: of the weights in the file; None: as they are, and float32 where adapters were merged.
+        generator: in a checkpoint, or as it is in memory.
+        dtype: of the weights in the file; None: float32.
         merge: of LoRA: into the weights, a network like any other. Else the adapters alone, in the format that
             pipelines load with `load_lora_weights`, and in peft's for PixArt, where diffusers has no such loader.
 
-    Raises CheckpointError if the folder can't be written; it is then as it was before.
+    Raises:
+        ConfigurationError: what the generator began as is no longer there.
+        CheckpointError: the folder can't be written; it is then as it was before.
     """
+    exported = Exported(config, generator)
 
     def write(folder: Path) -> None:
-        whole = generator.network.state_dict() if state is None else state
-        if generator.adapters is not None and not merge:
-            _write_adapter(folder, generator, whole, dtype)
+        if exported.lora is not None and not merge:
+            exported.write_adapter(folder, dtype)
         else:
-            plain_network(generator, whole, dtype).save_pretrained(folder)
+            exported.write_network(folder, dtype)
         scheduler = load_scheduler(config.models.scheduler.path)
         write_json(folder / "scheduler_config.json", _scheduler_config(scheduler))
         if hasattr(scheduler, "betas"):
@@ -75,57 +69,36 @@ def export_generator(
 
 
 def export_pipeline(
-    folder: Path,
-    config: Config,
-    generator: Trained,
-    state: Mapping[str, torch.Tensor] | None = None,
-    *,
-    dtype: torch.dtype | None = None,
+    folder: Path, config: Config, generator: Weights | Trained, *, dtype: torch.dtype | None = None
 ) -> None:
-    """Writes the whole pipeline of `models.base` with the generator and a scheduler for one step in it.
+    """Write the whole pipeline of `models.base` with the generator and a scheduler for one step in it.
 
     The folder loads with diffusers' `DiffusionPipeline.from_pretrained`, and a call with `num_inference_steps=1` and
-    `guidance_scale=1.0` is the generator's. Arguments are those of `export_generator`; adapters are merged.
+    `guidance_scale=1.0` is the generator's. Arguments are those of `export_generator`; adapters are merged. All other
+    parts are copied file by file.
 
     Raises:
         ConfigurationError: the run has no base or does not compute with its encoders and decoder, or no scheduler
             makes one step of its schedule.
         CheckpointError: the folder can't be written.
     """
-    from diffusers import DiffusionPipeline
-
     base = _pipeline_base(config)
     scheduler = _one_step_scheduler(config)
+    exported = Exported(config, generator)
+    with naming("models.base", base):
+        parts = pipeline_files(base, config.models.variant, leave_out=(exported.part, "scheduler"))
 
     def write(folder: Path) -> None:
-        whole = generator.network.state_dict() if state is None else state
-        network = plain_network(generator, whole, dtype)
-        parts = {_part(generator.network): network, "scheduler": scheduler}
-        pipeline = DiffusionPipeline.from_pretrained(
-            base, **parts, torch_dtype=dtype or torch.float32, use_safetensors=True
-        )
-        pipeline.save_pretrained(folder)
+        copy_parts(parts, folder)
+        exported.write_network(folder / exported.part, dtype)
+        scheduler.save_pretrained(folder / "scheduler")
+        index = {
+            name: value for name, value in read_config(base, "model_index.json").items() if name != "_name_or_path"
+        }
+        write_json(folder / "model_index.json", {**index, "scheduler": ["diffusers", type(scheduler).__name__]})
         _write_call(folder, config)
 
     publish(folder, write, World.alone("cpu"))
-
-
-def plain_network(generator: Trained, state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> Any:
-    """A network of diffusers for saving: the generator's without adapters, fused blocks and other changes.
-
-    Its weights are those of `state`, not copied unless `dtype` says so; buffers that are not saved are empty.
-    """
-    network: Any = generator.network
-    if generator.adapters is not None:
-        state = generator.adapters.merged(state, generator.role)
-    # Without the path that the network was loaded from, which is this machine's.
-    facts = {name: value for name, value in network.config.items() if name != "_name_or_path"}
-    with torch.device("meta"):
-        plain = type(network).from_config(facts)
-    # The frozen part of merged weights may be in another dtype than the merged ones.
-    dtype = dtype or (torch.float32 if generator.adapters is not None else None)
-    plain.load_state_dict({name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}, assign=True)
-    return plain
 
 
 def find_weights(source: Path | None, which: Which = "latest", *, raw: bool = False) -> Weights:
@@ -148,21 +121,19 @@ def find_weights(source: Path | None, which: Which = "latest", *, raw: bool = Fa
 
 def load_sampler(weights: Weights, device: torch.device) -> tuple[Config, Sampler]:
     """The generator of a checkpoint with what surrounds it, and the configuration that it was saved with."""
-    config = load_config(weights.folder / "config.yaml")
-    sampler = build_sampler(config, device)
+    config = load_saved_config(weights.folder)
+    with naming_moves(weights.folder):
+        sampler = build_sampler(config, device)
     warn_of_changed_inputs(weights.folder, read_record(weights.folder).get("inputs"), sampler.inputs)
     load_role(sampler.trained, read_role(*weights), weights.folder)
     return config, sampler
 
 
-def load_generator(weights: Weights) -> tuple[Config, Trained]:
-    """The generator of a checkpoint alone, on the CPU, and the configuration that it was saved with."""
-    config = load_config(weights.folder / "config.yaml")
-    networks = Networks(config, None, torch.device("cpu"))
-    generator = networks.trained("generator")
-    warn_of_changed_inputs(weights.folder, read_record(weights.folder).get("inputs"), networks.inputs)
-    load_role(generator, read_role(*weights), weights.folder)
-    return config, generator
+def warn_of_changed_base(weights: Weights, config: Config) -> None:
+    """Warn where the frozen weights below a generator's adapters are not those that it was trained on."""
+    if config.models.generator.lora is not None:
+        now = Exported(config, weights).inputs()
+        warn_of_changed_inputs(weights.folder, read_record(weights.folder).get("inputs"), now)
 
 
 def refuse_foreign_folder(folder: Path) -> None:
@@ -192,40 +163,6 @@ def _write_call(folder: Path, config: Config) -> None:
     write_json(folder / CALL, {"timestep": call.timestep, "input_scale": call.input_scale})
 
 
-def _write_adapter(
-    folder: Path, generator: Trained, state: Mapping[str, torch.Tensor], dtype: torch.dtype | None
-) -> None:
-    """In diffusers' format, for `load_lora_weights`; in peft's for networks that have no such loader (PixArt)."""
-    network: Any = generator.network
-    settings, role = network.peft_config[generator.role], generator.role
-    weights = {
-        f"{name.removesuffix(f'.{role}.weight')}.weight": state[name].detach().to("cpu", dtype)
-        for name in generator.parameters
-    }
-    if not hasattr(network, "load_lora_adapter"):
-        settings.save_pretrained(folder)
-        named = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
-        write_tensors(folder / "adapter_model.safetensors", named)
-        return
-    from diffusers.loaders.lora_base import LoraBaseMixin
-
-    part = _part(generator.network)
-    LoraBaseMixin.write_lora_layers(
-        state_dict={f"{part}.{name}": tensor.contiguous() for name, tensor in weights.items()},
-        save_directory=str(folder),
-        is_main_process=True,
-        weight_name=None,
-        save_function=None,
-        safe_serialization=True,
-        lora_adapter_metadata={f"{part}.{key}": value for key, value in settings.to_dict().items()},
-    )
-
-
-def _part(network: nn.Module) -> str:
-    """What pipelines call the network."""
-    return "transformer" if "Transformer" in type(network).__name__ else "unet"
-
-
 def _scheduler_config(scheduler: Any) -> dict[str, Any]:
     return {**scheduler.config, "_class_name": type(scheduler).__name__}
 
@@ -246,4 +183,4 @@ def _pipeline_base(config: Config) -> str:
                 f"--pipeline: the run does not compute with the {part} of models.base but with {section.path}; "
                 "export without --pipeline, and put the pipeline together in Python"
             )
-    return resolve(models.base)
+    return models.base

@@ -46,15 +46,17 @@ logger = logging.getLogger(__name__)
 def digest_of(facts: Any, tensors: Mapping[str, torch.Tensor] | None = None) -> str:
     """A digest of an input: of facts as JSON has them, and of tensors' names, dtypes, shapes and bytes.
 
-    The tensors are taken as they lie in memory, so that nothing is read from a disk for it: CRC-32 of each, by several
-    threads. That finds what has changed by accident, not what was forged.
+    The tensors are taken as they lie in memory, or are read one by one where a mapping does so: CRC-32 of each, by
+    several threads. That finds what has changed by accident, not what was forged.
     """
-    named = sorted((tensors or {}).items())
+    held = tensors or {}
+
+    def entry(name: str) -> list[Any]:
+        tensor = held[name]
+        return [name, str(tensor.dtype), list(tensor.shape), _checksum(tensor)]
+
     with ThreadPoolExecutor(THREADS) as pool:
-        sums = list(pool.map(_checksum, (tensor for _, tensor in named)))
-    about = [
-        [name, str(tensor.dtype), list(tensor.shape), total] for (name, tensor), total in zip(named, sums, strict=True)
-    ]
+        about = list(pool.map(entry, sorted(held)))
     return hashlib.sha256(json.dumps([facts, about], sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.networks.loading import exists
 from diffpp_fast.training.base_pipeline import fill_models
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.yaml_files import YamlError, dump_yaml, is_quoted, parse_value, read_yaml
@@ -194,13 +195,16 @@ def _output_path(key: str, path: str) -> str:
 
 
 def _absolute(path: str, folder: Path) -> str:
-    return str((folder / user_path(path)).resolve()) if path else path
+    try:
+        return str((folder / user_path(path)).resolve()) if path else path
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path!r} can't be a path: {error}") from None
 
 
 def _model_path(path: str, folder: Path) -> str:
     # "weights/reference" reads like a hub id too: it is one only where there is no such folder.
-    hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+", path) and not (folder / path).exists()
-    return path if path.startswith("package:") or hub_id else _absolute(path, folder)
+    hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+", path) and not exists(folder / path)
+    return path if path.startswith("package:") or hub_id or not path else _absolute(path, folder)
 
 
 def _by_key(error: ValidationError) -> dict[str, list[ErrorDetails]]:

@@ -38,6 +38,7 @@ from diffpp_fast.training.reward_watch import RewardWatch
 from diffpp_fast.training.skips import SkippedUpdates
 from diffpp_fast.training.state import Position, read_record, read_state, write_state
 from diffpp_fast.training.watch import Watch
+from diffpp_fast.training.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -122,12 +123,13 @@ class Trainer:
         #: Whether the engines are where the position says: not in the middle of an update.
         self._whole = True
         self._told: set[str] = set()
+        self._saved_in: Path | None = None
         #: The last value of every scalar that was logged.
         self._scores: dict[str, float] = {}
         if checkpoint is not None:
             self.position = read_state(checkpoint, self._engines)
             self._scores = read_scores(checkpoint)
-            self._saved = replace(self.position)
+            self._saved, self._saved_in = replace(self.position), checkpoint
             logger.info("resuming from %s", checkpoint)
         self.callbacks: list[Callback] = []
         if self.world.is_main:
@@ -441,7 +443,7 @@ class Trainer:
                 ),
                 self._scores,
             )
-        self._saved = replace(self.position)
+        self._saved, self._saved_in = replace(self.position), path
         self._tell("on_checkpoint", self.step, path)
 
     def _save_before_error(self) -> None:
@@ -487,14 +489,16 @@ class Trainer:
             self._lock.release()
 
     def _export(self) -> None:
-        """The averaged generator in diffusers' format, written by the main process (collective)."""
+        """The averaged generator in diffusers' format, written by the main process from the last checkpoint
+        (collective)."""
+        assert self._saved_in is not None
         self._check_lock()
-        state = self.generator.full_state(averaged=True)
         folder, error = self.output / "generator", None
-        if state is not None:
+        if self.world.is_main:
+            weights = Weights(self._saved_in, "generator" if self.config.ema is None else "generator_ema")
             try:
                 refuse_foreign_folder(folder)
-                export_generator(folder, self.config, self.parts.sampler.trained, state)
+                export_generator(folder, self.config, weights)
             except Exception as found:
                 error = found
         said = self.world.first_error(error)

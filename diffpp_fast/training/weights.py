@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from diffpp_fast.errors import CheckpointError
+from diffpp_fast.tensor_files import StoredTensors
 from diffpp_fast.training.build import Trained
-from diffpp_fast.training.checkpoint import read_tensors
+
+
+class Weights(NamedTuple):
+    """A generator in a checkpoint: the folder, and which of its weights, `generator` or `generator_ema`."""
+
+    folder: Path
+    name: str
+
+    def __str__(self) -> str:
+        return str(self.folder / self.name)
 
 
 def find_role(folder: Path, name: str) -> list[Path]:
@@ -29,15 +40,23 @@ def find_role(folder: Path, name: str) -> list[Path]:
     return parts
 
 
-def read_role(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """The tensors of `generator`, `generator_ema` or `fake`, on the CPU.
+def open_role(folder: Path, name: str) -> StoredTensors:
+    """Return the tensors of `generator`, `generator_ema` or `fake`, each of which is read when it is asked for.
 
     Raises CheckpointError where there are none, or not all.
     """
     files = find_role(folder, name)
     if not files:
         raise CheckpointError(f"{folder} holds no weights of {name}")
-    return {key: tensor for file in files for key, tensor in read_tensors(file).items()}
+    try:
+        return StoredTensors(files)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def read_role(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of `generator`, `generator_ema` or `fake`, on the CPU; raises like `open_role`."""
+    return dict(open_role(folder, name))
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ def naming(key: str, path: str | None = None) -> Iterator[None]:
         if error.name != "peft":
             raise
         raise ConfigurationError(f"{key}: peft is not installed: {install.extra('lora')}") from None
+    except ConfigurationError:
+        raise
     except (ValueError, OSError, RuntimeError) as error:
         where = f"{key} ({path})" if path and path not in str(error) else key
         hint = "; it was taken for a hub id, for there is no such folder" if _is_hub_id(path) else ""

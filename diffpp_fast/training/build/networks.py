@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from torch import nn
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.methods.base import FAKE_ADAPTER, GENERATOR_ADAPTER
 from diffpp_fast.networks import Denoiser, fuse, load_denoiser, set_attention
-from diffpp_fast.networks.loading import is_file, read_config
+from diffpp_fast.networks.loading import is_file, open_denoiser, read_config, refuse_stored, resolve
 from diffpp_fast.networks.lora import Adapted, Adapters
-from diffpp_fast.training.build.checks import agree, naming
+from diffpp_fast.networks.text import refuse_stored_text
+from diffpp_fast.networks.weight_files import holds_weights
+from diffpp_fast.training.build.checks import naming
 from diffpp_fast.training.build.compiled import refuse_known_faults
 from diffpp_fast.training.build.precision import compute_dtype, precise
-from diffpp_fast.training.build.text import TextFacts
-from diffpp_fast.training.config import Config, Lora
+from diffpp_fast.training.config import Config, Lora, Models, TextEncoder, Weights
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import place_reference
 from diffpp_fast.training.inputs import digest_of, public
@@ -29,6 +31,22 @@ logger = logging.getLogger(__name__)
 
 #: The addressed randomness that initialises a role's adapters.
 STREAMS = {"generator": GENERATOR_ADAPTER, "fake": FAKE_ADAPTER}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a role's weights are stored; equal for roles that share them.
+
+    Attributes:
+        path: a folder, a hub id or a file.
+        variant, state_dict: which weights of a folder, or of a file.
+        key: of the configuration that says so.
+    """
+
+    path: str
+    variant: str | None
+    state_dict: str | None
+    key: str = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -56,27 +74,68 @@ class Trained:
         return nullcontext() if self.adapters is None else self.adapters.active(self.role)
 
 
+def stored_weights(models: Models, role: str) -> Stored:
+    """Return where the weights of "generator", "fake" or "reference" are: with no path of its own, the reference's."""
+    section = getattr(models, role)
+    if section.path is None:
+        role, section = "reference", models.reference
+    state_dict = None if role == "reference" else section.state_dict
+    return Stored(section.path, section.variant, state_dict, f"models.{role}")
+
+
+def configuration_of(models: Models, stored: Stored) -> str:
+    """Return where the `config.json` of stored weights is; a file has none of its own, but the reference's."""
+    return models.reference.path if is_file(stored.path) else stored.path
+
+
+def refuse_weights(config: Config, *, download: bool = True) -> None:
+    """Look at the headers of all files of weights, of which none is loaded.
+
+    Args:
+        config: of the run.
+        download: False leaves out what is on the hub, and folders that hold configurations alone.
+
+    Raises ConfigurationError, naming the key, for weights that are missing, damaged, or those of another network.
+    """
+    models = config.models
+
+    def look(key: str, section: Stored | Weights, refuse: Callable[[str, str | None], None]) -> None:
+        with naming(key, section.path):
+            if not is_file(section.path) and (download or holds_weights(Path(resolve(section.path)))):
+                refuse(section.path, section.variant)
+
+    for role in ("generator", "fake", "reference"):
+        stored = stored_weights(models, role)
+        look(stored.key, stored, refuse_stored)
+        if is_file(stored.path) and (download or stored.path.startswith(("/", "package:"))):
+            with naming(stored.key, stored.path):
+                open_denoiser(stored.path, models.reference.path, state_dict=stored.state_dict)
+    if models.decoder is not None:
+        look("models.decoder", models.decoder, refuse_stored)
+    if config.prompts.embeddings is None:
+        for name, section in models:
+            if isinstance(section, TextEncoder):
+                look(f"models.{name}", section, refuse_stored_text)
+
+
 class Networks:
     """Loads the denoisers of a run; frozen weights once, however many roles compute with them.
 
     Args:
-        config: its `models` and what is applied to networks in `training`.
-        text: what the networks are conditioned on; None: not compared.
+        config: its `models` and what is applied to networks in `training`. They fit together: `refuse_misfits`.
         device: where they go.
     """
 
-    def __init__(self, config: Config, text: TextFacts | None, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device) -> None:
         self.config = config
-        self.text = text
         self.device = device
         #: Digests of the frozen weights that were loaded.
         self.inputs: dict[str, str | None] = {}
-        self._backbones: dict[str, tuple[Denoiser, Adapters]] = {}
+        self._backbones: dict[Stored, tuple[Denoiser, Adapters]] = {}
 
     def reference(self) -> nn.Module:
         """(x_t, t, conditioning) -> prediction: the frozen diffusion model."""
-        path = self.config.models.reference.path
-        denoiser, adapters = self._backbone("reference", path)
+        denoiser, adapters = self._backbone(stored_weights(self.config.models, "reference"))
         return Adapted(precise(denoiser, self._frozen_dtype, self.device), adapters, None)
 
     def place_reference(self, world: World) -> None:
@@ -84,10 +143,10 @@ class Networks:
 
         Raises ConfigurationError where a role that is trained computes with its weights.
         """
-        settings, path = self.config.distributed, self.config.models.reference.path
+        settings = self.config.distributed
         if settings.reference == "replica":
             return
-        denoiser, adapters = self._backbone("reference", path)
+        denoiser, adapters = self._backbone(stored_weights(self.config.models, "reference"))
         if adapters.names:
             raise ConfigurationError(
                 f"distributed.reference is {settings.reference}, but the reference's weights serve "
@@ -101,17 +160,17 @@ class Networks:
         Raises ConfigurationError for what can't be loaded or does not fit, and for adapters that find no layer.
         """
         section: Any = getattr(self.config.models, role)
-        path = section.path or self.config.models.reference.path
+        stored = stored_weights(self.config.models, role)
         if section.lora is not None:
-            return self._adapted(role, path, section.lora)
-        denoiser = self._load(role, path, torch.float32)
+            return self._adapted(role, stored, section.lora)
+        denoiser = self._load(stored, torch.float32)
         denoiser.network.requires_grad_(True)
         dtype = compute_dtype("auto", self.config)
         parameters = dict(denoiser.network.named_parameters())
         return Trained(role, denoiser.network, parameters, precise(denoiser, dtype, self.device))
 
-    def _adapted(self, role: str, path: str, lora: Lora) -> Trained:
-        denoiser, adapters = self._backbone(role, path)
+    def _adapted(self, role: str, stored: Stored, lora: Lora) -> Trained:
+        denoiser, adapters = self._backbone(stored)
         with naming(f"models.{role}.lora"):
             parameters = adapters.add(
                 role,
@@ -129,51 +188,39 @@ class Networks:
         # Autocast would cast frozen float32 weights anew in every call: what nothing updates is stored as it is used.
         return compute_dtype(self.config.models.reference.dtype, self.config)
 
-    def _backbone(self, role: str, path: str) -> tuple[Denoiser, Adapters]:
+    def _backbone(self, stored: Stored) -> tuple[Denoiser, Adapters]:
         """Frozen weights; those that are there already are shared."""
-        if path not in self._backbones:
-            denoiser = self._load(role, path, self._frozen_dtype)
-            reference = self.config.models.reference.path
-            facts = public(read_config(reference if is_file(path) else path))
-            self.inputs["reference" if path == reference else role] = digest_of(facts, denoiser.network.state_dict())
-            self._backbones[path] = denoiser, Adapters(denoiser.network)
-        return self._backbones[path]
+        if stored not in self._backbones:
+            denoiser = self._load(stored, self._frozen_dtype)
+            facts = public(read_config(configuration_of(self.config.models, stored)))
+            shared = stored == stored_weights(self.config.models, "reference")
+            name = "reference" if shared else stored.key.removeprefix("models.")
+            self.inputs[name] = digest_of(facts, denoiser.network.state_dict())
+            self._backbones[stored] = denoiser, Adapters(denoiser.network)
+        return self._backbones[stored]
 
-    def _load(self, role: str, path: str, dtype: torch.dtype) -> Denoiser:
-        """A denoiser in eval mode, so that no dropout draws from a global generator; its shapes are checked."""
-        key, training = f"models.{role}", self.config.training
-        configuration = self.config.models.reference.path if is_file(path) else None
-        if role == "reference" and configuration is not None:
-            raise ConfigurationError(f"models.reference.path must be a folder or a hub id, got the file {path}")
-        with naming(key, path):
-            denoiser = load_denoiser(path, dtype=dtype, configuration=configuration).eval().to(self.device)
-        network: Any = denoiser.network
-        self._check(key, network.config)
+    def _load(self, stored: Stored, dtype: torch.dtype) -> Denoiser:
+        """A denoiser in eval mode, so that no dropout draws from a global generator."""
+        training = self.config.training
+        with naming(stored.key, stored.path):
+            denoiser = load_denoiser(
+                stored.path,
+                dtype=dtype,
+                configuration=self.config.models.reference.path,
+                variant=stored.variant,
+                state_dict=stored.state_dict,
+            )
+        network: Any = denoiser.eval().to(self.device).network
         if training.fuse:
             fuse(network)
         if training.attention is not None:
             with naming("training.attention"):
                 set_attention(network, training.attention)
         if training.activation_checkpointing:
-            with naming("training.activation_checkpointing", path):
+            with naming("training.activation_checkpointing", stored.path):
                 network.enable_gradient_checkpointing()
         if training.compile:
             refuse_known_faults(network, fused=training.fuse, device=self.device)
-            logger.info("%s: torch.compile compiles it in the first steps, which takes minutes", key)
+            logger.info("%s: torch.compile compiles it in the first steps, which takes minutes", stored.key)
             network.compile()
         return denoiser
-
-    def _check(self, key: str, facts: Any) -> None:
-        channels = self.config.models.latent_shape[0]
-        agree(key, "input channels", facts.in_channels, "models.latent_shape", channels)
-        if facts.out_channels != 2 * channels:  # else it predicts a variance too, which is cut off
-            agree(key, "output channels", facts.out_channels, "models.latent_shape", channels)
-        if self.text is None:
-            return
-        width = getattr(facts, "caption_channels", None) or getattr(facts, "cross_attention_dim", None)
-        if isinstance(width, int):
-            agree(key, "channels of text", width, "models.text_encoder", self.text.width)
-        if getattr(facts, "addition_embed_type", None) == "text_time":
-            expected = 6 * facts.addition_time_embed_dim + (self.text.pooled_width or 0)
-            given = facts.projection_class_embeddings_input_dim
-            agree(key, "channels of pooled text and sizes", given, "what models.text_encoder_2 gives", expected)

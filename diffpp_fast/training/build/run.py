@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,9 +13,10 @@ from diffpp_fast.methods.through_networks import without_parameters
 from diffpp_fast.networks import Conditioning, OneStepGenerator, load_decoder
 from diffpp_fast.networks.loading import read_config
 from diffpp_fast.schedule import NoiseSchedule
-from diffpp_fast.training.build.checks import agree, naming
+from diffpp_fast.training.build.agreement import TextFacts, refuse_denoisers, refuse_misfits
+from diffpp_fast.training.build.checks import naming
 from diffpp_fast.training.build.compiled import check_gradients
-from diffpp_fast.training.build.networks import Networks, Trained
+from diffpp_fast.training.build.networks import Networks, Trained, refuse_weights
 from diffpp_fast.training.build.precision import compute_dtype, precise
 from diffpp_fast.training.build.schedule import load_checked_schedule, load_run_schedule, make_generator, make_method
 from diffpp_fast.training.build.text import Text, open_text
@@ -83,8 +83,10 @@ def build_sampler(config: Config, device: torch.device) -> Sampler:
 
     Raises ConfigurationError for what can't be loaded and for networks whose shapes don't agree.
     """
+    refuse_misfits(config)
+    refuse_weights(config)
     text = open_text(config.models, device)
-    return _build_sampler(config, device, load_run_schedule(config), text, Networks(config, text.facts, device))
+    return _build_sampler(config, device, load_run_schedule(config), text, Networks(config, device))
 
 
 def build_run(
@@ -106,9 +108,11 @@ def build_run(
     Raises like `build_sampler`.
     """
     device = world.device
+    refuse_misfits(config, None if embeddings is None else TextFacts.of(embeddings.null()))
     schedule = load_checked_schedule(config)
+    refuse_weights(config)
     text = open_text(config.models, device, embeddings, prompts)
-    networks = Networks(config, text.facts, device)
+    networks = Networks(config, device)
     sampler = _build_sampler(config, device, schedule, text, networks)
     reference, fake = networks.reference(), networks.trained("fake")
     if config.training.compile:
@@ -138,7 +142,8 @@ def build_run(
 
 def build_trained(config: Config, role: str, device: torch.device) -> Trained:
     """Loads the network of one role and nothing else; raises like `build_sampler`."""
-    return Networks(config, None, device).trained(role)
+    refuse_denoisers(config)
+    return Networks(config, device).trained(role)
 
 
 def _build_sampler(
@@ -184,10 +189,7 @@ def _check_compiled(
 def _load_decoder(config: Config, section: Decoder, device: torch.device) -> nn.Module:
     dtype = compute_dtype(section.dtype, config)
     with naming("models.decoder", section.path):
-        decoder = load_decoder(section.path, dtype=dtype, checkpoint=section.checkpoint)
-    vae: Any = decoder.vae
-    channels = config.models.latent_shape[0]
-    agree("models.decoder", "latent channels", vae.config.latent_channels, "models.latent_shape", channels)
+        decoder = load_decoder(section.path, dtype=dtype, checkpoint=section.checkpoint, variant=section.variant)
     return precise(decoder.to(device), dtype, device)
 
 

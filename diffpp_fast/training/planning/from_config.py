@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpp_fast.networks.loading import build_network, is_file, pretrained_arguments, read_config
+from diffpp_fast.networks.inputs import is_pixart
+from diffpp_fast.networks.loading import build_network, is_file, local_folder, read_config
 from diffpp_fast.networks.text import check_tokenizer
 from diffpp_fast.rewards.text import need_ftfy
+from diffpp_fast.training.build.agreement import refuse_misfits, text_length
 from diffpp_fast.training.build.checks import naming
 from diffpp_fast.training.build.precision import compute_dtype
 from diffpp_fast.training.build.schedule import load_checked_schedule
-from diffpp_fast.training.build.text import CLIP_LENGTH, PIXART_LENGTH
 from diffpp_fast.training.config import Config, TextEncoder
 from diffpp_fast.training.planning.models import Models, Recipe
 from diffpp_fast.training.planning.rewards import TOWERS, Towers
@@ -25,9 +26,10 @@ from diffpp_fast.training.planning.setup import Lora, Setup, Trained, Zero
 def setup_of(config: Config, gpus: int = 1) -> Setup:
     """The setup of a run on so many GPUs.
 
-    Raises ConfigurationError for a folder without configuration, for networks that can't be planned, and for settings
-    that the noise schedule does not serve.
+    Raises ConfigurationError for a folder without configuration, for networks that don't fit together or can't be
+    planned, and for settings that the noise schedule does not serve.
     """
+    refuse_misfits(config)
     training, models = config.training, config.models
     return Setup(
         models=_models(config),
@@ -63,7 +65,6 @@ def _models(config: Config) -> Models:
     encoders = {key: _text_encoder(key, section) for key, section in text.items() if section is not None}
     facts = _facts("models.reference", reference)
     first, masked = models.text_encoder, models.text_encoder.mask_padding
-    length = PIXART_LENGTH if "caption_channels" in facts else CLIP_LENGTH
     return Models(
         name=models.base or reference,
         reference=_network("models.reference", reference),
@@ -74,7 +75,7 @@ def _models(config: Config) -> Models:
         text_encoders=tuple((recipe, width) for recipe, width, _ in encoders.values()),
         schedule=lambda: schedule,
         latent_shape=models.latent_shape,
-        tokens=first.max_length or length,
+        tokens=text_length(first, is_pixart(facts)),
         masked=not encoders["models.text_encoder"][2].startswith("clip") if masked is None else masked,
         timestep=models.generator.timestep,
         backbones=(generator, fake, reference),
@@ -95,12 +96,10 @@ def _text_encoder(key: str, section: TextEncoder) -> tuple[Recipe, int, str]:
     """A text encoder in transformers' format, the bytes of an element of its weights, and what kind it is."""
     from transformers import AutoConfig, AutoModelForTextEncoding, CLIPTextModelWithProjection
 
-    with naming(key, section.path):
-        where: dict[str, Any] = pretrained_arguments(section.path)
     with naming(f"{key}.tokenizer", section.tokenizer or section.path):
         check_tokenizer(section.tokenizer or section.path)
     with naming(key, section.path):
-        facts = AutoConfig.from_pretrained(**where)
+        facts = AutoConfig.from_pretrained(local_folder(section.path, ["config.json"]), trust_remote_code=False)
 
     def make() -> nn.Module:
         network: nn.Module = (

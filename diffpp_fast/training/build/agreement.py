@@ -1,0 +1,223 @@
+"""Whether the parts of a run fit together, by their configurations alone: before anything is loaded, and in plans."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.networks.conditioning import Conditioning
+from diffpp_fast.networks.decoder.frozen import STAGES
+from diffpp_fast.networks.inputs import FLOW, Inputs, inputs_of, is_pixart, with_defaults
+from diffpp_fast.networks.loading import diffusers_class, is_file, load_schedule, local_folder, read_config
+from diffpp_fast.training.build.checks import agree, naming
+from diffpp_fast.training.config import Config, Models, TextEncoder
+
+#: A prompt's length in tokens, as the families' pipelines have it.
+CLIP_LENGTH, PIXART_LENGTH = 77, 120
+#: Text encoders that keep their first positions for padding.
+PADDED_POSITIONS = ("camembert", "data2vec-text", "ibert", "longformer", "roberta", "xlm-roberta", "xlm-roberta-xl")
+
+
+class TextFacts(NamedTuple):
+    """Channels of hidden states, and of Stable Diffusion XL's pooled projection."""
+
+    width: int
+    pooled_width: int | None = None
+
+    @classmethod
+    def of(cls, conditioning: Conditioning) -> TextFacts:
+        """Return those of what an encoder has given."""
+        pooled = conditioning.tensors.get("added_cond_kwargs", {}).get("text_embeds")
+        width = conditioning.tensors["encoder_hidden_states"].shape[-1]
+        return cls(width, None if pooled is None else pooled.shape[-1])
+
+
+def refuse_misfits(config: Config, text: TextFacts | None = None) -> None:
+    """Compare the networks, the decoder, the latents, the scheduler and the text encoders of a run.
+
+    Args:
+        config: of the run.
+        text: of embeddings, which take the place of text encoders; None: the encoders' configurations are read.
+
+    Raises ConfigurationError, naming the keys, for parts that can't be read or don't fit together.
+    """
+    models = config.models
+    inputs = refuse_denoisers(config)
+    if models.decoder is not None:
+        _check_decoder(config)
+    with naming("models.scheduler", models.scheduler.path):
+        schedule = load_schedule(models.scheduler.path)
+    name = _facts("models.reference", models.reference.path)["_class_name"]
+    if name in FLOW and schedule.prediction_type != "flow_prediction":
+        raise ConfigurationError(
+            f"models.scheduler ({models.scheduler.path}) has {schedule.prediction_type}, but models.reference is a "
+            f"{name}, which was trained by flow matching: give its own scheduler"
+        )
+    if text is None:
+        text = text_facts(config.models)
+    for key, wanted in inputs.items():
+        if wanted.width is not None:
+            agree(key, "channels of text", wanted.width, "models.text_encoder", text.width)
+        if wanted.pooled is not None:
+            agree(key, "channels of pooled text", wanted.pooled, "models.text_encoder_2", text.pooled_width or 0)
+
+
+def refuse_denoisers(config: Config) -> dict[str, Inputs]:
+    """Return what the denoisers are given, by key of the configuration; raises like `refuse_misfits`."""
+    models = config.models
+    reference = models.reference.path
+    if is_file(reference):
+        raise ConfigurationError(f"models.reference.path must be a folder or a hub id, got the file {reference}")
+    paths = {"models.generator": models.generator.path, "models.fake": models.fake.path, "models.reference": reference}
+    inputs = {}
+    for key, path in paths.items():
+        # A single file has the reference's architecture.
+        if path is not None and not is_file(path):
+            inputs[key] = _inputs(key, path)
+            _check_latents(key, inputs[key], models.latent_shape)
+    for key, found in inputs.items():
+        for condition in ("pooled", "sizes"):
+            if getattr(found, condition) != getattr(inputs["models.reference"], condition):
+                raise ConfigurationError(
+                    f"{key} and models.reference are of two families: one takes "
+                    f"{'pooled text and sizes' if condition == 'pooled' else 'resolution and aspect ratio'} as the "
+                    "other does not"
+                )
+    return inputs
+
+
+def takes_two_encoders(models: Models, facts: Mapping[str, Any]) -> bool:
+    """Return whether a network takes two text encoders; raises ConfigurationError for one too many or too few."""
+    two = facts.get("addition_embed_type") == "text_time"
+    if two and models.text_encoder_2 is None:
+        raise ConfigurationError(
+            "models.reference is a Stable Diffusion XL network: it needs models.text_encoder_2 for its pooled text"
+        )
+    if not two and models.text_encoder_2 is not None:
+        raise ConfigurationError("models.reference takes one text encoder: remove models.text_encoder_2")
+    return two
+
+
+def text_length(section: TextEncoder, pixart: bool) -> int:
+    """Return how many tokens a prompt has."""
+    return section.max_length or (PIXART_LENGTH if pixart else CLIP_LENGTH)
+
+
+def _inputs(key: str, path: str) -> Inputs:
+    with naming(key, path):
+        return inputs_of(read_config(path), path)
+
+
+def _facts(key: str, path: str) -> dict[str, Any]:
+    with naming(key, path):
+        return read_config(path)
+
+
+def _check_latents(key: str, inputs: Inputs, latent_shape: tuple[int, int, int]) -> None:
+    channels, height, width = latent_shape
+    agree(key, "input channels", inputs.channels, "models.latent_shape", channels)
+    if inputs.predicted != 2 * channels:  # else it predicts a variance too, which is cut off
+        agree(key, "output channels", inputs.predicted, "models.latent_shape", channels)
+    for side, size in (("height", height), ("width", width)):
+        if size % inputs.divisor:
+            raise ConfigurationError(
+                f"models.latent_shape: the {side} is {size}, but {key} cuts latents into patches of {inputs.divisor}: "
+                f"take a multiple, {size - size % inputs.divisor} or {size + -size % inputs.divisor}"
+            )
+    patches = height * width // inputs.divisor**2
+    if inputs.patches is not None and patches > inputs.patches:
+        raise ConfigurationError(
+            f"models.latent_shape: it makes {patches} patches, but {key} has positions for {inputs.patches}"
+        )
+
+
+def _check_decoder(config: Config) -> None:
+    section = config.models.decoder
+    assert section is not None
+    facts = _facts("models.decoder", section.path)
+    with naming("models.decoder", section.path):
+        kind = diffusers_class(facts, section.path, "ModelMixin")
+    if kind.__name__ not in STAGES:
+        raise ConfigurationError(
+            f"models.decoder ({section.path}) is a {kind.__name__}; a decoder is one of {', '.join(STAGES)}"
+        )
+    facts = with_defaults(facts, kind)
+    channels = config.models.latent_shape[0]
+    agree("models.decoder", "latent channels", facts["latent_channels"], "models.latent_shape", channels)
+    if not facts.get("scaling_factor"):
+        raise ConfigurationError(
+            f"models.decoder ({section.path}): config.json has no scaling_factor, by which latents are "
+            "divided: write the one that the network was trained with"
+        )
+    _check_scaling(config, section.path, kind.__name__, facts)
+
+
+def _check_scaling(config: Config, path: str, name: str, facts: Mapping[str, Any]) -> None:
+    """A decoder in place of the base's must unscale the latents as that one does."""
+    base = config.models.base
+    if base is None or path == f"{base}/vae":
+        return
+    own = _facts("models.base", f"{base}/vae")
+    if own.get("_class_name") != name:
+        return
+    own = with_defaults(own, diffusers_class(own, base, "ModelMixin"))
+    for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        if facts.get(key) != own.get(key):
+            raise ConfigurationError(
+                f"models.decoder ({path}) has {key} {facts.get(key)}, the vae of models.base has {own.get(key)}: it is "
+                "the decoder of other latents"
+            )
+
+
+def text_facts(models: Models) -> TextFacts:
+    """Return what the text encoders give, by their configurations.
+
+    Raises ConfigurationError for one too many or too few, for what is no text encoder of the reference's family, and
+    for prompts of more tokens than it has positions.
+    """
+    facts = _facts("models.reference", models.reference.path)
+    if takes_two_encoders(models, facts):
+        assert models.text_encoder_2 is not None
+        first = _text_settings("models.text_encoder", models.text_encoder, two=True)
+        second = _text_settings("models.text_encoder_2", models.text_encoder_2, two=True)
+        return TextFacts(first.hidden_size + second.hidden_size, second.projection_dim)
+    key = "models.text_encoder"
+    return TextFacts(_text_settings(key, models.text_encoder, pixart=is_pixart(facts)).hidden_size)
+
+
+def _text_settings(key: str, section: TextEncoder, *, two: bool = False, pixart: bool = False) -> Any:
+    """The configuration of a text encoder, of which class and length are as they should be."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES as KNOWN
+
+    with naming(key, section.path):
+        facts = read_config(section.path)
+        if "_class_name" in facts or "model_type" not in facts:
+            raise ValueError(
+                f"it is no text encoder of transformers but a {facts.get('_class_name', 'file of others')}"
+            )
+        found = AutoConfig.from_pretrained(local_folder(section.path, ["config.json"]), trust_remote_code=False)
+    clip = found.model_type in ("clip", "clip_text_model")
+    classes = found.architectures or []
+    if two and not clip:
+        raise ConfigurationError(f"{key} ({section.path}) is a {found.model_type}; Stable Diffusion XL has two CLIPs")
+    if key.endswith("_2") and classes and "CLIPTextModelWithProjection" not in classes and "CLIPModel" not in classes:
+        raise ConfigurationError(
+            f"{key} ({section.path}) is a {classes[0]}: Stable Diffusion XL's second text encoder is a "
+            "CLIPTextModelWithProjection, which gives the pooled text"
+        )
+    if not clip and found.model_type not in KNOWN:
+        raise ConfigurationError(f"{key} ({section.path}) is a {found.model_type}, which encodes no text")
+    settings = getattr(found, "text_config", None) or found
+    positions = getattr(settings, "max_position_embeddings", None)
+    if positions is not None and found.model_type in PADDED_POSITIONS:
+        positions -= (settings.pad_token_id or 0) + 1
+    length = text_length(section, pixart)
+    if positions is not None and length > positions:
+        stated = f"{key}.max_length" if section.max_length else f"{key}.max_length is left open, which"
+        raise ConfigurationError(
+            f"{stated} is {length}, but the text encoder in {section.path} has {positions} positions: set it to at "
+            f"most {positions}"
+        )
+    return settings

@@ -1,0 +1,160 @@
+"""A trained generator's tensors on their way into files, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffpp_fast.errors import CheckpointError
+from diffpp_fast.networks.loading import build_network, open_denoiser, read_config
+from diffpp_fast.networks.lora import layers_of, merged_weight, settings_of
+from diffpp_fast.networks.weight_files import DIFFUSERS
+from diffpp_fast.tensor_files import Planned, write_tensors
+from diffpp_fast.training.build import Trained
+from diffpp_fast.training.build.checks import naming
+from diffpp_fast.training.build.networks import configuration_of, stored_weights
+from diffpp_fast.training.build.precision import compute_dtype
+from diffpp_fast.training.checkpoint import write_tensors as save_tensors
+from diffpp_fast.training.config import Config
+from diffpp_fast.training.inputs import digest_of, public
+from diffpp_fast.training.weights import Weights, open_role
+
+
+class Cast(Mapping[str, Tensor]):
+    """Tensors of another mapping in one precision; each is cast when it is asked for."""
+
+    def __init__(self, source: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self._source = source
+        self._dtype = dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._source[name]
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+
+class Exported:
+    """A generator as it will be written: the network that it makes, and where each of its tensors comes from.
+
+    Args:
+        config: of the run.
+        generator: in a checkpoint, or as it is in memory.
+
+    Raises:
+        ConfigurationError: the network that the generator began as can't be read.
+        CheckpointError: what was trained is not of this network.
+    """
+
+    def __init__(self, config: Config, generator: Weights | Trained) -> None:
+        self.lora = config.models.generator.lora
+        self._trained: Mapping[str, Tensor]
+        if isinstance(generator, Weights):
+            self._trained = open_role(*generator)
+        else:
+            self._trained = {name: weight.detach() for name, weight in generator.parameters.items()}
+        self._stored = stored_weights(config.models, "generator")
+        self._config = config
+        self._configuration = configuration_of(config.models, self._stored)
+        with naming(self._stored.key, self._stored.path), torch.device("meta"):
+            network: Any = build_network(read_config(self._configuration), self._configuration)
+        self._network = network
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        self._layers = layers_of(self._trained, "generator")
+        self._refuse_others(str(generator) if isinstance(generator, Weights) else "the generator")
+
+    @property
+    def part(self) -> str:
+        """The name that pipelines have for the network."""
+        return "transformer" if "Transformer" in type(self._network).__name__ else "unet"
+
+    def write_network(self, folder: Path, dtype: torch.dtype | None) -> None:
+        """Write a network of diffusers, without adapters, fused blocks and other changes.
+
+        Args:
+            folder: is made.
+            dtype: of its floating-point tensors; None: float32, in which every stored precision is exact.
+        """
+        planned = {}
+        begun: Mapping[str, Tensor] = {}
+        if self._shapes.keys() - self._trained.keys():
+            begun = self._open()
+        for name, tensor in self._network.state_dict().items():
+            kind = (dtype or torch.float32) if tensor.is_floating_point() else tensor.dtype
+            make = partial(self._make, name, begun, kind)
+            planned[name] = Planned(kind, self._shapes[name], make)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Without the path that the network was loaded from, which is this machine's.
+        self._network.register_to_config(_name_or_path="")
+        self._network.save_config(folder)
+        write_tensors(folder / f"{DIFFUSERS}.safetensors", planned)
+
+    def inputs(self) -> dict[str, str | None]:
+        """Return the digest of the weights below the adapters, as a run notes it: in the precision of its frozen
+        weights."""
+        shared = self._stored == stored_weights(self._config.models, "reference")
+        name = "reference" if shared else "generator"
+        dtype = compute_dtype(self._config.models.reference.dtype, self._config)
+        facts = public(read_config(self._configuration))
+        return {name: digest_of(facts, Cast(self._open(), dtype))}
+
+    def write_adapter(self, folder: Path, dtype: torch.dtype | None) -> None:
+        """Write the adapters alone, as diffusers' `load_lora_weights` wants them; as peft does where it has no such
+        loader (PixArt)."""
+        assert self.lora is not None
+        settings = settings_of(self.lora.rank, self.lora.alpha or self.lora.rank, self.lora.targets)
+        weights = {
+            f"{name.removesuffix('.generator.weight')}.weight": tensor.to("cpu", dtype)
+            for name, tensor in self._trained.items()
+        }
+        if not hasattr(self._network, "load_lora_adapter"):
+            settings.save_pretrained(folder)
+            named = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+            save_tensors(folder / "adapter_model.safetensors", named)
+            return
+        from diffusers.loaders.lora_base import LoraBaseMixin
+
+        LoraBaseMixin.write_lora_layers(
+            state_dict={f"{self.part}.{name}": tensor.contiguous() for name, tensor in weights.items()},
+            save_directory=str(folder),
+            is_main_process=True,
+            weight_name=None,
+            save_function=None,
+            safe_serialization=True,
+            lora_adapter_metadata={f"{self.part}.{key}": value for key, value in settings.to_dict().items()},
+        )
+
+    def _open(self) -> Mapping[str, Tensor]:
+        stored = self._stored
+        with naming(stored.key, stored.path):
+            return open_denoiser(stored.path, self._configuration, stored.variant, stored.state_dict)
+
+    def _make(self, name: str, begun: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        if name in self._layers:
+            assert self.lora is not None
+            down, up = (self._trained[part] for part in self._layers[name])
+            scale = (self.lora.alpha or self.lora.rank) / self.lora.rank
+            return merged_weight(begun[name], down.cpu(), up.cpu(), scale).to(dtype)
+        return (self._trained[name] if name in self._trained else begun[name]).to(dtype)
+
+    def _refuse_others(self, source: str) -> None:
+        """Raises CheckpointError for trained weights of another network, or of other adapters."""
+        if self.lora is None:
+            other = self._trained.keys() ^ dict(self._network.named_parameters()).keys()
+        else:
+            adapters = {part for parts in self._layers.values() for part in parts}
+            other = (self._trained.keys() ^ adapters) | (self._layers.keys() - self._shapes.keys())
+        if other or not self._trained:
+            raise CheckpointError(
+                f"{source}: the weights are not those of this generator, {len(other)} names differ, e.g. "
+                f"{min(other, default='all')}: is models.generator.lora what it was?"
+            )
