@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import struct
 import zipfile
@@ -131,7 +132,10 @@ def read_tensors(path: Path, state_dict: str | None = None) -> Mapping[str, Tens
     Raises ValueError, with what to do, for a file that is damaged, holds anything else, or several state dicts.
     """
     stored = path.suffix == ".safetensors"
-    found = {"": StoredTensors([path])} if stored else dict(_state_dicts(_read_pickled(path)))
+    content = None if stored else _read_pickled(path)
+    found = {"": StoredTensors([path])} if stored else dict(_state_dicts(content))
+    if not found:
+        raise ValueError(f"{path} holds no state dict: {type(content).__name__}")
     tensors = _choose(path, found, state_dict)
     return Renamed(tensors, _plain_names({name: name for name in tensors}))
 
@@ -229,8 +233,7 @@ def _read_pickled(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # damage shows as almost any kind of error
-        # torch answers anything that it would have to unpickle with this advice.
-        if "weights_only" in str(error):
+        if isinstance(error, pickle.UnpicklingError):
             raise ValueError(
                 f"{path} holds more than tensors, and nothing else is unpickled, because unpickling runs code. If you "
                 "trust it, write its state dict once with safetensors.torch.save_file and give that file's path. "
@@ -255,8 +258,6 @@ def _state_dicts(content: Any, place: str = "") -> Iterator[tuple[str, Mapping[s
 
 def _choose(path: Path, found: Mapping[str, Mapping[str, Tensor]], wanted: str | None) -> Mapping[str, Tensor]:
     if wanted is None:
-        if not found:
-            raise ValueError(f"{path} holds no state dict: no tensors by name")
         if len(found) > 1:
             names = ", ".join(name or "(the file's own tensors)" for name in found)
             raise ValueError(f"{path} holds several state dicts: choose one of {names} with the key state_dict")

@@ -167,9 +167,7 @@ def test_paths_that_can_not_be_are_blamed_on_their_key(project, key: str, name: 
         refuse_misfits(load_config(project("stable_diffusion"), overrides))
 
 
-def test_a_path_that_is_none_is_a_sentence(project) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ConfigurationError, match="can't be a path: embedded null byte"):
-        load_config(project("stable_diffusion"), ['models.reference.path="x\\0y"'])
+def test_a_file_that_can_not_be_is_blamed_on_its_key(project) -> None:  # type: ignore[no-untyped-def]
     long = load_config(project("pixart"), [f"models.generator.path={'x' * 300}.safetensors"])
     with pytest.raises(ConfigurationError, match=r"models\.generator.*too long"):
         refuse_weights(long)

@@ -19,6 +19,8 @@ from diffpp_fast.training import CheckpointError, Config, ConfigurationError, Tr
 from diffpp_fast.training.build import Sampler, build_sampler
 from diffpp_fast.training.checkpoint import read_tensors
 from diffpp_fast.training.export import export_generator, export_pipeline, find_weights
+from diffpp_fast.training.exported import Exported
+from diffpp_fast.training.state import read_record
 from diffpp_fast.training.weights import read_role
 
 CPU = torch.device("cpu")
@@ -260,6 +262,8 @@ def test_merging_rounds_nothing_of_the_base(
             assert torch.equal(exported[name], tensor.float()), name
     assert exported.keys() == tensors.keys() and 2 * changed == len(adapters) > 4
     assert main(["export", str(output), "--out", str(tmp_path / "out")]) == 0
+    noted = read_record(output / "checkpoints" / "step_000001")["inputs"]
+    assert Exported(config, find_weights(output)).inputs() == {"reference": noted["reference"]}
     again = stored(tmp_path / "out")
     assert all(torch.equal(again[name], exported[name]) for name in exported)
 
