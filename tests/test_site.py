@@ -17,7 +17,7 @@ from pages import ROOT
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in ("mkdocs", "material"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip('the site needs mkdocs and its theme: pip install "diffpp-fast[docs]"')
+            pytest.skip('the site needs mkdocs and its theme: pip install --editable ".[docs]"')
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
