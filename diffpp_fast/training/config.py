@@ -157,6 +157,12 @@ class Models(Section):
     #: Channels, height and width of one latent; where it is left open, the reference's.
     latent_shape: tuple[Positive, Positive, Positive]
 
+    @model_validator(mode="after")
+    def _variant_has_a_base(self) -> Models:
+        if self.variant is not None and self.base is None:
+            raise ValueError("variant says which weights of base, which is null: give one beside each path")
+        return self
+
 
 MethodName = Literal["diff_instruct", "diff_instruct_pp", "dmd2", "decoupled_dmd", "sid", "sim", "diff_instruct_star"]
 
@@ -390,7 +396,7 @@ class Distributed(Section):
             "nvme" in (zero.offload_optimizer, zero.offload_parameters) for zero in (self.generator, self.fake)
         )
         if wants_nvme and self.nvme_path is None:
-            raise ValueError("distributed.nvme_path is missing: say where to put what is offloaded to nvme")
+            raise ValueError("nvme_path is missing: say where to put what is offloaded to nvme")
         return self
 
 
