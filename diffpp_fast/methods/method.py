@@ -50,7 +50,7 @@ class Noised(NamedTuple):
 
 
 class Options(TypedDict, total=False):
-    """What every method takes besides, explained in `Method`."""
+    """The arguments that every method takes besides, explained in `Method`."""
 
     fake_t_range: tuple[int, int] | None
     time_distribution: TimeDistribution | None

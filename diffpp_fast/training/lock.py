@@ -156,7 +156,7 @@ class FolderLock:
 
 
 def _identity() -> dict[str, Any]:
-    """What tells this process from every other one, and people which one it is."""
+    """Return what tells this process from every other one, and people which one it is."""
     return {
         "host": socket.gethostname(),
         "boot": _line("/proc/sys/kernel/random/boot_id"),
@@ -192,7 +192,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _patient_read(path: Path) -> dict[str, Any] | None:
-    """Of a file that another process may just be writing."""
+    """Return the record of a file that another process may just be writing."""
     time.sleep(1.0)
     return _read(path)
 
