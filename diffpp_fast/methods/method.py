@@ -1,4 +1,4 @@
-"""What all methods share: the roles, the samples and their noise levels, and the teaching assistant's loss."""
+"""The base of all methods: the roles, the samples and their noise levels, and the teaching assistant's loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a denoiser is given, read off its `config.json`; networks that ask for more are refused by name."""
+"""The inputs of a denoiser, read off its `config.json`; networks that ask for more are refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every reward has in common: checked input, one pixel pass per preprocessing, scores in float32 at least."""
+"""The base of every reward: checked input, one pixel pass per preprocessing, scores in float32 at least."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ Attention = Literal["sdpa", "math", "flash", "cudnn", "efficient", "flash_attn",
 
 
 class Section(BaseModel):
-    """What all sections share: unknown keys, other types, NaN and infinity are refused, and nothing changes."""
+    """The base of all sections: unknown keys, other types, NaN and infinity are refused, and nothing changes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -122,7 +122,7 @@ class Decoder(Frozen):
 
 
 class SizeConditions(Section):
-    """What Stable Diffusion XL and PixArt at 1024 are told about the picture, in pixels: heights and widths."""
+    """The sizes that Stable Diffusion XL and PixArt at 1024 are told of, in pixels: heights and widths."""
 
     #: null: the size of the decoded picture.
     original: tuple[Positive, Positive] | None = None
@@ -526,7 +526,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _networks_differentiate(self) -> Config:
-        """What the methods that differentiate through fake score and reference can't do."""
+        """Refuse what the methods that differentiate through fake score and reference can't do."""
         name, distributed = self.method.name, self.distributed
         if not METHODS[name].differentiates_networks:
             return self

@@ -1,4 +1,4 @@
-"""What goes wrong with a run's reward: samples for which it is not finite, and a reward that has no gradient."""
+"""A watch over a run's reward: samples for which it is not finite, and a reward that has no gradient."""
 
 from __future__ import annotations
 
