@@ -1,4 +1,4 @@
-"""What can go wrong through no fault of the program: said in a sentence, without a traceback."""
+"""Errors that arise through no fault of the program: said in a sentence, without a traceback."""
 
 
 class UserError(Exception):

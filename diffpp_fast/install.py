@@ -1,4 +1,4 @@
-"""What to install where something is missing. The package is on no index: a hint names the place it came from."""
+"""Hints on how to install what is missing. The package is on no index: a hint names the place it came from."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Noise:
 
     @property
     def address(self) -> Address:
-        """What a kernel needs to draw these numbers itself."""
+        """The numbers that a kernel needs to draw these itself."""
         return Address(self.seed, self.samples, self.stream)
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is computed in which precision: predictions and samples in float32 at least, layers in autocast's."""
+"""The precision of each computation: predictions and samples in float32 at least, layers in autocast's."""
 
 import torch
 from torch import Tensor

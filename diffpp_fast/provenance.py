@@ -24,7 +24,7 @@ def commit() -> tuple[str, str]:
 
 
 def package_version(package: str) -> str:
-    """Of an installed package; empty where it is not installed."""
+    """Return the version of an installed package; empty where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -48,7 +48,7 @@ def _cpu_model() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints in the package's folder; None if it fails or is not there."""
+    """Return what git prints in the package's folder; None if it fails or is not there."""
     try:
         done = subprocess.run(
             ["git", *arguments],

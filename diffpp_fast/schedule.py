@@ -148,7 +148,7 @@ class NoiseSchedule:
             )
 
     def _refuse_inconsistent(self) -> None:
-        """What reads x0 off a prediction assumes it (docs/method.md)."""
+        """Raise ValueError for tables off which a prediction's x0 can't be read (docs/method.md)."""
         if self.prediction_type == "v_prediction":
             assumption, total = "alpha^2 + sigma^2 = 1", self.alphas.square() + self.sigmas.square()
         elif self.prediction_type == "flow_prediction":

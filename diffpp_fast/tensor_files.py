@@ -223,7 +223,7 @@ def _write(file: IO[bytes], name: str, planned: Planned) -> None:
 
 
 def _plain_names(names: Mapping[str, str]) -> dict[str, str]:
-    """What tensors are called in the network itself, without the names of what it was wrapped in: new -> old."""
+    """Return tensors' names in the network itself, without the names of what it was wrapped in: new -> old."""
     plain = {WRAPPERS.sub("", name): old for name, old in names.items()}
     prefix = next((prefix for prefix in PREFIXES if plain and all(name.startswith(prefix) for name in plain)), None)
     return plain if prefix is None else _plain_names({name.removeprefix(prefix): old for name, old in plain.items()})

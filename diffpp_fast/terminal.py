@@ -1,4 +1,4 @@
-"""What a terminal is shown of text that comes from files: nothing that a terminal would obey."""
+"""Text from files as a terminal is shown it: nothing that a terminal would obey."""
 
 from __future__ import annotations
 

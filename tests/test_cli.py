@@ -86,6 +86,12 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     assert "usage: diffpp-fast" in capsys.readouterr().err
 
 
+def test_what_may_be_left_out_is_not_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert capsys.readouterr().err.endswith("required: CONFIG.yaml\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

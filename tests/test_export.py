@@ -373,3 +373,5 @@ def test_weights_of_several_writers_are_read_together(tmp_path: Path) -> None:
         read_role(tmp_path, "fake")
     with pytest.raises(CheckpointError, match="holds no weights of generator"):
         read_role(tmp_path, "generator")
+    with pytest.raises(CheckpointError, match="is gone: a run that goes on removes its oldest checkpoints"):
+        read_role(tmp_path / "gone", "generator")

@@ -167,3 +167,9 @@ def test_a_folder_that_was_made_for_it_goes_with_it(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match=r"can't write to .*file"):
         FolderLock(tmp_path / "file")
+
+
+@pytest.mark.parametrize("program", ["/env/bin/diffpp-fast", "/src/diffpp_fast/__main__.py"])
+def test_a_command_is_named_as_it_is_typed(program: str) -> None:
+    assert lock._command([program, "train", "a b.yaml"]) == "diffpp-fast train 'a b.yaml'"
+    assert lock._command(["my.py", "train"]) == "my.py train"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ def test_an_adapter_starts_as_the_identity_from_its_address() -> None:
     network = tiny.unet().eval()
     plain = Denoiser(network)(*x)
     random = torch.get_rng_state()
-    adapters, parameters = adapters_on(network, "generator", "fake")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a second adapter on one network is no mistake
+        adapters, parameters = adapters_on(network, "generator", "fake")
     assert torch.equal(torch.get_rng_state(), random), "initialisation drew from the global generator"
     assert torch.equal(Denoiser(network)(*x), plain)
     for name in ("generator", "fake"):

@@ -273,7 +273,6 @@ def write_base(folder: Path, family: str, **changes: Any) -> Path:
 
 def settings() -> dict[str, Any]:
     """The configuration that `write` writes; paths are relative to its folder."""
-    adam = {"lr": 1e-3, "betas": [0.0, 0.99], "clip": 10.0}
     return {
         "seed": 7,
         "output": "run",
@@ -292,7 +291,10 @@ def settings() -> dict[str, Any]:
             "optimised": {"factory": "rewards.py:redness", "arguments": {"channel": 0}, "scale": 2.0},
             "held_out": {"factory": "rewards.py:Brightness"},
         },
-        "optimizers": {"generator": {**adam, "warmup_steps": 2}, "fake": adam},
+        "optimizers": {
+            "generator": {"lr": 1e-3, "betas": [0.0, 0.99], "clip": 10.0, "warmup_steps": 2},
+            "fake": {"lr": 1e-3, "betas": [0.0, 0.99], "clip": 10.0},
+        },
         "ema": {"decay": 0.9},
         "training": {
             "steps": 4,

@@ -129,7 +129,7 @@ class Case(NamedTuple):
         return self.op, self.variant, self.size, self.layout
 
     def elements(self, tensor: str) -> int:
-        """Of a tensor named in `traffic`."""
+        """Return the number of elements of a tensor named in `traffic`."""
         if tensor.removeprefix("grad_") == "pixels":
             return math.prod(self.shape[:2]) * REWARD_SIZE**2
         if self.op == "geglu" and tensor.removeprefix("grad_") == "y":

@@ -115,7 +115,7 @@ class Session:
 
     @property
     def environment(self) -> dict[str, str | None]:
-        """Of the workers: whether Triton interprets, and where the package is."""
+        """The environment of the workers: whether Triton interprets, and where the package is."""
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         return {
             "TRITON_INTERPRET": "1" if self.rehearse else None,

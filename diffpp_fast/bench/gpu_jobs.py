@@ -126,7 +126,7 @@ class State:
 
 
 def digest(*facts: str) -> str:
-    """Of the package's sources, csrc and facts about the machine: results hold as long as it does."""
+    """Return a digest of the package's sources, csrc and facts about the machine: results hold as long as it does."""
     hasher = hashlib.sha256()
     for folder in (PACKAGE, PACKAGE.parent / "csrc"):
         for path in sorted(path for pattern in SOURCES for path in folder.rglob(pattern)):

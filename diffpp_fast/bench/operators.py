@@ -45,7 +45,7 @@ class Inputs:
 
     @property
     def nbytes(self) -> int:
-        """Of all its tensors."""
+        """The bytes of all its tensors."""
         values = (*self.unfused.values(), *self.fused.values(), self.outer)
         tensors = {id(value): value for value in values if isinstance(value, Tensor)}
         return sum(tensor.nbytes for tensor in tensors.values())

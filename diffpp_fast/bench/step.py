@@ -144,7 +144,7 @@ def check_room(plan: Plan) -> None:
 
 
 def count_operations(plan: Plan) -> dict[str, dict[str, float]]:
-    """Of the unfused step for one image, by role and phase, on tensors without memory."""
+    """Count the operations of the unfused step for one image, by role and phase, on tensors without memory."""
     networks = _without_memory(replace(plan, dtype=torch.float32))
     counted = {}
     with counted_operations() as total:

@@ -21,7 +21,7 @@ LEAST_GRADIENT = 1e-2
 
 
 class Truth(NamedTuple):
-    """Of one role: the loss, and the gradients in the order of the parameters, on the CPU."""
+    """The truth about one role: the loss, and the gradients in the order of the parameters, on the CPU."""
 
     loss: float
     gradients: list[Tensor]

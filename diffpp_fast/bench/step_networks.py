@@ -195,7 +195,7 @@ class Trained:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a network's keyword arguments, which may hold mappings."""
+    """Apply a function to the tensors among a network's keyword arguments, which may hold mappings."""
     return {
         name: map_tensors(function, value) if isinstance(value, Mapping) else function(value)
         for name, value in tensors.items()

@@ -255,7 +255,7 @@ PROVIDERS: dict[str, Provider] = {
 
 
 def loss_of(step: Step, role: str) -> Callable[[Batch], Tensor]:
-    """Of the network that a step updates."""
+    """Return the loss of the network that a step updates."""
     return step.generator_loss if role == "generator" else step.fake_loss
 
 

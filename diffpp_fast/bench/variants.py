@@ -97,7 +97,7 @@ class Variant:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the large tensors."""
+        """The dtype of the large tensors."""
         dtype: torch.dtype = self["dtype"]
         return dtype
 

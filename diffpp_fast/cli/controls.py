@@ -44,7 +44,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="paths in it are relative to its folder")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for `diffpp-fast train`")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="as for `diffpp-fast train`"
+    )
     parser.add_argument(
         "--resume", choices=["latest"], help="leave out what is complete, and go on with what was interrupted"
     )

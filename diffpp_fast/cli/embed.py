@@ -32,7 +32,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="paths in it are relative to its folder")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for `diffpp-fast train`")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="as for `diffpp-fast train`"
+    )
     parser.add_argument(
         "--out", type=user_path, metavar="FOLDER", help="default: the configuration's prompts.embeddings"
     )

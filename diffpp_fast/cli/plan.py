@@ -49,7 +49,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="of the run; or --model")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for `diffpp-fast train`")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="as for `diffpp-fast train`"
+    )
     add_machine(parser)
     known = parser.add_argument_group("a run without a configuration")
     known.add_argument("--model", metavar="NAME", help="sd15, sdxl or pixart")

@@ -1,4 +1,4 @@
-"""What is said beside a run's own line on the terminal."""
+"""Quiet for what is said beside a run's own line on the terminal."""
 
 from __future__ import annotations
 

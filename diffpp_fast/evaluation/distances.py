@@ -100,7 +100,7 @@ class Distances:
             metric.reset()
 
     def facts(self) -> dict[str, dict[str, Any]]:
-        """What each distance is, for the record."""
+        """Say what each distance is, for the record."""
         return {
             name: {
                 "meaning": MEANINGS[name],

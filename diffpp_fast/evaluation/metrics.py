@@ -53,7 +53,7 @@ class Wanted:
 
 
 def parse_metrics(names: Sequence[str], settings: Sequence[str] = ()) -> tuple[list[Wanted], list[str]]:
-    """What the command line asks for.
+    """The metrics that the command line asks for.
 
     Args:
         names: of `SCORES` and `DISTANCES`; `file.py:name` or `module:name` of a factory of a scorer, called `name`.
@@ -120,7 +120,7 @@ class Scores:
         return values
 
     def facts(self) -> dict[str, dict[str, Any]]:
-        """What each score is, for the record."""
+        """Say what each score is, for the record."""
         return {
             score.name: {
                 "meaning": SCORES[score.factory].meaning if score.factory in SCORES else f"what {score.factory} gives",
@@ -172,7 +172,7 @@ def _nearest(name: str) -> str:
 
 
 def _preprocessing(reward: Reward) -> str:
-    """What is done to the picture, in words."""
+    """Say in words what is done to the picture."""
     scorer: Any = getattr(reward, "scorer", reward)
     how = getattr(scorer, "preprocessing", None)
     if not isinstance(how, Preprocessing):

@@ -88,7 +88,7 @@ def find_source(
     precision: str | None = None,
     overrides: Sequence[str] = (),
 ) -> Source:
-    """What a path names: a run, a checkpoint, a folder that `diffpp-fast export` wrote, or a configuration.
+    """Find what a path names: a run, a checkpoint, a folder that `diffpp-fast export` wrote, or a configuration.
 
     Args:
         path: None: the run under runs/ that saved last.

@@ -41,7 +41,7 @@ def draw(model: Model, prompts: Sequence[str], samples: Sequence[int], *, seed: 
 
 
 def facts_of(model: Model, prompt: str, *, seed: int, sample: int) -> dict[str, str]:
-    """What a picture is a function of, as text for its file."""
+    """Return what a picture is a function of, as text for its file."""
     return {
         "prompt": prompt,
         "seed": str(seed),

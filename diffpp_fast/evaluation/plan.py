@@ -1,4 +1,4 @@
-"""What is drawn in an evaluation: prompts, and the addresses of their latents, which are the same for every model."""
+"""The plan of an evaluation: prompts, and the addresses of their latents, which are the same for every model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is drawn, by whom and where.
+    """A plan of what is drawn, by whom and where.
 
     Attributes:
         sources: the models, in the order of the tables; differences are also taken in it.

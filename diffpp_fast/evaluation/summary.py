@@ -1,4 +1,4 @@
-"""What an evaluation found, as the data of `summary.json`."""
+"""The findings of an evaluation, as the data of `summary.json`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffpp_fast.version import __version__
 
 @dataclass(frozen=True)
 class Result:
-    """What was found out about a model.
+    """The findings about a model.
 
     Attributes:
         model: facts about it.
@@ -34,7 +34,7 @@ class Result:
 
 
 def facts_about(model: Model) -> dict[str, Any]:
-    """What tells a model's pictures from another's."""
+    """Return what tells a model's pictures from another's."""
     call = model.config.models.generator
     return {
         "name": model.name,

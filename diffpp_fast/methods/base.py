@@ -1,4 +1,4 @@
-"""What methods are told and what they give back: batch, roles as callables, result, injection of a known gradient."""
+"""The data that methods take and give back: batch, roles as callables, result, injection of a known gradient."""
 
 from __future__ import annotations
 

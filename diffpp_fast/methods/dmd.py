@@ -193,7 +193,7 @@ class DMD2(Method):
         return self.schedule.gap_scale(at.t).abs() * gap.residual_abs
 
     def _logits(self, batch: Batch, x0: torch.Tensor, stream: int) -> torch.Tensor:
-        """Of latents at a noise level of their own: generated and real ones share the times."""
+        """Return logits of latents at a noise level of their own: generated and real ones share the times."""
         assert self.discriminator is not None
         at = self._noised(batch, x0, times=self.gan_times, streams=(SECOND_TIMESTEP, stream))
         logits = check_per_sample("the discriminator", self.discriminator(at.x_t, at.t, batch.conditioning), x0)

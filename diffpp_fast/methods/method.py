@@ -1,4 +1,4 @@
-"""What all methods share: the roles, the samples and their noise levels, and the teaching assistant's loss."""
+"""The base of all methods: the roles, the samples and their noise levels, and the teaching assistant's loss."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Noised(NamedTuple):
 
 
 class Options(TypedDict, total=False):
-    """What every method takes besides, explained in `Method`."""
+    """The arguments that every method takes besides, explained in `Method`."""
 
     fake_t_range: tuple[int, int] | None
     time_distribution: TimeDistribution | None

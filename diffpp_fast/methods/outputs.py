@@ -1,4 +1,4 @@
-"""What generators, networks and rewards have given, checked: messages name the role and the remedy."""
+"""Checks of what generators, networks and rewards have given: messages name the role and the remedy."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ class SIM(Method):
         return sigma.square() / alpha if self.weighting == "x0" else torch.ones_like(sigma)
 
     def _slope(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """What the loss of a large gap grows by with the gap of outputs: a score's share of it, times w(t)."""
+        """Return what the loss of a large gap grows by with the gap of outputs: a score's share of it, times w(t)."""
         return score_scale(self.schedule.prediction_type, alpha, sigma) * self._weight(t, alpha, sigma)
 
 

@@ -22,7 +22,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Backend(NamedTuple):
-    """What one backend serves."""
+    """A backend, and what it serves."""
 
     gpu: bool = True  # and nothing else
     dtypes: tuple[torch.dtype, ...] | None = None  # None: all

@@ -1,4 +1,4 @@
-"""What a sample is conditioned on: the prompts as text, for rewards, and their embeddings, for networks."""
+"""The conditioning of a sample: the prompts as text, for rewards, and their embeddings, for networks."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from diffpp_fast import ops
 
 
 class Fused(nn.Module):
-    """What every fused class has: the class that it took the place of."""
+    """The base of every fused class: knows the class that it took the place of."""
 
     unfused_class: ClassVar[type[nn.Module]]
 

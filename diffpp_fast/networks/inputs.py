@@ -1,4 +1,4 @@
-"""What a denoiser is given, read off its `config.json`; networks that ask for more are refused by name."""
+"""The inputs of a denoiser, read off its `config.json`; networks that ask for more are refused by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXTRA_CHANNELS = {
 
 
 class Inputs(NamedTuple):
-    """What a network is given besides latents and time.
+    """The inputs of a network besides latents and time.
 
     Attributes:
         width: channels of text.
@@ -96,7 +96,7 @@ def wants_sizes(config: Mapping[str, Any]) -> bool:
 
 
 def _foreign(kind: Any) -> str | None:
-    """What makes a class none that is called with latents, time and hidden states of text."""
+    """Say what makes a class none that is called with latents, time and hidden states of text."""
     taken = [name for name in inspect.signature(kind.forward).parameters if name != "self"]
     if not {"timestep", "encoder_hidden_states"} <= set(taken) or not {"sample", "hidden_states"} & set(taken):
         return "is no denoiser that takes latents, a time and hidden states of text"

@@ -361,7 +361,7 @@ def _find_file(path: str) -> Path:
 
 
 def _instead(folder: Path, name: str) -> str:
-    """What a folder without a configuration may be."""
+    """Say what a folder without a configuration may be."""
     held = sorted(entry.name for entry in folder.iterdir())
     lora = next((file for file in LORA_FILES if file in held), None)
     if lora is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,10 @@ def inject(network: nn.Module, name: str, *, rank: int, alpha: float, targets: S
     from peft.tuners.lora.layer import LoraLayer
 
     settings = settings_of(rank, alpha, targets)
-    inject_adapter_in_model(settings, network, name)
+    with warnings.catch_warnings():
+        # Several adapters on one network are what this is for.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        inject_adapter_in_model(settings, network, name)
     layers: dict[str, Any] = {path: layer for path, layer in network.named_modules() if isinstance(layer, LoraLayer)}
     for layer in layers.values():
         layer.cast_input_dtype_enabled = False

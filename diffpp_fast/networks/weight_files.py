@@ -92,7 +92,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _explain(folder: Path, stem: str, variant: str | None, loader: str) -> str:
-    """What a folder without the wanted weights holds, and how to go on."""
+    """Say what a folder without the wanted weights holds, and how to go on."""
     held = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     variants = _variants(held, stem)
     if variants:

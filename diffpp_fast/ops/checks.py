@@ -84,7 +84,7 @@ def prediction_type(op: str, value: str) -> None:
 
 
 def eps(op: str, value: float) -> float:
-    """What is added to a variance; 0 is allowed, and makes NaN of equal values."""
+    """Return a number that may be added to a variance; 0 is allowed, and makes NaN of equal values."""
     value = number(op, "eps", value)
     if value < 0.0:
         raise ValueError(f"{op}: eps must not be negative, got {value}")
@@ -163,7 +163,7 @@ def outputs_with_target(
     sigma: Tensor,
     prediction: str,
 ) -> None:
-    """What the losses on three network outputs and a target have in common."""
+    """Check what the losses on three network outputs and a target have in common."""
     prediction_type(op, prediction)
     large = {"fake": fake, "cond": cond, "uncond": uncond, "x0": x0}
     floating(op, {**large, "alpha": alpha, "sigma": sigma}, optional=("uncond",))

@@ -16,7 +16,7 @@ NORMALIZERS = (None, "mean_abs")
 
 
 class ScoreGap(NamedTuple):
-    """What `score_gap` returns, with d = guided - fake and r = guided - target.
+    """The result of `score_gap`, with d = guided - fake and r = guided - target.
 
     The statistics are float32, float64 for float64 inputs.
     """

@@ -37,7 +37,7 @@ REWARD, GUIDANCE = "rewards.optimised.scale", "method.guidance_scale"
 
 
 class Difference(NamedTuple):
-    """Of a run's last value from the first run's.
+    """The difference of a run's last value from the first run's.
 
     Attributes:
         value: the difference.
@@ -76,7 +76,7 @@ class Budget(NamedTuple):
         return sum(self.phases.values())
 
     def share(self, phase: str) -> float:
-        """Of the whole step."""
+        """Return a phase's share of the whole step."""
         return self.phases[phase] / self.total if self.total else 0.0
 
 

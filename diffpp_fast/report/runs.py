@@ -1,4 +1,4 @@
-"""What a run's folder holds, read leniently: the run may still be going, or have been killed at any moment."""
+"""The content of a run's folder, read leniently: the run may still be going, or have been killed at any moment."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def _picture(column: Column, place: int, prompt: str) -> Markup:
 
 
 def last_values(runs: Sequence[RunRecord]) -> Markup:
-    """Of one run its first and last values; of several the last ones, with their differences from the first run's."""
+    """Show one run's first and last values; of several the last ones, with their differences from the first run's."""
     shown = {name: label for name, label in figures.SHOWN.items() if any(name in run.scalars for run in runs)}
     if not shown:
         return section("values", "Last values", element("p", "Nothing was logged."))

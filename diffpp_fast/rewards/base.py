@@ -1,4 +1,4 @@
-"""What every reward has in common: checked input, one pixel pass per preprocessing, scores in float32 at least."""
+"""The base of every reward: checked input, one pixel pass per preprocessing, scores in float32 at least."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class ImageBatch:
         return self.once((preprocessing, dtype), lambda: preprocessing(self.images, dtype))
 
     def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        """What `compute` gives, computed at the first call with this `key`.
+        """Return what `compute` gives, computed at the first call with this `key`.
 
         A result without a graph is not handed to a caller who needs one.
         """

@@ -297,7 +297,7 @@ _CLIP_ARGUMENT = {"clip": "path", "aesthetic": "clip"}
 
 
 def _towers(kind: str, arguments: Mapping[str, Any]) -> Hashable:
-    """What tells the towers of one CLIP from those of another."""
+    """Return what tells the towers of one CLIP from those of another."""
     options = (str(arguments.get("dtype", "float32")), bool(arguments.get("checkpoint", False)))
     return arguments.get(_CLIP_ARGUMENT[kind], CLIP_L_14), *options
 

@@ -140,7 +140,7 @@ def _misfit(
 
 
 def kind_of(tensors: Mapping[str, Tensor]) -> str:
-    """What a file with these keys seems to be."""
+    """Say what a file with these keys seems to be."""
     for pattern, kind in _KINDS:
         if any(re.match(pattern, name) for name in tensors):
             return kind

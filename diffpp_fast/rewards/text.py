@@ -67,7 +67,7 @@ class PromptTokenizer:
 
 
 class PromptCache:
-    """What an encoder gave for the prompts asked for last, `capacity` of them."""
+    """The results of an encoder for the prompts asked for last, `capacity` of them."""
 
     #: Prompts that are encoded at a time.
     CHUNK = 128
@@ -101,7 +101,7 @@ class PromptCache:
 
 
 def clean_like_clip(prompt: str) -> str:
-    """What OpenAI's and open_clip's tokenizers do before what transformers' does too (lower case, white space).
+    """Do what OpenAI's and open_clip's tokenizers do before what transformers' does too (lower case, white space).
 
     Source: `basic_clean` in openai/CLIP clip/simple_tokenizer.py: ftfy, then HTML entities twice, then strip. Raises
     ConfigurationError where ftfy is not installed.

@@ -25,7 +25,7 @@ Attention = Literal["sdpa", "math", "flash", "cudnn", "efficient", "flash_attn",
 
 
 class Section(BaseModel):
-    """What all sections share: unknown keys, other types, NaN and infinity are refused, and nothing changes."""
+    """The base of all sections: unknown keys, other types, NaN and infinity are refused, and nothing changes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -122,7 +122,7 @@ class Decoder(Frozen):
 
 
 class SizeConditions(Section):
-    """What Stable Diffusion XL and PixArt at 1024 are told about the picture, in pixels: heights and widths."""
+    """The sizes that Stable Diffusion XL and PixArt at 1024 are told of, in pixels: heights and widths."""
 
     #: null: the size of the decoded picture.
     original: tuple[Positive, Positive] | None = None
@@ -156,6 +156,12 @@ class Models(Section):
     size_conditions: SizeConditions = SizeConditions()
     #: Channels, height and width of one latent; where it is left open, the reference's.
     latent_shape: tuple[Positive, Positive, Positive]
+
+    @model_validator(mode="after")
+    def _variant_has_a_base(self) -> Models:
+        if self.variant is not None and self.base is None:
+            raise ValueError("variant says which weights of base, which is null: give one beside each path")
+        return self
 
 
 MethodName = Literal["diff_instruct", "diff_instruct_pp", "dmd2", "decoupled_dmd", "sid", "sim", "diff_instruct_star"]
@@ -390,7 +396,7 @@ class Distributed(Section):
             "nvme" in (zero.offload_optimizer, zero.offload_parameters) for zero in (self.generator, self.fake)
         )
         if wants_nvme and self.nvme_path is None:
-            raise ValueError("distributed.nvme_path is missing: say where to put what is offloaded to nvme")
+            raise ValueError("nvme_path is missing: say where to put what is offloaded to nvme")
         return self
 
 
@@ -520,7 +526,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _networks_differentiate(self) -> Config:
-        """What the methods that differentiate through fake score and reference can't do."""
+        """Refuse what the methods that differentiate through fake score and reference can't do."""
         name, distributed = self.method.name, self.distributed
         if not METHODS[name].differentiates_networks:
             return self

@@ -102,7 +102,7 @@ def export_pipeline(
 
 
 def find_weights(source: Path | None, which: Which = "latest", *, raw: bool = False) -> Weights:
-    """What to sample from or to export: averaged weights where there are any, of an undamaged checkpoint.
+    """Choose what to sample from or to export: averaged weights where there are any, of an undamaged checkpoint.
 
     Args:
         source: a run's output folder or a checkpoint; None: the run under runs/ that saved last.

@@ -66,7 +66,7 @@ def public(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def digest_of_tokenizer(tokenizer: Any) -> str:
-    """Of its vocabulary, and of what it makes of some texts."""
+    """Return a digest of its vocabulary, and of what it makes of some texts."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     return digest_of([vocabulary, [tokenizer(text)["input_ids"] for text in PROBES]])
 

@@ -265,7 +265,8 @@ def _explain(key: str, found: list[ErrorDetails], given: Mapping[str, str], file
     if first["type"] == "missing" and isinstance(first["loc"][-1], str):
         return f"{source}: the key {key} is missing"
     if first["type"] == "value_error":
-        return f"{source}: {first['msg'].removeprefix('Value error, ')}"
+        section = f"{key}: " if key else ""
+        return f"{source}: {section}{first['msg'].removeprefix('Value error, ')}"
     wishes = [
         "should have more values" if details["type"] == "missing" else re.sub(r"^\w+ (?=should )", "", details["msg"])
         for details in found

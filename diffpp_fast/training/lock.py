@@ -156,7 +156,7 @@ class FolderLock:
 
 
 def _identity() -> dict[str, Any]:
-    """What tells this process from every other one, and people which one it is."""
+    """Return what tells this process from every other one, and people which one it is."""
     return {
         "host": socket.gethostname(),
         "boot": _line("/proc/sys/kernel/random/boot_id"),
@@ -166,8 +166,15 @@ def _identity() -> dict[str, Any]:
         "launcher": os.getppid() if is_launched() else None,
         "job": job_of(os.environ),
         "began": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv)[:COMMAND],
+        "command": _command(sys.argv)[:COMMAND],
     }
+
+
+def _command(argv: list[str]) -> str:
+    """The command line as it is typed, also where `python -m diffpp_fast` or a launcher has put a path in front."""
+    program = Path(argv[0])
+    own = program.name == "diffpp-fast" or program.parts[-2:] == ("diffpp_fast", "__main__.py")
+    return shlex.join(["diffpp-fast" if own else argv[0], *argv[1:]])
 
 
 def _text(record: dict[str, Any]) -> bytes:
@@ -185,7 +192,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _patient_read(path: Path) -> dict[str, Any] | None:
-    """Of a file that another process may just be writing."""
+    """Return the record of a file that another process may just be writing."""
     time.sleep(1.0)
     return _read(path)
 

@@ -1,4 +1,4 @@
-"""What goes wrong with a run's reward: samples for which it is not finite, and a reward that has no gradient."""
+"""A watch over a run's reward: samples for which it is not finite, and a reward that has no gradient."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class RewardWatch:
         self._has_gradient = self.world.any(self.reward.has_gradient)
         if self._has_gradient:
             return
-        said = f"{self.reward.name} has no gradient by the images, for none of the samples so far"
+        said = f"{self.reward.name} has no gradient by the images for any sample so far"
         if enough:
             raise ConfigurationError(f"{said}: it must be differentiable, or its scale 0")
         if first:

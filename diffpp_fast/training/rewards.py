@@ -117,7 +117,7 @@ def load_scorer(key: str, reward: config.Reward, device: torch.device) -> Scorer
 
 
 def digest_of_reward(reward: config.Reward, scorer: Scorer) -> str:
-    """Of a scorer's code, as far as it is no installed package's, and of the tensors that it computes with.
+    """Return a digest of a scorer's own code, no installed package's, and of the tensors that it computes with.
 
     Where no tensors are found in it, the files that its arguments name stand for them.
     """

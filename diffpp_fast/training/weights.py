@@ -46,6 +46,8 @@ def open_role(folder: Path, name: str) -> StoredTensors:
     Raises CheckpointError where there are none, or not all.
     """
     files = find_role(folder, name)
+    if not files and not folder.is_dir():
+        raise CheckpointError(f"{folder} is gone: a run that goes on removes its oldest checkpoints. Start again")
     if not files:
         raise CheckpointError(f"{folder} holds no weights of {name}")
     try:

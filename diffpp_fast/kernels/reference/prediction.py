@@ -1,4 +1,4 @@
-"""What a network's output means, for x_t = alpha x0 + sigma eps.
+"""The meaning of a network's output, for x_t = alpha x0 + sigma eps.
 
 | prediction type   | target o*              | implied x0 from output o     | k           |
 |-------------------|------------------------|------------------------------|-------------|

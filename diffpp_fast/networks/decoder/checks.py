@@ -1,4 +1,4 @@
-"""What a decoder may be made of. All else is refused by name before anything is computed."""
+"""The parts that a decoder may be made of. All else is refused by name before anything is computed."""
 
 from __future__ import annotations
 

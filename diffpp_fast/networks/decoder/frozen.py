@@ -116,7 +116,7 @@ class FrozenDecoder(nn.Module):
         return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
     def _unscale(self, latents: Tensor) -> Tensor:
-        """What the autoencoder itself calls latents, as diffusers' pipelines compute it."""
+        """Return what the autoencoder itself calls latents, as diffusers' pipelines compute it."""
         if self.latents_mean is None or self.latents_std is None:
             return latents / self.scaling_factor + self.shift_factor
         mean, std = (_per_channel(values, latents) for values in (self.latents_mean, self.latents_std))

@@ -28,7 +28,7 @@ Stage = list[Step]
 
 
 def kl_stages(vae: Any, like: Tensor) -> list[Stage]:
-    """Of an `AutoencoderKL`: unscaled latents -> images. `like` has the dtype and device of the decode."""
+    """Return an `AutoencoderKL`'s stages: unscaled latents -> images. `like` has the dtype and device of the decode."""
     decoder, taps = vae.decoder, enlarging_taps(like)
     entrance = [layer for layer in (vae.post_quant_conv, decoder.conv_in) if layer is not None]
     steps: Stage = [partial(convolution, layer=layer) for layer in entrance]
@@ -48,7 +48,7 @@ def kl_stages(vae: Any, like: Tensor) -> list[Stage]:
 
 
 def tiny_stages(vae: Any, like: Tensor) -> list[Stage]:
-    """Of an `AutoencoderTiny`."""
+    """Return the stages of an `AutoencoderTiny`."""
     layers, taps = list(vae.decoder.layers), enlarging_taps(like)
     stages: list[Stage] = [[_soft_clamp]]
     while layers:

@@ -1,4 +1,4 @@
-"""What a run computes with: the sampler, and around it the method with its rewards."""
+"""The parts that a run computes with: the sampler, and around it the method with its rewards."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ENCODING = ("vae.encoder.", "vae.quant_conv.")
 
 @dataclass(frozen=True)
 class Sampler:
-    """What turns prompts and latents into pictures.
+    """The parts that turn prompts and latents into pictures.
 
     Attributes:
         encode: prompts -> their conditioning.

@@ -1,4 +1,4 @@
-"""What a listener to a run is told."""
+"""The events that a listener to a run is told of."""
 
 from __future__ import annotations
 

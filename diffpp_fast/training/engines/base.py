@@ -30,7 +30,7 @@ class Engine(Protocol):
 
     @property
     def learning_rate(self) -> float:
-        """Of the next update."""
+        """The learning rate of the next update."""
 
     @property
     def applied(self) -> int:

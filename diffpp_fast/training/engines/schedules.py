@@ -14,7 +14,7 @@ def updates_of(role: str, config: Config) -> int:
 
 
 def learning_rate(settings: Optimizer, update: int, updates: int) -> float:
-    """Of update number `update` (from 0) of `updates` in all.
+    """Return the learning rate of update number `update` (from 0) of `updates` in all.
 
     It rises linearly to `lr` over `warmup_steps`; then it is constant, or falls along a line or half a cosine to
     `final_lr` times `lr` at the last update. A run that is prolonged past its end stays there.

@@ -85,7 +85,7 @@ class ShardedEngine:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next update."""
+        """The learning rate of the next update."""
         return learning_rate(self.settings, self.updates, self.updates_in_all)
 
     @property

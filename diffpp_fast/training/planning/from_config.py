@@ -83,7 +83,7 @@ def _models(config: Config) -> Models:
 
 
 def _network(key: str, path: str) -> Recipe:
-    """Of a network or an autoencoder in diffusers' format."""
+    """Return the recipe of a network or an autoencoder in diffusers' format."""
     return partial(build_network, _facts(key, path), path)
 
 

@@ -58,7 +58,9 @@ def assumptions(plan: Plan) -> list[str]:
     )
     unknown = [name for towers in (setup.rewards, setup.held_out) if towers is not None for name in towers.unknown]
     if unknown:
-        said.append(f"Not counted, because only loading it would tell: {', '.join(unknown)}. The decoder is.")
+        said.append(
+            f"Not counted, because only loading them would tell: {', '.join(unknown)}. Their decoder is counted."
+        )
     return said
 
 
@@ -122,7 +124,7 @@ def print_plan(plan: Plan, advice: list[Change], console: Console) -> None:
     ):
         spent.add_row(name, f"{seconds:.3g}")
     console.print(spent)
-    console.print(f"About {setup.global_batch / plan.time.seconds:.1f} samples of the generator a second.\n")
+    console.print(f"About {setup.global_batch / plan.time.seconds:,.1f} samples of the generator a second.\n")
     for sentence in assumptions(plan):
         console.print(printable(f"- {sentence}"), markup=False)
     console.print(f"\n[bold]{escape(verdict(plan))}[/bold]")

@@ -61,7 +61,7 @@ class State:
 def trained_state(
     size: Size, trained: Trained, gpus: int, low: bool, *, frozen: int | None = None, frozen_width: int = FLOAT32
 ) -> State:
-    """Of a role's network.
+    """Return the state of a role's network.
 
     Args:
         size: of the network.
@@ -119,7 +119,7 @@ def optimizer_bytes(name: str, elements: Sequence[int]) -> int:
 
 
 def frozen_state(elements: int, width: int, place: str, gpus: int) -> State:
-    """Of a network that is not trained: whole, or a part on each GPU or in each process's host memory."""
+    """Return the state of an untrained network: whole, or a part on each GPU or in each process's host memory."""
     if place == "replica":
         return State(weights=width * elements)
     part, gathered = width * math.ceil(elements / gpus), width * min(elements, MOST_WHOLE)

@@ -265,7 +265,7 @@ def _drop(parameter: Tensor) -> None:
 
 
 def size_of(network: nn.Module) -> Size:
-    """Of a network whose trained parameters require a gradient."""
+    """Return the size of a network whose trained parameters require a gradient."""
     trained = tuple(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     others = (parameter for parameter in network.parameters() if not parameter.requires_grad)
     return Size(trained, sum(tensor.numel() for tensor in (*others, *network.buffers())))

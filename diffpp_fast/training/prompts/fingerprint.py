@@ -41,7 +41,7 @@ def refuse_other_cache(folder: Path, manifest: Mapping[str, Any], facts: Mapping
     """Raises ConfigurationError where a cache in `folder` was not made from these facts."""
     if changes := _differences(manifest["encoder"], facts["encoder"]):
         raise ConfigurationError(
-            f"prompts.embeddings: {folder} was made by another text encoder: {', '.join(changes)} differ. "
+            f"prompts.embeddings: {folder} was made from other inputs: {', '.join(changes)}. "
             "Write these embeddings into another folder with `diffpp-fast embed`."
         )
     if manifest["prompts"] != facts["prompts"]:
