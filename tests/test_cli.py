@@ -132,3 +132,9 @@ def test_a_signal_saves_and_says_how_to_go_on(number: int, code: int) -> None:
     assert f"'output={output}'" in out and out.rstrip().endswith("--resume latest")
     saved = [path.name for path in Path(output, "checkpoints").iterdir()]
     assert len(saved) == 1 and int(saved[0].removeprefix("step_")) >= 3
+
+
+def test_code_that_ends_the_program_is_no_success(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("diffpp_fast.cli.doctor.run", lambda arguments: sys.exit(0))
+    assert main(["doctor"]) == 2
+    assert "has ended the program" in capsys.readouterr().err

@@ -293,6 +293,24 @@ def test_an_export_holds_one_tensor_at_a_time(runs: dict[str, Config], tmp_path:
         held, most = [], 0
 
 
+def test_weights_that_are_not_finite_are_not_exported(
+    runs: dict[str, Config], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """The first update is made, and takes the weights beyond float32."""
+    output = f"output={tmp_path / 'run'}"
+    with pytest.raises(CheckpointError, match=r"holds values that are NaN or infinite: the generator has diverged"):
+        Trainer(load_config(bases["stable_diffusion"], [output, "optimizers.generator.lr=1e39"])).run()
+    assert not (tmp_path / "run" / "generator").exists()
+    for name, merge in (("whole", True), ("lora", True), ("lora", False)):
+        sampler = build_sampler(runs[name], CPU)
+        with torch.no_grad():
+            for weight in sampler.trained.parameters.values():
+                weight.add_(1e5)
+        with pytest.raises(CheckpointError, match=r"holds values up to .*e\+.*, and float16 ends at 6\.55e\+04"):
+            export_generator(tmp_path / "half", runs[name], sampler.trained, dtype=torch.float16, merge=merge)
+    assert not (tmp_path / "half").exists()
+
+
 def test_a_pipelines_other_parts_are_the_bases_files(bases: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(bases["stable_diffusion_xl"].parent, tmp_path / "project")
     base = tmp_path / "project" / "base"

@@ -22,6 +22,7 @@ from diffpp_fast.training.export import refuse_foreign_folder
 from diffpp_fast.training.grids import write_png
 from diffpp_fast.training.lock import LOCK
 from diffpp_fast.training.output import MARK, claim_output, lock_target
+from diffpp_fast.training.resume import open_checkpoint
 
 QUIET = ("training.grid_every=null", "rewards.held_out=null", "training.baseline_steps=null")
 ALONE = World.alone("cpu")
@@ -179,6 +180,12 @@ def test_a_start_that_is_refused_touches_nothing_of_a_live_run(project: Path, ru
     with pytest.raises(ConfigurationError, match="is being written by process"):
         lock_target(run / "generator")  # as `diffpp-fast export` does it
     assert contents(run) == before
+
+
+def test_a_run_whose_folder_holds_embeddings_too_is_a_run(project: Path, run: Path) -> None:
+    assert main(["embed", str(project), "--out", str(run)]) == 0
+    found = open_checkpoint(run, ALONE)
+    assert found == run / "checkpoints" / "step_000001" and open_checkpoint(found, ALONE) == found
 
 
 def test_an_export_replaces_exports_only(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

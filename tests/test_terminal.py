@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from diffpp_fast import spreadsheet, terminal
 from diffpp_fast.cli import quiet
 from diffpp_fast.cli.main import main
 from diffpp_fast.evaluation.report import print_summary
+from diffpp_fast.networks.lora import Adapters
 
 HOSTILE = "a\x1b[31mred\x07\r\u202egnp\u2066\x9b1m [red]apple[/] [/nothing]"
 
@@ -37,6 +39,28 @@ def test_errors_and_logs_go_through_it(
     assert error.count("prompt a") == 1
 
 
+def test_what_holds_for_every_network_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of three networks of one kind, where each takes two sentences."""
+    logger = logging.Logger("networks")
+    logger.addHandler(quiet.Stderr())
+    for _ in range(3):
+        logger.info("2 blocks are fused")
+        logger.info("1 is left")
+        logger.warning("this step was skipped")
+    error = capsys.readouterr().err
+    assert (error.count("fused"), error.count("left"), error.count("skipped")) == (1, 1, 3)
+
+
+def test_two_adapters_on_one_network_are_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.warnoptions", [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        quiet.silence_libraries()
+        adapters = Adapters(tiny.unet())
+        for name in ("generator", "fake"):
+            adapters.add(name, rank=2, alpha=2, targets=["to_q"], seed=0, stream=0)
+
+
 def test_a_plan_of_a_folder_with_markup_in_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny.write(tmp_path / "[red]a[/]\x1b[1m")
     assert main(["plan", str(config), "rewards.held_out.factory=[/b].py:make"]) == 0
@@ -46,7 +70,13 @@ def test_a_plan_of_a_folder_with_markup_in_its_name(tmp_path: Path, capsys: pyte
 
 def test_a_summary_with_markup_in_its_names(capsys: pytest.CaptureFixture[str]) -> None:
     found = {"mean": 1.0, "high": None, "prompts": 1}
-    model = {"name": HOSTILE, "scores": {"[b]": found}, "distances": {}, "groups": {HOSTILE: {"[b]": found}}}
+    model = {
+        "name": HOSTILE,
+        "scores": {"[b]": found},
+        "distances": {},
+        "undefined": {"[b]": 1},
+        "groups": {HOSTILE: {"[b]": found}},
+    }
     facts = {"meaning": "[/]", "better": "higher", "preprocessing": HOSTILE}
     summary = {
         "models": [model],

@@ -78,7 +78,10 @@ def _main(argv: Sequence[str] | None) -> int:
                 parser.error(f"unrecognized arguments: {' '.join(late)}")
             arguments.overrides += late
         check_environment(os.environ)
-        code: int = arguments.run(arguments)
+        try:
+            code: int = arguments.run(arguments)
+        except SystemExit as error:  # of no command, but of code that a configuration names
+            return _fail(f"a reward, or other code that was named, has ended the program (exit code {error.code})")
         return code
     except UserError as error:
         return _fail(error)

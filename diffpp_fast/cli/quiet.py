@@ -18,18 +18,21 @@ CHATTY = ("bitsandbytes.backends.cpu.ops", "transformers.utils.import_utils")
 class Stderr(logging.Handler):
     """Logs to what `sys.stderr` is at the time: while a live line is shown, that is the place above it.
 
-    A sentence that was just said, of another network say, is not said again.
+    A sentence that was just said is not said again, and one that only informs, of another network say, never.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._last: str | None = None
+        self._informed: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         said = self.format(record)
-        if said != self._last:
+        if said != self._last and said not in self._informed:
             complain(said)
         self._last = said
+        if record.levelno <= logging.INFO:
+            self._informed.add(said)
 
 
 def silence_libraries() -> None:
@@ -43,6 +46,8 @@ def silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # Names that diffusers, DeepSpeed and torch are going to change between them, said at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|deepspeed|torch|transformers|peft)\.")
+    # Generator and fake score may have adapters on one network.
+    warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute", category=UserWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -42,7 +42,8 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     for model in models:
         for name, pictures in model["undefined"].items():
             if pictures:
-                console.print(f"{model['name']}: {name} is not finite for {pictures} pictures, which are in no mean.")
+                said = f"{model['name']}: {name} is not finite for {pictures} pictures, which are in no mean."
+                console.print(printable(said))
     for name in [*scores, *distances]:
         facts = metrics[name]
         said = f"{name}: {facts['meaning']}; {facts['better']} is better. Pixels: {facts['preprocessing']}."

@@ -14,7 +14,7 @@ from diffpp_fast.errors import CheckpointError
 from diffpp_fast.networks.loading import build_network, open_denoiser, read_config
 from diffpp_fast.networks.lora import layers_of, merged_weight, settings_of
 from diffpp_fast.networks.weight_files import DIFFUSERS
-from diffpp_fast.tensor_files import Planned, write_tensors
+from diffpp_fast.tensor_files import Planned, first_not_finite, write_tensors
 from diffpp_fast.training.build import Trained
 from diffpp_fast.training.build.checks import naming
 from diffpp_fast.training.build.networks import configuration_of, stored_weights
@@ -113,7 +113,7 @@ class Exported:
         assert self.lora is not None
         settings = settings_of(self.lora.rank, self.lora.alpha or self.lora.rank, self.lora.targets)
         weights = {
-            f"{name.removesuffix('.generator.weight')}.weight": tensor.to("cpu", dtype)
+            f"{name.removesuffix('.generator.weight')}.weight": _cast(name, tensor.cpu(), dtype or tensor.dtype)
             for name, tensor in self._trained.items()
         }
         if not hasattr(self._network, "load_lora_adapter"):
@@ -143,8 +143,8 @@ class Exported:
             assert self.lora is not None
             down, up = (self._trained[part] for part in self._layers[name])
             scale = (self.lora.alpha or self.lora.rank) / self.lora.rank
-            return merged_weight(begun[name], down.cpu(), up.cpu(), scale).to(dtype)
-        return (self._trained[name] if name in self._trained else begun[name]).to(dtype)
+            return _cast(name, merged_weight(begun[name], down.cpu(), up.cpu(), scale), dtype)
+        return _cast(name, self._trained[name] if name in self._trained else begun[name], dtype)
 
     def _refuse_others(self, source: str) -> None:
         """Raises CheckpointError for trained weights of another network, or of other adapters."""
@@ -158,3 +158,19 @@ class Exported:
                 f"{source}: the weights are not those of this generator, {len(other)} names differ, e.g. "
                 f"{min(other, default='all')}: is models.generator.lora what it was?"
             )
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another precision; raises CheckpointError for values that are not finite, before or by that."""
+    cast = tensor.to(dtype)
+    if first_not_finite({name: cast}) is None:
+        return cast
+    if first_not_finite({name: tensor}) is None:
+        largest, kind = tensor.abs().max().item(), str(dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{name} holds values up to {largest:.3g}, and {kind} ends at {torch.finfo(dtype).max:.3g}: use bfloat16"
+        )
+    raise CheckpointError(
+        f"{name} holds values that are NaN or infinite: the generator has diverged. Lower optimizers.generator.lr, or "
+        "export an earlier checkpoint"
+    )

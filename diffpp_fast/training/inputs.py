@@ -46,8 +46,8 @@ logger = logging.getLogger(__name__)
 def digest_of(facts: Any, tensors: Mapping[str, torch.Tensor] | None = None) -> str:
     """A digest of an input: of facts as JSON has them, and of tensors' names, dtypes, shapes and bytes.
 
-    The tensors are taken as they lie in memory, or are read one by one where a mapping does so: CRC-32 of each, by
-    several threads. That finds what has changed by accident, not what was forged.
+    The tensors are taken as they lie in memory, by several threads, or are read one by one where a mapping is no dict:
+    CRC-32 of each. That finds what has changed by accident, not what was forged.
     """
     held = tensors or {}
 
@@ -55,7 +55,7 @@ def digest_of(facts: Any, tensors: Mapping[str, torch.Tensor] | None = None) -> 
         tensor = held[name]
         return [name, str(tensor.dtype), list(tensor.shape), _checksum(tensor)]
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(THREADS if isinstance(held, dict) else 1) as pool:
         about = list(pool.map(entry, sorted(held)))
     return hashlib.sha256(json.dumps([facts, about], sort_keys=True, default=str).encode()).hexdigest()[:32]
 

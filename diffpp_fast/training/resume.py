@@ -71,12 +71,14 @@ def open_checkpoint(source: Path, world: World, which: Which = "latest") -> Path
     Raises CheckpointError where it is damaged, or the run has none that is whole.
     """
     folder = source / "checkpoints"
-    if world.any((source / MANIFEST).is_file()):
+    is_run = world.any(folder.is_dir())
+    # In a run's folder a manifest is that of embeddings, say, which were written there, too.
+    if world.any((source / MANIFEST).is_file()) and not is_run:
         damage = find_shared_damage(source, world)
         if damage is not None:
             raise CheckpointError(f"{source} is damaged: {damage}")
         return source
-    if not world.any(folder.is_dir()):
+    if not is_run:
         raise CheckpointError(f"{source} is neither a whole checkpoint (no {MANIFEST}) nor a run (no checkpoints/)")
     keep_best = load_config(source / "config.yaml").training.keep_best if which == "best" else None
     checkpoints = Checkpoints(folder, world, keep_best=keep_best)
