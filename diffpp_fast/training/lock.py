@@ -282,7 +282,7 @@ def _stat_of(pid: int) -> list[str] | None:
 
 def _line(path: str) -> str | None:
     try:
-        return Path(path).read_text(errors="replace").strip()
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
 
