@@ -320,7 +320,7 @@ class Trainer:
             self._whole = True
         skipped = 1.0 - norm.isfinite().float()
         self._means.add({"gradient_norm": norm, "updates_skipped": skipped}, prefix=engine.role)
-        self._skips[engine.role].note(norm, first, self._note_rewards(engine))
+        self._skips[engine.role].note(norm, first, self._note_rewards(engine, first))
 
     def _count(self, engine: Engine) -> None:
         """Brings the position behind an update."""
@@ -347,7 +347,7 @@ class Trainer:
             mean = self.world.sum(total) / self.batches.size
         return (replace(part, batch=replace(part.batch, normalizer=mean)) for part in parts())
 
-    def _note_rewards(self, engine: Engine) -> torch.Tensor | None:
+    def _note_rewards(self, engine: Engine, first: int) -> torch.Tensor | None:
         """The rewards that this process's samples got in a generator's update, kept for the log."""
         reward = self.parts.reward
         if engine is not self.generator or reward is None:
@@ -356,7 +356,7 @@ class Trainer:
         self._means.add_samples("generator/reward", rewards)
         for name, part in reward.take_parts().items():
             self._means.add_samples(f"generator/reward/{name}", part, spread=False)
-        self._reward_watch.note(self.position.samples)
+        self._reward_watch.note(first)
         return rewards
 
     def _log(self) -> None:
