@@ -54,7 +54,7 @@ def traced(path: Path) -> Iterator[set[Step]]:
 
 
 def missed(source: str, steps: set[Step]) -> list[str]:
-    """What of a file's host code was not run: launches, and the sides of conditions that do not end in an error."""
+    """List what of a file's host code was not run: launches, and the sides of conditions that end in no error."""
     found = []
     for node in ast.walk(ast.Module(list(host_functions(ast.parse(source))), [])):
         lines = range(getattr(node, "lineno", 0), getattr(node, "end_lineno", 0) + 1)

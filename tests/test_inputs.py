@@ -1,4 +1,4 @@
-"""What a run stands on is known by its content, and a run that has trained nothing has nothing to show."""
+"""A run's inputs are known by their content, and a run that has trained nothing has nothing to show."""
 
 from __future__ import annotations
 

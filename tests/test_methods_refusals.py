@@ -1,4 +1,4 @@
-"""What methods refuse when they are built, and what of their networks when these answer."""
+"""Methods refuse wrong arguments when they are built, and wrong outputs of networks when these answer."""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
-    """What is said to a command that is not done."""
+    """Return the sentence that a refused command ends with."""
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and "Traceback" not in said and len(said) < 20_000

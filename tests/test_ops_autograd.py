@@ -138,7 +138,7 @@ def test_tangents(name: str) -> None:
 
 @every_case
 def test_second_derivatives(name: str) -> None:
-    """Of the kernels' graph: by `backward` and by `grad` with inputs, with a tangent, and of a penalty."""
+    """The kernels' graph has them: by `backward`, by `grad` with inputs, with a tangent, and of a penalty."""
     one, x = first_argument(name)
     if name not in STOPPED:
         torch.autograd.gradgradcheck(one, leaves((x,)), check_fwd_over_rev=True)

@@ -193,6 +193,8 @@ def test_an_export_replaces_exports_only(run: Path, capsys: pytest.CaptureFixtur
     (run / "generator" / "README.md").write_text("mine")
     with pytest.raises(CheckpointError, match=r"holds README\.md, which no export has written"):
         refuse_foreign_folder(run / "generator")
+    with pytest.raises(CheckpointError, match="an exported generator: choose another"):
+        refuse_foreign_folder(run / "generator" / "deeper")
     (run.parent / "link").symlink_to(run.parent / "nothing")
     with pytest.raises(CheckpointError, match="exists and is no exported generator"):
         refuse_foreign_folder(run.parent / "link")

@@ -1,4 +1,4 @@
-"""What is subtracted is not rounded before: predictions, gaps, samples and rewards in float32 at least."""
+"""Numbers that are subtracted are not rounded before: predictions, gaps, samples and rewards in float32 at least."""
 
 from __future__ import annotations
 

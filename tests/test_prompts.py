@@ -92,7 +92,7 @@ def test_other_prompts_are_encoded_with_those_that_they_are_asked_for_with() -> 
 
 
 def test_a_source_too_large_to_keep_is_encoded_by_the_batch() -> None:
-    """What a resumed run, which has encoded nothing yet, does exactly as the run before it."""
+    """A resumed run, which has encoded nothing yet, does exactly the same."""
     inner, encode = encoder_of("a", "b", "c", batch=2, capacity=2 * 8)  # an encoding is two float32
     for _ in range(2):
         inner.calls.clear()

@@ -75,7 +75,7 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_conditioning_from_the_disk_is_that_of_the_encoder_to_the_bit(project: Path) -> None:
-    """What it gave to the prompts that were encoded together: those of the source, and those of the grid."""
+    """The prompts of the source were encoded together, and those of the grid."""
     cache, (encoder, _) = cache_of(cached(project)), load_text(load_config(project).models)
     encoded = {prompt: row for group in (tiny.PROMPTS, GRID) for prompt, row in rows_of(encoder(group)).items()}
     for prompts in ([*tiny.PROMPTS], [tiny.PROMPTS[2], GRID[1], tiny.PROMPTS[2]]):
@@ -159,7 +159,7 @@ def test_an_encoder_with_other_weights_or_another_tokenizer_is_refused(copy: Pat
 
 @pytest.fixture(scope="module")
 def conditioning(project: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a sound cache gives."""
+    """Return the embeddings of a sound cache."""
     cache = cache_of(cached(project))
     return cache([*tiny.PROMPTS]).tensors, cache.null().tensors
 

@@ -40,7 +40,7 @@ def test_errors_and_logs_go_through_it(
 
 
 def test_what_holds_for_every_network_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of three networks of one kind, where each takes two sentences."""
+    """Three networks of one kind take two sentences each."""
     logger = logging.Logger("networks")
     logger.addHandler(quiet.Stderr())
     for _ in range(3):

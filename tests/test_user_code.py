@@ -1,4 +1,4 @@
-"""What a configuration's `factory` may name, and what the code behind it may import."""
+"""A configuration's `factory` names code of its own file or package, which may import its neighbours."""
 
 from __future__ import annotations
 

@@ -441,7 +441,7 @@ def test_paths_say_what_is_there(pipeline: Path, tmp_path: Path) -> None:
 
 def test_a_hub_that_gives_nothing_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(Exception):
-        """What an HTTP library may raise: no OSError."""
+        """An error that an HTTP library may raise: no OSError."""
 
     def fail(*_: Any, **__: Any) -> str:
         raise Broken("no route to host")

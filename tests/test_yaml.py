@@ -1,4 +1,4 @@
-"""What a configuration's text means: the core schema of YAML 1.2, in files and on the command line; always in UTF-8."""
+"""A configuration is YAML 1.2 (core schema) in UTF-8, in files and on the command line."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def value_of(file: Path, *overrides: str) -> Any:
-    """What the configuration holds under the last override's key."""
+    """Return the value under the last override's key."""
     value: Any = load_config(file, overrides)
     for name in overrides[-1].partition("=")[0].split("."):
         value = value[name] if isinstance(value, dict) else getattr(value, name)

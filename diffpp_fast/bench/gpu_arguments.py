@@ -82,7 +82,7 @@ def cases(kernel: Any, bound: BoundArguments, exhaustive: bool) -> Iterator[dict
 
 
 def _switches(kernel: Any, bound: BoundArguments) -> list[tuple[str, Any]]:
-    """What code depends on when it is compiled, but for integers: constants, and whether a tensor is there."""
+    """Name what compiled code depends on, but for integers: constants, and whether a tensor is there."""
     return [
         (parameter.name, value if parameter.is_constexpr else value is None)
         for parameter in kernel.params
@@ -91,7 +91,7 @@ def _switches(kernel: Any, bound: BoundArguments) -> list[tuple[str, Any]]:
 
 
 def _innermost(error: BaseException) -> str:
-    """What the last of Triton's errors says, which each function adds its own place to."""
+    """Return the last of Triton's errors, to which each function adds its own place."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line for line in str(error).splitlines() if line.strip(" ^")]

@@ -255,7 +255,7 @@ def largest(found: Iterable[Resources]) -> list[Resources]:
 
 
 def failures(found: Sequence[Resources], budget: Budget, release: str = TRITON) -> list[str]:
-    """What is not allowed with this version of Triton, a sentence each with its remedy."""
+    """List the kernels that spill or exceed their budget with this version of Triton, each with its remedy."""
     sentences = []
     for resources in found:
         place = f"{resources.kernel} on {resources.gpu}"

@@ -120,7 +120,7 @@ def sentences(results: Results) -> list[str]:
 
 
 def _restless(results: Results) -> list[str]:
-    """What casts doubt on the times: a spread of the rounds."""
+    """Say what casts doubt on the times: a spread of the rounds."""
     spreads = [iteration(run).spread for record in results.records for run in record.runs.values()]
     restless = sum(spread > RESTLESS for spread in spreads)
     if not restless:

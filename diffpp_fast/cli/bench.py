@@ -261,7 +261,7 @@ def run_step(arguments: argparse.Namespace) -> int:
 
 
 def _load_sentence() -> list[str]:
-    """What there is to say where other work was running when the measurement began."""
+    """Say that other work was running when the measurement began, if it was."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load <= cores / 2:
         return []

@@ -137,7 +137,13 @@ def warn_of_changed_base(weights: Weights, config: Config) -> None:
 
 
 def refuse_foreign_folder(folder: Path) -> None:
-    """Raise CheckpointError for a folder that an export would replace and that holds what no export has written."""
+    """Raise CheckpointError for a folder that an export would replace and that holds what no export has written.
+
+    A folder inside of another export is refused, too: the next export into that one would remove it.
+    """
+    outer = next((parent for parent in folder.absolute().parents if (parent / CALL).is_file()), None)
+    if outer is not None:
+        raise CheckpointError(f"{folder} lies in {outer}, an exported generator: choose another --out FOLDER")
     if not folder.exists() and not folder.is_symlink():
         return
     if folder.is_symlink() or not (folder / CALL).is_file():

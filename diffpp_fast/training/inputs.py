@@ -1,4 +1,4 @@
-"""What a run stands on besides its configuration: networks, tokenizers, schedule, reward and embeddings, by content."""
+"""A run's inputs besides its configuration: networks, tokenizers, schedule, reward and embeddings, by content."""
 
 from __future__ import annotations
 

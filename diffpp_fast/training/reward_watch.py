@@ -46,7 +46,7 @@ class RewardWatch:
         self._firsts: list[int] = []
 
     def record(self) -> dict[str, Any]:
-        """What a later session has to know."""
+        """Return the counts that a resumed run goes on from."""
         seen = self._has_gradient or (self.reward is not None and self.reward.has_gradient)
         return {"reward_gradient": seen, "undefined": self._counts}
 

@@ -69,7 +69,7 @@ def _walk(value: Any, depth: int = DEPTH, seen: dict[int, Any] | None = None) ->
 
 
 def _held(value: Any) -> Iterator[Any]:
-    """What a value holds: a function's cells, defaults and globals by name, a method's owner, items, attributes."""
+    """List what a value holds: a function's cells, defaults and globals, a method's owner, items, attributes."""
     if isinstance(value, types.MethodType):
         yield from (value.__self__, value.__func__)
     elif isinstance(value, types.FunctionType):

@@ -471,7 +471,7 @@ class Trainer:
             raise CheckpointError(said)
 
     def _record(self) -> dict[str, Any]:
-        """What a later session has to know besides the position."""
+        """Return the counts besides the position that a resumed run goes on from."""
         return {
             "skips": {role: (skips.row(), skips.first_sample()) for role, skips in self._skips.items()},
             **self._reward_watch.record(),
