@@ -104,4 +104,5 @@ if __name__ == "__main__":
     whole = {name: weight.full_tensor() for name, weight in weights.items()}
     if dist.get_rank() == 0:
         save_file(whole, sys.argv[1])
+    dist.barrier()  # a process that leaves while the other still reads aborts, now and then
     dist.destroy_process_group()
