@@ -1,8 +1,6 @@
 """`python -m diffpp_fast` is `diffpp-fast`."""
 
-import sys
-
-from diffpp_fast.cli.main import main
+from diffpp_fast.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

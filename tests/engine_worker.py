@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from diffpp_fast.training import config
-from diffpp_fast.training.distributed import World
+from diffpp_fast.training.distributed import World, leave
 from diffpp_fast.training.engines import DeepSpeedEngine, Engine, PlainEngine, ReplicatedEngine
 
 #: With an eps of this size Adam's first updates don't magnify the rounding of small gradients.
@@ -285,3 +285,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from diffpp_fast.training.distributed import leave
+
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 BUCKET = 4096
@@ -78,3 +80,4 @@ def total(tensors: Any) -> int:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -8,7 +8,8 @@ import processes
 import pytest
 import torch
 
-from diffpp_fast.training import ConfigurationError
+from diffpp_fast.cli import main as program
+from diffpp_fast.training import ConfigurationError, distributed
 from diffpp_fast.training.distributed import World, choose_device
 
 WORKER = """
@@ -36,6 +37,42 @@ def test_processes_agree(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     assert [output.strip() for output in processes.run([str(script)], 3)] == ["agreed"] * 3
+
+
+LEAVE = """
+import atexit, sys
+from diffpp_fast.training.distributed import leave
+
+class Late:
+    def __del__(self): print("the interpreter ended")
+
+sys.late = Late()  # dies with the interpreter, as a process group does that something still names
+atexit.register(print, "exit functions ran")
+print("whole", end=" ")
+leave(7)
+"""
+
+
+def test_a_process_leaves_before_the_interpreter_ends(tmp_path: Path) -> None:
+    script = tmp_path / "leave.py"
+    script.write_text(LEAVE)
+    assert processes.finish(processes.start([str(script)], 1)) == [(7, "whole exit functions ran\n")]
+
+
+@pytest.mark.parametrize(("size", "left"), [("2", True), ("1", False), (None, False)])
+def test_the_program_leaves_so_where_it_is_one_of_many(
+    size: str | None, left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gloo's threads have aborted processes at their end, of runs that were whole."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    codes: list[int] = []
+    monkeypatch.setattr(program, "main", lambda: 3)
+    monkeypatch.setattr(distributed, "leave", codes.append)
+    with pytest.raises(SystemExit) as ended:
+        program.run()
+    assert ended.value.code == 3 and codes == [3] * left
 
 
 def test_alone_nothing_is_distributed() -> None:

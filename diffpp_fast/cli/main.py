@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from diffpp_fast import install
 from diffpp_fast.cli import bench, controls, doctor, embed, evaluate, export, plan, report, sample, train
@@ -39,6 +40,16 @@ TRAIN_PACKAGES = ("diffusers", "transformers", "safetensors", "pydantic", "yaml"
 
 #: With this in the environment, errors come with the place in the code.
 TRACEBACK = "DIFFPP_FAST_TRACEBACK"
+
+
+def run() -> NoReturn:
+    """Run a subcommand as this process, which ends with its exit code."""
+    code = main()
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):  # a launcher's, or set on joining the others
+        from diffpp_fast.training.distributed import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
