@@ -16,7 +16,7 @@ from diffpp_fast.kernels.triton.layout import as_float
 MOST_COLUMNS = 8192
 #: Elements of a row per warp: 8 a thread.
 COLUMNS_PER_WARP = 256
-MOST_WARPS = 16
+MOST_WARPS = 32
 #: Programs of the backward pass beyond which one takes more rows: enough to fill large GPUs several times over.
 PROGRAMS = 1024
 #: Rows of a program, backward. Fewer would make the sums that programs leave a large part of the traffic.

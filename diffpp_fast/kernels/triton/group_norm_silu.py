@@ -20,8 +20,8 @@ from diffpp_fast.kernels.triton.layout import Order, as_float
 #: with their accumulators fit on a multiprocessor.
 TILE = 4096
 WARPS = 8
-#: The gradient's sums keep four tiles. Left to itself, ptxas spills some of them to fit more programs.
-SUMS_REGISTERS = 128
+#: Of kernels that keep more than a tile. Left to itself, ptxas spills a register or several to fit more programs.
+MOST_REGISTERS = 128
 #: Channels of a tile in channels_last: 128 bytes of bfloat16, and the networks' channels are multiples.
 TILE_CHANNELS = 64
 #: The most elements of a group that one program keeps in registers. At 16 a thread these are the most that leave each
@@ -100,14 +100,17 @@ def cut(x: Tensor, num_groups: int, order: Order) -> Cut:
     whole = Cut(order.batch, channels, pixels, per_group, per_group, 1, pixels, 1, *powers, order.constants)
     if powers[0] * powers[1] <= MOST_IN_ONE:
         return whole
+    # Element by element, each has an address in registers, and more programs are to hide the latency.
+    whole_loads = x.data_ptr() % 16 == 0 and (channels if order.channels_last else pixels) % 16 == 0
+    tile = TILE if whole_loads else TILE // 2
     if order.channels_last:
         span = channels
         block_c = min(triton.next_power_of_2(channels), TILE_CHANNELS)
-        block_p = min(powers[1], TILE // block_c)
+        block_p = min(powers[1], tile // block_c)
     else:
         span = per_group
-        block_p = min(powers[1], TILE)
-        block_c = min(powers[0], TILE // block_p)
+        block_p = min(powers[1], tile)
+        block_c = min(powers[0], tile // block_p)
     tiles = triton.cdiv(span, block_c)
     tiles_of_pixels = triton.cdiv(pixels, block_p)
     programs = order.batch * (channels // span) * tiles * tiles_of_pixels
@@ -129,7 +132,7 @@ def forward(
         how, values = cut(x, num_groups, order), order.of(x)
         arguments = {**_parameters(weight, bias), **how.arguments(), "SILU": activation == "silu"}
         if how.is_one_group:
-            _normalise_group[how.grid](values, y, mean, rstd, eps=eps, **arguments)
+            _normalise_group[how.grid](values, y, mean, rstd, eps=eps, maxnreg=MOST_REGISTERS, **arguments)
         else:
             partials = how.partials(x)
             _statistics[how.grid](values, partials, **how.arguments())
@@ -183,7 +186,7 @@ def backward(
         if how.is_one_group:
             _group_gradient[how.grid](values, grads, mean, rstd, grad_x, partials, **arguments)
         else:
-            _sums[how.grid](values, grads, mean, rstd, partials, maxnreg=SUMS_REGISTERS, **arguments)
+            _sums[how.grid](values, grads, mean, rstd, partials, maxnreg=MOST_REGISTERS, **arguments)
             if needs_x:
                 terms = None
                 if order.channels_last:
@@ -216,6 +219,7 @@ def backward(
                 how.channels,
                 BLOCK_R=PARAMETER_ROWS,
                 BLOCK_C=PARAMETER_CHANNELS,
+                num_warps=WARPS,
             )
     return None if grad_x is None else order.finish(grad_x, x), grad_weight, grad_bias
 
