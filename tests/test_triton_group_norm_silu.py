@@ -116,7 +116,8 @@ def test_how_large_tensors_are_cut() -> None:
             how = kernels.cut(x, 10 if shape[1] == 30 else 32, kernels.Order(x))
             assert how.chunk * (how.chunks - 1) < how.pixels <= how.chunk * how.chunks
             assert how.block_c * (how.tiles - 1) < how.span <= how.block_c * how.tiles
-            assert how.chunk % how.block_p == 0 and how.block_c * how.block_p == kernels.TILE
+            tile = kernels.TILE // 2 if shape[1] == 30 else kernels.TILE  # whole loads of 16 bytes, or single elements
+            assert how.chunk % how.block_p == 0 and how.block_c * how.block_p == tile
             tiles = how.grid[0] * how.chunk // how.block_p
             assert how.grid[0] >= min(tiles, kernels.PROGRAMS)
             assert how.span != how.per_group or how.per_group * how.chunks <= kernels.MOST_PARTIALS
