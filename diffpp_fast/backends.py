@@ -56,8 +56,10 @@ class Row(NamedTuple):
 
 #: By operator and backend: how its functions are found.
 _sources: dict[str, dict[str, Callable[[], Any]]] = {op: {} for op in OPS}
-#: The functions that serve (operator, `use_backend`, device, dtype).
-_chosen: dict[tuple[str, str | None, torch.device, torch.dtype], Any] = {}
+#: The functions by "operator backend", once an operator was called.
+_loaded: dict[str, Any] = {}
+#: The key in `_loaded` for (operator, `use_backend`, device, dtype).
+_chosen: dict[tuple[str, str | None, torch.device, torch.dtype], str] = {}
 _requested: ContextVar[str | None] = ContextVar("diffpp_fast_backend", default=None)
 
 
@@ -120,31 +122,45 @@ def _known(name: str, source: str) -> str:
     return name
 
 
-# torch.compile can't trace context variables and imports: it fixes the choice when it traces.
-@decided_when_traced
 def kernels(op: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Return the functions that serve `op` on tensors of this device and dtype.
 
     Raises:
         RuntimeError: the requested backend can't serve, or with "auto" none can; the message says why.
     """
+    return _loaded[_choose(op, device, dtype)]
+
+
+# torch.compile can't trace context variables and imports: it fixes the choice when it traces.
+@decided_when_traced
+def _choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
     key = op, _requested.get(), device, dtype
-    found = _chosen.get(key)
-    if found is None:
-        _chosen[key] = found = _choose(op, device, dtype)
-    return found
+    chosen = _chosen.get(key)
+    if chosen is None:
+        chosen = f"{op} {_best(op, requested_backend(), device, dtype)}"
+        if chosen not in _loaded:
+            _load_all()
+        _chosen[key] = chosen
+    return chosen
 
 
-def _choose(op: str, device: torch.device, dtype: torch.dtype) -> Any:
-    requested = requested_backend()
+def _best(op: str, requested: str, device: torch.device, dtype: torch.dtype) -> str:
     reasons = {}
     for backend in PREFERENCE if requested == "auto" else (requested,):
         reason = why_not(op, backend, device, dtype)
         if reason is None:
-            return _sources[op][backend]()
+            return backend
         reasons[backend] = reason
     said = (f"backend {backend!r} can't serve: {reason}" for backend, reason in reasons.items())
     raise RuntimeError(f"{op}: {'; '.join(said)}")
+
+
+# All at once: torch.compile copies `_loaded` at the first operator of a graph, and would not find the second's.
+def _load_all() -> None:
+    for op, sources in _sources.items():
+        for backend, find in sources.items():
+            if f"{op} {backend}" not in _loaded and LIMITS[backend].unavailable() is None:
+                _loaded[f"{op} {backend}"] = find()
 
 
 def has_kernels(op: str, backend: str) -> bool:

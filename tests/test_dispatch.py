@@ -19,6 +19,7 @@ def only_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     sources = {op: {"reference": found["reference"]} for op, found in backends._sources.items()}
     monkeypatch.setattr(backends, "_sources", sources)
     monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(backends, "_loaded", {})
     environment(monkeypatch, None)
 
 

@@ -22,6 +22,7 @@ def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = backends.LIMITS["triton"]._replace(unavailable=lambda: "there is no GPU")
     monkeypatch.setitem(backends.LIMITS, "triton", limits)
     monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(backends, "_loaded", {})
 
 
 def without_interpreter(**more: str) -> dict[str, str]:

@@ -49,6 +49,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, kernels: Noisy) -> None:
     """Make `kernels` those of add_noise on the CPU."""
     monkeypatch.setitem(backends._sources["add_noise"], "cpu", lambda: kernels)
     monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(backends, "_loaded", {})
 
 
 def overwrite(x0: Tensor, x_t: Tensor) -> Tensor:

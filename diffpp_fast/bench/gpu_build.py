@@ -163,6 +163,7 @@ def launching_by(run: Callable[..., Any], arch: int) -> Iterator[None]:
         mock.patch.object(JITFunction, "run", run),
         mock.patch.dict(backends.LIMITS, triton=UNLIMITED),
         mock.patch.dict(backends._chosen, clear=True),
+        mock.patch.dict(backends._loaded, clear=True),
         dispatch.use_backend("triton"),
     ):
         yield
