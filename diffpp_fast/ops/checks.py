@@ -58,22 +58,23 @@ def per_sample(op: str, batch: int, tensors: Mapping[str, Tensor | None]) -> Non
     shape = (batch,)
     # A tracer's and a transform's tensors have no values, and elsewhere reading one would wait for the device.
     readable = not (torch.compiler.is_compiling() or transforms.functional())
-    total = 0.0
+    total, read = 0.0, {}
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         if tensor.shape != shape:
             raise ValueError(f"{op}: {name} must have shape [B] = [{batch}], got {list(tensor.shape)}")
         if readable and tensor.is_cpu and type(tensor) is Tensor:
-            total += sum(tensor.tolist())
+            read[name] = values = tensor.tolist()
+            total += sum(values)
     if not math.isfinite(total):
-        _refuse_not_finite(op, tensors)
+        _refuse_not_finite(op, read)
 
 
-def _refuse_not_finite(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+def _refuse_not_finite(op: str, read: Mapping[str, Sequence[float]]) -> None:
     """Raise ValueError for the first number that is not finite; there may be none where only the sum is too large."""
-    for name, tensor in tensors.items():
-        for b, value in enumerate([] if tensor is None else tensor.tolist()):
+    for name, values in read.items():
+        for b, value in enumerate(values):
             if not math.isfinite(value):
                 raise ValueError(f"{op}: {name} must be finite, got {value} for sample {b}")
 
