@@ -7,7 +7,7 @@ import importlib
 from types import ModuleType
 
 from diffpp_fast import ops
-from diffpp_fast.kernels.dispatch import use_backend
+from diffpp_fast.backends import use_backend
 from diffpp_fast.noise import Noise
 from diffpp_fast.schedule import NoiseSchedule
 from diffpp_fast.version import __version__

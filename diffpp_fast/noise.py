@@ -6,10 +6,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from diffpp_fast import transforms
 from diffpp_fast.arguments import integer, shown
-from diffpp_fast.kernels import dispatch, transforms
+from diffpp_fast.kernels import dispatch
 from diffpp_fast.kernels.reference import philox as definition
 from diffpp_fast.kernels.reference.philox import Address
+from diffpp_fast.philox import signed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -54,6 +56,11 @@ class Noise:
             raise ValueError(f"Noise: seed must be in [0, 2^64), got {seed}")
         if not 0 <= self.stream < 2**32:
             raise ValueError(f"Noise: stream must be in [0, 2^32), got {stream}")
+
+    @property
+    def seed_bits(self) -> int:
+        """The seed as registered operators take it: the int64 of the same bits."""
+        return signed(self.seed)
 
     @property
     def address(self) -> Address:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffpp_fast.kernels.reference.prediction import PREDICTION_TYPES, gap_scale
+from diffpp_fast.prediction import PREDICTION_TYPES, gap_scale
 
 # Schedulers keep their tables in float32, some in products of a thousand factors.
 CONSISTENCY_TOLERANCE = 1e-3

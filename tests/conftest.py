@@ -15,8 +15,7 @@ import hypothesis
 import pytest
 from torch import Tensor
 
-from diffpp_fast import use_backend
-from diffpp_fast.kernels import dispatch
+from diffpp_fast import backends, use_backend
 
 hypothesis.settings.register_profile("suite", max_examples=20, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
@@ -70,9 +69,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 def cpu_backend() -> Iterator[Any]:
     """Runs a test on the compiled CPU kernels. The value is `torch.ops.diffpp_fast`, with every fake registered."""
     with use_backend("cpu"):
-        for op, backend in dispatch._kernels:
-            if backend == "cpu":
-                dispatch.select(op, torch.device("cpu"), torch.float32)
+        for op in backends.OPS:
+            backends.kernels(op, torch.device("cpu"), torch.float32)
         yield torch.ops.diffpp_fast
 
 

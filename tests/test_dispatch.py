@@ -1,15 +1,14 @@
 """Choosing a backend: requests are obeyed or refused with a reason, "auto" takes the best that serves."""
 
-import sys
 import threading
-from types import ModuleType
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from diffpp_fast import ops, use_backend
-from diffpp_fast.kernels import dispatch
-from diffpp_fast.kernels.reference import add_noise as reference_add_noise
+from diffpp_fast import backends, ops, use_backend
+from diffpp_fast.availability import Limits
 
 CPU = torch.device("cpu")
 
@@ -17,96 +16,106 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def only_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """The registry with the reference backend alone, and no request from the environment."""
-    reference = {key: kernel for key, kernel in dispatch._kernels.items() if key[1] == "reference"}
-    monkeypatch.setattr(dispatch, "_kernels", reference)
-    monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
+    sources = {op: {"reference": found["reference"]} for op, found in backends._sources.items()}
+    monkeypatch.setattr(backends, "_sources", sources)
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(backends, "_loaded", {})
+    environment(monkeypatch, None)
+
+
+def environment(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    """What a process would find that starts with this request."""
+    monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
+    if name is not None:
+        monkeypatch.setenv(backends.ENVIRONMENT, name)
+    backends._from_environment.cache_clear()
 
 
 @pytest.fixture
-def doubled(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def definition() -> Any:
+    return backends._sources["add_noise"]["reference"]()
+
+
+@pytest.fixture
+def doubled(monkeypatch: pytest.MonkeyPatch, definition: Any) -> SimpleNamespace:
     """A "cpu" backend for add_noise, float32 only, whose gradient is twice too large so that it can be told apart."""
-    module = ModuleType("doubled_add_noise")
-    module.forward = reference_add_noise.forward  # type: ignore[attr-defined]
-    module.backward = lambda *args: 2.0 * reference_add_noise.backward(*args)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.delitem(dispatch._loaded, module.__name__, raising=False)
-    dispatch.register(
-        "add_noise",
-        "cpu",
-        module.__name__,
-        refuses=lambda device, dtype: None if dtype == torch.float32 else f"{dtype} is not float32",
+    found = SimpleNamespace(
+        forward=definition.forward, backward=lambda *arguments: 2.0 * definition.backward(*arguments)
     )
-    return module
+    limits = Limits(lambda: None, lambda device, dtype: None if dtype == torch.float32 else f"{dtype} is not float32")
+    monkeypatch.setitem(backends._sources["add_noise"], "cpu", lambda: found)
+    monkeypatch.setitem(backends.LIMITS, "cpu", limits)
+    return found
 
 
 def test_reference_serves_every_operator() -> None:
-    for op in dispatch.OPS:
-        assert dispatch.select(op, CPU, torch.float32).__name__ == f"diffpp_fast.kernels.reference.{op}"
+    for op in backends.OPS:
+        assert backends.default_backend(op, CPU) == "reference"
+        assert callable(getattr(backends.kernels(op, CPU, torch.float32), "normal" if op == "philox" else "forward"))
 
 
-def test_auto_takes_the_best_that_serves(doubled: ModuleType) -> None:
-    assert dispatch.select("add_noise", CPU, torch.float32) is doubled
-    assert dispatch.select("add_noise", CPU, torch.float64) is reference_add_noise
+def test_auto_takes_the_best_that_serves(doubled: SimpleNamespace, definition: Any) -> None:
+    assert backends.kernels("add_noise", CPU, torch.float32) is doubled
+    assert backends.kernels("add_noise", CPU, torch.float64) == definition
     with use_backend("reference"):
-        assert dispatch.select("add_noise", CPU, torch.float32) is reference_add_noise
+        assert backends.kernels("add_noise", CPU, torch.float32) == definition
 
 
-def test_a_request_that_cannot_be_served_says_why(doubled: ModuleType) -> None:
+def test_a_request_that_cannot_be_served_says_why(doubled: SimpleNamespace) -> None:
     with use_backend("cpu"):
-        assert dispatch.select("add_noise", CPU, torch.float32) is doubled
+        assert backends.kernels("add_noise", CPU, torch.float32) is doubled
         with pytest.raises(RuntimeError, match=r"add_noise: backend 'cpu' can't serve: torch\.float64 is"):
-            dispatch.select("add_noise", CPU, torch.float64)
+            backends.kernels("add_noise", CPU, torch.float64)
         with pytest.raises(RuntimeError, match="score_gap: backend 'cpu' can't serve: it has no kernel"):
             ops.score_gap(torch.zeros(1, 2), torch.zeros(1, 2))
 
 
-def test_an_unavailable_backend_says_why() -> None:
-    dispatch.register("add_noise", "triton", "no_such_module", unavailable=lambda: "there is no GPU")
-    assert dispatch.select("add_noise", CPU, torch.float32) is reference_add_noise
+def test_an_unavailable_backend_says_why(monkeypatch: pytest.MonkeyPatch, definition: Any) -> None:
+    monkeypatch.setitem(backends._sources["add_noise"], "triton", lambda: 1 / 0)
+    monkeypatch.setitem(backends.LIMITS, "triton", Limits(lambda: "there is no GPU", lambda device, dtype: None))
+    assert backends.kernels("add_noise", CPU, torch.float32) == definition
     with use_backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' can't serve: there is no GPU"):
-        dispatch.select("add_noise", CPU, torch.float32)
+        backends.kernels("add_noise", CPU, torch.float32)
 
 
 def test_requests_nest_and_end() -> None:
-    assert dispatch.requested_backend() == "auto"
+    assert backends.requested_backend() == "auto"
     with use_backend("reference"):
         with use_backend("cuda"):
-            assert dispatch.requested_backend() == "cuda"
-        assert dispatch.requested_backend() == "reference"
+            assert backends.requested_backend() == "cuda"
+        assert backends.requested_backend() == "reference"
     with pytest.raises(KeyError), use_backend("reference"):
         raise KeyError
-    assert dispatch.requested_backend() == "auto"
+    assert backends.requested_backend() == "auto"
 
 
 def test_a_request_stays_in_its_thread() -> None:
     seen = []
     with use_backend("cuda"):
-        thread = threading.Thread(target=lambda: seen.append(dispatch.requested_backend()))
+        thread = threading.Thread(target=lambda: seen.append(backends.requested_backend()))
         thread.start()
         thread.join()
     assert seen == ["auto"]
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(dispatch.ENVIRONMENT, "reference")
-    assert dispatch.requested_backend() == "reference"
+    environment(monkeypatch, "reference")
+    assert backends.requested_backend() == "reference"
     with use_backend("auto"):
-        assert dispatch.requested_backend() == "auto"
-    monkeypatch.setenv(dispatch.ENVIRONMENT, "gpu")
+        assert backends.requested_backend() == "auto"
+    environment(monkeypatch, "gpu")
     with pytest.raises(ValueError, match="DIFFPP_FAST_BACKEND: unknown backend 'gpu'; known: auto, cpu"):
-        dispatch.requested_backend()
+        backends.requested_backend()
 
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="use_backend: unknown backend 'metal'"), use_backend("metal"):
         pass
     with pytest.raises(ValueError, match="unknown operator 'conv'"):
-        dispatch.register("conv", "cpu", "module")
-    with pytest.raises(ValueError, match="unknown backend 'auto'"):
-        dispatch.register("add_noise", "auto", "module")
+        backends.register("conv", forward=torch.relu)
 
 
-def test_backward_runs_in_the_backend_of_its_forward(doubled: ModuleType) -> None:
+def test_backward_runs_in_the_backend_of_its_forward(doubled: SimpleNamespace) -> None:
     x0 = torch.randn(2, 3, requires_grad=True)
     one = torch.ones(2)
     with use_backend("cpu"):
@@ -116,9 +125,9 @@ def test_backward_runs_in_the_backend_of_its_forward(doubled: ModuleType) -> Non
     assert torch.equal(x0.grad, torch.full_like(x0, 2.0))
 
 
-def test_table_lists_every_operator_and_backend(doubled: ModuleType) -> None:
-    rows = {(row.op, row.backend): row for row in dispatch.table(CPU, torch.float64)}
-    assert len(rows) == len(dispatch.OPS) * len(dispatch.PREFERENCE)
+def test_table_lists_every_operator_and_backend(doubled: SimpleNamespace) -> None:
+    rows = {(row.op, row.backend): row for row in backends.table(CPU, torch.float64)}
+    assert len(rows) == len(backends.OPS) * len(backends.PREFERENCE)
     assert rows["add_noise", "reference"] == ("add_noise", "reference", True, None)
     assert rows["add_noise", "cpu"] == ("add_noise", "cpu", False, "torch.float64 is not float32")
     assert not rows["sid_loss", "cuda"].serves

@@ -128,7 +128,7 @@ def rows_of_case(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> Iter
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's launches are counted in its interpreter")
 @pytest.mark.parametrize(("name", "case"), [pytest.param(*c, id=f"{c[1].op} {c[0]}") for c in table_cases()])
 def test_table_of_launches_and_bytes(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffpp_fast.kernels.triton import group_norm_silu, reward_pixels
+    from diffpp_fast.ops.triton import group_norm_silu, reward_pixels
 
     monkeypatch.setattr(group_norm_silu, "MOST_IN_ONE", MOST_IN_ONE)
     # Few programs: the interpreter runs them one by one.

@@ -6,23 +6,23 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 
+from diffpp_fast import availability, backends
 from diffpp_fast.cli.main import main
-from diffpp_fast.kernels import dispatch, native
-from diffpp_fast.kernels.reference import add_noise
+from diffpp_fast.kernels import dispatch
 
 
 @pytest.fixture(autouse=True)
 def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on most machines without a GPU: the interpreter would take a minute for all operators."""
-    for key, kernel in dispatch._kernels.items():
-        if key[1] == "triton":
-            monkeypatch.setitem(dispatch._kernels, key, replace(kernel, unavailable=lambda: "there is no GPU"))
+    limits = backends.LIMITS["triton"]._replace(unavailable=lambda: "there is no GPU")
+    monkeypatch.setitem(backends.LIMITS, "triton", limits)
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(backends, "_loaded", {})
 
 
 def without_interpreter(**more: str) -> dict[str, str]:
@@ -41,12 +41,12 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_doctor_finds_a_wrong_backend(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = ModuleType("wrong_add_noise")
-    wrong.forward = lambda x0, *rest: 1.001 * add_noise.forward(x0, *rest)  # type: ignore[attr-defined]
-    wrong.backward = add_noise.backward  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, wrong.__name__, wrong)
-    monkeypatch.setitem(dispatch._kernels, ("add_noise", "triton"), dispatch._kernels["add_noise", "cpu"])
-    dispatch.register("add_noise", "triton", wrong.__name__)
+    right = backends._sources["add_noise"]["reference"]()
+    wrong = SimpleNamespace(forward=lambda x0, *rest: 1.001 * right.forward(x0, *rest), backward=right.backward)
+    monkeypatch.setitem(backends.LIMITS, "triton", backends.LIMITS["cpu"])
+    for op in backends.OPS:
+        monkeypatch.delitem(backends._sources[op], "triton")
+    monkeypatch.setitem(backends._sources["add_noise"], "triton", lambda: wrong)
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "WRONG: triton on cpu: add_noise drawn noise small: output has a relative error of" in said
@@ -63,12 +63,12 @@ def test_doctor_on_every_instruction_set(isa: str) -> None:
 
 
 def test_doctor_without_the_library(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    native.unavailable.cache_clear()
-    monkeypatch.setattr(native, "LIBRARY", Path("nowhere.so"))
+    availability.library_unavailable.cache_clear()
+    monkeypatch.setattr(availability, "LIBRARY", Path("nowhere.so"))
     try:
         assert main(["doctor"]) == 0
     finally:
-        native.unavailable.cache_clear()
+        availability.library_unavailable.cache_clear()
     said = capsys.readouterr().out
     assert "cpu: csrc was not compiled when the package was installed" in said
     assert re.search(r"group_norm_silu +(triton|reference)", said)

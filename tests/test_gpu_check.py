@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffpp_fast import backends
 from diffpp_fast.bench import gpu_check, gpu_gate, variants
 from diffpp_fast.bench.gpu_check import main
 from diffpp_fast.bench.gpu_gate import Checks, failure, judge
 from diffpp_fast.bench.gpu_jobs import Job, State, digest, run_jobs
 from diffpp_fast.kernels import dispatch
-from diffpp_fast.kernels.reference import add_noise
 
 CPU = torch.device("cpu")
+add_noise = backends._sources["add_noise"]["reference"]()
 FEW = Checks(CPU, graphs=False, compiler=None, most=3)
 
 
@@ -44,6 +45,13 @@ class Noisy:
         return add_noise.backward(*arguments)
 
 
+def serve(monkeypatch: pytest.MonkeyPatch, kernels: Noisy) -> None:
+    """Make `kernels` those of add_noise on the CPU."""
+    monkeypatch.setitem(backends._sources["add_noise"], "cpu", lambda: kernels)
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(backends, "_loaded", {})
+
+
 def overwrite(x0: Tensor, x_t: Tensor) -> Tensor:
     x0.data.view(-1)[0] += 1.0
     return x_t
@@ -61,7 +69,7 @@ def overwrite(x0: Tensor, x_t: Tensor) -> Tensor:
     ids=["wrong", "random", "unwritten", "overwritten", "error"],
 )
 def test_faults_are_found(spoil: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dispatch._loaded, "diffpp_fast.kernels.native.add_noise", Noisy(spoil))
+    serve(monkeypatch, Noisy(spoil))
     verdict = judge("add_noise", "cpu", FEW, time.monotonic() + 60.0)
     assert verdict.summary == "WRONG" and len(verdict.wrong) >= 3
     assert message in verdict.wrong[0]
@@ -78,7 +86,7 @@ def test_strides_of_gradients_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> 
             grad = add_noise.backward(grad_output, alpha)
             return grad.transpose(1, 3).contiguous().transpose(1, 3)
 
-    monkeypatch.setitem(dispatch._loaded, "diffpp_fast.kernels.native.add_noise", Transposing(lambda x0, x_t: x_t))
+    serve(monkeypatch, Transposing(lambda x0, x_t: x_t))
     chosen = next(
         variant
         for variant in variants.every("add_noise")

@@ -16,7 +16,8 @@ import torch
 from diffpp_fast.bench import gpu_gate, variants
 from diffpp_fast.bench.gpu_gate import Checks, judge
 from diffpp_fast.bench.operators import step
-from diffpp_fast.kernels import dispatch, triton
+from diffpp_fast.kernels import dispatch
+from diffpp_fast.ops import triton
 
 #: A step within a function: from one line to the next, None where it returns.
 Step = tuple[int, int | None]

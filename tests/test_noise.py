@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 
 from diffpp_fast import Noise
-from diffpp_fast.kernels.reference.philox import philox4x32
+from diffpp_fast.philox import philox4x32
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffpp_fast import Noise, ops, use_backend
 from diffpp_fast.kernels.reference.prediction import PREDICTION_TYPES
-from diffpp_fast.kernels.triton import denoising_loss
+from diffpp_fast.ops.triton import denoising_loss
 
 SEED = 2**64 - 5
 
@@ -80,7 +80,7 @@ def test_several_blocks_of_a_program_and_wide_indices(
     options: dict[str, Any] = {"prediction_type": "flow_prediction", "weight": rest[-1]}
     expected = oracle(prediction, *rest, **options)
     monkeypatch.setattr(denoising_loss, "PROGRAMS", 6)
-    monkeypatch.setattr("diffpp_fast.kernels.triton.layout.INT32_ELEMENTS", 1)
+    monkeypatch.setattr("diffpp_fast.ops.triton.layout.INT32_ELEMENTS", 1)
     for moved in (prediction, prediction.contiguous(memory_format=torch.channels_last)):
         loss, gradient = loss_and_gradient(moved, *rest, **options)
         torch.testing.assert_close(loss.double(), expected[0], rtol=2e-6, atol=0.0)

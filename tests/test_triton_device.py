@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 
+from diffpp_fast.availability import interpreter_refuses
 from diffpp_fast.kernels import dispatch
-from diffpp_fast.kernels.triton import interpreter_refuses
-from diffpp_fast.kernels.triton.device import on_its_device
+from diffpp_fast.ops.triton.device import on_its_device
 
 TESTS = Path(__file__).parent
 
 
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_every_operator_launches_on_the_device_of_its_tensors(op: str) -> None:
-    module = import_module(f"diffpp_fast.kernels.triton.{op}")
+    module = import_module(f"diffpp_fast.ops.triton.{op}")
     names = [name for name in ("forward", "backward", "normal", "uniform", "integers") if hasattr(module, name)]
     assert names
     for name in names:

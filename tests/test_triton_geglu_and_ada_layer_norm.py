@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffpp_fast import ops, use_backend
-from diffpp_fast.kernels.triton import ada_layer_norm as kernels
+from diffpp_fast.ops.triton import ada_layer_norm as kernels
 
 # The interpreter truncates casts to bfloat16 instead of rounding them.
 DTYPES = (

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffpp_fast import ops, use_backend
-from diffpp_fast.kernels.triton import group_norm_silu as kernels
+from diffpp_fast.ops.triton import group_norm_silu as kernels
 
 # The interpreter truncates casts to bfloat16 instead of rounding them.
 DTYPES = (

@@ -103,8 +103,8 @@ def test_several_blocks_of_a_program_and_wide_indices(
     outputs, target = inputs(triton_backend, 2, 4, 5, 500)
     options = {"guidance_scale": 4.5, "normalizer": normalizer, "prediction_type": "flow_prediction", **target}
     expected = oracle(outputs, options)
-    monkeypatch.setattr("diffpp_fast.kernels.triton.gap.PROGRAMS", 2)
-    monkeypatch.setattr("diffpp_fast.kernels.triton.layout.INT32_ELEMENTS", 1)
+    monkeypatch.setattr("diffpp_fast.ops.triton.gap.PROGRAMS", 2)
+    monkeypatch.setattr("diffpp_fast.ops.triton.layout.INT32_ELEMENTS", 1)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         moved = [x.contiguous(memory_format=memory_format) for x in outputs]
         assert_close(ops.score_gap(*moved, **options), expected)

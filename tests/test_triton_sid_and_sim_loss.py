@@ -102,8 +102,8 @@ def test_several_blocks_of_a_program_and_wide_indices(
     name: str, monkeypatch: pytest.MonkeyPatch, triton_backend: torch.device
 ) -> None:
     four, rest = inputs(triton_backend, 2, 4, 5, 500)
-    monkeypatch.setattr("diffpp_fast.kernels.triton.gap.PROGRAMS", 2)
-    monkeypatch.setattr("diffpp_fast.kernels.triton.layout.INT32_ELEMENTS", 1)
+    monkeypatch.setattr("diffpp_fast.ops.triton.gap.PROGRAMS", 2)
+    monkeypatch.setattr("diffpp_fast.ops.triton.layout.INT32_ELEMENTS", 1)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         moved = [x.contiguous(memory_format=memory_format) for x in four]
         actual = loss_and_gradients(name, moved, rest, "flow_prediction")

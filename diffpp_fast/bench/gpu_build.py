@@ -20,7 +20,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +27,8 @@ from unittest import mock
 
 import torch
 
+from diffpp_fast import backends
+from diffpp_fast.availability import INTERPRETED, UNLIMITED
 from diffpp_fast.bench import variants
 from diffpp_fast.bench.cases import Case, all_cases
 from diffpp_fast.bench.operators import fused, make_inputs, step
@@ -103,7 +104,7 @@ def triton_resources(op: str, arch: int, exhaustive: bool = False) -> list[Resou
     Args:
         exhaustive: compile for all combinations of options, not only for every pair of them.
     """
-    dtypes = [dtype for dtype in variants.DTYPES if dispatch._kernels[op, "triton"].refuses(CUDA, dtype) is None]
+    dtypes = [dtype for dtype in variants.DTYPES if backends.LIMITS["triton"].refuses(CUDA, dtype) is None]
     with compiling(arch) as cubins:
         every, pairs = variants.ordered(op, dtypes)
         for variant in every if exhaustive else every[:pairs]:
@@ -156,16 +157,13 @@ def launching_by(run: Callable[..., Any], arch: int) -> Iterator[None]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    on_cpu = {
-        key: replace(kernel, unavailable=lambda: None, refuses=lambda device, dtype: None)
-        for key, kernel in dispatch._kernels.items()
-        if key[1] == "triton"
-    }
     # For the rest of the process: without a GPU there is no driver to go back to.
     driver.set_active(NamedGpu(arch))
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.dict(dispatch._kernels, on_cpu),
+        mock.patch.dict(backends.LIMITS, triton=UNLIMITED),
+        mock.patch.dict(backends._chosen, clear=True),
+        mock.patch.dict(backends._loaded, clear=True),
         dispatch.use_backend("triton"),
     ):
         yield
@@ -341,11 +339,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from diffpp_fast.kernels import triton
-
-    if triton.INTERPRETED:
+    if INTERPRETED:
         raise ConfigurationError("TRITON_INTERPRET is set, and what is interpreted is not compiled: unset it")
-    served = [op for op in dispatch.OPS if (op, "triton") in dispatch._kernels]
+    served = [op for op in dispatch.OPS if backends.has_kernels(op, "triton")]
     ops = arguments.ops or served
     if unknown := [op for op in ops if op not in served]:
         raise ConfigurationError(f"--ops: Triton has no kernels for {', '.join(unknown)}; it has: {', '.join(served)}")

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from diffpp_fast import backends
 from diffpp_fast.bench import gpu_gate, providers
 from diffpp_fast.bench.cases import Case, all_cases, choose
 from diffpp_fast.bench.files import write_results
@@ -82,7 +83,7 @@ class Session:
         self.ops = [
             op
             for op in arguments.ops or dispatch.OPS
-            if any((op, backend) in dispatch._kernels for backend in self.backends)
+            if any(backends.has_kernels(op, backend) for backend in self.backends)
         ]
         self.out: Path = arguments.out
         self.out.mkdir(parents=True, exist_ok=True)
@@ -210,7 +211,7 @@ def _build(session: Session) -> list[Job]:
 def _gates(session: Session, backend: str) -> list[Job]:
     """A job for each operator; in a rehearsal one for all, since starting takes longest."""
     done = session.state.read()
-    ops = [op for op in session.ops if (op, backend) in dispatch._kernels and ("gate", op, backend) not in done]
+    ops = [op for op in session.ops if backends.has_kernels(op, backend) and ("gate", op, backend) not in done]
     groups = [ops] if session.rehearse else [[op] for op in ops]
     return [
         Job(
@@ -300,7 +301,7 @@ def _gate(arguments: argparse.Namespace) -> int:
     checks = Checks(device, everything and not plain, compiler, None if everything else 3)
     code = 0
     for op in arguments.ops:
-        if (op, arguments.backend) not in dispatch._kernels:
+        if not backends.has_kernels(op, arguments.backend):
             continue
         seconds = 0.0 if plain else GATE_SECONDS
         verdict = gpu_gate.judge(op, arguments.backend, checks, time.monotonic() + seconds)
@@ -485,7 +486,7 @@ def _report(session: Session) -> int:
         f"{op} on {backend}"
         for op in session.ops
         for backend in (*session.backends, "reference")
-        if (op, backend) in dispatch._kernels and (op, backend) not in verdicts
+        if backends.has_kernels(op, backend) and (op, backend) not in verdicts
     ]
     wrong = [f"{op}, {backend}: {s}" for (op, backend), verdict in verdicts.items() for s in verdict.wrong]
     wrong += [sentence for group in measured for sentence in failures(group)]
@@ -527,7 +528,7 @@ def _table(session: Session, measured: Sequence[Group], verdicts: dict[tuple[Any
     rows = [header]
     for op in session.ops:
         for backend in session.backends:
-            if (op, backend) not in dispatch._kernels:
+            if not backends.has_kernels(op, backend):
                 continue
             verdict = verdicts.get((op, backend))
             found = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from diffpp_fast.backends import BACKENDS, ENVIRONMENT
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.kernels.dispatch import BACKENDS, ENVIRONMENT
 
 #: Numbers of threads, which libraries take as they are or crash on.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")

@@ -1,24 +1,22 @@
-"""The kernels, by backend. Each backend is a subpackage with one module per operator; `dispatch` chooses among them."""
+"""The operators that are not yet made of one file: a module in every room, with functions of the same arguments."""
 
-from diffpp_fast.kernels import dispatch, native, triton
+from importlib import import_module
 
-for _op in dispatch.OPS:
-    dispatch.register(_op, "reference", f"diffpp_fast.kernels.reference.{_op}")
-    dispatch.register(
-        _op, "cpu", f"diffpp_fast.kernels.native.{_op}", unavailable=native.unavailable, refuses=native.only_cpu
-    )
-    dispatch.register(
-        _op, "triton", f"diffpp_fast.kernels.triton.{_op}", unavailable=triton.unavailable, refuses=triton.refuses
-    )
+from diffpp_fast import backends
 
 for _op in (
     "philox",
-    "add_noise",
     "denoising_loss",
     "score_gap",
+    "sid_loss",
+    "sim_loss",
     "reward_pixels",
     "group_norm_silu",
+    "geglu",
+    "ada_layer_norm",
 ):
-    dispatch.register(
-        _op, "cuda", f"diffpp_fast.kernels.native.{_op}", unavailable=native.gpu_unavailable, refuses=native.only_gpu
-    )
+    _rooms = {"reference": "kernels.reference", "cpu": "kernels.native", "triton": "ops.triton"}
+    if _op not in ("sid_loss", "sim_loss", "geglu", "ada_layer_norm"):
+        _rooms["cuda"] = "kernels.native"
+    for _backend, _room in _rooms.items():
+        backends._sources[_op][_backend] = lambda name=f"diffpp_fast.{_room}.{_op}": import_module(name)  # type: ignore[misc]

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from diffpp_fast import ops
-from diffpp_fast.kernels.reference.prediction import score_scale
 from diffpp_fast.methods.base import Batch, Denoiser, Generator, Reward, TimeFunction, check_choice
 from diffpp_fast.methods.method import FakeWeighting, Method, Noised, Options
 from diffpp_fast.methods.reward_term import RewardTerm
 from diffpp_fast.methods.through_networks import gradient_through
+from diffpp_fast.prediction import score_scale
 from diffpp_fast.schedule import NoiseSchedule
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from diffpp_fast.kernels import dispatch, transforms
+from diffpp_fast import transforms
+from diffpp_fast.kernels import dispatch
 from diffpp_fast.kernels.reference import ada_layer_norm as definition
 from diffpp_fast.ops import checks
 from diffpp_fast.ops.autograd import needs_gradient, recorded

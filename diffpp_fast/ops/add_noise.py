@@ -2,15 +2,17 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from diffpp_fast.kernels import dispatch
-from diffpp_fast.kernels.reference import add_noise as definition
-from diffpp_fast.kernels.reference.philox import Address
+from diffpp_fast.availability import fake
+from diffpp_fast.backends import kernels, register
 from diffpp_fast.noise import Noise
 from diffpp_fast.ops import checks
 from diffpp_fast.ops.autograd import by_definition, needs_gradient, recorded
+from diffpp_fast.philox import normal_like
+from diffpp_fast.plain import compute_dtype, per_sample, stored_like
 
 
 def add_noise(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Noise | Tensor) -> Tensor:
@@ -35,33 +37,52 @@ def add_noise(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Noise | Tensor) -
         TypeError: an argument is not a floating-point tensor.
         ValueError: shapes, batch sizes or devices differ; alpha or sigma is not finite (seen on the CPU only).
     """
-    checks.floating("add_noise", {"x0": x0, "alpha": alpha, "sigma": sigma})
+    op = "add_noise"
+    checks.floating(op, {"x0": x0, "alpha": alpha, "sigma": sigma})
     if x0.dim() == 0:
-        raise ValueError("add_noise: x0 must have shape [B, ...], got a scalar")
-    checks.per_sample("add_noise", x0.shape[0], {"alpha": alpha, "sigma": sigma})
-    eps = checks.noise("add_noise", noise, x0)
-    dtype = checks.common_dtype(x0, eps)
-    arguments = checks.cast(x0, dtype), alpha, sigma, checks.cast(eps, dtype)
+        raise ValueError(f"{op}: x0 must have shape [B, ...], got a scalar")
+    checks.per_sample(op, x0.shape[0], {"alpha": alpha, "sigma": sigma})
+    eps, seed, stream = checks.address(op, noise, x0)
+    dtype = x0.dtype
+    x0, eps = checks.promoted(x0, eps)
     x_t: Tensor
     if by_definition(alpha, sigma, eps):
-        x_t = definition.forward(*arguments)
+        x_t = forward(x0, alpha, sigma, eps, seed, stream)
     elif needs_gradient(x0):
-        x_t = _AddNoise.apply(*arguments)
+        x_t = _AddNoise.apply(x0, alpha, sigma, eps, seed, stream)
     else:
-        x_t = dispatch.select("add_noise", x0.device, dtype).forward(*arguments)
-    return checks.cast(x_t, x0.dtype)
+        x_t = kernels(op, x0.device, x0.dtype).forward(x0, alpha, sigma, eps, seed, stream)
+    return checks.cast(x_t, dtype)
+
+
+def forward(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor, seed: int, stream: int) -> Tensor:
+    """Return x_t, by the formula. noise, seed and stream are as in `diffpp_fast.philox`."""
+    dtype = compute_dtype(x0)
+    eps = normal_like(noise, seed, stream, x0, dtype)
+    return stored_like(per_sample(alpha, x0) * x0.to(dtype) + per_sample(sigma, x0) * eps, x0)
+
+
+def backward(grad_output: Tensor, alpha: Tensor) -> Tensor:
+    """Return the gradient of x0."""
+    scaled = per_sample(alpha, grad_output) * grad_output.to(compute_dtype(grad_output))
+    return stored_like(scaled, grad_output)
 
 
 class _AddNoise(Function):
     @staticmethod
-    def forward(ctx: Any, x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Address | Tensor) -> Tensor:
-        ctx.kernels = dispatch.select("add_noise", x0.device, x0.dtype)
+    def forward(ctx: Any, x0: Tensor, alpha: Tensor, *others: Any) -> Tensor:
+        ctx.kernels = kernels("add_noise", x0.device, x0.dtype)
         ctx.save_for_backward(alpha)
-        x_t: Tensor = ctx.kernels.forward(x0, alpha, sigma, noise)
+        x_t: Tensor = ctx.kernels.forward(x0, alpha, *others)
         return x_t
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (alpha,) = ctx.saved_tensors
-        kernels = definition if recorded() else ctx.kernels
-        return kernels.backward(grad_output, alpha), None, None, None
+        differentiate = backward if recorded() else ctx.kernels.backward
+        return differentiate(grad_output, alpha), None, None, None, None, None
+
+
+register("add_noise", forward=forward, backward=backward)
+fake("add_noise", lambda x0, *others: torch.empty_like(x0))
+fake("add_noise_backward", lambda grad_output, alpha: torch.empty_like(grad_output))

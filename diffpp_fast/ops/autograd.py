@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from diffpp_fast.kernels import transforms
+from diffpp_fast import transforms
 
 
 def needs_gradient(*tensors: object) -> bool:

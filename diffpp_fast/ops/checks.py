@@ -7,13 +7,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from diffpp_fast import transforms
 from diffpp_fast.arguments import number, shown
-from diffpp_fast.kernels import transforms
 from diffpp_fast.kernels.reference.philox import Address
-from diffpp_fast.kernels.reference.prediction import PREDICTION_TYPES
 from diffpp_fast.noise import Noise
+from diffpp_fast.prediction import PREDICTION_TYPES
 
 Argument = TypeVar("Argument", Tensor, Tensor | None, Tensor | Address, Tensor | Address | None)
+Promoted = TypeVar("Promoted", Tensor, Tensor | None)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DENSE = torch.strided
@@ -25,17 +26,21 @@ def floating(op: str, tensors: Mapping[str, Tensor | None], optional: Sequence[s
     for name, tensor in tensors.items():
         if tensor is None and name in optional:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
-        if tensor.layout is not DENSE or tensor.is_nested:
-            kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-            raise TypeError(f"{op}: {name} must be a dense tensor, got a {kind} one")
+        if not (isinstance(tensor, Tensor) and tensor.dtype in DTYPES and tensor.layout is DENSE) or tensor.is_nested:
+            raise _not_floating(op, name, tensor)
         if device is None:
             device = tensor.device
         elif tensor.device != device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, the tensors before it on {device}")
+
+
+def _not_floating(op: str, name: str, value: object) -> TypeError:
+    if not isinstance(value, Tensor):
+        return TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        return TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+    return TypeError(f"{op}: {name} must be a dense tensor, got a {kind} one")
 
 
 def same_shape(op: str, tensors: Mapping[str, Tensor | None]) -> None:
@@ -50,20 +55,28 @@ def same_shape(op: str, tensors: Mapping[str, Tensor | None]) -> None:
 
 def per_sample(op: str, batch: int, tensors: Mapping[str, Tensor | None]) -> None:
     """Every argument has shape [B], and on the CPU its values are finite."""
+    shape = (batch,)
     # A tracer's and a transform's tensors have no values, and elsewhere reading one would wait for the device.
     readable = not (torch.compiler.is_compiling() or transforms.functional())
+    total, read = 0.0, {}
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if tensor.shape != (batch,):
+        if tensor.shape != shape:
             raise ValueError(f"{op}: {name} must have shape [B] = [{batch}], got {list(tensor.shape)}")
         if readable and tensor.is_cpu and type(tensor) is Tensor:
-            values = tensor.tolist()
-            if math.isfinite(sum(values)):
-                continue
-            for b, value in enumerate(values):
-                if not math.isfinite(value):
-                    raise ValueError(f"{op}: {name} must be finite, got {value} for sample {b}")
+            read[name] = values = tensor.tolist()
+            total += sum(values)
+    if not math.isfinite(total):
+        _refuse_not_finite(op, read)
+
+
+def _refuse_not_finite(op: str, read: Mapping[str, Sequence[float]]) -> None:
+    """Raise ValueError for the first number that is not finite; there may be none where only the sum is too large."""
+    for name, values in read.items():
+        for b, value in enumerate(values):
+            if not math.isfinite(value):
+                raise ValueError(f"{op}: {name} must be finite, got {value} for sample {b}")
 
 
 def elements(op: str, name: str, tensor: Tensor) -> None:
@@ -91,6 +104,29 @@ def eps(op: str, value: float) -> float:
     return value
 
 
+def address(op: str, noise: Noise | Tensor, like: Tensor) -> tuple[Tensor, int, int]:
+    """Return noise as registered operators take it: an address with the batch of `like`, or a tensor of its shape.
+
+    The three values are those of `diffpp_fast.philox`.
+    """
+    if isinstance(noise, Noise):
+        samples = noise.samples
+        if samples.device != like.device:
+            raise ValueError(f"{op}: noise.samples is on {samples.device}, the data on {like.device}")
+        if samples.shape[0] != like.shape[0]:
+            raise ValueError(f"{op}: noise has {len(samples)} samples, the batch has {like.shape[0]}")
+        return samples, noise.seed_bits, noise.stream
+    if not isinstance(noise, Tensor):
+        raise TypeError(f"{op}: noise must be a Noise or a tensor, got {type(noise).__name__}")
+    if noise.dtype not in DTYPES or noise.layout is not DENSE or noise.is_nested:
+        raise _not_floating(op, "noise", noise)
+    if noise.device != like.device:
+        raise ValueError(f"{op}: noise is on {noise.device}, the tensors before it on {like.device}")
+    if noise.shape != like.shape:
+        raise ValueError(f"{op}: noise has shape {list(noise.shape)}, x0 has {list(like.shape)}")
+    return noise, 0, 0
+
+
 def noise(op: str, value: Noise | Tensor, like: Tensor) -> Address | Tensor:
     """The noise as kernels take it: an address with the batch of `like`, or a tensor of its shape."""
     if isinstance(value, Noise):
@@ -105,6 +141,20 @@ def noise(op: str, value: Noise | Tensor, like: Tensor) -> Address | Tensor:
     floating(op, {"x0": like, "noise": value})
     same_shape(op, {"x0": like, "noise": value})
     return value
+
+
+def promoted(*tensors: Promoted) -> tuple[Promoted, ...]:
+    """Return the tensors in the dtype in which none loses precision; sample numbers and None as they are."""
+    first = None
+    for tensor in tensors:
+        if tensor is None or tensor.dtype is torch.int64:
+            continue
+        if first is None:
+            first = tensor.dtype
+        elif tensor.dtype is not first:
+            dtype = common_dtype(*tensors)
+            return tuple(cast(each, dtype) for each in tensors)
+    return tensors
 
 
 def common_dtype(*values: Tensor | Address | None) -> torch.dtype:
@@ -126,11 +176,11 @@ def target_x0(prediction_type: str, x0: Tensor, like: Tensor) -> Tensor:
 
 
 def cast(value: Argument, dtype: torch.dtype) -> Argument:
-    """A tensor in `dtype`; an address and None as they are.
+    """A tensor in `dtype`; sample numbers, an address and None as they are.
 
     `Tensor.to` alone would do, but costs ten times as much as the comparison, which counts on small latents.
     """
-    if not isinstance(value, Tensor) or value.dtype == dtype:
+    if not isinstance(value, Tensor) or value.dtype in (dtype, torch.int64):
         return value
     return value.to(dtype)
 

@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from diffpp_fast.kernels import dispatch, transforms
+from diffpp_fast import transforms
+from diffpp_fast.kernels import dispatch
 from diffpp_fast.kernels.reference import geglu as definition
 from diffpp_fast.ops import checks
 from diffpp_fast.ops.autograd import needs_gradient, recorded

@@ -5,8 +5,9 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
+from diffpp_fast import transforms
 from diffpp_fast.arguments import integer
-from diffpp_fast.kernels import dispatch, transforms
+from diffpp_fast.kernels import dispatch
 from diffpp_fast.kernels.reference import group_norm_silu as definition
 from diffpp_fast.ops import checks
 from diffpp_fast.ops.autograd import needs_gradient, recorded

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from diffpp_fast import transforms
 from diffpp_fast.arguments import integer, numbers, shown
-from diffpp_fast.kernels import dispatch, transforms
+from diffpp_fast.kernels import dispatch
 from diffpp_fast.kernels.reference import reward_pixels as definition
 from diffpp_fast.kernels.reference.reward_pixels import SUPPORT, Preprocessing
 from diffpp_fast.ops import checks

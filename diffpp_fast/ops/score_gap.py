@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffpp_fast import transforms
 from diffpp_fast.arguments import number
-from diffpp_fast.kernels import dispatch, transforms
+from diffpp_fast.kernels import dispatch
 from diffpp_fast.kernels.reference import score_gap as definition
 from diffpp_fast.noise import Noise
 from diffpp_fast.ops import checks

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffpp_fast.kernels import transforms
+from diffpp_fast import transforms
 
 
 class QuickGelu(nn.Module):

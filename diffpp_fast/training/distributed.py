@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from diffpp_fast.backends import requested_backend, why_not
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.kernels.dispatch import requested_backend, why_not
 from diffpp_fast.training.launch import ALONE, end_pretence, find_place, launch_variables
 
 #: Rank 0 alone writes exports and grids while the others wait.

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from diffpp_fast import use_backend
+from diffpp_fast import backends, use_backend
 from diffpp_fast.bench import variants
 from diffpp_fast.bench.operators import step
-from diffpp_fast.kernels import dispatch, native
+from diffpp_fast.kernels import native
 
 with use_backend("cpu"):
-    for op, backend in dispatch._kernels:
-        if backend != "cuda":
+    for op in backends.OPS:
+        if not backends.has_kernels(op, "cuda"):
             continue
         every, pairs = variants.ordered(op)
         for variant in every[:pairs]:

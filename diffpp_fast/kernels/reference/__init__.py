@@ -1,32 +1,5 @@
-"""The unfused definition of every operator in plain torch: the oracle, the baseline, and what transforms go through.
+"""The definitions in plain torch of the operators that are not yet made of one file."""
 
-`forward` and `backward` are functions that torch itself can differentiate and transform, in every mode. Arithmetic is
-float32 whatever the dtype outside, float64 for float64. The helpers here state that once.
-"""
+from diffpp_fast.plain import compute_dtype, per_sample, stored_like, sum_per_sample
 
-import torch
-from torch import Tensor
-
-from diffpp_fast.kernels import transforms
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which a tensor's arithmetic is done."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B, 1, ..., 1] in the compute dtype of `like` ([B, ...])."""
-    return values.to(compute_dtype(like)).reshape(-1, *[1] * (like.dim() - 1))
-
-
-def sum_per_sample(values: Tensor) -> Tensor:
-    """[B, ...] -> [B]."""
-    return values.reshape(values.shape[0], values[:1].numel()).sum(dim=1)
-
-
-def stored_like(result: Tensor, like: Tensor) -> Tensor:
-    """`result` in the dtype and memory layout of `like`; where `torch.func` hides the layout, in the dtype alone."""
-    if transforms.functional():
-        return result.to(like.dtype)
-    return torch.empty_like(like).copy_(result)
+__all__ = ["compute_dtype", "per_sample", "stored_like", "sum_per_sample"]

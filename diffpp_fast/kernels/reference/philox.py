@@ -1,88 +1,36 @@
-"""Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) and what is drawn from it."""
+"""Addresses as the operators take them that are not yet made of one file."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-WORD = 0xFFFFFFFF
-ROUNDS = 10
-MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-WEYL = (0x9E3779B9, 0xBB67AE85)
+from diffpp_fast import philox
 
 
 class Address(NamedTuple):
-    """Where the random numbers of a batch are: element i of sample b is lane i % 4 of the block
-
-    Philox(key = seed (low, high), counter = (i // 4, stream, samples[b] low, samples[b] high)),
-
-    with i the element's index within the sample in logical row-major order, whatever the memory format.
-    """
+    """An address of random numbers, with an unsigned seed."""
 
     seed: int  # [0, 2^64)
     samples: Tensor  # int64 [B]
     stream: int  # [0, 2^32)
 
 
-def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit words per counter. All are int64 tensors with values in [0, 2^32); the counters broadcast."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(ROUNDS):
-        high0, low0 = _multiply(c0, MULTIPLIERS[0])
-        high1, low1 = _multiply(c2, MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
-    return c0, c1, c2, c3
-
-
-def blocks(address: Address, count: int) -> Tensor:
-    """The first `count` blocks of every sample: int64 [B, count, 4] with values in [0, 2^32)."""
-    samples = address.samples.unsqueeze(1)
-    index = torch.arange(count, device=samples.device).unsqueeze(0)
-    counter = (index, torch.full_like(index, address.stream), samples & WORD, (samples >> 32) & WORD)
-    words = philox4x32(counter, (address.seed & WORD, address.seed >> 32))
-    return torch.stack(words, dim=-1)
+def flat(noise: Tensor | Address) -> tuple[Tensor, int, int]:
+    """Return noise as registered operators take it: eps, or the sample numbers with the seed's bits and the stream."""
+    if isinstance(noise, Address):
+        return noise.samples, philox.signed(noise.seed), noise.stream
+    return noise, 0, 0
 
 
 def normal(address: Address, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Standard normals [B, *shape] by Box-Muller on the lane pairs (0, 1) and (2, 3), in float32 whatever `dtype`."""
-    elements = math.prod(shape)
-    words = blocks(address, -(-elements // 4))
-    u1 = words[..., 0::2].to(torch.float32) * 2.0**-32 + 2.0**-33
-    u2 = words[..., 1::2].to(torch.float32) * 2.0**-32
-    radius = torch.sqrt(-2.0 * torch.log(u1))
-    angle = (2.0 * math.pi) * u2
-    lanes = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    batch = words.shape[0]
-    return lanes.reshape(batch, 4 * words.shape[1])[:, :elements].reshape(batch, *shape).to(dtype)
+    return philox.normal(*flat(address), shape, dtype)
 
 
 def uniform(address: Address) -> Tensor:
-    """[B] float32 in [0, 1): the upper 24 bits of lane 0 of block 0."""
-    return (blocks(address, 1)[:, 0, 0] >> 8).to(torch.float32) * 2.0**-24
+    return philox.uniform(*flat(address))
 
 
 def integers(address: Address, low: int, high: int) -> Tensor:
-    """[B] int64 in [low, high): low + floor(lane 0 of block 0 * (high - low) / 2^32)."""
-    offset, _ = _multiply(blocks(address, 1)[:, 0, 0], high - low)
-    return low + offset
-
-
-def normal_like(noise: Tensor | Address, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The noise of [B, ...] tensor `like` in `dtype`: drawn if it is an address, cast if it is a tensor."""
-    if isinstance(noise, Address):
-        return normal(noise, like.shape[1:], dtype)
-    return noise.to(dtype)
-
-
-def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """Upper and lower 32 bits of a * b for a < 2^32, b <= 2^32.
-
-    The product of two 32-bit words overflows int64, so `a` is split into 16-bit halves.
-    """
-    low = (a & 0xFFFF) * b
-    middle = (a >> 16) * b + (low >> 16)
-    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+    return philox.integers(*flat(address), low, high - low)

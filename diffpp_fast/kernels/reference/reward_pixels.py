@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffpp_fast.kernels import transforms
+from diffpp_fast import transforms
 from diffpp_fast.kernels.reference import compute_dtype, stored_like
 
 # Half the width of each filter at scale 1, in pixels.

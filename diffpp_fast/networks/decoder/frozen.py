@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from diffpp_fast.kernels import transforms
+from diffpp_fast import transforms
 from diffpp_fast.networks.decoder import checks
 from diffpp_fast.networks.decoder.walk import Stage, kl_stages, tiny_stages
 from diffpp_fast.ops.autograd import needs_gradient

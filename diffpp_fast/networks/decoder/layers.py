@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from diffpp_fast import ops
-from diffpp_fast.kernels import transforms
+from diffpp_fast import ops, transforms
 from diffpp_fast.ops.autograd import refused
 
 

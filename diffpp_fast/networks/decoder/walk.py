@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffpp_fast.kernels import transforms
+from diffpp_fast import transforms
 from diffpp_fast.networks.decoder.layers import (
     convolution,
     enlarged_convolution,

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffpp_fast.kernels.triton.device import on_its_device
-from diffpp_fast.kernels.triton.layout import Order, as_float
+from diffpp_fast.ops.triton.device import on_its_device
+from diffpp_fast.ops.triton.layout import Order, as_float
 
 #: Elements of a tile: 16 a thread, so that a thread has at least two loads of 16 bytes in flight, and four programs
 #: with their accumulators fit on a multiprocessor.

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffpp_fast.kernels.triton.device import on_its_device
+from diffpp_fast.ops.triton.device import on_its_device
 
 #: Elements of a tile: 8 a thread, so that a thread loads 16 bytes of bfloat16 at a time.
 TILE = 1024

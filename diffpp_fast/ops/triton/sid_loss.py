@@ -1,12 +1,12 @@
-"""m^2 Q / sqrt(m^2 sum d^2 + c^2) per sample, with Q = sum d r - sum d^2 and m the scale from outputs to scores."""
+"""|k| (sum d r - sid_alpha sum d^2) / mean|r| per sample, with no gradient through mean|r|."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from diffpp_fast.kernels.reference.philox import Address
-from diffpp_fast.kernels.triton.device import on_its_device
-from diffpp_fast.kernels.triton.gap import Outputs, combine, per_sample
+from diffpp_fast.ops.triton.device import on_its_device
+from diffpp_fast.ops.triton.gap import Outputs, combine, floored_mean, per_sample
 
 
 @on_its_device
@@ -20,21 +20,20 @@ def forward(
     sigma: Tensor,
     guidance_scale: float,
     prediction_type: str,
-    huber_c: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss [B], m^2 / n [B] and m^2 Q / n^2 [B], in two launches."""
+    sid_alpha: float,
+) -> tuple[Tensor, Tensor]:
+    """The loss [B] and |k| / mean|r| [B], in two launches."""
     outputs = Outputs(fake, cond, uncond, guidance_scale, x0, noise, alpha, sigma, prediction_type)
-    loss, factor, shrink = outputs.statistic(), outputs.statistic(), outputs.statistic()
+    loss, factor = outputs.statistic(), outputs.statistic()
     if fake.numel():
         batch = outputs.order.batch
         _finish[(batch,)](
             loss,
             factor,
-            shrink,
-            outputs.sums(1.0),
+            outputs.sums(sid_alpha),
             batch,
             outputs.programs,
-            float(huber_c) ** 2,
+            float(outputs.order.sample),
             alpha,
             alpha.stride(0),
             sigma,
@@ -42,14 +41,13 @@ def forward(
             PREDICTION=prediction_type,
             num_warps=1,
         )
-    return loss, factor, shrink
+    return loss, factor
 
 
 @on_its_device
 def backward(
     grad_output: Tensor,
     factor: Tensor,
-    shrink: Tensor,
     fake: Tensor,
     cond: Tensor,
     uncond: Tensor | None,
@@ -59,22 +57,22 @@ def backward(
     sigma: Tensor,
     guidance_scale: float,
     prediction_type: str,
+    sid_alpha: float,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of fake, cond, uncond and x0, each where `needs` says so, in one launch."""
     outputs = Outputs(fake, cond, uncond, guidance_scale, x0, noise, alpha, sigma, prediction_type)
-    return outputs.gradients(grad_output, factor, 2.0, shrink, cond, uncond, x0, needs)
+    return outputs.gradients(grad_output, factor, 2.0 * sid_alpha, None, cond, uncond, x0, needs)
 
 
 @triton.jit(do_not_specialize=["batch", "programs"])
 def _finish(
     p_loss,  # float32 [B]
     p_factor,  # float32 [B]
-    p_shrink,  # float32 [B]
     p_partials,  # float32 [3, B, programs]
     batch,
     programs,
-    c_sq,
+    elements,
     p_alpha,  # [B]
     alpha_stride,
     p_sigma,  # [B]
@@ -82,17 +80,13 @@ def _finish(
     PREDICTION: tl.constexpr,
 ):
     b = tl.program_id(0)
-    sigma = per_sample(p_sigma, sigma_stride, b, 1.0)
-    if PREDICTION == "epsilon":
-        m = tl.div_rn(1.0, sigma)
+    _, divisor = floored_mean(combine(p_partials, 1, batch, b, programs), elements)
+    if PREDICTION == "sample":
+        k = 1.0
     else:
-        m = tl.div_rn(per_sample(p_alpha, alpha_stride, b, 1.0), sigma)
-        if PREDICTION == "sample":
-            m = tl.div_rn(m, sigma)
-    m_sq = m * m
-    norm = tl.sqrt_rn(tl.fma(m_sq, combine(p_partials, 0, batch, b, programs), c_sq))
-    factor = tl.div_rn(m_sq, norm)
-    loss = factor * combine(p_partials, 2, batch, b, programs)
+        k = tl.abs(per_sample(p_sigma, sigma_stride, b, 1.0))
+        if PREDICTION == "epsilon":
+            k = tl.div_rn(k, tl.abs(per_sample(p_alpha, alpha_stride, b, 1.0)))
+    factor = tl.div_rn(k, divisor)
     tl.store(p_factor + b, factor)
-    tl.store(p_loss + b, loss)
-    tl.store(p_shrink + b, tl.div_rn(loss, norm))
+    tl.store(p_loss + b, factor * combine(p_partials, 2, batch, b, programs))

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from diffpp_fast.kernels.reference.philox import Address
 from diffpp_fast.kernels.reference.score_gap import MEAN_ABS_FLOOR
-from diffpp_fast.kernels.triton.layout import Order, in_memory, noise_arguments, sample_index
-from diffpp_fast.kernels.triton.random import normals, normals_of_pixels
+from diffpp_fast.ops.triton.layout import Order, in_memory, noise_arguments, sample_index
+from diffpp_fast.ops.triton.random import normals, normals_of_pixels
 
 #: With 256 threads, 8 elements each: a 16-byte access per tensor in bfloat16 and two in float32.
 BLOCK = 2048

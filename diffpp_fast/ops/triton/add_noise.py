@@ -4,35 +4,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffpp_fast.kernels.reference.philox import Address
-from diffpp_fast.kernels.triton.device import on_its_device
-from diffpp_fast.kernels.triton.layout import Order, in_memory, noise_arguments, place, sample_index
-from diffpp_fast.kernels.triton.random import normals
+from diffpp_fast.ops.triton.device import on_its_device
+from diffpp_fast.ops.triton.layout import Order, in_memory, ordered_noise, place, sample_index
+from diffpp_fast.ops.triton.random import normals
+from diffpp_fast.philox import is_drawn
 
 BLOCK = 1024
 
 
 @on_its_device
-def forward(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor | Address) -> Tensor:
+def forward(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor, seed: int, stream: int) -> Tensor:
     order = Order(x0)
     x_t = order.result(x0)
-    eps, seed, stream = noise_arguments(noise, order)
     if x0.numel():
         _forward[order.grid(BLOCK)](
-            order.of(x0),
-            x_t,
-            alpha,
-            alpha.stride(0),
-            sigma,
-            sigma.stride(0),
-            eps,
-            seed,
-            stream,
-            order.sample,
-            order.channels,
-            DRAWN=isinstance(noise, Address),
+            p_x0=order.of(x0),
+            p_x_t=x_t,
+            p_alpha=alpha,
+            alpha_stride=alpha.stride(0),
+            p_sigma=sigma,
+            sigma_stride=sigma.stride(0),
+            p_noise=ordered_noise(noise, order),
+            seed=seed,
+            stream=stream,
+            sample=order.sample,
+            channels=order.channels,
+            DRAWN=is_drawn(noise),
+            CHANNELS_LAST=order.channels_last,
+            WIDE=order.wide,
             BLOCK=BLOCK,
-            **order.constants,
         )
     return order.finish(x_t, x0)
 
@@ -43,12 +43,12 @@ def backward(grad_output: Tensor, alpha: Tensor) -> Tensor:
     grad_x0 = order.result(grad_output)
     if grad_output.numel():
         _backward[order.grid(BLOCK)](
-            order.of(grad_output),
-            grad_x0,
-            alpha,
-            alpha.stride(0),
-            order.sample,
-            WIDE=order.constants["WIDE"],
+            p_grad_output=order.of(grad_output),
+            p_grad_x0=grad_x0,
+            p_alpha=alpha,
+            alpha_stride=alpha.stride(0),
+            sample=order.sample,
+            WIDE=order.wide,
             BLOCK=BLOCK,
         )
     return order.finish(grad_x0, grad_output)

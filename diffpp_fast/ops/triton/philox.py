@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from diffpp_fast.kernels.reference.philox import Address
-from diffpp_fast.kernels.triton.device import on_its_device
-from diffpp_fast.kernels.triton.layout import INT32_ELEMENTS, place, sample_index
-from diffpp_fast.kernels.triton.random import normals, words
+from diffpp_fast.ops.triton.device import on_its_device
+from diffpp_fast.ops.triton.layout import INT32_ELEMENTS, place, sample_index
+from diffpp_fast.ops.triton.random import normals, words
 
 BLOCK = 1024
 #: Samples of a program that draws one number for each.

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffpp_fast.kernels.reference.philox import Address
+from diffpp_fast.philox import is_drawn
 
 #: Beyond this many elements in a sample, indices within it need 64 bits.
 INT32_ELEMENTS = 2**31 - 2**16
@@ -32,9 +33,14 @@ class Order:
         return self.memory_format is not torch.contiguous_format
 
     @property
+    def wide(self) -> bool:
+        """Whether an index within a sample needs 64 bits."""
+        return self.sample >= INT32_ELEMENTS
+
+    @property
     def constants(self) -> dict[str, bool]:
         """The compile-time arguments of every kernel."""
-        return {"CHANNELS_LAST": self.channels_last, "WIDE": self.sample >= INT32_ELEMENTS}
+        return {"CHANNELS_LAST": self.channels_last, "WIDE": self.wide}
 
     def grid(self, block: int) -> tuple[int]:
         """Programs for the blocks of a sample, times the batch: on one axis, for the others end at 65535."""
@@ -52,6 +58,11 @@ class Order:
         """The result in the memory format that `torch.empty_like(like)` has."""
         expected = torch.empty_like(like, device="meta").stride()
         return result if result.stride() == expected else torch.empty_like(like).copy_(result)
+
+
+def ordered_noise(noise: Tensor, order: Order) -> Tensor:
+    """Return eps in the order of the call; the sample numbers of an address one after the other."""
+    return noise.contiguous() if is_drawn(noise) else order.of(noise)
 
 
 def noise_arguments(noise: Tensor | Address, order: Order) -> tuple[Tensor, int, int]:

@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from diffpp_fast.kernels.reference.philox import Address
-from diffpp_fast.kernels.triton.device import on_its_device
-from diffpp_fast.kernels.triton.gap import (
+from diffpp_fast.ops.triton.device import on_its_device
+from diffpp_fast.ops.triton.gap import (
     BLOCK,
     WARPS,
     coefficients,
@@ -17,7 +17,7 @@ from diffpp_fast.kernels.triton.gap import (
     target_arguments,
     tile,
 )
-from diffpp_fast.kernels.triton.layout import Order
+from diffpp_fast.ops.triton.layout import Order
 
 #: Programs of the first launch, unless the batch is larger: several times what runs at once, so that the last ones
 #: leave little of a GPU idle, and no more than one program of the second launch adds up at once.

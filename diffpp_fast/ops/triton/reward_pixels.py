@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from diffpp_fast.kernels.reference.reward_pixels import Preprocessing, axis_matrix
-from diffpp_fast.kernels.triton.device import on_its_device
-from diffpp_fast.kernels.triton.layout import INT32_ELEMENTS, Order
+from diffpp_fast.ops.triton.device import on_its_device
+from diffpp_fast.ops.triton.layout import INT32_ELEMENTS, Order
+from diffpp_fast.transforms import decided_when_traced
 
 #: A tile of the rows' resize: a row of it is a warp's loads of 16 bytes of bfloat16, and its rows share most of the
 #: rows that they read, which fit in the first-level cache.
@@ -175,7 +176,7 @@ class _Call:
 
 # torch.compile can't trace how they are made, and must not copy them to the device in every call: they are constants of
 # its graph. It looks through the cache, so this has to be a function of its own.
-@torch.compiler.assume_constant_result
+@decided_when_traced
 def _constants(
     device: torch.device,
     height: int,

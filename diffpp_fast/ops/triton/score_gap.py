@@ -5,8 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from diffpp_fast.kernels.reference.philox import Address
-from diffpp_fast.kernels.triton.device import on_its_device
-from diffpp_fast.kernels.triton.gap import (
+from diffpp_fast.ops.triton.device import on_its_device
+from diffpp_fast.ops.triton.gap import (
     BLOCK,
     WARPS,
     Outputs,

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffpp_fast.kernels.triton.device import on_its_device
-from diffpp_fast.kernels.triton.layout import as_float
+from diffpp_fast.ops.triton.device import on_its_device
+from diffpp_fast.ops.triton.layout import as_float
 
 #: The widest row that registers hold, with the gradient's sums beside it.
 MOST_COLUMNS = 8192

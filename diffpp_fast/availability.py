@@ -1,0 +1,98 @@
+"""What keeps a backend from serving: a library that was not compiled, a GPU that is not there, tensors elsewhere."""
+
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+CPU = torch.device("cpu")
+LIBRARY = Path(__file__).parent / "kernels" / "native" / "_library.so"
+#: With TRITON_INTERPRET=1 Triton's kernels run on the CPU in its interpreter, for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Limits(NamedTuple):
+    """Two functions that return None, or why a backend can't serve."""
+
+    unavailable: Callable[[], str | None]  # in this process
+    refuses: Callable[[torch.device, torch.dtype], str | None]  # tensors of a device and dtype
+
+
+UNLIMITED = Limits(lambda: None, lambda device, dtype: None)
+
+
+@cache
+def library_unavailable() -> str | None:
+    """Load the compiled library. Return None, or why it can't be."""
+    if not LIBRARY.exists():
+        return "csrc was not compiled when the package was installed; install again where a C++17 compiler is"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"{LIBRARY.name} does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+@cache
+def cuda_unavailable() -> str | None:
+    """Return None if the library's GPU kernels can run here, or why they can't."""
+    reason = library_unavailable()
+    if reason is not None:
+        return reason
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("diffpp_fast::add_noise", "CUDA"):
+        return "csrc was compiled without nvcc; install again where CUDA's compiler is"
+    return None if torch.cuda.is_available() else "PyTorch can use no GPU"
+
+
+@cache
+def triton_unavailable() -> str | None:
+    """Return None, or why this process can't run Triton kernels."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if INTERPRETED and (reason := interpreter_refuses(version("triton"), version("numpy"))):
+        return reason
+    if INTERPRETED or torch.cuda.is_available():
+        return None
+    return "PyTorch can use no GPU"
+
+
+def interpreter_refuses(triton: str, numpy: str) -> str | None:
+    """Return None, or why these versions do not go together: Triton 3.6 asks numpy for the number in an array."""
+    if _numbers(triton) >= (3, 7) or _numbers(numpy) < (2, 4):
+        return None
+    return f"the interpreter of Triton {triton} needs numpy before 2.4, here is {numpy}: pip install 'numpy<2.4'"
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """Major and minor."""
+    return tuple(int(part) for part in release.split(".")[:2])
+
+
+def only_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Refuse tensors that are not on the CPU. On meta there is nothing to compute, and the fakes serve."""
+    if device == CPU or device.type == "meta":
+        return None
+    return f"it serves the CPU, the tensors are on {device.type}"
+
+
+def only_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Refuse tensors that are not on a GPU."""
+    return None if device.type == "cuda" else f"it serves CUDA, the tensors are on {device.type}"
+
+
+def triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Refuse float64, whose arithmetic is not float32's, and tensors elsewhere."""
+    if device.type != ("cpu" if INTERPRETED else "cuda"):
+        return f"it serves {'the interpreter on the CPU' if INTERPRETED else 'CUDA'}, the tensors are on {device.type}"
+    return "float64 is served by the other backends" if dtype == torch.float64 else None
+
+
+def fake(name: str, function: Callable[..., Any]) -> None:
+    """Tell torch what the registered operator `name` returns, without computing it."""
+    if library_unavailable() is None:
+        torch.library.register_fake(f"diffpp_fast::{name}", function)

@@ -1,0 +1,1 @@
+"""Triton kernels: one module per operator, with functions of the arguments of its schema that launch them."""
