@@ -13,9 +13,9 @@ import pytest
 import tiny
 import yaml
 
+from diffpp_fast import report
 from diffpp_fast.cli import controls as command
 from diffpp_fast.cli.main import main
-from diffpp_fast.report import drawing
 from diffpp_fast.training import ConfigurationError, Outcome, load_config
 from diffpp_fast.training.callbacks import read_records, read_sessions
 from diffpp_fast.training.controls import NAMES, controls_of
@@ -161,7 +161,7 @@ def test_refused_before_anything_is_trained(
         patch.setenv("WORLD_SIZE", "2")
         patch.setenv("RANK", "0")
         assert "launch one after the other with --only NAME, of full, no-reward" in refusal(capsys, "output=runs/none")
-    monkeypatch.setattr(drawing, "find_spec", lambda name: None)
+    monkeypatch.setattr(report, "find_spec", lambda name: None if name == "matplotlib" else report)
     assert "reports need matplotlib" in refusal(capsys, "output=runs/none")
     assert not Path("runs/none").exists()
 

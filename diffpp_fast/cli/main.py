@@ -36,7 +36,10 @@ Aligns one-step text-to-image generators with a reward (Diff-Instruct++), from p
 EPILOG = "`diffpp-fast COMMAND --help` tells more. The configuration is explained key by key in docs/training.md."
 
 #: What the extra `train` brings; operators and methods do without.
-TRAIN_PACKAGES = ("diffusers", "transformers", "safetensors", "pydantic", "yaml", "PIL", "rich", "tensorboard", "ftfy")
+TRAIN_PACKAGES = (
+    "diffusers", "transformers", "safetensors", "pydantic", "yaml", "PIL", "rich", "tensorboard", "ftfy", "jinja2",
+    "matplotlib",
+)  # fmt: skip
 
 #: With this in the environment, errors come with the place in the code.
 TRACEBACK = "DIFFPP_FAST_TRACEBACK"
