@@ -40,7 +40,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There, with reports that are begun only: drawing takes time, and the first command has drawn all there is."""
+    """Work there, with reports that are begun only: drawing takes time, and the first command has drawn everything."""
     monkeypatch.chdir(project)
     monkeypatch.setattr("diffpp_fast.report.write_report", begin_report)
 
@@ -52,7 +52,7 @@ def begin_report(folders: list[Path], output: Path) -> Path:
 
 
 def scalars(folder: str) -> dict[int, dict[str, Any]]:
-    """By step, what was logged there."""
+    """Return the logged scalars by step."""
     logged: dict[int, dict[str, Any]] = {}
     for line in read_records(Path(folder) / "metrics.jsonl"):
         logged.setdefault(line["step"], {}).update(line)

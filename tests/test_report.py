@@ -34,7 +34,7 @@ VOID = {"meta", "img"}
 
 
 class Page(HTMLParser):
-    """What a reader's browser would make of the page: its elements, tables and references."""
+    """The page as a reader's browser takes it: its elements, tables and references."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ def drawn_text(panel: curves.Panel, runs: list[RunRecord]) -> str:
 
 
 def write_whole_run(folder: Path) -> Path:
-    """Of four steps."""
+    """Write a run of four steps."""
     lines = [
         {"step": 0, "grid/reward": -2.4, "grid/held_out": -3.6},
         *(record(step) for step in (1, 2, 3, 4)),
