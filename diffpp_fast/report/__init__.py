@@ -40,8 +40,8 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
     missing.
     """
     check_drawing()
-    if len(folders) > len(curves.LIGHT.runs):
-        raise ConfigurationError(f"{len(folders)} runs are too many for one page: at most {len(curves.LIGHT.runs)}")
+    if len(folders) > len(curves.RUNS):
+        raise ConfigurationError(f"{len(folders)} runs are too many for one page: at most {len(curves.RUNS)}")
     refuse_foreign_report(output)
     runs = read_runs(folders)
     sheets = pictures.sheets_of(runs)

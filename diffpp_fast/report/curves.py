@@ -23,21 +23,10 @@ COLUMNS, TITLE, LEGEND = 3, 0.3, 0.4
 STYLES: tuple[Any, ...] = ("-", (0, (4, 1.5)))
 #: The prefix of a mixture's parts in the log.
 PART = "generator/reward/"
-
-
-class Colours(NamedTuple):
-    """Colours of text, of grid lines and of each run, on a white or on a dark page."""
-
-    text: str
-    line: str
-    runs: tuple[str, ...]
-
-
-#: The runs' colours are Okabe and Ito's and a few more, distinguishable with every kind of colour vision.
-LIGHT = Colours("#202020", "#d0d0d0", (
-    "#0072b2", "#d55e00", "#00805c", "#b1558c", "#8a6d00", "#2b97d0", "#6b6b6b", "#7a3fb0"))  # fmt: skip
-DARK = Colours("#e6e6e6", "#3a3f47", (
-    "#56b4e9", "#ff8c3f", "#2cc295", "#e79bc6", "#e8c22f", "#9ad3f5", "#a8a8a8", "#c39bf0"))  # fmt: skip
+#: Colours of text and of grid lines on white; the page inverts lightness where it is dark.
+TEXT, LINE = "#202020", "#c8c8c8"
+#: The runs' colours: Okabe and Ito's and a few more, distinguishable with every kind of colour vision, inverted too.
+RUNS = ("#0072b2", "#d55e00", "#00805c", "#b1558c", "#8a6d00", "#2b97d0", "#6b6b6b", "#7a3fb0")
 
 
 class Panel(NamedTuple):
@@ -142,12 +131,12 @@ def thin(scalar: Scalar) -> Curve:
     return Curve([*map(fmean, steps)], [*map(fmean, values)], [*map(min, values)], [*map(max, values)], size)
 
 
-def draw_svg(panel: Panel, runs: Sequence[RunRecord], colours: Colours) -> bytes:
+def draw_svg(panel: Panel, runs: Sequence[RunRecord]) -> bytes:
     """Return one diagram as an SVG document without a background."""
     file = io.BytesIO()
-    with _style(colours):
+    with _style():
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        _figure([panel], runs, colours).savefig(file, format="svg", transparent=True, metadata=nothing)
+        _figure([panel], runs).savefig(file, format="svg", transparent=True, metadata=nothing)
     return file.getvalue()
 
 
@@ -155,9 +144,9 @@ def write_png(path: Path, panels: Sequence[Panel], runs: Sequence[RunRecord]) ->
     """Write all diagrams of a section, with their titles and a legend of the runs."""
     from matplotlib.lines import Line2D
 
-    with _style(LIGHT):
-        figure = _figure(panels, runs, LIGHT, titles=True)
-        lines = [Line2D([], [], color=colour, label=run.name) for run, colour in zip(runs, LIGHT.runs, strict=False)]
+    with _style():
+        figure = _figure(panels, runs, titles=True)
+        lines = [Line2D([], [], color=colour, label=run.name) for run, colour in zip(runs, RUNS, strict=False)]
         figure.legend(handles=lines, loc="upper left", ncols=len(lines), fontsize=9)
         figure.savefig(path, dpi=110)
 
@@ -166,21 +155,21 @@ def _logged(panels: Sequence[Panel], runs: Sequence[RunRecord]) -> list[Panel]:
     return [panel for panel in panels if scalars_of(panel, runs)]
 
 
-def _style(colours: Colours) -> Any:
+def _style() -> Any:
     """Return the context in which figures are made and written. Names of runs and scalars are no formulas."""
     import matplotlib
 
     return matplotlib.rc_context({
-        "axes.axisbelow": True, "axes.edgecolor": colours.line, "axes.grid": True, "axes.labelcolor": colours.text,
-        "axes.spines.right": False, "axes.spines.top": False, "font.size": 8, "grid.color": colours.line,
+        "axes.axisbelow": True, "axes.edgecolor": LINE, "axes.grid": True, "axes.labelcolor": TEXT,
+        "axes.spines.right": False, "axes.spines.top": False, "font.size": 8, "grid.color": LINE,
         "grid.linewidth": 0.6, "legend.frameon": False, "lines.linewidth": 1.3, "lines.markersize": 3,
-        "svg.fonttype": "none", "svg.hashsalt": "diffpp_fast", "text.color": colours.text, "text.parse_math": False,
-        "xtick.color": colours.line, "xtick.labelcolor": colours.text, "ytick.color": colours.line,
-        "ytick.labelcolor": colours.text,
+        "svg.fonttype": "none", "svg.hashsalt": "diffpp_fast", "text.color": TEXT, "text.parse_math": False,
+        "xtick.color": LINE, "xtick.labelcolor": TEXT, "ytick.color": LINE,
+        "ytick.labelcolor": TEXT,
     })  # fmt: skip
 
 
-def _figure(panels: Sequence[Panel], runs: Sequence[RunRecord], colours: Colours, *, titles: bool = False) -> Any:
+def _figure(panels: Sequence[Panel], runs: Sequence[RunRecord], *, titles: bool = False) -> Any:
     """Return a figure of all panels. Margins are given: a layout that is computed takes several times as long."""
     from matplotlib.figure import Figure
 
@@ -195,7 +184,7 @@ def _figure(panels: Sequence[Panel], runs: Sequence[RunRecord], colours: Colours
         "hspace": (BOTTOM + top) / (HEIGHT - BOTTOM - TOP),
     }).flat)  # fmt: skip
     for axis, panel in zip(axes, panels, strict=False):
-        _draw(axis, panel, runs, colours)
+        _draw(axis, panel, runs)
         if titles:
             axis.set_title(panel.title, fontsize=9, pad=12)
     for axis in axes[len(panels) :]:
@@ -203,8 +192,8 @@ def _figure(panels: Sequence[Panel], runs: Sequence[RunRecord], colours: Colours
     return figure
 
 
-def _draw(axis: Any, panel: Panel, runs: Sequence[RunRecord], colours: Colours) -> None:
-    drawn = [value for run, colour in zip(runs, colours.runs, strict=False) for value in _add(axis, panel, run, colour)]
+def _draw(axis: Any, panel: Panel, runs: Sequence[RunRecord]) -> None:
+    drawn = [value for run, colour in zip(runs, RUNS, strict=False) for value in _add(axis, panel, run, colour)]
     logarithmic = min(drawn) > 0 and max(drawn) > LOG_RATIO * min(drawn)
     axis.set_yscale("log" if logarithmic else "linear")
     axis.set_ylabel(panel.unit + (", logarithmic" if logarithmic else ""))
@@ -217,7 +206,7 @@ def _draw(axis: Any, panel: Panel, runs: Sequence[RunRecord], colours: Colours) 
         axis.locator_params(axis="y", nbins=5)
     if len(panel.scalars) > 1:
         for style, label in zip(STYLES, panel.scalars.values(), strict=False):
-            axis.plot([], [], color=colours.text, linestyle=style, label=label)
+            axis.plot([], [], color=TEXT, linestyle=style, label=label)
         axis.legend(loc="lower left", bbox_to_anchor=(0, 0.97), borderpad=0, ncols=len(panel.scalars), fontsize=7)
 
 
