@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise, product
+from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -96,7 +96,8 @@ def effects_of(runs: Sequence[RunRecord]) -> list[Effect]:
     for name in ("grid/reward", "grid/held_out"):
         if all(name in run.scalars for run in runs):
             last = {parts: scalars[name].last for parts, scalars in by_parts.items()}
-            full, reward, guidance, neither = (last[parts] for parts in product((True, False), repeat=2))
+            full, reward, guidance = last[True, True], last[True, False], last[False, True]
+            neither = last[False, False]
             effects.append(Effect("the reward's gradient", name, full - guidance, reward - neither))
             effects.append(Effect("guidance", name, full - reward, guidance - neither))
     return effects
