@@ -13,35 +13,8 @@ from diffpp_fast.training.checkpoint import write_json
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import Engine
-from diffpp_fast.training.loading import dump_config, load_config
+from diffpp_fast.training.loading import dump_config, load_config, may_change
 from diffpp_fast.training.prompts import PromptSource
-
-#: Keys, and sections by their prefix, that don't change what a run computes. Of the prompts the text counts.
-FREE_KEYS = (
-    "output",
-    "device",
-    "prompts",
-    "models.base",
-    "models.decoder.checkpoint",
-    "rewards.held_out",
-    "training.steps",
-    "training.micro_batch",
-    "training.log_every",
-    "training.grid_every",
-    "training.checkpoint_every",
-    "training.keep",
-    "training.keep_best",
-    "training.grid_prompts",
-    "training.threads",
-    "training.skip_limit",
-    "distributed",
-    "training.activation_checkpointing",
-    "training.compile",
-    "training.fuse",
-    "training.attention",
-    "training.baseline_steps",
-    "logging",
-)
 
 
 @dataclass
@@ -100,7 +73,7 @@ def refuse_other_run(folder: Path, config: Config, prompts: PromptSource) -> Non
     changes = [
         f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
         for key in sorted({*before, *after})
-        if before.get(key) != after.get(key) and not _free(key)
+        if before.get(key) != after.get(key) and not may_change(key)
     ]
     if read_record(folder)["prompts"] != prompts.digest():
         changes.append(f"prompts: the text of {config.prompts.path} has changed")
@@ -109,10 +82,6 @@ def refuse_other_run(folder: Path, config: Config, prompts: PromptSource) -> Non
             f"{folder} belongs to another run:\n  " + "\n  ".join(changes) + "\n"
             "Take these changes back, or start a new run with another output."
         )
-
-
-def _free(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

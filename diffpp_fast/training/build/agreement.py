@@ -11,7 +11,7 @@ from diffpp_fast.networks.decoder.frozen import STAGES
 from diffpp_fast.networks.inputs import FLOW, Inputs, inputs_of, is_pixart, with_defaults
 from diffpp_fast.networks.loading import diffusers_class, is_file, load_schedule, local_folder, read_config
 from diffpp_fast.training.build.checks import agree, naming
-from diffpp_fast.training.config import Config, Models, TextEncoder
+from diffpp_fast.training.config import Config, Models, TextEncoderSection
 
 #: A prompt's length in tokens, as the families' pipelines have it.
 CLIP_LENGTH, PIXART_LENGTH = 77, 120
@@ -99,7 +99,7 @@ def takes_two_encoders(models: Models, facts: Mapping[str, Any]) -> bool:
     return two
 
 
-def text_length(section: TextEncoder, pixart: bool) -> int:
+def text_length(section: TextEncoderSection, pixart: bool) -> int:
     """Return how many tokens a prompt has."""
     return section.max_length or (PIXART_LENGTH if pixart else CLIP_LENGTH)
 
@@ -186,7 +186,7 @@ def text_facts(models: Models) -> TextFacts:
     return TextFacts(_text_settings(key, models.text_encoder, pixart=is_pixart(facts)).hidden_size)
 
 
-def _text_settings(key: str, section: TextEncoder, *, two: bool = False, pixart: bool = False) -> Any:
+def _text_settings(key: str, section: TextEncoderSection, *, two: bool = False, pixart: bool = False) -> Any:
     """The configuration of a text encoder, of which class and length are as they should be."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES as KNOWN

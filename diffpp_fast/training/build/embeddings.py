@@ -11,7 +11,7 @@ import torch
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.training.build.checks import naming
 from diffpp_fast.training.build.text import conditioning_facts
-from diffpp_fast.training.config import Config, TextEncoder
+from diffpp_fast.training.config import Config, TextEncoderSection
 from diffpp_fast.training.prompts import EmbeddingCache, PromptSource
 from diffpp_fast.training.prompts.embedding_files import read_manifest
 from diffpp_fast.training.prompts.fingerprint import Seen, encoder_facts, refuse_other_cache
@@ -51,7 +51,7 @@ def embedding_facts(config: Config, prompts: PromptSource, seen: Mapping[str, An
     reading: Seen = {}
     encoder = conditioning_facts(config.models)
     for name, section in config.models:
-        if isinstance(section, TextEncoder):
+        if isinstance(section, TextEncoderSection):
             with naming(f"models.{name}", section.path):
                 encoder[name] = encoder_facts(section, seen, reading)
     return {

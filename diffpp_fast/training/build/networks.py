@@ -22,7 +22,7 @@ from diffpp_fast.networks.weight_files import holds_weights
 from diffpp_fast.training.build.checks import naming
 from diffpp_fast.training.build.compiled import refuse_known_faults
 from diffpp_fast.training.build.precision import compute_dtype, precise
-from diffpp_fast.training.config import Config, Lora, Models, TextEncoder, Weights
+from diffpp_fast.training.config import Config, Lora, Models, TextEncoderSection, WeightsSection
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import place_reference
 from diffpp_fast.training.inputs import digest_of, public
@@ -99,7 +99,7 @@ def refuse_weights(config: Config, *, download: bool = True) -> None:
     """
     models = config.models
 
-    def look(key: str, section: Stored | Weights, refuse: Callable[[str, str | None], None]) -> None:
+    def look(key: str, section: Stored | WeightsSection, refuse: Callable[[str, str | None], None]) -> None:
         with naming(key, section.path):
             if not is_file(section.path) and (download or holds_weights(Path(resolve(section.path)))):
                 refuse(section.path, section.variant)
@@ -114,7 +114,7 @@ def refuse_weights(config: Config, *, download: bool = True) -> None:
         look("models.decoder", models.decoder, refuse_stored)
     if config.prompts.embeddings is None:
         for name, section in models:
-            if isinstance(section, TextEncoder):
+            if isinstance(section, TextEncoderSection):
                 look(f"models.{name}", section, refuse_stored_text)
 
 

@@ -20,7 +20,7 @@ from diffpp_fast.training.build.networks import Networks, Trained, refuse_weight
 from diffpp_fast.training.build.precision import compute_dtype, precise
 from diffpp_fast.training.build.schedule import load_checked_schedule, load_run_schedule, make_generator, make_method
 from diffpp_fast.training.build.text import Text, open_text
-from diffpp_fast.training.config import Config, Decoder, Reward
+from diffpp_fast.training.config import Config, Decoder, RewardSection
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.inputs import digest_of, public
 from diffpp_fast.training.phases import Phases
@@ -194,7 +194,7 @@ def _load_decoder(config: Config, section: Decoder, device: torch.device) -> nn.
 
 
 def _load_reward(
-    key: str, reward: Reward | None, decoder: Callable[[torch.Tensor], torch.Tensor] | None, device: torch.device
+    key: str, reward: RewardSection | None, decoder: Callable[[torch.Tensor], torch.Tensor] | None, device: torch.device
 ) -> LatentReward | None:
     if reward is None:
         return None

@@ -98,7 +98,7 @@ def _load_one(models: config.Models, facts: Mapping[str, Any]) -> TextEncoder:
     )
 
 
-def _load_encoder(key: str, section: config.TextEncoder, *, projection: bool = False) -> tuple[nn.Module, Any]:
+def _load_encoder(key: str, section: config.TextEncoderSection, *, projection: bool = False) -> tuple[nn.Module, Any]:
     with naming(key, section.path):
         model = load_text_model(section.path, _dtype(section), projection=projection, variant=section.variant)
     where = section.tokenizer or section.path
@@ -106,7 +106,7 @@ def _load_encoder(key: str, section: config.TextEncoder, *, projection: bool = F
         return model, load_tokenizer(where, model)
 
 
-def _load_two(models: config.Models, second: config.TextEncoder) -> DualTextEncoder:
+def _load_two(models: config.Models, second: config.TextEncoderSection) -> DualTextEncoder:
     first = models.text_encoder
     if first.mask_padding or second.mask_padding:
         raise ConfigurationError("models.text_encoder.mask_padding: Stable Diffusion XL attends to padding")
@@ -139,7 +139,7 @@ def _digests(models: config.Models, encoder: TextEncoder | DualTextEncoder) -> d
     return digests
 
 
-def _dtype(section: config.TextEncoder) -> torch.dtype:
+def _dtype(section: config.TextEncoderSection) -> torch.dtype:
     # A prompt is encoded once and kept: what float32 costs here is memory alone.
     dtype: torch.dtype = getattr(torch, "float32" if section.dtype == "auto" else section.dtype)
     return dtype

@@ -65,7 +65,7 @@ def measure_states(device: torch.device, *, small: bool, samples: int = 1) -> li
     network = _unet(small).to(device)
     parameters = dict(network.named_parameters())
     engine = PlainEngine(
-        "generator", network, parameters, config.Optimizer(lr=1e-6), 1, World.alone(device), config.Ema()
+        "generator", network, parameters, config.Optimizer(lr=1e-6), 1, World.alone(device), config.EmaSection()
     )
     condition = conditioning(network, models, samples)
     inputs = torch.randn(samples, 4, side, side, device=device), torch.zeros(samples, dtype=torch.int64, device=device)

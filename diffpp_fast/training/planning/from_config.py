@@ -17,7 +17,7 @@ from diffpp_fast.training.build.agreement import refuse_misfits, text_length
 from diffpp_fast.training.build.checks import naming
 from diffpp_fast.training.build.precision import compute_dtype
 from diffpp_fast.training.build.schedule import load_checked_schedule
-from diffpp_fast.training.config import Config, TextEncoder
+from diffpp_fast.training.config import Config, TextEncoderSection
 from diffpp_fast.training.planning.models import Models, Recipe
 from diffpp_fast.training.planning.rewards import TOWERS, Towers
 from diffpp_fast.training.planning.setup import Lora, Setup, Trained, Zero
@@ -50,8 +50,8 @@ def setup_of(config: Config, gpus: int = 1) -> Setup:
         held_out=_towers(config.rewards.held_out),
         method=config.method.name,
         guided=config.method.guidance_scale != 1.0,
-        fake_guided=(config.method.fake_guidance_scale or 1.0) != 1.0,
-        guidance_outside=config.method.guidance == "outside",
+        fake_guided=getattr(config.method, "fake_guidance_scale", 1.0) != 1.0,
+        guidance_outside=getattr(config.method, "guidance", "inside") == "outside",
         fake_rounds=config.method.fake_rounds,
     )
 
@@ -92,7 +92,7 @@ def _facts(key: str, path: str) -> Mapping[str, Any]:
         return read_config(path)
 
 
-def _text_encoder(key: str, section: TextEncoder) -> tuple[Recipe, int, str]:
+def _text_encoder(key: str, section: TextEncoderSection) -> tuple[Recipe, int, str]:
     """A text encoder in transformers' format, the bytes of an element of its weights, and what kind it is."""
     from transformers import AutoConfig, AutoModelForTextEncoding, CLIPTextModelWithProjection
 
