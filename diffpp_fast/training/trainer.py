@@ -18,7 +18,7 @@ from diffpp_fast.methods import Batch, StepOutput
 from diffpp_fast.training.baseline import Baseline, measure_baseline, read_baseline, write_baseline
 from diffpp_fast.training.batches import Batches, MicroBatch
 from diffpp_fast.training.build import build_run
-from diffpp_fast.training.build.embeddings import open_embeddings
+from diffpp_fast.training.build.text import open_embeddings
 from diffpp_fast.training.callbacks import Callback, Environment, describe_environment, standard_callbacks
 from diffpp_fast.training.checkpoint import Checkpoints, read_scores
 from diffpp_fast.training.config import Config, EmaSection
