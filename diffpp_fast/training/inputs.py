@@ -120,7 +120,7 @@ def refuse_changed_inputs(
     if refused:
         raise CheckpointError(
             f"{folder} was computed with other inputs: the content of {' and '.join(INPUTS[name] for name in refused)} "
-            "has changed, though not the path. Put back what was there; or go on with what is there now: "
+            "has changed. Put back what was there; or go on with what is there now: "
             f"--accept-changed {','.join(refused)}"
         )
 
