@@ -130,7 +130,7 @@ def _known_run(arguments: argparse.Namespace) -> PlannedRun:
         changes[f"models.{role}.lora"] = None if chosen["lora"] is None else {"rank": chosen["lora"]}
     if chosen["latent"] is not None:
         changes["models.latent_shape"] = (4, chosen["latent"], chosen["latent"])
-    changes |= _reward(chosen["reward"])
+    changes |= _reward(str(chosen["reward"]))
     config = known_config(arguments.model, changes)
     return PlannedRun(config, KNOWN[arguments.model], arguments.gpus)
 

@@ -265,8 +265,8 @@ def _fields(annotation: Any) -> dict[str, FieldInfo]:
 
 def _keys_of_some(annotation: Any) -> set[str]:
     """The keys that some members of a union have and others don't."""
-    members = [set(section.model_fields) for section in _sections(annotation)]
-    return set.union(*members) - set.intersection(*members) if members else set()
+    members: list[set[str]] = [set(section.model_fields) for section in _sections(annotation)]
+    return set().union(*members) - members[0].intersection(*members) if members else set()
 
 
 def _fields_on_the_way(key: str) -> list[FieldInfo]:

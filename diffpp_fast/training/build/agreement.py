@@ -74,8 +74,11 @@ def refuse_misfits(config: Config, text: TextFacts | None = None) -> None:
     """
     models = config.models
     inputs = refuse_denoisers(config)
-    if models.size_conditions != SizeConditions() and (why := idle_keys(config).get("models.size_conditions")):
-        raise ConfigurationError(f"models.size_conditions has no effect: {why}. Remove it")
+    if models.size_conditions != SizeConditions() and not _is_told_sizes(models):
+        raise ConfigurationError(
+            f"models.size_conditions has no effect: the network in models.reference ({models.reference.path}) is not "
+            "told sizes as those of Stable Diffusion XL and of PixArt at 1024 are. Remove it"
+        )
     if models.decoder is not None:
         _check_decoder(config)
     with naming("models.scheduler", models.scheduler.path):
@@ -95,31 +98,31 @@ def refuse_misfits(config: Config, text: TextFacts | None = None) -> None:
             agree(key, "channels of pooled text", wanted.pooled, "models.text_encoder_2", text.pooled_width or 0)
 
 
-def idle_keys(config: Config) -> dict[str, str]:
-    """Return the keys, and sections, that change nothing in a run of the other keys, each with the reason."""
-    method = config.method
-    idle = {}
-    if not method.guided:
-        unguided = "nothing is computed without prompt, for method.guidance_scale is 1 and method.prompt_dropout 0"
-        idle = {"models.negative_prompt": unguided, "models.empty_prompt": unguided}
-    if method.guidance_scale == 1.0:
-        idle["method.guidance_rescale"] = "method.guidance_scale is 1, so there is no guided output"
-    if not _is_told_sizes(config.models):
-        idle["models.size_conditions"] = (
-            f"the network in models.reference ({config.models.reference.path}) is not told sizes as those of Stable "
-            "Diffusion XL and of PixArt at 1024 are"
-        )
-    return idle
+def idle_keys(config: Config) -> list[str]:
+    """Return the keys, and sections, that change nothing in a run of the other keys."""
+    told_sizes = _is_told_sizes(config.models)
+    return [*_idle_without_guidance(config), *([] if told_sizes else ["models.size_conditions"])]
 
 
 def idle_sentences(config: Config) -> list[str]:
-    """Return a sentence for each key that a configuration gives without effect."""
+    """Return a sentence for each key of guidance that a configuration gives without effect."""
     given = {
         "models.negative_prompt": config.models.negative_prompt is not None,
         "models.empty_prompt": config.models.empty_prompt != "auto",
         "method.guidance_rescale": config.method.guidance_rescale != 0.0,
     }
-    return [f"{key} has no effect: {why}" for key, why in idle_keys(config).items() if given.get(key, False)]
+    return [f"{key} has no effect: {why}" for key, why in _idle_without_guidance(config).items() if given[key]]
+
+
+def _idle_without_guidance(config: Config) -> dict[str, str]:
+    """The keys that nothing reads for lack of guidance, each with the reason."""
+    idle = {}
+    if not config.method.guided:
+        why = "nothing is computed without prompt, for method.guidance_scale is 1 and method.prompt_dropout 0"
+        idle = {"models.negative_prompt": why, "models.empty_prompt": why}
+    if config.method.guidance_scale == 1.0:
+        idle["method.guidance_rescale"] = "method.guidance_scale is 1, so there is no guided output"
+    return idle
 
 
 def _is_told_sizes(models: Models) -> bool:

@@ -398,12 +398,14 @@ class _MetaNetworks:
                     book.gpu.leave_out(layer)
         low = torch.bfloat16
         generator = make_generator(self.config, denoisers["generator"], schedule)
-        roles = {
-            "generator": book.network("generator", generator, self._computes_in("generator") == low),
-            "fake": book.network("fake", denoisers["fake"], self._computes_in("fake") == low),
-            "reference": book.network("reference", denoisers["reference"], self.reference_dtype == low),
-        }
-        return make_method(self.config, *roles.values(), schedule, self._reward(book))
+        return make_method(
+            self.config,
+            book.network("generator", generator, self._computes_in("generator") == low),
+            book.network("fake", denoisers["fake"], self._computes_in("fake") == low),
+            book.network("reference", denoisers["reference"], self.reference_dtype == low),
+            schedule,
+            self._reward(book),
+        )
 
     def _reward(self, book: _Book) -> Callable[[Tensor, Any], Tensor] | None:
         if self.scorer is None or self.decoder is None or not METHODS[self.config.method.name].takes_reward:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffpp_fast.terminal import printable
+from diffpp_fast.training.build import idle_sentences
 from diffpp_fast.training.planning import timing
 from diffpp_fast.training.planning.architectures import towers_of
 from diffpp_fast.training.planning.plan import KINDS, ROLES, STEP, TRAINED, RunPlan, Saving
@@ -37,6 +38,7 @@ def assumptions(plan: RunPlan) -> list[str]:
     said = []
     if config.device == "cpu":
         said.append(f"device is cpu, of which nothing is known here: this is the plan for a GPU, {plan.gpu.name}.")
+    said += [f"{sentence}." for sentence in idle_sentences(config)]
     said += [
         "Activations and operations were counted by running the method on networks without numbers (meta); weights, "
         "gradients, optimizer and average follow from the sizes of tensors.",
