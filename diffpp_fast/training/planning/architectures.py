@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from diffpp_fast.schedule import NoiseSchedule
 from diffpp_fast.training.build import load_checked_schedule, naming, refuse_misfits, text_length
 from diffpp_fast.training.config import Config, RewardSection, TextEncoderSection
 from diffpp_fast.training.loading import make_config, with_keys
+from diffpp_fast.training.yaml_files import read_yaml
 
 #: Makes a network, in float32; to be called where meta is the default device.
 Recipe = Callable[[], nn.Module]
@@ -137,123 +139,40 @@ def conditioning(network: Any, architectures: Architectures, samples: int) -> Co
     return Conditioning(("",) * samples, tensors)
 
 
-# Known models, as their configurations on the hub have them; what is not written is diffusers' default.
-
-_VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-}
-_CLIP_L: dict[str, Any] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-}
-_CLIP_BIG_G: dict[str, Any] = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-    "hidden_act": "gelu",
-}
-_SDXL: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-_T5_XXL: dict[str, Any] = {
-    "d_model": 4096,
-    "d_ff": 10240,
-    "d_kv": 64,
-    "num_layers": 24,
-    "num_heads": 64,
-    "vocab_size": 32128,
-    "feed_forward_proj": "gated-gelu",
-}
+_STORED: dict[str, Any] = read_yaml(Path(__file__).with_name("known.yaml"))
 
 
-def _diffusers(name: str, **settings: Any) -> Recipe:
-    def make() -> nn.Module:
-        import diffusers
-
-        network: nn.Module = getattr(diffusers, name)(**settings)
-        return network
-
-    return make
-
-
-def _transformers(name: str, configuration: str, **settings: Any) -> Recipe:
-    def make() -> nn.Module:
-        import transformers
-
-        network: nn.Module = getattr(transformers, name)(getattr(transformers, configuration)(**settings))
-        return network
-
-    return make
+def _known(facts: Mapping[str, Any]) -> Architectures:
+    denoiser = partial(build_network, facts["denoiser"], facts["name"])
+    return Architectures(
+        facts["name"],
+        reference=denoiser,
+        generator=denoiser,
+        fake=denoiser,
+        decoder=partial(build_network, facts["decoder"], facts["name"]),
+        text_encoders=tuple((partial(_build_text, text), facts["text_bytes"]) for text in facts["text_encoders"]),
+        schedule=partial(_build_schedule, facts["schedule"]),
+        tokens=facts["tokens"],
+        masked=facts.get("masked", False),
+    )
 
 
-def _schedule(**settings: Any) -> Callable[[], NoiseSchedule]:
-    def make() -> NoiseSchedule:
-        from diffusers import DDPMScheduler
+def _build_text(facts: Mapping[str, Any]) -> nn.Module:
+    import transformers
 
-        return NoiseSchedule.from_diffusers(DDPMScheduler(**settings))
-
-    return make
-
-
-def _known(name: str, denoiser: Recipe, **rest: Any) -> Architectures:
-    return Architectures(name, denoiser, denoiser, denoiser, **rest)
+    (name,) = facts["architectures"]
+    network: nn.Module = getattr(transformers, name)(transformers.AutoConfig.for_model(**facts))
+    return network
 
 
-_STABLE = _schedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-_FLOAT32, _HALF = 4, 2
+def _build_schedule(facts: Mapping[str, Any]) -> NoiseSchedule:
+    from diffusers import DDPMScheduler
 
-KNOWN = {
-    "sd15": _known(
-        "Stable Diffusion 1.5",
-        _diffusers("UNet2DConditionModel", cross_attention_dim=768, sample_size=64),
-        decoder=_diffusers("AutoencoderKL", **_VAE, sample_size=512),
-        text_encoders=((_transformers("CLIPTextModel", "CLIPTextConfig", **_CLIP_L), _FLOAT32),),
-        schedule=_STABLE,
-        tokens=77,
-    ),
-    "sdxl": _known(
-        "Stable Diffusion XL",
-        _diffusers("UNet2DConditionModel", **_SDXL),
-        decoder=_diffusers("AutoencoderKL", **_VAE, sample_size=1024, scaling_factor=0.13025),
-        text_encoders=(
-            (_transformers("CLIPTextModel", "CLIPTextConfig", **_CLIP_L), _FLOAT32),
-            (_transformers("CLIPTextModelWithProjection", "CLIPTextConfig", **_CLIP_BIG_G), _FLOAT32),
-        ),
-        schedule=_STABLE,
-        tokens=77,
-    ),
-    "pixart": _known(
-        "PixArt-alpha 512",
-        _diffusers("PixArtTransformer2DModel", caption_channels=4096, sample_size=64),
-        decoder=_diffusers("AutoencoderKL", **_VAE, sample_size=512),
-        text_encoders=((_transformers("T5EncoderModel", "T5Config", **_T5_XXL), _HALF),),
-        schedule=_schedule(beta_start=0.0001, beta_end=0.02),
-        tokens=120,
-        masked=True,
-    ),
-}
+    return NoiseSchedule.from_diffusers(DDPMScheduler(**facts))
 
 
-#: Side of a known model's latents, and the generator's time.
-SIDES = {"sd15": 64, "sdxl": 128, "pixart": 64}
-TIMESTEPS = {"sd15": 625, "sdxl": 399, "pixart": 440}
+#: By the names that `--model` takes.
+KNOWN = {name: _known(facts) for name, facts in _STORED["models"].items()}
 
 
 def known_config(name: str, changes: Mapping[str, Any]) -> Config:
@@ -266,6 +185,7 @@ def known_config(name: str, changes: Mapping[str, Any]) -> Config:
     """
     if name not in KNOWN:
         raise ConfigurationError(f"--model: there is no {name!r}; known: {', '.join(KNOWN)}, or give a configuration")
+    facts = _STORED["models"][name]
     folders = {key: {"path": f"{name}/{key}"} for key in ("text_encoder", "scheduler", "reference", "decoder")}
     data = {
         "output": "runs/plan",
@@ -273,8 +193,8 @@ def known_config(name: str, changes: Mapping[str, Any]) -> Config:
         "prompts": {"path": "prompts.txt"},
         "models": {
             **folders,
-            "latent_shape": (4, SIDES[name], SIDES[name]),
-            "generator": {"timestep": TIMESTEPS[name]},
+            "latent_shape": (4, facts["side"], facts["side"]),
+            "generator": {"timestep": facts["timestep"]},
         },
         # Of the weightings one that no schedule can make infinite: all cost the same.
         "method": {"name": "diff_instruct_pp", "guidance_scale": 2.0, "weighting": "unit"},
@@ -287,24 +207,6 @@ def known_config(name: str, changes: Mapping[str, Any]) -> Config:
 
 # Reward models, by the names of `diffpp_fast.rewards`.
 
-#: openai/clip-vit-large-patch14.
-VIT_L_14: dict[str, Any] = {
-    "vision_config": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-        "image_size": 224,
-    },
-    "text_config": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_attention_heads": 12,
-        "projection_dim": 768,
-    },
-    "projection_dim": 768,
-}
 #: By reward: what scores. Rewards with the same towers share them where `diffpp_fast.rewards.mixture` does.
 TOWERS = {
     "pickscore": "PickScore's ViT-H/14",
@@ -366,7 +268,7 @@ class Scorer(nn.Module):
         makers: dict[str, Callable[[bool], nn.Module]] = {
             TOWERS["pickscore"]: lambda checkpoint: _ClipScore(VIT_H_14, checkpoint),
             TOWERS["hpsv2"]: lambda checkpoint: _ClipScore(VIT_H_14, checkpoint),
-            TOWERS["clip"]: lambda checkpoint: _ClipScore(VIT_L_14, checkpoint),
+            TOWERS["clip"]: lambda checkpoint: _ClipScore(_STORED["vit_l_14"], checkpoint),
             TOWERS["imagereward"]: _ImageReward,
         }
         with torch.device("meta"):
