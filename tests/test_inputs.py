@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from diffpp_fast.cli.main import main
 from diffpp_fast.methods import Batch, StepOutput
 from diffpp_fast.training import CheckpointError, Config, ConfigurationError, NonFiniteError, Trainer, load_config
-from diffpp_fast.training.build import idle_sentences, refuse_misfits
+from diffpp_fast.training.build.agreement import idle_sentences, refuse_misfits
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.inputs import digest_of, refuse_unequal_inputs
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpp_fast.errors import CheckpointError
-from diffpp_fast.training.build import idle_keys
+from diffpp_fast.training.build.agreement import idle_keys
 from diffpp_fast.training.checkpoint import write_json
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.distributed import World

@@ -22,7 +22,8 @@ from diffpp_fast.rewards.scores import IMAGEREWARD
 from diffpp_fast.rewards.text import need_ftfy
 from diffpp_fast.rewards.towers import SelfAttention, TextAttention, recompute
 from diffpp_fast.schedule import NoiseSchedule
-from diffpp_fast.training.build import load_checked_schedule, naming, refuse_misfits, text_length
+from diffpp_fast.training.build.agreement import naming, refuse_misfits, text_length
+from diffpp_fast.training.build.run import load_checked_schedule
 from diffpp_fast.training.config import Config, RewardSection, TextEncoderSection
 from diffpp_fast.training.loading import make_config, with_keys
 from diffpp_fast.training.yaml_files import read_yaml

@@ -18,7 +18,8 @@ from diffpp_fast.methods import METHODS, Batch, Method
 from diffpp_fast.networks import Denoiser, FrozenDecoder, fuse
 from diffpp_fast.networks.last_layer import WideConv2d, WideLinear
 from diffpp_fast.networks.lora import inject
-from diffpp_fast.training.build import compute_dtype, make_generator, make_method
+from diffpp_fast.training.build.networks import compute_dtype
+from diffpp_fast.training.build.run import make_generator, make_method
 from diffpp_fast.training.config import Config, Lora
 from diffpp_fast.training.planning.architectures import (
     Architectures,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffpp_fast.terminal import printable
-from diffpp_fast.training.build import idle_sentences
+from diffpp_fast.training.build.agreement import idle_sentences
 from diffpp_fast.training.planning import timing
 from diffpp_fast.training.planning.architectures import towers_of
 from diffpp_fast.training.planning.plan import KINDS, ROLES, STEP, TRAINED, RunPlan, Saving

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.training.build import compute_dtype, stored_weights
+from diffpp_fast.training.build.networks import compute_dtype, stored_weights
 from diffpp_fast.training.config import Config, Zero
 from diffpp_fast.training.planning.architectures import Architectures
 from diffpp_fast.training.planning.counting import Counted, NetworkSize
