@@ -94,11 +94,11 @@ def test_distributions_that_make_no_sense_are_refused(make: Any, message: str) -
 
 
 def test_configurations_know_every_distribution() -> None:
-    from diffpp_fast.training.config import Normal, Shifted, Uniform
+    from diffpp_fast.training.config import NormalTimes, ShiftedTimes, UniformTimes
 
     known = {
         name: {key for key in section.model_fields if key != "name"}
-        for section in (Uniform, Normal, Shifted)
+        for section in (UniformTimes, NormalTimes, ShiftedTimes)
         for name in get_args(section.model_fields["name"].annotation)
     }
     assert known == {name: set(getattr(kind, "__dataclass_fields__", ())) for name, kind in DISTRIBUTIONS.items()}

@@ -164,23 +164,23 @@ class Models(Section):
         return self
 
 
-class Uniform(Section):
+class UniformTimes(Section):
     name: Literal["uniform"]
 
 
-class Normal(Section):
+class NormalTimes(Section):
     name: Literal["log_normal", "logit_normal"]
     mean: float
     std: Annotated[float, Field(gt=0)]
 
 
-class Shifted(Section):
+class ShiftedTimes(Section):
     name: Literal["shifted"]
     shift: Annotated[float, Field(gt=0)]
 
 
 #: How often each diffusion time is drawn; `diffpp_fast.methods.times` has the formulas.
-TimesSection = Annotated[Uniform | Normal | Shifted, Field(discriminator="name")]
+TimesSection = Annotated[UniformTimes | NormalTimes | ShiftedTimes, Field(discriminator="name")]
 
 
 class MethodSection(Section):

@@ -187,7 +187,7 @@ def _insert(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
 
 
 def _anchor(data: dict[str, Any], folder: Path) -> None:
-    """Makes the input paths in a raw configuration absolute, in place; a path of prompts becomes a section."""
+    """Make the input paths in a raw configuration absolute, in place; a path of prompts becomes a section."""
     for section, key in ((data, "output"), (data.get("distributed"), "nvme_path")):
         if isinstance(section, dict) and isinstance(section.get(key), str):
             section[key] = _output_path(key, section[key])
@@ -373,7 +373,7 @@ def _belongs_to(key: str, location: Sequence[int | str]) -> str:
 
 
 def shorten(value: Any) -> str:
-    """A value as a message shows it: its beginning, where it is long."""
+    """Return a value as a message shows it: its beginning, where it is long."""
     shown = repr(value)
     return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
 

@@ -16,14 +16,14 @@ from diffpp_fast.training.config import Config, Models, SizeConditions, TextEnco
 
 
 def agree(role: str, what: str, number: int, other: str, expected: int) -> None:
-    """Raises ConfigurationError where two networks don't fit together."""
+    """Raise ConfigurationError where two networks don't fit together."""
     if number != expected:
         raise ConfigurationError(f"{role} has {number} {what}, {other} has {expected}")
 
 
 @contextmanager
 def naming(key: str, path: str | None = None) -> Iterator[None]:
-    """Names the configuration's key in the errors of whatever it is handed to."""
+    """Name the configuration's key in the errors that come up inside."""
     try:
         yield
     except ModuleNotFoundError as error:

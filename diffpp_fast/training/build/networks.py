@@ -42,13 +42,13 @@ class Autocast(nn.Module):
 
 
 def compute_dtype(wanted: Dtype, config: Config) -> torch.dtype:
-    """The dtype of a configuration's key; "auto" is the run's precision."""
+    """Return the dtype of a configuration's key; "auto" is the run's precision."""
     dtype: torch.dtype = getattr(torch, config.precision if wanted == "auto" else wanted)
     return dtype
 
 
 def precise(network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A network that computes in `dtype`, whatever its inputs and its weights are."""
+    """Return a network that computes in `dtype`, whatever its inputs and its weights are."""
     return network if dtype == torch.float32 else Autocast(network, dtype, device)
 
 
@@ -60,7 +60,7 @@ NEGLIGIBLE = 1e-3
 
 
 def refuse_known_faults(network: Any, *, fused: bool, device: torch.device) -> None:
-    """Raises ConfigurationError where torch.compile is known to give wrong gradients.
+    """Raise ConfigurationError where torch.compile is known to give wrong gradients.
 
     Inductor's code for the CPU in torch 2.13: the gradient of diffusers' UNets by everything before their upsampling is
     wrong, and loss and output are right. With fused blocks it is not.
@@ -82,7 +82,7 @@ def check_gradients(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Compares a compiled network's gradients with those of the same network in eager mode, once.
+    """Compare a compiled network's gradients with those of the same network in eager mode, once.
 
     It runs both forward and backward on one batch; what is compiled for it serves the run. Two gradients of the weights
     are in memory meanwhile.
@@ -168,7 +168,7 @@ class Trained:
     adapters: Adapters | None = None
 
     def active(self) -> AbstractContextManager[None]:
-        """Inside, the network computes as this role. To be held around the backward pass, too: under activation
+        """Inside, the network computes as this role. It belongs around the backward pass, too: under activation
         checkpointing it calls the network's blocks again."""
         return nullcontext() if self.adapters is None else self.adapters.active(self.role)
 

@@ -110,7 +110,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Run:
-    """All that a training run computes with.
+    """The parts that a training run computes with.
 
     Attributes:
         sampler: the generator with what surrounds it.
@@ -136,7 +136,7 @@ class Run:
 
 
 def build_sampler(config: Config, device: torch.device) -> Sampler:
-    """Loads the generator, the text encoders and the decoder.
+    """Load the generator, the text encoders and the decoder.
 
     Raises ConfigurationError for what can't be loaded and for networks whose shapes don't agree.
     """
@@ -153,7 +153,7 @@ def build_run(
     embeddings: EmbeddingCache | None = None,
     prompts: PromptSource | None = None,
 ) -> Run:
-    """Loads everything that a training run needs (collective, for the reference may be spread).
+    """Load everything that a training run needs (collective, for the reference may be spread).
 
     Args:
         config: of the run.
@@ -200,7 +200,7 @@ def build_run(
 
 
 def build_trained(config: Config, role: str, device: torch.device) -> Trained:
-    """Loads the network of one role and nothing else; raises like `build_sampler`."""
+    """Load the network of one role and nothing else; raises like `build_sampler`."""
     refuse_denoisers(config)
     return Networks(config, device).trained(role)
 
@@ -233,7 +233,7 @@ def _build_sampler(
 def _check_compiled(
     config: Config, world: World, text: Text, generator: Trained, fake: Trained, reference: nn.Module
 ) -> None:
-    """Compares the gradients that the run takes through compiled networks with those of eager mode."""
+    """Compare the gradients that the run takes through compiled networks with those of eager mode."""
     conditioning = text.null().expand(config.training.micro_batch or config.training.global_batch // world.size)
     dtype, shape = compute_dtype("auto", config), config.models.latent_shape
     for part in (generator, fake):

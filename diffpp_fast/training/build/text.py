@@ -33,7 +33,7 @@ from diffpp_fast.training.prompts.fingerprint import Seen, encoder_facts, refuse
 
 @dataclass(frozen=True)
 class Text:
-    """What gives prompts their conditioning: encoders in memory, or embeddings on the disk.
+    """The source of prompts' conditioning: encoders in memory, or embeddings on the disk.
 
     Attributes:
         encode: B prompts -> their conditioning, on the device.
@@ -52,7 +52,7 @@ def open_text(
     embeddings: EmbeddingCache | None = None,
     prompts: PromptSource | None = None,
 ) -> Text:
-    """The text encoders of a run with these prompts, or the embeddings in their place; raises like `load_text`."""
+    """Load the text encoders of a run, or take embeddings in their place; raises like `load_text`."""
     if embeddings is not None:
         return Text(embeddings, embeddings.null, {"embeddings": embeddings.digest})
     encoder, _ = load_text(models)
@@ -62,7 +62,7 @@ def open_text(
 
 
 def load_text(models: config.Models) -> tuple[TextEncoder | DualTextEncoder, TextFacts]:
-    """The text encoders of a run; what their output holds follows from the reference's `config.json`.
+    """Load the text encoders of a run; what their output holds follows from the reference's `config.json`.
 
     Raises ConfigurationError for what can't be loaded, and like `text_facts`.
     """
@@ -78,7 +78,7 @@ def load_text(models: config.Models) -> tuple[TextEncoder | DualTextEncoder, Tex
 
 
 def conditioning_facts(models: config.Models) -> dict[str, Any]:
-    """What a prompt's conditioning depends on besides the text encoders: the family, and settings that enter it."""
+    """Return the facts that conditioning depends on besides text encoders: the family, and settings that enter it."""
     with naming("models.reference", models.reference.path):
         facts = read_config(models.reference.path)
     two = facts.get("addition_embed_type") == "text_time"
@@ -174,7 +174,7 @@ def _picture_size(models: config.Models) -> tuple[int, int]:
 
 
 def open_embeddings(config: Config, prompts: PromptSource, device: torch.device) -> EmbeddingCache | None:
-    """The embeddings that a configuration names in `prompts.embeddings`; None where it names none.
+    """Open the embeddings that a configuration names in `prompts.embeddings`; None where it names none.
 
     Raises ConfigurationError for a cache of another encoder or of other prompts, for one that isn't complete, and for
     one without the grid's prompts; the message says what differs.
@@ -197,7 +197,7 @@ def open_embeddings(config: Config, prompts: PromptSource, device: torch.device)
 
 
 def embedding_facts(config: Config, prompts: PromptSource, seen: Mapping[str, Any]) -> dict[str, Any]:
-    """What embeddings of these prompts depend on, as it stands in a cache's manifest.
+    """Return the facts that embeddings of these prompts depend on, as they stand in a cache's manifest.
 
     Args:
         config: whose text encoders they are.
@@ -218,6 +218,6 @@ def embedding_facts(config: Config, prompts: PromptSource, seen: Mapping[str, An
 
 
 def listed_grid_prompts(config: Config) -> list[str]:
-    """The grid's prompts where the configuration lists them; others are among the run's own."""
+    """Return the grid's prompts where the configuration lists them; others are among the run's own."""
     wanted = config.training.grid_prompts
     return wanted if isinstance(wanted, list) else []

@@ -1,4 +1,4 @@
-"""What a run would need: memory by role and kind, operations and an estimate of time, before a weight is read."""
+"""The needs of a run: memory by role and kind, operations and an estimate of time, before a weight is read."""
 
 from diffpp_fast.training.planning.architectures import KNOWN, known_config
 from diffpp_fast.training.planning.plan import RunPlan, make_plan, run_of, savings

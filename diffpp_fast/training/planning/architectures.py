@@ -117,7 +117,7 @@ def parameters_of(module: nn.Module) -> int:
 
 
 def conditioning(network: Any, architectures: Architectures, samples: int) -> Conditioning:
-    """What a text encoder would hand to this network, on meta.
+    """Return, on meta, what a text encoder would hand to this network.
 
     Raises ConfigurationError for a network whose conditions are not known.
     """
@@ -223,7 +223,7 @@ IMAGEREWARD_TOKENS = 35
 
 @dataclass(frozen=True)
 class Towers:
-    """What scores the images.
+    """The networks that score images.
 
     Attributes:
         names: of `TOWERS`; none where the reward's own network is not known.

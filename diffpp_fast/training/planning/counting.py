@@ -157,7 +157,7 @@ class Ledger(TorchDispatchMode):
         self._known: dict[int, weakref.finalize[Any, Any]] = {}
 
     def restart(self) -> None:
-        """Forgets the peak; what is alive now is the least that the next one can be."""
+        """Forget the peak; what is alive now is the least that the next one can be."""
         self.peak, self.at_peak = self._total, Counter(self.alive)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -204,7 +204,7 @@ def _key(tensor: Tensor) -> int:
 
 
 class GpuKernels:
-    """What a GPU does and meta does not: fused attention, which keeps no table of weights, and autocast.
+    """Kernels for meta as a GPU has them: fused attention, which keeps no table of weights, and autocast.
 
     torch has no autocast for meta, and takes the unfused attention there. While `active`, these operators have kernels
     for meta that do as on a GPU, also where a backward pass recomputes.
@@ -324,7 +324,7 @@ class _Book:
         self.enter("", update)
 
     def enter(self, name: str, owner: str, *, recomputed: bool = False) -> None:
-        """What comes now is the phase `name`; what it allocates is `owner`'s. Without a name it belongs to no phase.
+        """Begin the phase `name`, whose allocations are `owner`'s. What follows an empty name belongs to no phase.
 
         Args:
             recomputed: autocast, for what a backward pass computes again.
@@ -339,7 +339,7 @@ class _Book:
         self.gpu.recompute(recomputed)
 
     def network(self, role: str, call: nn.Module, autocast: bool) -> Callable[..., Tensor]:
-        """A network whose calls are a phase; arithmetic between them goes to the phase before and to the update.
+        """Return a network whose calls are a phase; arithmetic between them goes to the phase before and to the update.
 
         So is its backward pass, where it has one of its own before the update's.
         """

@@ -29,7 +29,7 @@ MOST_CHANGES = 6
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run needs.
+    """The memory and the time that a run needs.
 
     Attributes:
         memory: bytes on one GPU by role and kind, at the peak.
@@ -121,7 +121,7 @@ def _count(config: str, architectures: Architectures, low_weights: tuple[str, ..
 
 
 def _passing(role: str, state: NetworkState, phase: Phase) -> dict[str, int]:
-    """What a role holds in a phase only, by kind.
+    """Return the bytes that a role holds in a phase only, by kind.
 
     An update's gradients are there from its first backward pass to its end: with several micro-batches in all of its
     phases, so they are counted in all of them.

@@ -24,7 +24,7 @@ PROCESS = 0.6 * GIB
 
 
 def verdict(plan: RunPlan) -> str:
-    """Whether it fits, and by how much."""
+    """Say whether it fits, and by how much."""
     where = f"fits in {plan.gpu.memory:g} GiB ({plan.gpu.name})"
     if plan.spare >= 0:
         return f"{where}: yes, {plan.spare / GIB:.1f} GiB to spare"
@@ -32,7 +32,7 @@ def verdict(plan: RunPlan) -> str:
 
 
 def assumptions(plan: RunPlan) -> list[str]:
-    """What the numbers rest on, in sentences."""
+    """Return what the numbers rest on, in sentences."""
     run, time = plan.run, plan.time
     config, stages = run.config, [run.zero(role).stage for role in TRAINED]
     said = []
@@ -73,7 +73,7 @@ def assumptions(plan: RunPlan) -> list[str]:
 
 
 def print_plan(plan: RunPlan, advice: list[Saving], console: Console) -> None:
-    """Tables on a terminal, plain columns elsewhere."""
+    """Print tables on a terminal, plain columns elsewhere."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -143,7 +143,7 @@ def print_plan(plan: RunPlan, advice: list[Saving], console: Console) -> None:
 
 
 def as_data(plan: RunPlan, advice: list[Saving]) -> dict[str, Any]:
-    """The plan for machines: bytes, operations, seconds."""
+    """Return the plan for machines: bytes, operations, seconds."""
     run, time = plan.run, plan.time
     return {
         "model": run.architectures.name,

@@ -71,7 +71,7 @@ class PlannedRun:
 
     @property
     def reference_calls(self) -> int:
-        """In a generator's update, for each micro-batch."""
+        """Calls of the reference in a generator's update, for each micro-batch."""
         method = self.config.method
         # Decoupled DMD asks for the output with the prompt at both of its noise levels.
         guided = (method.guidance_scale != 1.0) * (2 if method.name == "decoupled_dmd" else 1)
@@ -79,7 +79,7 @@ class PlannedRun:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That networks are computed in."""
+        """The dtype that networks compute in."""
         return compute_dtype("auto", self.config)
 
     @property
@@ -135,7 +135,7 @@ class NetworkState:
 
     @property
     def resident(self) -> int:
-        """What is there all the time."""
+        """The bytes that are there all the time."""
         return self.weights + self.master + self.optimizer + self.ema
 
 

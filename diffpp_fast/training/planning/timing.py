@@ -38,7 +38,7 @@ GPUS = {
 
 
 def gpu_named(name: str) -> Gpu:
-    """Raises ConfigurationError for another name."""
+    """Return a GPU by its name; raises ConfigurationError for another one."""
     if name not in GPUS:
         raise ConfigurationError(f"--gpu: there is no {name!r}; known: {', '.join(GPUS)}")
     return GPUS[name]
