@@ -31,7 +31,7 @@ class PlainEngine(ShardedEngine):
         settings: config.Optimizer,
         updates_in_all: int,
         world: World,
-        ema: config.Ema | None = None,
+        ema: config.EmaSection | None = None,
     ) -> None:
         self._join(world, parameters)
         for parameter in parameters.values():

@@ -65,7 +65,7 @@ class ShardedEngine:
         world: World,
         shards: Shards,
         optimizer: torch.optim.Optimizer,
-        ema: config.Ema | None,
+        ema: config.EmaSection | None,
     ) -> None:
         self.role = role
         self.network = network
