@@ -84,7 +84,7 @@ test-oldest:
 	cd $(OLDEST) && env -u PYTHONPATH $(MAKE) gpu-check REHEARSE=1 PYTHON=$(OLDEST_BIN)/python
 	$(OLDEST_RUN) $(OLDEST_BIN)/python setup.py --quiet build_ext --inplace
 	$(OLDEST_RUN) $(OLDEST_BIN)/python -m pytest $(WORKERS) -m "not slow" $(addprefix tests/,$(OLDEST_TESTS))
-	$(OLDEST_RUN) $(OLDEST_BIN)/python -m diffpp_fast.bench.gpu_build $(if $(shell command -v nvcc),,--no-csrc)
+	$(OLDEST_RUN) $(OLDEST_BIN)/python -m benchmarks.gpu_build $(if $(shell command -v nvcc),,--no-csrc)
 	env -u PYTHONPATH $(OLDEST_BIN)/python -m pytest tests/test_packaging.py tests/test_build.py
 	DIFFPP_FAST_CUDA=0 $(OLDEST_310)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall ./$(OLDEST)
 	cd $(OLDEST)/tests && env -u PYTHONPATH $(OLDEST_310)/python installed.py && $(OLDEST_310)/diffpp-fast --help > /dev/null
@@ -116,11 +116,11 @@ emulate: $(READY)
 # BUDGET=write records what the kernels take now.
 BUDGET ?= check
 gpu-build: $(LIBRARY)
-	env -u TRITON_INTERPRET $(BIN)/python -m diffpp_fast.bench.gpu_build --budget $(BUDGET)
+	env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.gpu_build --budget $(BUDGET)
 
 # A machine with a GPU may have no network: where PYTHON has what it takes, that is used as it is. Options: GPU_CHECK.
 GPU_READY := import torch, triton, sys; sys.exit(not (torch.cuda.is_available() or "$(REHEARSE)"))
-GPU_RUN := -m diffpp_fast.bench.gpu_check $(if $(REHEARSE),--rehearse) $(GPU_CHECK)
+GPU_RUN := -m benchmarks.gpu_check $(if $(REHEARSE),--rehearse) $(GPU_CHECK)
 gpu-check:
 	if $(PYTHON) -c '$(GPU_READY)' 2> /dev/null; then PYTHONPATH=.:$$PYTHONPATH $(PYTHON) $(GPU_RUN); \
 	else $(MAKE) setup && $(BIN)/python $(GPU_RUN); fi

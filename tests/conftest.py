@@ -1,8 +1,10 @@
 """What every test starts from, and the two rules they share: one for low precision, one for memory layouts."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,11 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads this when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# `benchmarks` is not installed with the package. Last, so that the package under test stays the one that is.
+ROOT = str(Path(__file__).parent.parent)
+sys.path.append(ROOT)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), ROOT)))
 
 import hypothesis
 import pytest

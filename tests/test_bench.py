@@ -1,4 +1,4 @@
-"""`diffpp-fast bench kernels`: its cases, its gate, its statistics, and what it writes."""
+"""`python -m benchmarks kernels`: its cases, its gate, its statistics, and what it writes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import machine, providers
+from benchmarks.__main__ import main
+from benchmarks.cases import Case, all_cases, choose
+from benchmarks.gate import Gate, standard_normal
+from benchmarks.memory import peak_of_released, peak_temporary_bytes
+from benchmarks.operators import make_inputs, result_names
+from benchmarks.providers import Provider
+from benchmarks.results import compare
+from benchmarks.run import Record
+from benchmarks.tables import text_table
+from benchmarks.timing import LEAST_ROUNDS, ROUNDS, Contender, Timing, interleave
 from diffpp_fast import provenance
-from diffpp_fast.bench import machine, providers
-from diffpp_fast.bench.cases import Case, all_cases, choose
-from diffpp_fast.bench.gate import Gate, standard_normal
-from diffpp_fast.bench.memory import peak_of_released, peak_temporary_bytes
-from diffpp_fast.bench.operators import make_inputs, result_names
-from diffpp_fast.bench.providers import Provider
-from diffpp_fast.bench.results import compare
-from diffpp_fast.bench.run import Record
-from diffpp_fast.bench.tables import text_table
-from diffpp_fast.bench.timing import LEAST_ROUNDS, ROUNDS, Contender, Timing, interleave
-from diffpp_fast.cli.main import main
 from diffpp_fast.kernels import dispatch
 from diffpp_fast.kernels.reference.prediction import PREDICTION_TYPES
 
@@ -307,14 +307,14 @@ def test_rows_that_lose_to_eager_or_compile_are_marked() -> None:
 
 # The command
 
-QUICK = ["bench", "kernels", "--no-compile", "--min-time", "0.001", "--threads", "1"]
+QUICK = ["kernels", "--no-compile", "--min-time", "0.001", "--threads", "1"]
 PAGE = """# Performance
 
 Before.
 
-<!-- diffpp-fast bench kernels, cpu: begin -->
+<!-- python -m benchmarks kernels, cpu: begin -->
 old
-<!-- diffpp-fast bench kernels, cpu: end -->
+<!-- python -m benchmarks kernels, cpu: end -->
 
 After.
 """
@@ -421,7 +421,7 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
         (["--docs", "missing.md"], "--docs missing.md: No such file"),
         (
             ["--docs", "page.md"],
-            "write these two lines where they are to be:\n<!-- diffpp-fast bench",
+            "write these two lines where they are to be:\n<!-- python -m benchmarks",
         ),
         (["--out", "page.md"], "--out page.md: it is a file; name a folder"),
     ],
@@ -435,21 +435,21 @@ def test_what_the_user_can_mend_is_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("page.md").write_text("# No place for tables\n")
-    assert main(["bench", "kernels", "--device", "cpu", *arguments]) == 2
+    assert main(["kernels", "--device", "cpu", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "kernels", "--device", "cuda"]) == 2
+    assert main(["kernels", "--device", "cuda"]) == 2
     assert "--device cuda: PyTorch finds no GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--min-time", "0"], ["--ops", ","]])
 def test_what_is_no_argument_at_all(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit:
-        main(["bench", "kernels", *arguments])
+        main(["kernels", *arguments])
     assert exit.value.code == 2
 
 

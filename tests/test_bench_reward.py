@@ -1,4 +1,4 @@
-"""`diffpp-fast bench reward`: its gate, its phases, what it counts and what it writes."""
+"""`python -m benchmarks reward`: its gate, its phases, what it counts and what it writes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffpp_fast.bench import gpu_check, reward_path
-from diffpp_fast.bench.memory import kept_bytes
-from diffpp_fast.bench.reward_path import MODELS, PHASES, PROVIDERS, TOWERS, Networks, run_phases
-from diffpp_fast.bench.reward_path import Path as RewardPath
-from diffpp_fast.cli.main import main
+from benchmarks import gpu_check, reward_path
+from benchmarks.__main__ import main
+from benchmarks.memory import kept_bytes
+from benchmarks.reward_path import MODELS, PHASES, PROVIDERS, TOWERS, Networks, run_phases
+from benchmarks.reward_path import Path as RewardPath
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def plan(**changes: Any) -> reward_path.Plan:
 
 
 def run(out: Path, *arguments: str) -> int:
-    return main(["bench", "reward", "--model", "small", "--no-compile", "--rounds", "2", "--out", str(out), *arguments])
+    return main(["reward", "--model", "small", "--no-compile", "--rounds", "2", "--out", str(out), *arguments])
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -56,7 +56,7 @@ def test_phases_give_the_gradient_of_the_whole() -> None:
 
 def test_a_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
-    marks = [f"<!-- diffpp-fast bench reward, cpu-small: {edge} -->" for edge in ("begin", "end")]
+    marks = [f"<!-- python -m benchmarks reward, cpu-small: {edge} -->" for edge in ("begin", "end")]
     page.write_text(f"Before.\n{marks[0]}\nold\n{marks[1]}\nAfter.\n")
     assert run(tmp_path / "out", "--device", "cpu", "--docs", str(page)) == 0
     rows = rows_of(tmp_path / "out" / "reward-path-cpu-small.csv")

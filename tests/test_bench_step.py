@@ -1,4 +1,4 @@
-"""`diffpp-fast bench step`: gate, search for a batch, phases, what it writes, and its place in gpu-check."""
+"""`python -m benchmarks step`: gate, search for a batch, phases, what it writes, and its place in gpu-check."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffpp_fast.bench import gpu_check, step, step_tables
-from diffpp_fast.bench.fill import extrapolated, largest
-from diffpp_fast.bench.phases import PHASES, ROLES, WHOLE, Marks, no_time
-from diffpp_fast.bench.reward_path import TOWERS
-from diffpp_fast.bench.step import COMMON, OWN, Record, Results, Run
-from diffpp_fast.bench.step_gate import Oracle, complaints
-from diffpp_fast.bench.step_networks import Networks, Trained, resident_bytes, twin
-from diffpp_fast.bench.step_providers import PROVIDERS, Fused, Provider, Unfused, balanced_scale, differentiate
-from diffpp_fast.bench.timing import Timing
-from diffpp_fast.cli import bench
-from diffpp_fast.cli.main import main
+from benchmarks import gpu_check, step, step_tables
+from benchmarks.__main__ import add_subjects, main
+from benchmarks.fill import extrapolated, largest
+from benchmarks.phases import PHASES, ROLES, WHOLE, Marks, no_time
+from benchmarks.reward_path import TOWERS
+from benchmarks.step import COMMON, OWN, Record, Results, Run
+from benchmarks.step_gate import Oracle, complaints
+from benchmarks.step_networks import Networks, Trained, resident_bytes, twin
+from benchmarks.step_providers import PROVIDERS, Fused, Provider, Unfused, balanced_scale, differentiate
+from benchmarks.timing import Timing
 from diffpp_fast.methods import Batch
 
 CPU = torch.device("cpu")
 #: All that neither compiles nor wants much time.
 NAMES = ["eager", "eager-nhwc", "eager-checkpoint", "fused", "fused-nhwc", "fused-checkpoint"]
-MARKS = [f"<!-- diffpp-fast bench step, cpu-tiny: {edge} -->" for edge in ("begin", "end")]
+MARKS = [f"<!-- python -m benchmarks step, cpu-tiny: {edge} -->" for edge in ("begin", "end")]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,7 +54,7 @@ def plan(**changes: Any) -> step.Plan:
 
 def run(out: Path, *arguments: str) -> int:
     options = ["--model", "tiny", "--device", "cpu", "--no-compile", "--rounds", "2", "--out", str(out)]
-    return main(["bench", "step", *options, *arguments])
+    return main(["step", *options, *arguments])
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -422,8 +421,8 @@ def test_what_the_user_can_mend_is_said(
 @pytest.mark.parametrize("options", [*gpu_check.STEPS.values(), *gpu_check.REHEARSED_STEPS.values()], ids=" ".join)
 def test_what_gpu_check_asks_for_is_understood(options: tuple[str, ...]) -> None:
     parser = argparse.ArgumentParser()
-    bench.add_parser(parser.add_subparsers())
-    chosen = parser.parse_args(["bench", "step", *options])
+    add_subjects(parser.add_subparsers())
+    chosen = parser.parse_args(["step", *options])
     step.plan(chosen.model, device=CPU, batch=1, dtype=None, names=chosen.providers, compile=chosen.compile, rounds=5)
 
 
@@ -441,7 +440,7 @@ def test_gpu_check_measures_steps_alone_and_keeps_what_is_done(
     for _ in range(2):
         assert gpu_check.main(["--rehearse", "--steps-only", "--out", str(tmp_path)]) == 0
     (command,) = made
-    assert command[1:5] == ["-m", "diffpp_fast", "bench", "step"] and "tiny" in command
+    assert command[1:4] == ["-m", "benchmarks", "step"] and "tiny" in command
     said = capsys.readouterr().out
     assert said.count("the table\n") == 1 and "0 failures, 0 left out" in said
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from traffic import Traffic, cuda_launches, triton_traffic
 
+from benchmarks import operators
+from benchmarks.cases import FAMILIES, Case
 from diffpp_fast import use_backend
-from diffpp_fast.bench import operators
-from diffpp_fast.bench.cases import FAMILIES, Case
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,9 +15,9 @@ import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from benchmarks import blocks
+from benchmarks.blocks import saved_bytes
 from diffpp_fast import networks
-from diffpp_fast.bench import blocks
-from diffpp_fast.bench.blocks import saved_bytes
 
 F64 = torch.float64
 

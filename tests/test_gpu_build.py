@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from diffpp_fast.bench import gpu_build, variants
-from diffpp_fast.bench.gpu_build import BUDGET, Resources, Usage
+from benchmarks import gpu_build, variants
+from benchmarks.gpu_build import BUDGET, Resources, Usage
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.kernels import dispatch
 
@@ -54,7 +54,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "-m",
-        "diffpp_fast.bench.gpu_build",
+        "benchmarks.gpu_build",
         "--no-csrc",
         "--archs",
         "90",
@@ -73,7 +73,7 @@ def test_a_kernel_from_end_to_end(tmp_path: Path) -> None:
 import sys, torch
 from pathlib import Path
 from diffpp_fast import Noise
-from diffpp_fast.bench import gpu_build
+from benchmarks import gpu_build
 with gpu_build.compiling(90) as cubins:
     Noise(1, torch.arange(3)).uniform()
 ((cubin, (kernel, shared)),) = cubins.items()

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffpp_fast.bench import gpu_check, gpu_gate, variants
-from diffpp_fast.bench.gpu_check import main
-from diffpp_fast.bench.gpu_gate import Checks, failure, judge
-from diffpp_fast.bench.gpu_jobs import Job, State, digest, run_jobs
+from benchmarks import gpu_check, gpu_gate, variants
+from benchmarks.gpu_check import main
+from benchmarks.gpu_gate import Checks, failure, judge
+from benchmarks.gpu_jobs import Job, State, digest, run_jobs
 from diffpp_fast.kernels import dispatch
 from diffpp_fast.kernels.reference import add_noise
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from diffpp_fast.bench import gpu_gate, variants
-from diffpp_fast.bench.gpu_gate import Checks, judge
-from diffpp_fast.bench.operators import step
+from benchmarks import gpu_gate, variants
+from benchmarks.gpu_gate import Checks, judge
+from benchmarks.operators import step
 from diffpp_fast.kernels import dispatch, triton
 
 #: A step within a function: from one line to the next, None where it returns.

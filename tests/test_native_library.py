@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from diffpp_fast.bench.cases import all_cases
-from diffpp_fast.bench.operators import fused, make_inputs, step
-from diffpp_fast.bench.selftest import small
+from benchmarks.cases import all_cases, small
+from benchmarks.operators import fused, make_inputs, step
 from diffpp_fast.kernels import dispatch, native
 
 

@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import variants
+from benchmarks.gpu_gate import under_autocast
+from benchmarks.operators import step
+from benchmarks.variants import Variant
 from diffpp_fast import Noise, NoiseSchedule, ops, use_backend
-from diffpp_fast.bench import variants
-from diffpp_fast.bench.gpu_gate import under_autocast
-from diffpp_fast.bench.operators import step
-from diffpp_fast.bench.variants import Variant
 from diffpp_fast.kernels import dispatch
 
 PACKAGE = Path(dispatch.__file__).parent.parent

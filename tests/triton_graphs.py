@@ -7,10 +7,10 @@ interpreter and for `make gpu-check`.
 import torch
 import torch.utils._triton
 
-from diffpp_fast.bench import variants
-from diffpp_fast.bench.gpu_build import CPU, compiling
-from diffpp_fast.bench.gpu_gate import to_compile, traced
-from diffpp_fast.bench.operators import step
+from benchmarks import variants
+from benchmarks.gpu_build import CPU, compiling
+from benchmarks.gpu_gate import to_compile, traced
+from benchmarks.operators import step
 from diffpp_fast.kernels import dispatch
 
 # Without a GPU Dynamo takes Triton's kernels for any other Python.

@@ -75,7 +75,7 @@ def _print_build() -> None:
 
 def _print_operators(device: torch.device) -> list[str]:
     """One line per operator, one column per backend, the reasons below. Returns what failed its self-test."""
-    from diffpp_fast.bench import selftest
+    from diffpp_fast import selftest
     from diffpp_fast.kernels import dispatch
 
     say(f"\nOperators on {device}, float32; requested backend: {dispatch.requested_backend()}\n")

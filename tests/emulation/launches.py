@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import variants
+from benchmarks.operators import step
 from diffpp_fast import use_backend
-from diffpp_fast.bench import variants
-from diffpp_fast.bench.operators import step
 from diffpp_fast.kernels import dispatch, native
 
 with use_backend("cpu"):

@@ -28,9 +28,9 @@ from unittest import mock
 
 import torch
 
-from diffpp_fast.bench import variants
-from diffpp_fast.bench.cases import Case, all_cases
-from diffpp_fast.bench.operators import fused, make_inputs, step
+from benchmarks import variants
+from benchmarks.cases import Case, all_cases
+from benchmarks.operators import fused, make_inputs, step
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.kernels import dispatch, native
 
@@ -350,7 +350,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if unknown := [op for op in ops if op not in served]:
         raise ConfigurationError(f"--ops: Triton has no kernels for {', '.join(unknown)}; it has: {', '.join(served)}")
     found = library_resources(arguments.archs) if arguments.csrc else []
-    from diffpp_fast.bench.gpu_arguments import refused
+    from benchmarks.gpu_arguments import refused
 
     tasks = [(op, arch) for op in ops for arch in arguments.archs]
     wrong = []

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpp_fast.bench.providers import EAGER
-from diffpp_fast.bench.results import Group, dtype_name, speed_up
-from diffpp_fast.bench.run import COPY
+from benchmarks.providers import EAGER
+from benchmarks.results import Group, dtype_name, speed_up
+from benchmarks.run import COPY
 
 #: Distinguishable with every kind of colour vision.
 COLOURS = {"compile": "#e69f00", "cpu": "#0072b2", "triton": "#009e73", "cuda": "#cc79a7", "reference": "#999999"}

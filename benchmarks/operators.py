@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import baselines
+from benchmarks.cases import REWARD_SIZE, Case
 from diffpp_fast import ops
-from diffpp_fast.bench import baselines
-from diffpp_fast.bench.cases import REWARD_SIZE, Case
 from diffpp_fast.kernels.reference.prediction import gap_scale
 from diffpp_fast.noise import Noise
 

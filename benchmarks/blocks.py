@@ -1,4 +1,4 @@
-"""`python -m diffpp_fast.bench.blocks`: blocks of diffusers' networks, unfused against fused.
+"""`python -m benchmarks.blocks`: blocks of diffusers' networks, unfused against fused.
 
 Each block is one of the network's at random weights, all trained. Printed are the seconds of a forward and backward
 pass, and the bytes that autograd keeps in between beyond the parameters.
@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.cuda import event_clock
+from benchmarks.timing import Contender, interleave, wall_clock
 from diffpp_fast import networks
-from diffpp_fast.bench.cuda import event_clock
-from diffpp_fast.bench.timing import Contender, interleave, wall_clock
 
 
 class BlockCase(NamedTuple):

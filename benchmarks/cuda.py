@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from diffpp_fast.bench.timing import ROUNDS
+from benchmarks.timing import ROUNDS
 
 Call = Callable[[], object]
 

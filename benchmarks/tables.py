@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from diffpp_fast.bench.machine import Provenance
-from diffpp_fast.bench.results import Comparison, Group, absences, compare, dtype_name
-from diffpp_fast.bench.run import Record
+from benchmarks.machine import Provenance
+from benchmarks.results import Comparison, Group, absences, compare, dtype_name
+from benchmarks.run import Record
 from diffpp_fast.errors import ConfigurationError
 
 #: The columns of the table in the terminal.
@@ -76,8 +76,8 @@ def place_of(device: torch.device, warm: bool) -> str:
 
 
 def markers(place: str, subject: str = "kernels") -> tuple[str, str]:
-    """The two lines between which a page holds the tables of this kind of device and subject of `bench`."""
-    begin, end = (f"<!-- diffpp-fast bench {subject}, {place}: {edge} -->" for edge in ("begin", "end"))
+    """The two lines between which a page holds the tables of this kind of device and subject."""
+    begin, end = (f"<!-- python -m benchmarks {subject}, {place}: {edge} -->" for edge in ("begin", "end"))
     return begin, end
 
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffpp_fast.bench import variants
-from diffpp_fast.bench.gate import compare
-from diffpp_fast.bench.operators import Inputs, Outputs, step
-from diffpp_fast.bench.providers import ORACLE
-from diffpp_fast.bench.variants import SEED, STREAM, Variant
+from benchmarks import variants
+from benchmarks.gate import compare
+from benchmarks.operators import Inputs, Outputs, step
+from benchmarks.providers import ORACLE
+from benchmarks.variants import SEED, STREAM, Variant
 from diffpp_fast.kernels import dispatch
 from diffpp_fast.noise import Noise
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffpp_fast.bench.cases import Case
-from diffpp_fast.bench.operators import Inputs, Outputs, fused, result_names, step
-from diffpp_fast.bench.providers import ORACLE, Provider, draws_as_torch
+from benchmarks.cases import Case
+from benchmarks.operators import Inputs, Outputs, fused, result_names, step
+from benchmarks.providers import ORACLE, Provider, draws_as_torch
 from diffpp_fast.kernels import dispatch
 
 #: On ||error|| / ||oracle||, per dtype of the large tensors: some ten roundings.

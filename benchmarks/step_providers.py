@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import reward_path
+from benchmarks.operators import GUIDANCE_SCALE, PIXEL_MEAN, PIXEL_STD
+from benchmarks.phases import NOISE_AND_SCORES, Marks, Now
+from benchmarks.step_networks import Networks, map_tensors
 from diffpp_fast import networks as package
 from diffpp_fast import ops
-from diffpp_fast.bench import reward_path
-from diffpp_fast.bench.operators import GUIDANCE_SCALE, PIXEL_MEAN, PIXEL_STD
-from diffpp_fast.bench.phases import NOISE_AND_SCORES, Marks, Now
-from diffpp_fast.bench.step_networks import Networks, map_tensors
 from diffpp_fast.methods import Batch, DiffInstructPP
 from diffpp_fast.methods.base import DIFFUSION, LATENT, TIMESTEP
 

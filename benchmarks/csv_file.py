@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from diffpp_fast.bench.machine import Provenance
-from diffpp_fast.bench.providers import COMPILE, EAGER
-from diffpp_fast.bench.results import Group, dtype_name, speed_up
-from diffpp_fast.bench.run import COPY, Record
+from benchmarks.machine import Provenance
+from benchmarks.providers import COMPILE, EAGER
+from benchmarks.results import Group, dtype_name, speed_up
+from benchmarks.run import COPY, Record
 
 COLUMNS = (
     "op",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffpp_fast.bench.providers import COMPILE, EAGER
-from diffpp_fast.bench.run import COPY, Record
+from benchmarks.providers import COMPILE, EAGER
+from benchmarks.run import COPY, Record
 
 #: The records of one case, dtype and number of threads, as `run.measure` gives them.
 Group = Sequence[Record]

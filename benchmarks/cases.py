@@ -159,6 +159,21 @@ def all_cases() -> Iterator[Case]:
                     )
 
 
+#: Sides that no vector or block length divides; other operators take `SMALL_SHAPE`.
+SMALL_SHAPES = {
+    "reward_pixels": (1, 3, 37, 53),
+    "group_norm_silu": (2, 64, 7, 9),
+    "geglu": (2, 5, 46),
+    "ada_layer_norm": (2, 5, 23),
+}
+SMALL_SHAPE = (2, 4, 13, 17)
+
+
+def small(case: Case) -> Case:
+    """The same case on small tensors."""
+    return case._replace(size="small", shape=SMALL_SHAPES.get(case.op, SMALL_SHAPE))
+
+
 def choose(ops: Sequence[str] | None, sizes: Sequence[str]) -> list[Case]:
     """The cases of these operators (None for all) at these sizes: names of `SIZES` or `SELECTIONS`.
 

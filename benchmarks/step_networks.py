@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffpp_fast.bench import reward_path
-from diffpp_fast.bench.reward_path import TOWERS, Tower, default_dtype
+from benchmarks import reward_path
+from benchmarks.reward_path import TOWERS, Tower, default_dtype
 from diffpp_fast.methods import Batch
 from diffpp_fast.networks import Conditioning
 from diffpp_fast.schedule import NoiseSchedule

@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from diffpp_fast.bench import cuda, fill, phases, providers, reward_path
-from diffpp_fast.bench.cases import check_known
-from diffpp_fast.bench.matrix import counted_operations, matrix_peak
-from diffpp_fast.bench.memory import peak_temporary_bytes
-from diffpp_fast.bench.phases import ROLES, Marks, Now, no_time
-from diffpp_fast.bench.reward_path import TOWERS
-from diffpp_fast.bench.step_gate import Oracle, complaints
-from diffpp_fast.bench.step_networks import MODELS, Networks, Trained, lay_out, resident_bytes
-from diffpp_fast.bench.step_providers import PROVIDERS, Step, Unfused, balanced_scale, differentiate
-from diffpp_fast.bench.timing import Clock, Timing, wall_clock
+from benchmarks import cuda, fill, phases, providers, reward_path
+from benchmarks.cases import check_known
+from benchmarks.matrix import counted_operations, matrix_peak
+from benchmarks.memory import peak_temporary_bytes
+from benchmarks.phases import ROLES, Marks, Now, no_time
+from benchmarks.reward_path import TOWERS
+from benchmarks.step_gate import Oracle, complaints
+from benchmarks.step_networks import MODELS, Networks, Trained, lay_out, resident_bytes
+from benchmarks.step_providers import PROVIDERS, Step, Unfused, balanced_scale, differentiate
+from benchmarks.timing import Clock, Timing, wall_clock
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.methods import Batch
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from diffpp_fast.bench import variants
-from diffpp_fast.bench.gpu_build import CPU, NamedGpu, launching_by, triton_name
-from diffpp_fast.bench.operators import step
+from benchmarks import variants
+from benchmarks.gpu_build import CPU, NamedGpu, launching_by, triton_name
+from benchmarks.operators import step
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.operators import PIXEL_MEAN, PIXEL_STD, Forward, Inputs
 from diffpp_fast import ops
-from diffpp_fast.bench.operators import PIXEL_MEAN, PIXEL_STD, Forward, Inputs
 from diffpp_fast.kernels.reference.prediction import PREDICTION_TYPES
 from diffpp_fast.noise import Noise
 

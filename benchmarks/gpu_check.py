@@ -23,15 +23,14 @@ from typing import Any
 
 import torch
 
-from diffpp_fast.bench import gpu_gate, providers
-from diffpp_fast.bench.cases import Case, all_cases, choose
-from diffpp_fast.bench.files import write_results
-from diffpp_fast.bench.gpu_gate import Checks, Verdict
-from diffpp_fast.bench.gpu_jobs import Ended, Job, State, digest, on_termination, run_jobs
-from diffpp_fast.bench.machine import Provenance, provenance
-from diffpp_fast.bench.results import Comparison, Group, compare, failures
-from diffpp_fast.bench.run import Plan, measure
-from diffpp_fast.bench.selftest import small
+from benchmarks import gpu_gate, providers
+from benchmarks.cases import Case, all_cases, choose, small
+from benchmarks.files import write_results
+from benchmarks.gpu_gate import Checks, Verdict
+from benchmarks.gpu_jobs import Ended, Job, State, digest, on_termination, run_jobs
+from benchmarks.machine import Provenance, provenance
+from benchmarks.results import Comparison, Group, compare, failures
+from benchmarks.run import Plan, measure
 from diffpp_fast.kernels import dispatch, native
 from diffpp_fast.provenance import PACKAGE
 
@@ -47,7 +46,7 @@ PLAN_LIMIT = 60.0
 #: Of a benchmark of whole steps, by whether it compiles; and the least time in which one is begun.
 STEP_LIMITS = {False: 260.0, True: 445.0}
 STEP_LEAST = 100.0
-#: What `diffpp-fast bench step` is run on, what tells most first. One call has the time to compile one provider.
+#: What `python -m benchmarks step` is run on, what tells most first. One call has the time to compile one provider.
 STEPS = {
     "sd15, eager and fused": ("--model", "sd15", "--no-compile"),
     "sd15, compile": ("--model", "sd15", "--providers", "eager,fused,compile"),
@@ -109,7 +108,7 @@ class Session:
             yield ended
 
     def worker(self, task: str, *options: str) -> list[str]:
-        command = [sys.executable, "-m", "diffpp_fast.bench.gpu_check", "--worker", task]
+        command = [sys.executable, "-m", "benchmarks.gpu_check", "--worker", task]
         command += ["--state", str(self.state.path), *(["--rehearse"] if self.rehearse else [])]
         return [*command, *options]
 
@@ -334,7 +333,7 @@ def _measure(session: Session) -> None:
 
 
 def _measure_reward_path(session: Session, which: str, *options: str) -> None:
-    """`diffpp-fast bench reward`, as long as it may take: its figures are files of their own."""
+    """`python -m benchmarks reward`, as long as it may take: its figures are files of their own."""
     missing = _missing("diffusers", "transformers")
     name = f"reward path, {which}"
     if missing:
@@ -347,8 +346,7 @@ def _measure_reward_path(session: Session, which: str, *options: str) -> None:
     command = [
         sys.executable,
         "-m",
-        "diffpp_fast",
-        "bench",
+        "benchmarks",
         "reward",
         "--device",
         session.device.type,
@@ -379,7 +377,7 @@ def _check_plan(session: Session) -> None:
 
 
 def _measure_steps(session: Session) -> None:
-    """`diffpp-fast bench step` on what is not measured yet; one that is stopped leaves the files it has written."""
+    """`python -m benchmarks step` on what is not measured yet; one that is stopped leaves the files it has written."""
     if missing := _missing(*STEPS_NEED):
         session.say(f"whole steps: left out, for {' and '.join(missing)} is not installed")
         return
@@ -387,7 +385,7 @@ def _measure_steps(session: Session) -> None:
         if session.deadline - time.monotonic() < STEP_LEAST * (not session.rehearse):
             return
         out = session.out / "whole-step" / name.removeprefix("whole step, ").replace(", ", "-").replace(" ", "-")
-        command = [sys.executable, "-m", "diffpp_fast", "bench", "step", "--device", session.device.type, *options]
+        command = [sys.executable, "-m", "benchmarks", "step", "--device", session.device.type, *options]
         command += ["--rounds", "2" if session.rehearse else "5", "--out", str(out)]
         job = Job(name, command, STEP_LIMITS["--no-compile" not in options], session.environment)
         for ended in session.run([job], 1, session.deadline):

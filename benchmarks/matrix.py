@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffpp_fast.bench.timing import Clock
+from benchmarks.timing import Clock
 
 #: Side of the square matrices by the type of the device: large enough that nothing but the multiplication counts.
 SIDES = {"cuda": 8192, "cpu": 1024}

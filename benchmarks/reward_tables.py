@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from diffpp_fast.bench import tables
-from diffpp_fast.bench.machine import Provenance
-from diffpp_fast.bench.reward_path import MODELS, PHASES, TOWERS, WHOLE, Plan, Record
+from benchmarks import tables
+from benchmarks.machine import Provenance
+from benchmarks.reward_path import MODELS, PHASES, TOWERS, WHOLE, Plan, Record
 
 COLUMNS = (
     "model",

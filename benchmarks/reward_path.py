@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks import baselines, cuda, providers
+from benchmarks.cases import check_known
+from benchmarks.memory import kept_bytes, peak_temporary_bytes
+from benchmarks.operators import PIXEL_MEAN, PIXEL_STD
+from benchmarks.timing import Clock, Timing, wall_clock
 from diffpp_fast import ops
-from diffpp_fast.bench import baselines, cuda, providers
-from diffpp_fast.bench.cases import check_known
-from diffpp_fast.bench.memory import kept_bytes, peak_temporary_bytes
-from diffpp_fast.bench.operators import PIXEL_MEAN, PIXEL_STD
-from diffpp_fast.bench.timing import Clock, Timing, wall_clock
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.kernels import dispatch
 from diffpp_fast.networks import FrozenDecoder

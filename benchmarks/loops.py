@@ -1,6 +1,6 @@
 """Times the blocks of docs/embedding.md, before and after, in turns: time, and what autograd keeps.
 
-    python benchmarks/embedding.py --threads 1
+    python -m benchmarks loops --threads 1
 
 The blocks are those of the page, at the sizes that stand there. Networks are stand-ins of one convolution, so that the
 times show the arithmetic around them; the autoencoder of the last one is small, but a true one.
@@ -12,6 +12,7 @@ import argparse
 import re
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -52,11 +53,11 @@ def kept(code: CodeType, given: dict[str, Any]) -> int:
     return sum(storage.nbytes() for address, storage in storages.items() if address not in parameters)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=200, help="in which both are timed by turns (200)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     print("| loop | before ms | after ms | faster | kept before MiB | after MiB |")
     print("|---|--:|--:|--:|--:|--:|")
@@ -72,7 +73,4 @@ def main() -> None:
         ratio = statistics.median(b / a for b, a in zip(times[0][3:], times[1][3:], strict=True))
         memory = " | ".join(f"{kept(code, given) / 2**20:.1f}" for code in codes)
         print(f"| {name} | {before:.2f} | {after:.2f} | {ratio:.2f} x | {memory} |")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from diffpp_fast.bench.cases import Case
-from diffpp_fast.bench.operators import Forward, Inputs, Outputs, fused, step, unfused
+from benchmarks.cases import Case
+from benchmarks.operators import Forward, Inputs, Outputs, fused, step, unfused
 from diffpp_fast.kernels import dispatch
 
 EAGER, COMPILE = "eager", "compile"

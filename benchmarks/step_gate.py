@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffpp_fast.bench.phases import ROLES, no_time
-from diffpp_fast.bench.reward_path import TOLERANCE, full_precision
-from diffpp_fast.bench.step_networks import Networks, map_tensors
-from diffpp_fast.bench.step_providers import Step, Unfused, differentiate
+from benchmarks.phases import ROLES, no_time
+from benchmarks.reward_path import TOLERANCE, full_precision
+from benchmarks.step_networks import Networks, map_tensors
+from benchmarks.step_providers import Step, Unfused, differentiate
 from diffpp_fast.methods import Batch
 from diffpp_fast.networks import Conditioning
 

@@ -1,21 +1,25 @@
-"""`diffpp-fast bench`."""
+"""`python -m benchmarks`: everything that is measured, from the command line."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffpp_fast import install
+from diffpp_fast.errors import UserError
 from diffpp_fast.terminal import complain, say
 from diffpp_fast.user_paths import user_path
 
 if TYPE_CHECKING:
     import torch
 
-    from diffpp_fast.bench.results import Group
-    from diffpp_fast.bench.run import Plan
+    from benchmarks.results import Group
+    from benchmarks.run import Plan
 
 DESCRIPTION = """\
 Measures every operator, the reward path and whole training steps on this machine against the code that they replace.
@@ -23,9 +27,9 @@ Measures every operator, the reward path and whole training steps on this machin
 KERNELS = """\
 Times every operator against the same step written in plain torch, eagerly and under torch.compile.
 
-  diffpp-fast bench kernels
-  diffpp-fast bench kernels --ops score_gap,sid_loss --dtypes bfloat16 --threads 1,all
-  diffpp-fast bench kernels --sizes full --docs docs/performance.md
+  python -m benchmarks kernels
+  python -m benchmarks kernels --ops score_gap,sid_loss --dtypes bfloat16 --threads 1,all
+  python -m benchmarks kernels --sizes full --docs docs/performance.md
 
 First every provider is checked against the float64 reference; one that is wrong is reported and not timed, and the
 exit code is 1. Into --out go a CSV with everything that was measured, the tables in Markdown, and a plot.
@@ -34,9 +38,9 @@ REWARD = """\
 Times the reward path phase by phase: decode, pixels, reward model, and the way back; and counts what the decode keeps
 for its backward pass. Networks have their true architecture and random weights; needs diffusers and transformers.
 
-  diffpp-fast bench reward
-  diffpp-fast bench reward --model sd15 --latent 32
-  diffpp-fast bench reward --model sdxl --batch 4 --providers eager,compile,fused
+  python -m benchmarks reward
+  python -m benchmarks reward --model sd15 --latent 32
+  python -m benchmarks reward --model sdxl --batch 4 --providers eager,compile,fused
 
 First every provider's images, rewards and gradient are checked; one that is wrong is reported and not timed, and the
 exit code is 1. Into --out go a CSV and the table in Markdown.
@@ -46,9 +50,9 @@ Times a whole training step, the generator's update and the teaching assistant's
 with diffusers' modules, the same under torch.compile, and as the package does it. Networks have their true architecture
 and random weights; needs diffusers and transformers.
 
-  diffpp-fast bench step
-  diffpp-fast bench step --model sdxl --batch fill --no-compile
-  diffpp-fast bench step --model sd15 --batch 8 --providers eager,compile,fused
+  python -m benchmarks step
+  python -m benchmarks step --model sdxl --batch fill --no-compile
+  python -m benchmarks step --model sd15 --batch 8 --providers eager,compile,fused
 
 First every provider's losses and gradients are checked; one that is wrong is reported and not timed, and the exit code
 is 1. One that fails or has no room is reported too, and the others go on. Into --out go a CSV and the tables in
@@ -61,9 +65,27 @@ RESTLESS = 0.25
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("bench", help="measure the operators on this machine", description=DESCRIPTION)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure a subject. Returns the exit code: 0, 1 where something is wrong, 2 for a user's error."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in (["blocks"], ["loops"]):
+        own: int = import_module(f"benchmarks.{words[0]}").main(words[1:])
+        return own
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=DESCRIPTION)
     subjects = parser.add_subparsers(metavar="SUBJECT", required=True)
+    add_subjects(subjects)
+    arguments = parser.parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        return code
+    except UserError as error:
+        complain(f"error: {error}")
+    except ModuleNotFoundError as error:
+        complain(f"error: {error.name} is not installed: {install.extra('train')}")
+    return 2
+
+
+def add_subjects(subjects: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     kernels = subjects.add_parser(
         "kernels",
         help="every operator against plain torch",
@@ -153,11 +175,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from diffpp_fast.bench import tables
-    from diffpp_fast.bench.files import write_results
-    from diffpp_fast.bench.machine import provenance
-    from diffpp_fast.bench.results import absences, failures, place
-    from diffpp_fast.bench.run import measure
+    from benchmarks import tables
+    from benchmarks.files import write_results
+    from benchmarks.machine import provenance
+    from benchmarks.results import absences, failures, place
+    from benchmarks.run import measure
 
     plan = _plan(arguments)
     if arguments.docs is not None:
@@ -190,8 +212,8 @@ def run_reward(arguments: argparse.Namespace) -> int:
     import torch
     import transformers  # noqa: F401
 
-    from diffpp_fast.bench import reward_path, reward_tables, tables
-    from diffpp_fast.bench.machine import provenance
+    from benchmarks import reward_path, reward_tables, tables
+    from benchmarks.machine import provenance
 
     plan = reward_path.plan(
         arguments.model,
@@ -226,9 +248,9 @@ def run_step(arguments: argparse.Namespace) -> int:
     import torch
     import transformers  # noqa: F401
 
-    from diffpp_fast.bench import step, step_tables, tables
-    from diffpp_fast.bench.machine import provenance
-    from diffpp_fast.bench.step_providers import PROVIDERS
+    from benchmarks import step, step_tables, tables
+    from benchmarks.machine import provenance
+    from benchmarks.step_providers import PROVIDERS
 
     plan = step.plan(
         arguments.model,
@@ -278,7 +300,7 @@ def _make_folder(path: Path) -> None:
 
 def _verdict(groups: Sequence[Group]) -> list[str]:
     """What the reader of the table has to know: where the backends lose, and what is not to be trusted."""
-    from diffpp_fast.bench.results import compare, failures
+    from benchmarks.results import compare, failures
 
     comparisons = [comparison for group in groups for comparison in compare(group)]
     backed = [comparison for comparison in comparisons if comparison.backend is not None]
@@ -301,8 +323,8 @@ def _verdict(groups: Sequence[Group]) -> list[str]:
 def _plan(arguments: argparse.Namespace) -> Plan:
     import torch
 
-    from diffpp_fast.bench import cases, providers
-    from diffpp_fast.bench.run import Plan
+    from benchmarks import cases, providers
+    from benchmarks.run import Plan
     from diffpp_fast.kernels import dispatch
 
     full = "full" in arguments.sizes
@@ -352,7 +374,7 @@ def _threads(texts: Sequence[str], device: torch.device) -> list[int]:
 
 def _selection(arguments: argparse.Namespace) -> str:
     """The part of the file names that keeps a partial run from replacing the results of a whole one."""
-    from diffpp_fast.bench.cases import SELECTIONS
+    from benchmarks.cases import SELECTIONS
 
     whole = arguments.ops is None and arguments.backends is None and arguments.compile
     name = arguments.sizes[0] if whole and arguments.sizes in ([name] for name in SELECTIONS) else "selected"
@@ -381,3 +403,7 @@ def _seconds(text: str) -> float:
     if not 0.0 < value <= 60.0:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 60 seconds, got {text}")
     return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

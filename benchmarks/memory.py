@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpp_fast.bench.operators import Outputs
+from benchmarks.operators import Outputs
 
 #: Read by the profiler when it is first used; without it every use writes lines to stderr.
 LOG_LEVEL = "KINETO_LOG_LEVEL"

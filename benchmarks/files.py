@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from diffpp_fast.bench import plot, tables
-from diffpp_fast.bench.csv_file import write_csv
-from diffpp_fast.bench.machine import Provenance
-from diffpp_fast.bench.results import Group
+from benchmarks import plot, tables
+from benchmarks.csv_file import write_csv
+from benchmarks.machine import Provenance
+from benchmarks.results import Group
 
 
 def write_results(

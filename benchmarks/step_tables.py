@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from diffpp_fast.bench import phases, plot, tables
-from diffpp_fast.bench.machine import Provenance
-from diffpp_fast.bench.phases import PHASES, WHOLE
-from diffpp_fast.bench.reward_path import TOWERS
-from diffpp_fast.bench.step import COMMON, OWN, Plan, Record, Results, Run
-from diffpp_fast.bench.timing import Timing
+from benchmarks import phases, plot, tables
+from benchmarks.machine import Provenance
+from benchmarks.phases import PHASES, WHOLE
+from benchmarks.reward_path import TOWERS
+from benchmarks.step import COMMON, OWN, Plan, Record, Results, Run
+from benchmarks.timing import Timing
 from diffpp_fast.spreadsheet import cells
 
 COLUMNS = (

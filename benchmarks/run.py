@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from diffpp_fast.bench import cuda, providers
-from diffpp_fast.bench.cases import Case
-from diffpp_fast.bench.gate import Gate
-from diffpp_fast.bench.machine import intra_op_threads, last_level_cache
-from diffpp_fast.bench.memory import peak_temporary_bytes
-from diffpp_fast.bench.operators import Inputs, make_inputs
-from diffpp_fast.bench.providers import COMPILE, EAGER, Provider
-from diffpp_fast.bench.timing import Clock, Contender, Timing, interleave, wall_clock
+from benchmarks import cuda, providers
+from benchmarks.cases import Case
+from benchmarks.gate import Gate
+from benchmarks.machine import intra_op_threads, last_level_cache
+from benchmarks.memory import peak_temporary_bytes
+from benchmarks.operators import Inputs, make_inputs
+from benchmarks.providers import COMPILE, EAGER, Provider
+from benchmarks.timing import Clock, Contender, Timing, interleave, wall_clock
 
 COPY = "copy"
 #: Inputs together read this many times the last-level cache, so that none is in it when its turn comes again.
