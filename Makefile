@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # DeepSpeed without its compiled operators: what needs one builds it when it is first used.
 export DS_BUILD_OPS ?= 0
 
-.PHONY: help setup demo demo-short test test-all test-oldest sanitize emulate lint types gpu-build gpu-check docs clean
+.PHONY: help setup demo demo-short test test-all test-oldest sanitize emulate lint types bench gpu-build gpu-check docs clean
 
 help:
 	@echo "make demo       align the emoji generator with a reward: about 5 minutes on two cores, pictures in runs/demo"
@@ -24,6 +24,7 @@ help:
 	@echo "make demo-short the demo cut to a minute: shows that it works, not what it can do"
 	@echo "make sanitize   the tests of the compiled operators under AddressSanitizer and UBSan"
 	@echo "make emulate    the tests of the operators on csrc's GPU kernels, thread by thread on the CPU (needs CUDA's headers)"
+	@echo "make bench      every operator measured against plain torch; BENCH='reward' or any other arguments of python -m benchmarks"
 	@echo "make gpu-build  every GPU kernel compiled for sm_80, sm_90 and sm_100: registers and spills (no GPU needed)"
 	@echo "make gpu-check  with a GPU, in 8 minutes: everything checked on it, kernels measured; REHEARSE=1 without one"
 	@echo "make docs       the documentation as a site in site/"
@@ -112,6 +113,11 @@ emulate: $(READY)
 	cd tests && PYTHONPATH=../$(EMULATED) PYTHONSAFEPATH=1 $(abspath $(BIN))/pytest -p no:cacheprovider \
 	  -m "not slow" -k "not compiles and not reference and not far_apart and not every_magnitude" \
 	  $(foreach op,add_noise denoising_loss score_gap reward_pixels group_norm_silu,test_native_$(op).py test_ops_$(op).py) test_noise.py
+
+# Any arguments of `python -m benchmarks`.
+BENCH ?= kernels
+bench: $(LIBRARY)
+	$(BIN)/python -m benchmarks $(BENCH)
 
 # BUDGET=write records what the kernels take now.
 BUDGET ?= check

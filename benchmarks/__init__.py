@@ -1,1 +1,1 @@
-"""Floor 5: benchmarks. Every operator against the code that it replaces, in one run and behind a correctness gate."""
+"""Measuring: fused code against the code that it replaces, in one run and behind a correctness gate. Not installed."""

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ ROOT = str(Path(__file__).parent.parent)
 sys.path.append(ROOT)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), ROOT)))
 
-import hypothesis
 import pytest
 from torch import Tensor
 
 from diffpp_fast import use_backend
 from diffpp_fast.kernels import dispatch
 
-hypothesis.settings.register_profile("suite", max_examples=20, deadline=None, derandomize=True)
-hypothesis.settings.load_profile("suite")
+# The checks on a GPU do without it.
+with suppress(ImportError):
+    import hypothesis
+
+    hypothesis.settings.register_profile("suite", max_examples=20, deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("suite")
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.clone(),
@@ -53,7 +56,7 @@ def reproducible() -> Iterator[None]:
 ON_GPU = ("triton", "cuda") if torch.cuda.is_available() else ()
 
 
-@pytest.fixture(params=["reference", "cpu", *ON_GPU])
+@pytest.fixture(params=["reference", "cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_GPU)])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs every test of an operator's file once on each backend that serves the CPU; one that was not built fails."""
     name: str = request.param

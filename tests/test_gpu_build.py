@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_build, variants
-from benchmarks.gpu_build import BUDGET, Resources, Usage
+from benchmarks.gpu_build import BUDGET, Resources
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.kernels import dispatch
 
@@ -109,7 +109,7 @@ def test_what_cuobjdump_says() -> None:
     library, spilling, cubin = gpu_build.parse(DUMP)
     assert library[1:] == (80, 40, 16, 0)
     assert spilling[1:] == (80, 24, 0, 56)
-    assert cubin == Usage("_normal", 100, 32, 0, 0)
+    assert cubin == Resources("_normal", 100, 32, 0, 0)
 
 
 def in_file(name: str) -> str:
@@ -121,7 +121,7 @@ def in_file(name: str) -> str:
 @pytest.mark.parametrize(
     ("mangled", "name"),
     [
-        (next(gpu_build.parse(DUMP)).function, "cuda.add_noise.backward"),
+        (next(gpu_build.parse(DUMP)).kernel, "cuda.add_noise.backward"),
         (f"_ZN6diffpp4cuda{in_file('denoising_loss_cu')}7forwardIfLb1EEEvv", "cuda.denoising_loss.forward"),
         ("_ZN6diffpp4cuda6finishIfEEvv", "cuda.finish"),
         ("_Z6kernelPf", "cuda.kernel"),

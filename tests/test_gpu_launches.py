@@ -10,12 +10,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import gpu_gate
 import pytest
 import torch
+from gpu_gate import Checks, judge
 
-from benchmarks import gpu_gate, variants
-from benchmarks.gpu_gate import Checks, judge
-from benchmarks.operators import step
+from benchmarks import variants
 from diffpp_fast.kernels import dispatch, triton
 
 #: A step within a function: from one line to the next, None where it returns.
@@ -110,8 +110,7 @@ def test_every_path_to_a_launch_of_triton_is_a_case(path: Path, monkeypatch: pyt
     from triton.runtime.interpreter import InterpretedFunction
 
     def once(variant: variants.Variant, device: torch.device, graph: bool) -> None:
-        inputs = variants.make(variant, device)
-        step(variants.forward(variant), inputs.fused, inputs.wrt, inputs.outer)
+        variants.make(variant, device).run()
 
     monkeypatch.setattr(InterpretedFunction, "run", lambda *arguments, **options: None)
     monkeypatch.setattr(gpu_gate, "failure", once)
