@@ -160,7 +160,7 @@ def _measure_kernels(state: State, ops: Sequence[str], rehearse: bool) -> int:
 def _is_fatal(done: dict[tuple[Any, ...], Any], op: str, backend: str) -> bool:
     """Whether the operator brought its process down when it was checked."""
     verdict = done.get(("gate", op, backend))
-    return verdict is not None and bool(verdict[-1])
+    return verdict is not None and bool(verdict.fatal)
 
 
 def _measure_reward_path(session: Session, which: str, *options: str) -> None:
@@ -233,7 +233,8 @@ def _report(session: Session, steps_only: bool) -> int:
     done = session.state.read()
     measured = [done[key] for pair in _to_measure(session.ops, session.rehearse) if done.get(key := _key(*pair))]
     steps = {key[1]: value for key, value in done.items() if key[0] == "step"}
-    wrong = [f"{key[1]}, {key[2]}: {s}" for key, value in done.items() if key[0] == "gate" for s in value[5]]
+    verdicts = [value for key, value in done.items() if key[0] == "gate"]
+    wrong = [f"{each.op}, {each.backend}: {sentence}" for each in verdicts for sentence in each.wrong]
     wrong += [sentence for group in measured for sentence in failures(group)]
     wrong += [f"{name}: {why}" for name, (why, right) in steps.items() if not right]
     wrong += [
@@ -288,6 +289,7 @@ def _table(session: Session, measured: Sequence[kernels.Group]) -> str:
         for backend in session.backends:
             if not backends.has_kernel(op, backend):
                 continue
+            verdict = session.verdict(op, backend)
             found = [
                 (each, each.backend)
                 for each in comparisons
@@ -300,19 +302,8 @@ def _table(session: Session, measured: Sequence[kernels.Group]) -> str:
                 largest, own = max(found, key=lambda pair: pair[1].bytes)
                 rate, copy = own.bandwidth or math.nan, largest.copy.bandwidth or math.nan
                 peak = f"{rate * 1e-9:.0f}", f"{100.0 * rate / copy:.0f}", f"{own.case.size} {dtype_name(own.dtype)}"
-            rows.append((op, backend, _summary(session, op, backend), str(len(found)), *ratios, *peak))
+            rows.append((op, backend, verdict.summary if verdict else "unknown", str(len(found)), *ratios, *peak))
     return tables.text(Table(rows))
-
-
-def _summary(session: Session, op: str, backend: str) -> str:
-    """Return the verdict in a word."""
-    verdict = session.verdict(op, backend)
-    if verdict is None:
-        return "unknown"
-    _, _, checked, wanted, _, wrong, *_, fatal = verdict
-    if wrong:
-        return "CRASHED" if fatal else "WRONG"
-    return "right" if checked >= wanted else "unfinished"
 
 
 if __name__ == "__main__":

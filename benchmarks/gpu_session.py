@@ -80,6 +80,33 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+class Verdict(NamedTuple):
+    """The findings about one operator on one backend."""
+
+    op: str
+    backend: str
+    checked: int  # combinations of options
+    wanted: int  # as many hold every pair of options, if no fewer were asked for
+    total: int
+    wrong: list[str]
+    graphs: int = 0  # captured and replayed
+    compiled: int = 0  # by torch.compile, in one graph
+    fatal: bool = False  # the device can't be used any more, or the process died
+
+    @property
+    def summary(self) -> str:
+        """In a few words."""
+        if self.wrong:
+            return "CRASHED" if self.fatal else "WRONG"
+        return "right" if self.checked >= self.wanted else "unfinished"
+
+    @property
+    def in_words(self) -> str:
+        counts = f"{self.checked} of {self.total} combinations of options, {self.wanted} wanted"
+        more = f"{self.graphs} captured graphs, {self.compiled} compiled"
+        return f"{self.summary} ({counts}; {more})" + "".join(f"\n    {sentence}" for sentence in self.wrong)
+
+
 class State:
     """Keys and values in an append-only file that several processes may write to: what is done."""
 
@@ -170,9 +197,9 @@ class Session:
         self.say(f"----- {name}: {' '.join(command)}\n{ended.output}", aside=True)
         return ended
 
-    def verdict(self, op: str, backend: str) -> tuple[Any, ...] | None:
-        """Return the fields of tests/gpu_gate.py's verdict; None if there is none yet."""
-        found: tuple[Any, ...] | None = self.state.read().get(("gate", op, backend))
+    def verdict(self, op: str, backend: str) -> Verdict | None:
+        """Return what tests/gpu_gate.py has found; None if it has not yet."""
+        found: Verdict | None = self.state.read().get(("gate", op, backend))
         return found
 
     def step(self, name: str) -> tuple[str, bool] | None:

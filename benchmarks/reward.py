@@ -76,15 +76,15 @@ class RewardPath(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PathPlan:
-    """What to measure."""
+class NetworkPlan:
+    """The path or step to measure. `batch` None fills the memory."""
 
     model: str
-    batch: int
+    batch: int | None
     latent: int
     dtype: torch.dtype
     device: torch.device
-    names: Sequence[str]  # of PROVIDERS
+    names: Sequence[str]  # of the providers
     rounds: int
 
 
@@ -101,13 +101,13 @@ class PathOutcome(Outcome):
 class PathNetworks:
     """The autoencoder and the tower at random weights, and the latents. The tower is that of the device, or another."""
 
-    def __init__(self, plan: PathPlan, tower: Tower | None = None) -> None:
+    def __init__(self, plan: NetworkPlan, tower: Tower | None = None) -> None:
         model, self.tower = MODELS[plan.model], tower or TOWERS[plan.device.type]
         with torch.random.fork_rng(), torch.device(plan.device), default_dtype(plan.dtype):
             torch.manual_seed(0)
             self.vae = _autoencoder(model)
             self.vision = _vision(self.tower)
-            self.latents = torch.randn(plan.batch, 4, plan.latent, plan.latent)
+            self.latents = torch.randn(plan.batch or 1, 4, plan.latent, plan.latent)
         self.networks = [self.vae, self.vision]
 
     def cast(self, dtype: torch.dtype) -> PathNetworks:
@@ -175,29 +175,40 @@ COMPILED = ("compile", "fused-compile")
 
 
 def plan(
-    model: str | None,
     *,
     device: torch.device,
-    batch: int | None,
-    latent: int | None,
+    model: str | None,
+    batch: int | str | None,
+    latent: int | None = None,
     dtype: torch.dtype | None,
     names: Sequence[str] | None,
     compile: bool,
     rounds: int,
-) -> PathPlan:
-    """Fills in what was not chosen. Raises ConfigurationError for an unknown model or provider."""
+    models: Mapping[str, Any] = MODELS,
+    providers: Mapping[str, bool] | None = None,
+) -> NetworkPlan:
+    """Fill in what was not chosen; batch "fill" is what fits.
+
+    Args:
+        models: by name, each with a batch of its own; the decoders of `MODELS` have the same names.
+        providers: whether each compiles, by name; None: those of a path.
+
+    Raises:
+        ConfigurationError: an unknown model or provider, or eager code is missing.
+    """
     on_gpu = device.type == "cuda"
     model = model or ("sd15" if on_gpu else "small")
-    check_known("--model", [model], tuple(MODELS))
-    check_known("--providers", names or (), tuple(PROVIDERS))
-    chosen = [name for name in names or PROVIDERS if compile or name not in COMPILED]
+    compiles = providers or {name: name in COMPILED for name in PROVIDERS}
+    check_known("--model", [model], tuple(models))
+    check_known("--providers", names or (), tuple(compiles))
+    chosen = [name for name in names or compiles if compile or not compiles[name]]
     if "eager" not in chosen:
         raise ConfigurationError("--providers: eager is what the others are measured against, name it too")
-    facts = MODELS[model]
-    return PathPlan(
+    size = models[model].batch if batch is None else batch
+    return NetworkPlan(
         model,
-        batch or facts.batch,
-        latent or facts.latent,
+        None if isinstance(size, str) else size,
+        latent or MODELS[model].latent,
         dtype or (torch.bfloat16 if on_gpu else torch.float32),
         device,
         chosen,
@@ -205,7 +216,7 @@ def plan(
     )
 
 
-def measure(plan: PathPlan) -> list[PathOutcome]:
+def measure(plan: NetworkPlan) -> list[PathOutcome]:
     """Take every provider through the gate, and those that pass to the clock, by turns."""
     torch._dynamo.reset()
     with compiler(plan.device, torch.get_num_threads()):
@@ -220,7 +231,7 @@ def measure(plan: PathPlan) -> list[PathOutcome]:
         ]
 
 
-def _judge(plan: PathPlan, networks: PathNetworks) -> tuple[list[PathOutcome], dict[str, RewardPath]]:
+def _judge(plan: NetworkPlan, networks: PathNetworks) -> tuple[list[PathOutcome], dict[str, RewardPath]]:
     oracle = _oracle(plan, networks)
     records: list[PathOutcome] = []
     paths: dict[str, RewardPath] = {}
@@ -260,7 +271,7 @@ def complaints(errors: Mapping[str, float], allowed: Mapping[str, float]) -> lis
     ]
 
 
-def _oracle(plan: PathPlan, networks: PathNetworks) -> tuple[Tensor, ...]:
+def _oracle(plan: NetworkPlan, networks: PathNetworks) -> tuple[Tensor, ...]:
     """Eager code's results in float64, or in plain float32 where float64 would take too long."""
     exact = networks.cast(torch.float64 if plan.model == "small" else torch.float32)
     with full_precision():
@@ -310,7 +321,7 @@ def by_phase(samples: Sequence[Mapping[str, float]]) -> dict[str, Timing]:
     return {phase: Timing(tuple(sample[phase] for sample in samples)) for phase in samples[0]}
 
 
-def _complete(outcome: PathOutcome, path: RewardPath, networks: PathNetworks, plan: PathPlan) -> PathOutcome:
+def _complete(outcome: PathOutcome, path: RewardPath, networks: PathNetworks, plan: NetworkPlan) -> PathOutcome:
     """Return the outcome with what each phase keeps, and the peak of all."""
     latents = networks.latents
     with torch.no_grad():
@@ -325,7 +336,7 @@ def _complete(outcome: PathOutcome, path: RewardPath, networks: PathNetworks, pl
     return replace(outcome, kept=kept, kept_whole=whole, peak=peak)
 
 
-def _kept_at_full_size(plan: PathPlan, name: str) -> int:
+def _kept_at_full_size(plan: NetworkPlan, name: str) -> int:
     """Bytes that the decode of one image keeps at the model's own size: on fake tensors, which take no memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -403,16 +414,16 @@ the most memory at once of the whole path, beyond parameters, latents and result
 """
 
 
-def kind_of(plan: PathPlan) -> str:
+def kind_of(plan: NetworkPlan) -> str:
     """Return the name of these tables' place in the documentation, and of their files."""
     own = plan.latent == MODELS[plan.model].latent
     return f"{plan.device.type}-{plan.model}" + ("" if own else f"-latent{plan.latent}")
 
 
-def write(where: Place, plan: PathPlan, outcomes: Sequence[PathOutcome], origin: Provenance) -> list[Any]:
+def write(where: Place, plan: NetworkPlan, outcomes: Sequence[PathOutcome], origin: Provenance) -> list[Any]:
     """Write CSV and Markdown. Return the paths."""
     facts = (
-        f"{plan.model}: {plan.batch} latent{'s' * (plan.batch > 1)} of {plan.latent} x {plan.latent}, "
+        f"{plan.model}: {plan.batch} latent{'s' * (plan.batch != 1)} of {plan.latent} x {plan.latent}, "
         f"{dtype_name(plan.dtype)}, {threads_name(torch.get_num_threads())}, "
         f"{TOWERS[plan.device.type].name} as the reward.\n"
     )
@@ -454,7 +465,7 @@ def table(outcomes: Sequence[PathOutcome]) -> Table:
     return Table(rows)
 
 
-def _row(each: PathOutcome, eager: PathOutcome | None, phase: str, plan: PathPlan) -> dict[str, Any]:
+def _row(each: PathOutcome, eager: PathOutcome | None, phase: str, plan: NetworkPlan) -> dict[str, Any]:
     row = {
         **{name: getattr(plan, name) for name in ("model", "batch", "latent")},
         **{"tower": TOWERS[plan.device.type].name, "dtype": dtype_name(plan.dtype), "device": plan.device.type},

@@ -15,12 +15,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import memory
-from benchmarks.cases import check_known
+from benchmarks import memory, reward
 from benchmarks.gate import compiler
 from benchmarks.memory import is_out_of_memory, peak_temporary_bytes, release
-from benchmarks.reward import MODELS as DECODERS
-from benchmarks.reward import TOWERS, by_phase, complaints
+from benchmarks.reward import TOWERS, NetworkPlan, by_phase, complaints
 from benchmarks.step_gate import Oracle
 from benchmarks.step_networks import MODELS, StepNetworks, Trained, lay_out, resident_bytes
 from benchmarks.step_providers import (
@@ -50,19 +48,6 @@ LOWERED = 2
 #: Models that take no time in float64.
 SMALL = ("tiny", "small")
 WARM_UPS = 1
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What to measure. `batch` None fills the memory."""
-
-    model: str
-    batch: int | None
-    latent: int
-    dtype: torch.dtype
-    device: torch.device
-    names: Sequence[str]  # of PROVIDERS
-    rounds: int
 
 
 @dataclass(frozen=True)
@@ -96,40 +81,17 @@ class StepResults:
     operations: dict[str, dict[str, float]]  # for one image of the unfused step, by role and phase
 
 
-def plan(
-    model: str | None,
-    *,
-    device: torch.device,
-    batch: int | str | None,
-    dtype: torch.dtype | None,
-    names: Sequence[str] | None,
-    compile: bool,
-    rounds: int,
-) -> StepPlan:
-    """Fills in what was not chosen; batch "fill" is what fits. Raises ConfigurationError for what can't be done."""
-    on_gpu = device.type == "cuda"
-    model = model or ("sd15" if on_gpu else "small")
-    check_known("--model", [model], tuple(MODELS))
-    check_known("--providers", names or (), tuple(PROVIDERS))
-    chosen = [name for name in names or PROVIDERS if compile or not PROVIDERS[name].compiles]
-    if "eager" not in chosen:
-        raise ConfigurationError("--providers: eager is what the others are measured against, name it too")
-    if batch == "fill" and not on_gpu:
+def plan(*, device: torch.device, batch: int | str | None, **choices: Any) -> NetworkPlan:
+    """Fill in what was not chosen; on a GPU the batch fills the memory. Raises ConfigurationError as `reward.plan`."""
+    if batch == "fill" and device.type != "cuda":
         raise ConfigurationError("--batch fill: needs a GPU, whose memory says where it ends; name a number")
-    if batch is None:
-        batch = "fill" if on_gpu else MODELS[model].batch
-    return StepPlan(
-        model,
-        None if isinstance(batch, str) else batch,
-        DECODERS[model].latent,
-        dtype or (torch.bfloat16 if on_gpu else torch.float32),
-        device,
-        chosen,
-        rounds,
-    )
+    if batch is None and device.type == "cuda":
+        batch = "fill"
+    compiles = {name: provider.compiles for name, provider in PROVIDERS.items()}
+    return reward.plan(device=device, batch=batch, models=MODELS, providers=compiles, **choices)
 
 
-def measure(plan: StepPlan) -> Iterator[StepResults]:
+def measure(plan: NetworkPlan) -> Iterator[StepResults]:
     """Yields the results whenever there are more of them.
 
     Raises:
@@ -141,7 +103,7 @@ def measure(plan: StepPlan) -> Iterator[StepResults]:
         yield from _Measurement(plan).run()
 
 
-def check_room(plan: StepPlan) -> None:
+def check_room(plan: NetworkPlan) -> None:
     """Raises ConfigurationError unless what is resident fits into the device's memory."""
     if plan.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(plan.device)
@@ -153,7 +115,7 @@ def check_room(plan: StepPlan) -> None:
             )
 
 
-def count_operations(plan: StepPlan) -> dict[str, dict[str, float]]:
+def count_operations(plan: NetworkPlan) -> dict[str, dict[str, float]]:
     """Count the operations of the unfused step for one image, by role and phase, on tensors without memory."""
     networks = _without_memory(replace(plan, dtype=torch.float32))
     counted = {}
@@ -166,14 +128,14 @@ def count_operations(plan: StepPlan) -> dict[str, dict[str, float]]:
     return counted
 
 
-def _without_memory(plan: StepPlan) -> StepNetworks:
+def _without_memory(plan: NetworkPlan) -> StepNetworks:
     return StepNetworks(plan.model, plan.latent, plan.dtype, torch.device("meta"), TOWERS[plan.device.type])
 
 
 class _Measurement:
     """The state of a measurement: networks, what trains them, and the providers that are still in it."""
 
-    def __init__(self, plan: StepPlan) -> None:
+    def __init__(self, plan: NetworkPlan) -> None:
         self.plan, self.device = plan, plan.device
         self.now, self.between = seconds(plan.device)
         self.peak_rate = matrix_peak(plan.dtype, plan.device)

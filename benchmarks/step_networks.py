@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.reward import TOWERS, PathNetworks, PathPlan, Tower, default_dtype
+from benchmarks.reward import TOWERS, NetworkPlan, PathNetworks, Tower, default_dtype
 from diffpp_fast.methods import Batch
 from diffpp_fast.networks import Conditioning
 from diffpp_fast.schedule import NoiseSchedule
@@ -104,7 +104,7 @@ class StepNetworks:
             torch.manual_seed(0)
             generator, fake = (self._unet(latent, torch.float32) for _ in range(2))
             reference = self._unet(latent, dtype).requires_grad_(False)
-        facts = PathPlan(model, 1, latent, dtype, device, (), 0)
+        facts = NetworkPlan(model, 1, latent, dtype, device, (), 0)
         self.parts = Parts(generator, fake, reference, PathNetworks(facts, tower or TOWERS[device.type]))
         #: Of the reward's gradient, so that it is as long as the score's.
         self.reward_scale = 1.0

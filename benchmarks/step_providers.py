@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,8 +24,9 @@ from diffpp_fast import networks as package
 from diffpp_fast import ops
 from diffpp_fast.methods import Batch, DiffInstructPP
 from diffpp_fast.methods.base import DIFFUSION, LATENT, TIMESTEP
-from diffpp_fast.selftest import GUIDANCE_SCALE, PIXEL_MEAN, PIXEL_STD
+from diffpp_fast.selftest import PIXEL_MEAN, PIXEL_STD
 
+GUIDANCE_SCALE = 7.5
 NOISE_AND_SCORES = "noise and scores"
 #: In the order in which a step begins them. What lies between networks is `NOISE_AND_SCORES`.
 GENERATOR_PHASES = (
@@ -148,9 +149,9 @@ class Unfused:
         self.alpha, self.sigma = float(alpha), float(sigma)
         self.input_scale = networks.model.input_scale or self.sigma
         maybe_compiled: Callable[[Any], Any] = compiled if compile else lambda function: function
-        self.generator: Network = maybe_compiled(_trained(parts.generator, dtype, networks.device))
-        self.fake: Network = maybe_compiled(_trained(parts.fake, dtype, networks.device))
-        self.reference: Network = maybe_compiled(_frozen(parts.reference, dtype))
+        self.generator: Network = maybe_compiled(Autocast(Plain(parts.generator), dtype, networks.device))
+        self.fake: Network = maybe_compiled(Autocast(Plain(parts.fake), dtype, networks.device))
+        self.reference: Network = maybe_compiled(Plain(parts.reference, dtype))
         path = path or reward.eager(parts.path)
         # On the CPU torch 2.13 compiles diffusers' decoder to a gradient of zero (docs/reward-path.md).
         decode = path.decode if networks.device.type == "cpu" else maybe_compiled(path.decode)
@@ -362,45 +363,30 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 class Autocast(nn.Module):
     """A network under bfloat16 autocast; in any other dtype as it is."""
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, network: Callable[..., Tensor], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.network = network
         self.dtype, self.device = dtype, device
 
     def forward(self, *arguments: Any) -> Tensor:
-        with _precision(self.dtype, self.device):
-            result: Tensor = self.network(*arguments)
-            return result
+        lowered = self.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, dtype=self.dtype) if lowered else nullcontext():
+            return self.network(*arguments)
 
 
-def _precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    return torch.autocast(device.type, dtype=dtype) if dtype == torch.bfloat16 else nullcontext()
+class Plain(nn.Module):
+    """diffusers' network as it is called without this package; with a dtype, everything that it takes is cast."""
 
+    def __init__(self, network: nn.Module, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.network, self.dtype = network, dtype
 
-def _trained(network: nn.Module, dtype: torch.dtype, device: torch.device) -> Network:
-    call = _call_of(network)
-
-    def run(x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
-        with _precision(dtype, device):
-            return call(x, t, conditioning)
-
-    return run
-
-
-def _frozen(network: nn.Module, dtype: torch.dtype) -> Network:
-    call = _call_of(network)
-    return lambda x, t, conditioning: call(x.to(dtype), t, conditioning, dtype)
-
-
-def _call_of(network: nn.Module) -> Callable[..., Tensor]:
-    def call(x: Tensor, t: Tensor, conditioning: Any, dtype: torch.dtype | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
         arguments = conditioning.tensors
-        if dtype is not None:
-            arguments = map_tensors(lambda tensor: tensor.to(dtype), arguments)
-        prediction: Tensor = network(x, t, return_dict=False, **arguments)[0]
+        if self.dtype is not None:
+            x, arguments = x.to(self.dtype), map_tensors(lambda tensor: tensor.to(self.dtype), arguments)
+        prediction: Tensor = self.network(x, t, return_dict=False, **arguments)[0]
         return prediction
-
-    return call
 
 
 def _pixels(networks: PathNetworks, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

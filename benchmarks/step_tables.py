@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from benchmarks import tables
-from benchmarks.reward import TOWERS, sentences
-from benchmarks.step import COMMON, OWN, StepOutcome, StepPlan, StepResults, StepRun
+from benchmarks.reward import TOWERS, NetworkPlan, sentences
+from benchmarks.step import COMMON, OWN, StepOutcome, StepResults, StepRun
 from benchmarks.step_providers import PHASES, WHOLE
 from benchmarks.tables import Place, Table, dtype_name, figure, loses, milliseconds, shown, threads_name
 from benchmarks.timing import Provenance, Timing, restless_sentence
@@ -34,7 +34,7 @@ forward and backward pass, compilation included.
 Runs = Mapping[str, StepRun]
 
 
-def write(where: Place, plan: StepPlan, results: StepResults, origin: Provenance) -> list[Any]:
+def write(where: Place, plan: NetworkPlan, results: StepResults, origin: Provenance) -> list[Any]:
     """Write CSV, Markdown and a plot. Return the paths."""
     parts = [_facts(plan, results), LEGEND, *step_tables(results), tables.bullets(doubts(results))]
     paths = where.write(list(_rows(plan, results)), COLUMNS, parts, origin)
@@ -46,7 +46,7 @@ def write(where: Place, plan: StepPlan, results: StepResults, origin: Provenance
     return paths
 
 
-def kind_of(plan: StepPlan) -> str:
+def kind_of(plan: NetworkPlan) -> str:
     """Return the name of these tables' place in the documentation, and of their files."""
     return f"{plan.device.type}-{plan.model}"
 
@@ -125,7 +125,7 @@ def _mark(runs: Runs, name: str, timing: Callable[[StepRun], Timing]) -> str:
     return tables.SLOWER if name.startswith("fused") and loses(*ratios) else ""
 
 
-def _facts(plan: StepPlan, results: StepResults) -> str:
+def _facts(plan: NetworkPlan, results: StepResults) -> str:
     asked = {role: f"{counts[WHOLE] * 1e-12:#.3g}" for role, counts in results.operations.items()}
     return (
         f"{plan.model}: latents of {plan.latent} x {plan.latent}, {dtype_name(plan.dtype)}, "
@@ -136,7 +136,7 @@ def _facts(plan: StepPlan, results: StepResults) -> str:
     )
 
 
-def _rows(plan: StepPlan, results: StepResults) -> Iterator[dict[str, Any]]:
+def _rows(plan: NetworkPlan, results: StepResults) -> Iterator[dict[str, Any]]:
     facts = {
         **{"model": plan.model, "tower": TOWERS[plan.device.type].name, "latent": plan.latent},
         **{"dtype": dtype_name(plan.dtype), "device": plan.device.type, "threads": torch.get_num_threads()},

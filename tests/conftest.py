@@ -64,6 +64,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the tests of Triton's kernels, which run where the GPU is."""
+    if ON_GPU and "triton_backend" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.gpu)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Skips a test on a GPU where it asks for what the backend says that it does not serve."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import backends, variants
-from benchmarks.gpu_session import State
+from benchmarks.gpu_session import State, Verdict
 from benchmarks.variants import Variant
 from diffpp_fast.noise import Noise
 from diffpp_fast.selftest import CPU, ORACLE, SEED, STREAM, Call, Outputs, compare, step
@@ -34,33 +34,6 @@ LATER = 1000
 SECONDS, FEW = 40.0, 3
 #: Sentences about one operator that are kept: a broken kernel is wrong everywhere.
 MOST_SENTENCES = 8
-
-
-class Verdict(NamedTuple):
-    """The findings about one operator on one backend."""
-
-    op: str
-    backend: str
-    checked: int  # combinations of options
-    wanted: int  # as many hold every pair of options, if no fewer were asked for
-    total: int
-    wrong: list[str]
-    graphs: int = 0  # captured and replayed
-    compiled: int = 0  # by torch.compile, in one graph
-    fatal: bool = False  # the device can't be used any more, or the process died
-
-    @property
-    def summary(self) -> str:
-        """In a few words."""
-        if self.wrong:
-            return "CRASHED" if self.fatal else "WRONG"
-        return "right" if self.checked >= self.wanted else "unfinished"
-
-    @property
-    def in_words(self) -> str:
-        counts = f"{self.checked} of {self.total} combinations of options, {self.wanted} wanted"
-        more = f"{self.graphs} captured graphs, {self.compiled} compiled"
-        return f"{self.summary} ({counts}; {more})" + "".join(f"\n    {sentence}" for sentence in self.wrong)
 
 
 class Checks(NamedTuple):
@@ -334,7 +307,7 @@ def main() -> int:
     for op in arguments.ops:
         verdict = judge(op, arguments.backend, checks, time.monotonic() + (0.0 if plain else SECONDS))
         if not arguments.sanitized:
-            State(arguments.state).add(("gate", op, arguments.backend), tuple(verdict))
+            State(arguments.state).add(("gate", op, arguments.backend), verdict)
         print(op, arguments.backend, verdict.in_words)
         wrong = wrong or bool(verdict.wrong)
     return int(wrong)

@@ -28,9 +28,9 @@ def least(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TOWERS, "cpu", tower)
 
 
-def plan(**changes: Any) -> reward.PathPlan:
+def plan(**changes: Any) -> reward.NetworkPlan:
     chosen: dict[str, Any] = {"batch": 2, "latent": None, "dtype": None, "names": None, "compile": False, "rounds": 2}
-    return reward.plan("small", device=CPU, **chosen | changes)
+    return reward.plan(model="small", device=CPU, **chosen | changes)
 
 
 def run(out: Path, *arguments: str) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks import gpu_check, gpu_session, step, step_tables, tables
 from benchmarks.__main__ import main, make_parser
 from benchmarks.memory import extrapolated, largest
-from benchmarks.reward import TOWERS, complaints
+from benchmarks.reward import TOWERS, NetworkPlan, complaints
 from benchmarks.step import COMMON, OWN, StepOutcome, StepResults, StepRun
 from benchmarks.step_gate import Oracle
 from benchmarks.step_networks import StepNetworks, Trained, resident_bytes, twin
@@ -57,9 +57,9 @@ def networks(least: None) -> StepNetworks:
     return networks
 
 
-def plan(**changes: Any) -> step.StepPlan:
+def plan(**changes: Any) -> NetworkPlan:
     chosen: dict[str, Any] = {"batch": 2, "dtype": None, "names": None, "compile": False, "rounds": 2}
-    return step.plan("tiny", device=CPU, **chosen | changes)
+    return step.plan(model="tiny", device=CPU, **chosen | changes)
 
 
 def run(out: Path, *arguments: str) -> int:
@@ -431,7 +431,8 @@ def test_what_the_user_can_mend_is_said(
 @pytest.mark.parametrize("options", [*gpu_check.STEPS.values(), *gpu_check.REHEARSED_STEPS.values()], ids=" ".join)
 def test_what_gpu_check_asks_for_is_understood(options: tuple[str, ...]) -> None:
     chosen = make_parser().parse_args(["step", *options])
-    step.plan(chosen.model, device=CPU, batch=1, dtype=None, names=chosen.providers, compile=chosen.compile, rounds=5)
+    asked = {"model": chosen.model, "names": chosen.providers, "compile": chosen.compile}
+    step.plan(device=CPU, batch=1, dtype=None, rounds=5, **asked)
 
 
 def test_gpu_check_measures_steps_alone_and_keeps_what_is_done(

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from benchmarks import backends, gpu_session
-from benchmarks.gpu_session import ROOT, Ended, Session, stop_all
+from benchmarks.gpu_session import ROOT, Ended, Session, Verdict, stop_all
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,9 +81,10 @@ def gates(session: Session) -> Iterator[Check]:
 def operators_tests(session: Session) -> Check:
     """The tests of the operators, on the GPU; a rehearsal only collects a file."""
     files = sorted(str(path) for pattern in FILES for path in (ROOT / "tests").glob(pattern))
-    command = python("-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--rootdir", ROOT)
+    command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT)
     if session.rehearse:
         return Check("tests", [*command, "--collect-only", files[0]], TESTS)
+    command += ["-m", "gpu and not slow"]
     workers = ["-n", "4"] if importlib.util.find_spec("xdist") is not None else []
     return Check("tests", [*command, *workers, *files], TESTS)
 
@@ -185,12 +186,10 @@ def test_right(check: Check, running: dict[str, Future[Ended | None]]) -> None:
 
 def note_verdicts(session: Session, check: Check, ended: Ended) -> None:
     """Say what a gate's process has found; one that died before it wrote a verdict is a verdict, too."""
-    from gpu_gate import Verdict
-
     _, backend, ops = check.name.split(" ")
     for op in ops.split(","):
         if session.verdict(op, backend) is None:
-            session.state.add(("gate", op, backend), tuple(Verdict(op, backend, 0, 0, 0, [ended.why], fatal=True)))
+            session.state.add(("gate", op, backend), Verdict(op, backend, 0, 0, 0, [ended.why], fatal=True))
         found = session.verdict(op, backend)
         assert found is not None
-        session.say(f"{op}, {backend}: {Verdict(*found).in_words}")
+        session.say(f"{op}, {backend}: {found.in_words}")
