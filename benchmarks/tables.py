@@ -174,10 +174,7 @@ def loses(*ratios: float | None) -> bool:
 
 def can_plot() -> bool:
     """Whether matplotlib can be imported."""
-    try:
-        return importlib.util.find_spec("matplotlib") is not None
-    except ValueError:  # it is in `sys.modules` as None
-        return False
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def write_dots(path: Path, dots: Sequence[tuple[str, str, str, Mapping[str, float]]], title: str) -> None:
