@@ -254,7 +254,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, index: int
         options = {"prediction_type": case.prediction_type, "noise": "none" if case.noise == "none" else "stored"}
         options |= {"weight": case.variant == "weighted", "uncond": case.variant != "plain"}
         options["normalizer"] = "mean_abs" if case.op == "score_gap" and case.noise != "none" else None
-    place = {"dtype": dtype, "layout": case.layout, "device": device, "drawn_on": device}
+    place: dict[str, Any] = {"dtype": dtype, "layout": case.layout, "device": device, "drawn_on": device}
     call = selftest.make(case.op, case.shape, seed=f"{case.name} {index}", **place, **options)
     given = {**call.arguments, "dtype": dtype, "device": device}
     if case.op == "philox":

@@ -30,13 +30,15 @@ REWARD_LIMIT = 120.0
 STEP_LIMITS = {False: 260.0, True: 445.0}
 STEP_LEAST = 100.0
 #: The options of `python -m benchmarks step`, what tells most first. One call has the time to compile one provider.
-STEPS = {
+STEPS: dict[str, tuple[str, ...]] = {
     "sd15, eager and fused": ("--model", "sd15", "--no-compile"),
     "sd15, compile": ("--model", "sd15", "--providers", "eager,fused,compile"),
     "sdxl, eager and fused": ("--model", "sdxl", "--no-compile"),
     "sd15, fused and compile": ("--model", "sd15", "--providers", "eager,fused,fused-compile"),
 }
-REHEARSED_STEPS = {"tiny, eager and fused": ("--model", "tiny", "--no-compile", "--providers", "eager,fused")}
+REHEARSED_STEPS: dict[str, tuple[str, ...]] = {
+    "tiny, eager and fused": ("--model", "tiny", "--no-compile", "--providers", "eager,fused")
+}
 NETWORKS = ("diffusers", "transformers")
 #: Per provider and case of the benchmark.
 MIN_TIME = 0.1

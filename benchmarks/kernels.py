@@ -98,18 +98,19 @@ def measure(plan: KernelPlan) -> Iterator[list[KernelOutcome]]:
 def _measure_case(
     plan: KernelPlan, case: Case, dtype: torch.dtype, threads: int, sets: Sequence[Inputs], judge: Gate
 ) -> list[KernelOutcome]:
-    outcomes, passed = [], {}
+    outcomes: list[KernelOutcome] = []
+    passed: dict[str, Provider] = {}
     shared: dict[str, Any] = {"case": case, "dtype": dtype, "threads": threads}
     for name in (EAGER, *([COMPILE] if plan.compile else []), *plan.backends):
         outcome = KernelOutcome(name, bytes=case.bytes(dtype.itemsize), sets=len(sets), **shared)
-        plain = name in (EAGER, COMPILE)
-        reason = None if plain else backends.why_not(case.op, name, plan.device, dtype)
+        reason = None
+        if name not in (EAGER, COMPILE):
+            reason = backends.why_not(case.op, name, plan.device, dtype)
         if reason is not None:
             outcomes.append(replace(outcome, left_out=reason))
             continue
         try:
-            provider = getattr(gate, "eager" if name == EAGER else "compiled")(case) if plain else None
-            provider = provider or gate.backend(case, sets[0], name)
+            provider = _provider(case, sets[0], name)
             wrong = judge.failure(provider)
         except Exception as error:  # of any kind: it is reported, and the other providers go on
             wrong = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -126,6 +127,12 @@ def _measure_case(
         _complete(replace(outcome, timing=timings.get(outcome.provider)), passed.get(outcome.provider), sets, plan)
         for outcome in outcomes
     ]
+
+
+def _provider(case: Case, inputs: Inputs, name: str) -> Provider:
+    if name == EAGER:
+        return gate.eager(case)
+    return gate.compiled(case) if name == COMPILE else gate.backend(case, inputs, name)
 
 
 def _time(plan: KernelPlan, size: int, sets: Sequence[Inputs], passed: Sequence[Provider]) -> dict[str, Timing]:
@@ -376,10 +383,10 @@ def _summary(comparisons: Sequence[Comparison]) -> Table:
         if (one := comparison.backend) is not None:
             key = one.case.op, one.provider, dtype_name(one.dtype), str(one.threads)
             kinds.setdefault(key, []).append(comparison)
-    for key, members in kinds.items():
-        ratios = ([member.x_eager for member in members], [member.x_compile for member in members])
+    for kind, members in kinds.items():
+        ratios = [member.x_eager for member in members], [member.x_compile for member in members]
         slower = sum(member.slower for member in members)
-        rows.append((*key, str(len(members)), *map(_range, ratios), str(slower)))
+        rows.append((*kind, str(len(members)), *map(_range, ratios), str(slower)))
     return Table(rows)
 
 

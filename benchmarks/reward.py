@@ -428,7 +428,7 @@ def write(where: Place, plan: NetworkPlan, outcomes: Sequence[PathOutcome], orig
         f"{TOWERS[plan.device.type].name} as the reward.\n"
     )
     legend = LEGEND.format(pixels=8 * MODELS[plan.model].latent)
-    parts = [facts, legend, table(outcomes), tables.bullets(sentences(outcomes))]
+    parts: list[str | Table] = [facts, legend, table(outcomes), tables.bullets(sentences(outcomes))]
     eager = _eager(outcomes)
     rows = [
         _row(each, eager, phase, plan)

@@ -36,7 +36,7 @@ Runs = Mapping[str, StepRun]
 
 def write(where: Place, plan: NetworkPlan, results: StepResults, origin: Provenance) -> list[Any]:
     """Write CSV, Markdown and a plot. Return the paths."""
-    parts = [_facts(plan, results), LEGEND, *step_tables(results), tables.bullets(doubts(results))]
+    parts: list[str | Table] = [_facts(plan, results), LEGEND, *step_tables(results), tables.bullets(doubts(results))]
     paths = where.write(list(_rows(plan, results)), COLUMNS, parts, origin)
     runs = _runs(results, COMMON)
     speeds = {name: value for name in runs if (value := faster(runs, EAGER, name, iteration)) is not None}

@@ -188,7 +188,7 @@ def write_dots(path: Path, dots: Sequence[tuple[str, str, str, Mapping[str, floa
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator
 
-    panels, names = (list(dict.fromkeys(dot[place] for dot in dots)) for place in (0, 1))
+    panels, names = list(dict.fromkeys(dot[0] for dot in dots)), list(dict.fromkeys(dot[1] for dot in dots))
     groups = {name: group for _, name, group, _ in dots}
     figure = _figure(NAMES_WIDTH + PANEL_WIDTH * len(panels), FRAME_HEIGHT + ROW_HEIGHT * len(names))
     axes: Any = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]

@@ -35,7 +35,12 @@ GROUPS = {"even": 8, "odd": 3, "long": 8, "one": 4, "chunks": 2, "channels": 2}
 #: [B, N, D]: rows that block lengths divide and that they don't, short ones in numbers, long ones.
 TOKENS = {"even": (2, 40, 256), "odd": (3, 7, 90), "short": (2, 300, 16), "long": (2, 3, 8192), "one": (1, 1, 1)}
 
-SHAPES = {"reward_pixels": IMAGES, "group_norm_silu": ACTIVATIONS, "geglu": TOKENS, "ada_layer_norm": TOKENS}
+SHAPES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "reward_pixels": IMAGES,
+    "group_norm_silu": ACTIVATIONS,
+    "geglu": TOKENS,
+    "ada_layer_norm": TOKENS,
+}
 
 #: Their rows lie along the last dimension: channels_last means nothing to them.
 TOKEN_OPS = ("geglu", "ada_layer_norm")
@@ -138,9 +143,9 @@ def ordered(op: str, dtypes: Sequence[torch.dtype] = DTYPES) -> tuple[list[Varia
 def make(variant: Variant, device: torch.device) -> Call:
     """Return its call; the values do not depend on the device."""
     options = dict(variant.options)
-    place = {"dtype": options.pop("dtype"), "layout": options.pop("layout"), "device": device}
+    place: dict[str, Any] = {"dtype": options.pop("dtype"), "layout": options.pop("layout"), "device": device}
     name = options.pop("shape")
-    shape = SHAPES.get(variant.op, LATENTS)[name]
+    shape: tuple[int, ...] = SHAPES.get(variant.op, LATENTS)[name]
     if variant.op == "geglu":
         shape = (*shape[:2], max(shape[2], 2))  # two halves
     elif variant.op == "group_norm_silu":
