@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # DeepSpeed without its compiled operators: what needs one builds it when it is first used.
 export DS_BUILD_OPS ?= 0
 
-.PHONY: help setup demo demo-short test test-all test-oldest sanitize emulate lint types gpu-build gpu-check docs clean
+.PHONY: help setup demo demo-short test test-all test-oldest sanitize emulate lint types bench gpu-build gpu-check docs clean
 
 help:
 	@echo "make demo       align the emoji generator with a reward: about 5 minutes on two cores, pictures in runs/demo"
@@ -24,6 +24,7 @@ help:
 	@echo "make demo-short the demo cut to a minute: shows that it works, not what it can do"
 	@echo "make sanitize   the tests of the compiled operators under AddressSanitizer and UBSan"
 	@echo "make emulate    the tests of the operators on csrc's GPU kernels, thread by thread on the CPU (needs CUDA's headers)"
+	@echo "make bench      every operator measured against plain torch; BENCH='reward' or any other arguments of python -m benchmarks"
 	@echo "make gpu-build  every GPU kernel compiled for sm_80, sm_90 and sm_100: registers and spills (no GPU needed)"
 	@echo "make gpu-check  with a GPU, in 8 minutes: everything checked on it, kernels measured; REHEARSE=1 without one"
 	@echo "make docs       the documentation as a site in site/"
@@ -84,7 +85,7 @@ test-oldest:
 	cd $(OLDEST) && env -u PYTHONPATH $(MAKE) gpu-check REHEARSE=1 PYTHON=$(OLDEST_BIN)/python
 	$(OLDEST_RUN) $(OLDEST_BIN)/python setup.py --quiet build_ext --inplace
 	$(OLDEST_RUN) $(OLDEST_BIN)/python -m pytest $(WORKERS) -m "not slow" $(addprefix tests/,$(OLDEST_TESTS))
-	$(OLDEST_RUN) $(OLDEST_BIN)/python -m diffpp_fast.bench.gpu_build $(if $(shell command -v nvcc),,--no-csrc)
+	$(OLDEST_RUN) $(OLDEST_BIN)/python -m benchmarks.gpu_build $(if $(shell command -v nvcc),,--no-csrc)
 	env -u PYTHONPATH $(OLDEST_BIN)/python -m pytest tests/test_packaging.py tests/test_build.py
 	DIFFPP_FAST_CUDA=0 $(OLDEST_310)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall ./$(OLDEST)
 	cd $(OLDEST)/tests && env -u PYTHONPATH $(OLDEST_310)/python installed.py && $(OLDEST_310)/diffpp-fast --help > /dev/null
@@ -113,14 +114,19 @@ emulate: $(READY)
 	  -m "not slow" -k "not compiles and not reference and not far_apart and not every_magnitude" \
 	  $(foreach op,add_noise denoising_loss score_gap reward_pixels group_norm_silu,test_native_$(op).py test_ops_$(op).py) test_noise.py
 
+# Any arguments of `python -m benchmarks`.
+BENCH ?= kernels
+bench: $(LIBRARY)
+	$(BIN)/python -m benchmarks $(BENCH)
+
 # BUDGET=write records what the kernels take now.
 BUDGET ?= check
 gpu-build: $(LIBRARY)
-	env -u TRITON_INTERPRET $(BIN)/python -m diffpp_fast.bench.gpu_build --budget $(BUDGET)
+	env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.gpu_build --budget $(BUDGET)
 
 # A machine with a GPU may have no network: where PYTHON has what it takes, that is used as it is. Options: GPU_CHECK.
 GPU_READY := import torch, triton, sys; sys.exit(not (torch.cuda.is_available() or "$(REHEARSE)"))
-GPU_RUN := -m diffpp_fast.bench.gpu_check $(if $(REHEARSE),--rehearse) $(GPU_CHECK)
+GPU_RUN := -m benchmarks.gpu_check $(if $(REHEARSE),--rehearse) $(GPU_CHECK)
 gpu-check:
 	if $(PYTHON) -c '$(GPU_READY)' 2> /dev/null; then PYTHONPATH=.:$$PYTHONPATH $(PYTHON) $(GPU_RUN); \
 	else $(MAKE) setup && $(BIN)/python $(GPU_RUN); fi

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffpp_fast.bench.memory import kept_bytes
+from benchmarks.memory import kept_bytes
 from diffpp_fast.networks import FrozenDecoder, load_decoder
 from diffpp_fast.networks.decoder import layers
 

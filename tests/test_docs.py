@@ -257,7 +257,7 @@ def check_make(arguments: tuple[str, ...]) -> None:
         if equals:
             assert re.search(rf"\$\({variable}\)|^{variable} \?=", makefile, re.MULTILINE), word
             if value.startswith("--"):
-                assert f'"{value.split()[0]}"' in (ROOT / "diffpp_fast/bench/gpu_check.py").read_text(), word
+                assert f'"{value.split()[0]}"' in (ROOT / "benchmarks/gpu_check.py").read_text(), word
         else:
             assert re.search(rf"^{word}:", makefile, re.MULTILINE), f"no target {word}"
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from traffic import Traffic, cuda_launches, triton_traffic
 
+from benchmarks import cases
+from benchmarks.cases import FAMILIES, Case, make_inputs, unfused
 from diffpp_fast import use_backend
-from diffpp_fast.bench import operators
-from diffpp_fast.bench.cases import FAMILIES, Case
+from diffpp_fast.selftest import Call
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,18 +80,18 @@ def table_cases() -> Iterator[tuple[str, Case]]:
 
 
 def counted(
-    call: Callable[..., Any], inputs: operators.Inputs, arguments: dict[str, Any],
+    forward: Callable[..., Any], call: Call, arguments: dict[str, Any],
     counting: Callable[[Traffic], AbstractContextManager[None]],
 ) -> list[Traffic]:  # fmt: skip
     """Of the forward and, if there is one, of the backward pass."""
     passes = [Traffic()]
     with counting(passes[0]), passes[0]:
-        result = call(**arguments)
-    if inputs.wrt:
-        outer = torch.ones_like(result) if inputs.outer is None else inputs.outer
+        result = forward(**arguments)
+    if call.wrt:
+        outer = torch.ones_like(result) if call.outer is None else call.outer
         passes.append(Traffic())
         with counting(passes[1]), passes[1]:
-            torch.autograd.grad(result, [arguments[name] for name in inputs.wrt], outer)
+            torch.autograd.grad(result, [arguments[name] for name in call.wrt], outer)
     return passes
 
 
@@ -106,15 +107,14 @@ def rows_of_case(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> Iter
     elements = torch.Size(case.shape).numel()
     eager, fused = [], []
     for dtype in (torch.float32, torch.bfloat16):
-        inputs = operators.make_inputs(case, dtype, torch.device("cpu"))
-        eager.append(counted(operators.unfused(case), inputs, inputs.unfused, lambda _: nullcontext()))
+        inputs = make_inputs(case, dtype, torch.device("cpu"))
+        call = inputs.call
+        eager.append(counted(unfused(case), call, inputs.unfused, lambda _: nullcontext()))
         with use_backend("triton"):
             if case.op == "reward_pixels":  # its first call makes tables that are kept
-                operators.step(operators.fused(case), inputs.fused, inputs.wrt, inputs.outer)
+                call.run()
             fused.append(
-                counted(
-                    operators.fused(case), inputs, inputs.fused, lambda traffic: triton_traffic(traffic, monkeypatch)
-                )
+                counted(call.forward, call, call.arguments, lambda traffic: triton_traffic(traffic, monkeypatch))
             )
     for direction, passes in enumerate(zip(*eager, *fused, strict=True)):
         launches = [str(traffic.launches) for traffic in passes]
@@ -134,8 +134,8 @@ def test_table_of_launches_and_bytes(name: str, case: Case, monkeypatch: pytest.
     # Few programs: the interpreter runs them one by one.
     monkeypatch.setattr(reward_pixels, "ROWS_TILE", (64, 128))
     monkeypatch.setattr(reward_pixels, "COLUMNS_TILE", (64, 128))
-    monkeypatch.setattr(operators, "REWARD_SIZE", PIXELS)
-    monkeypatch.setattr(operators, "GROUPS", GROUPS)
+    monkeypatch.setattr(cases, "REWARD_SIZE", PIXELS)
+    monkeypatch.setattr(cases, "GROUPS", GROUPS)
     on_page = [row for row in rows_of_page() if (row.op, row.case) == (case.op, name)]
     assert on_page == list(rows_of_case(name, case, monkeypatch))
 

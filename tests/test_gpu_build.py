@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from diffpp_fast.bench import gpu_build, variants
-from diffpp_fast.bench.gpu_build import BUDGET, Resources, Usage
+from benchmarks import gpu_build, variants
+from benchmarks.gpu_build import BUDGET, Resources
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.kernels import dispatch
 
@@ -54,7 +54,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "-m",
-        "diffpp_fast.bench.gpu_build",
+        "benchmarks.gpu_build",
         "--no-csrc",
         "--archs",
         "90",
@@ -73,7 +73,7 @@ def test_a_kernel_from_end_to_end(tmp_path: Path) -> None:
 import sys, torch
 from pathlib import Path
 from diffpp_fast import Noise
-from diffpp_fast.bench import gpu_build
+from benchmarks import gpu_build
 with gpu_build.compiling(90) as cubins:
     Noise(1, torch.arange(3)).uniform()
 ((cubin, (kernel, shared)),) = cubins.items()
@@ -109,7 +109,7 @@ def test_what_cuobjdump_says() -> None:
     library, spilling, cubin = gpu_build.parse(DUMP)
     assert library[1:] == (80, 40, 16, 0)
     assert spilling[1:] == (80, 24, 0, 56)
-    assert cubin == Usage("_normal", 100, 32, 0, 0)
+    assert cubin == Resources("_normal", 100, 32, 0, 0)
 
 
 def in_file(name: str) -> str:
@@ -121,7 +121,7 @@ def in_file(name: str) -> str:
 @pytest.mark.parametrize(
     ("mangled", "name"),
     [
-        (next(gpu_build.parse(DUMP)).function, "cuda.add_noise.backward"),
+        (next(gpu_build.parse(DUMP)).kernel, "cuda.add_noise.backward"),
         (f"_ZN6diffpp4cuda{in_file('denoising_loss_cu')}7forwardIfLb1EEEvv", "cuda.denoising_loss.forward"),
         ("_ZN6diffpp4cuda6finishIfEEvv", "cuda.finish"),
         ("_Z6kernelPf", "cuda.kernel"),

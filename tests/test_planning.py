@@ -187,7 +187,7 @@ def test_what_is_alive_is_what_autograd_saved(fused: bool, autocast: bool) -> No
 
 
 def test_meta_keeps_what_the_cpu_keeps() -> None:
-    from diffpp_fast.bench.memory import kept_bytes
+    from benchmarks.memory import kept_bytes
 
     vae = tiny.vae()
     latents = torch.zeros(2, *tiny.LATENT)

@@ -1,4 +1,4 @@
-"""`python -m diffpp_fast.bench.blocks`: blocks of diffusers' networks, unfused against fused.
+"""`python -m benchmarks blocks`: blocks of diffusers' networks, unfused against fused.
 
 Each block is one of the network's at random weights, all trained. Printed are the seconds of a forward and backward
 pass, and the bytes that autograd keeps in between beyond the parameters.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -17,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.memory import saved_bytes
+from benchmarks.tables import Table, dtype_name, markdown
+from benchmarks.timing import Contender, clock_of, interleave, intra_op_threads
 from diffpp_fast import networks
-from diffpp_fast.bench.cuda import event_clock
-from diffpp_fast.bench.timing import Contender, interleave, wall_clock
 
 
 class BlockCase(NamedTuple):
@@ -61,24 +61,8 @@ def cases() -> list[BlockCase]:
     ]
 
 
-def saved_bytes(run: Callable[[], object], module: nn.Module) -> int:
-    """Bytes of the storages that autograd keeps for the backward pass of `run`, without the module's parameters."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = run()
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
-    del result
-    return sum(size for place, size in storages.items() if place not in own)
-
-
-class Row(NamedTuple):
-    """What was measured of one block, unfused and fused."""
+class BlockRow(NamedTuple):
+    """The measures of one block, unfused and fused."""
 
     name: str
     dtype: str
@@ -86,7 +70,7 @@ class Row(NamedTuple):
     saved: tuple[int, int]
 
 
-def measure(case: BlockCase, dtype: torch.dtype, device: torch.device, min_time: float) -> Row:
+def measure(case: BlockCase, dtype: torch.dtype, device: torch.device, min_time: float) -> BlockRow:
     """One block; raises AssertionError if fusing changes its output by more than rounding."""
     torch.manual_seed(0)
     unfused = case.make().to(device, dtype)
@@ -110,39 +94,40 @@ def measure(case: BlockCase, dtype: torch.dtype, device: torch.device, min_time:
         return torch.autograd.grad(module(*inputs, **named), wanted, probe, allow_unused=True)
 
     contenders = [Contender("unfused", partial(step, unfused)), Contender("fused", partial(step, fused))]
-    timings = interleave(contenders, min_time, event_clock if device.type == "cuda" else wall_clock)
+    timings = interleave(contenders, min_time, clock_of(device))
     seconds = timings["unfused"].median, timings["fused"].median
     saved = [saved_bytes(partial(module, *inputs, **named), module) for module in (unfused, fused)]
-    return Row(case.name, str(dtype).removeprefix("torch."), seconds, (saved[0], saved[1]))
+    return BlockRow(case.name, dtype_name(dtype), seconds, (saved[0], saved[1]))
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown."""
-    lines = ["| block | dtype | unfused ms | fused ms | faster | kept MB | fused MB | kept |", "|---|---|" + "--:|" * 6]
-    for row in rows:
-        (before, after), (kept, left) = row.seconds, row.saved
-        lines.append(
-            f"| {row.name} | {row.dtype} | {1e3 * before:.1f} | {1e3 * after:.1f} | {before / after:.2f} x "
-            f"| {1e-6 * kept:.2f} | {1e-6 * left:.2f} | {100 * left / kept:.0f} % |"
-        )
-    return "\n".join(lines)
+def table(rows: Sequence[BlockRow]) -> Table:
+    header = ("block", "dtype", "unfused ms", "fused ms", "faster", "kept MB", "fused MB", "kept")
+    return Table(
+        [
+            header,
+            *(
+                (
+                    *(row.name, row.dtype),
+                    *(f"{1e3 * seconds:.1f}" for seconds in row.seconds),
+                    f"{row.seconds[0] / row.seconds[1]:.2f} x",
+                    *(f"{1e-6 * size:.2f}" for size in row.saved),
+                    f"{100 * row.saved[1] / row.saved[0]:.0f} %",
+                )
+                for row in rows
+            ),
+        ]
+    )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="blocks", description=__doc__.partition("\n\n")[0])
-    add = parser.add_argument
-    add("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+def add_arguments(add: Callable[..., Any]) -> None:
+    add("--device", choices=["cpu", "cuda"], help="where to measure (cuda if there is one)")
     add("--dtypes", type=lambda text: [getattr(torch, name) for name in text.split(",")], default=[torch.float32])
     add("--threads", type=int, default=torch.get_num_threads(), metavar="N")
     add("--min-time", type=float, default=1.0, metavar="SECONDS", help="per block and version")
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
-    rows = [
-        measure(case, dtype, arguments.device, arguments.min_time) for case in cases() for dtype in arguments.dtypes
-    ]
-    print(table(rows))
+
+
+def run(arguments: argparse.Namespace, device: torch.device) -> int:
+    with intra_op_threads(arguments.threads):
+        rows = [measure(case, dtype, device, arguments.min_time) for case in cases() for dtype in arguments.dtypes]
+    print(markdown(table(rows)), end="")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,5 @@
-"""Who is measured on a whole step: the step written by hand in plain torch, the same compiled, and the package's.
+"""Who is measured on a whole step, phase by phase: the step written by hand in plain torch, the
+same compiled, and the package's.
 
 Both losses are those of Diff-Instruct++ with guidance and a reward. In bfloat16, trained networks run under autocast on
 float32 weights and frozen ones have bfloat16 weights, as in the trainer.
@@ -6,22 +7,99 @@ float32 weights and frozen ones have bfloat16 weights, as in the trainer.
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import reward
+from benchmarks.reward import PathNetworks, RewardPath
+from benchmarks.step_networks import StepNetworks, map_tensors
 from diffpp_fast import networks as package
 from diffpp_fast import ops
-from diffpp_fast.bench import reward_path
-from diffpp_fast.bench.operators import GUIDANCE_SCALE, PIXEL_MEAN, PIXEL_STD
-from diffpp_fast.bench.phases import NOISE_AND_SCORES, Marks, Now
-from diffpp_fast.bench.step_networks import Networks, map_tensors
 from diffpp_fast.methods import Batch, DiffInstructPP
 from diffpp_fast.methods.base import DIFFUSION, LATENT, TIMESTEP
+from diffpp_fast.selftest import PIXEL_MEAN, PIXEL_STD
+
+GUIDANCE_SCALE = 7.5
+NOISE_AND_SCORES = "noise and scores"
+#: In the order in which a step begins them. What lies between networks is `NOISE_AND_SCORES`.
+GENERATOR_PHASES = (
+    "generator",
+    "fake",
+    "reference",
+    NOISE_AND_SCORES,
+    "decode",
+    "reward",
+    "reward backward",
+    "decode backward",
+    "backward",
+    "update",
+)
+FAKE_PHASES = ("generator", "fake", NOISE_AND_SCORES, "backward", "update")
+#: By the network that the step updates.
+PHASES = {"generator": GENERATOR_PHASES, "fake": FAKE_PHASES}
+ROLES = tuple(PHASES)
+WHOLE = "whole"
+
+#: A moment: seconds, an event on the device, operations so far; and the amount between two of them.
+Now = Callable[[], Any]
+Between = Callable[[Any, Any], float]
+
+
+def no_time() -> None:
+    """Where nothing is measured."""
+
+
+class Marks:
+    """Begins phases, each of which ends where the next one begins.
+
+    Args:
+        now: what a moment is.
+    """
+
+    def __init__(self, now: Now = no_time) -> None:
+        self._now = now
+        self._marks: list[tuple[str, Any]] = []
+
+    def begin(self, phase: str) -> None:
+        self._marks.append((phase, self._now()))
+
+    def end(self) -> None:
+        self.begin("")
+
+    def spans(self, between: Between) -> dict[str, float]:
+        """The sum of every phase's spans, and that of all."""
+        spans = dict.fromkeys((phase for phase, _ in self._marks[:-1]), 0.0)
+        for (phase, start), (_, end) in itertools.pairwise(self._marks):
+            spans[phase] += between(start, end)
+        return {**spans, WHOLE: between(self._marks[0][1], self._marks[-1][1])}
+
+
+def seconds(device: torch.device) -> tuple[Now, Between]:
+    """Time as the device sees it. On CUDA nothing waits before `between` is asked, after a synchronisation."""
+    if device.type != "cuda":
+        return time.perf_counter, lambda start, end: float(end - start)
+    return _recorded, lambda start, end: float(start.elapsed_time(end)) * 1e-3
+
+
+def operations(total: Callable[[], int]) -> tuple[Now, Between]:
+    """Operations counted so far."""
+    return total, lambda start, end: float(end - start)
+
+
+def _recorded() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+# Providers
 
 Network = Callable[[Tensor, Tensor, Any], Tensor]  # (x_t, t, conditioning) -> prediction
 
@@ -37,7 +115,7 @@ class Step(Protocol):
     def fake_loss(self, batch: Batch) -> Tensor: ...
 
 
-class Draws(NamedTuple):
+class StepDraws(NamedTuple):
     """The random numbers of one loss."""
 
     z: Tensor  # [B, C, H, W], standard normal
@@ -58,7 +136,7 @@ class Unfused:
         compile: every network, every part of the path and the arithmetic under torch.compile.
     """
 
-    def __init__(self, networks: Networks, path: reward_path.Path | None = None, compile: bool = False) -> None:
+    def __init__(self, networks: StepNetworks, path: RewardPath | None = None, compile: bool = False) -> None:
         parts, dtype = networks.parts, networks.dtype
         schedule = networks.schedule
         self.marks = Marks()
@@ -70,14 +148,14 @@ class Unfused:
         alpha, sigma = schedule.coefficients(torch.tensor([self.timestep]))
         self.alpha, self.sigma = float(alpha), float(sigma)
         self.input_scale = networks.model.input_scale or self.sigma
-        maybe_compiled: Callable[[Any], Any] = compiled if compile else _as_it_is
-        self.generator: Network = maybe_compiled(_trained(parts.generator, dtype, networks.device))
-        self.fake: Network = maybe_compiled(_trained(parts.fake, dtype, networks.device))
-        self.reference: Network = maybe_compiled(_frozen(parts.reference, dtype))
-        path = path or reward_path.eager(parts.path)
+        maybe_compiled: Callable[[Any], Any] = compiled if compile else lambda function: function
+        self.generator: Network = maybe_compiled(Autocast(Plain(parts.generator), dtype, networks.device))
+        self.fake: Network = maybe_compiled(Autocast(Plain(parts.fake), dtype, networks.device))
+        self.reference: Network = maybe_compiled(Plain(parts.reference, dtype))
+        path = path or reward.eager(parts.path)
         # On the CPU torch 2.13 compiles diffusers' decoder to a gradient of zero (docs/reward-path.md).
         decode = path.decode if networks.device.type == "cpu" else maybe_compiled(path.decode)
-        self.path = reward_path.Path(
+        self.path = RewardPath(
             lambda latents: decode(latents.to(dtype)), maybe_compiled(path.pixels), maybe_compiled(path.reward)
         )
         self.add_noise = maybe_compiled(_add_noise)
@@ -106,7 +184,7 @@ class Unfused:
         gradient = gradient - self.reward_scale * self.of_reward(x0.detach(), batch)
         return 0.5 * F.mse_loss(x0, (x0 - gradient).detach(), reduction="sum") / len(batch)
 
-    def sample(self, draws: Draws, batch: Batch) -> Tensor:
+    def sample(self, draws: StepDraws, batch: Batch) -> Tensor:
         """x0 [B, C, H, W]."""
         x = self.input_scale * draws.z
         t = torch.full_like(draws.t, self.timestep)
@@ -117,7 +195,7 @@ class Unfused:
         return x0
 
     @torch.no_grad()
-    def of_scores(self, x0: Tensor, draws: Draws, batch: Batch) -> Tensor:
+    def of_scores(self, x0: Tensor, draws: StepDraws, batch: Batch) -> Tensor:
         """h d [B, C, H, W] with h = k: the x0 that the TA implies minus the one that the guided reference implies."""
         alpha, sigma = self.schedule.coefficients(draws.t)
         x_t = self.add_noise(x0, draws.eps, alpha, sigma)
@@ -136,13 +214,13 @@ class Unfused:
         (gradient,) = torch.autograd.grad(watched_reward(self, self.path)(x0, None).sum(), x0)
         return gradient
 
-    def draw(self, batch: Batch) -> Draws:
+    def draw(self, batch: Batch) -> StepDraws:
         if self.addressed:
             z, eps = (batch.noise(stream).normal(batch.shape, dtype=self.wide) for stream in (LATENT, DIFFUSION))
-            return Draws(z, batch.noise(TIMESTEP).integers(0, len(self.schedule)), eps)
+            return StepDraws(z, batch.noise(TIMESTEP).integers(0, len(self.schedule)), eps)
         z = torch.randn(len(batch), *batch.shape, device=batch.samples.device)
         t = torch.randint(0, len(self.schedule), (len(batch),), device=batch.samples.device)
-        return Draws(z, t, torch.randn_like(z))
+        return StepDraws(z, t, torch.randn_like(z))
 
 
 class Fused:
@@ -154,14 +232,14 @@ class Fused:
         compile: every network and every part of the path under torch.compile.
     """
 
-    def __init__(self, networks: Networks, checkpoint: bool = False, compile: bool = False) -> None:
+    def __init__(self, networks: StepNetworks, checkpoint: bool = False, compile: bool = False) -> None:
         self.marks = Marks()
         self.addressed = True
         parts = networks.parts.twin()
         unets = parts.generator, parts.fake, parts.reference
         for unet in unets:
             package.fuse(unet)
-        maybe_compiled: Callable[[Any], Any] = compiled if compile else _as_it_is
+        maybe_compiled: Callable[[Any], Any] = compiled if compile else lambda function: function
         # Autocast around all of them, as diffpp_fast/training/build.py has it.
         generator, fake, reference, decode = (
             maybe_compiled(Autocast(module, networks.dtype, networks.device))
@@ -170,7 +248,7 @@ class Fused:
                 package.FrozenDecoder(parts.path.vae, checkpoint=checkpoint),
             )
         )
-        path = reward_path.Path(
+        path = RewardPath(
             decode, maybe_compiled(_pixels(parts.path, networks.dtype)), maybe_compiled(parts.path.reward)
         )
         scale = networks.model.input_scale
@@ -208,7 +286,7 @@ class Fused:
         return run
 
 
-def watched_reward(step: Step, path: reward_path.Path) -> Callable[[Tensor, Any], Tensor]:
+def watched_reward(step: Step, path: RewardPath) -> Callable[[Tensor, Any], Tensor]:
     """(x0, conditioning) -> [B], which says what it is at, forward and backward."""
 
     def at(phase: str) -> Callable[[Tensor], None]:
@@ -230,27 +308,27 @@ def watched_reward(step: Step, path: reward_path.Path) -> Callable[[Tensor, Any]
     return reward
 
 
-class Provider(NamedTuple):
+class StepProvider(NamedTuple):
     """How to make a provider's step, and the order in memory of its weights."""
 
-    make: Callable[[Networks], Step]
+    make: Callable[[StepNetworks], Step]
     memory_format: torch.memory_format = torch.contiguous_format
     compiles: bool = False
 
 
-def _checkpointed(networks: Networks) -> Step:
-    return Unfused(networks, reward_path.eager_checkpoint(networks.parts.path))
+def _checkpointed(networks: StepNetworks) -> Step:
+    return Unfused(networks, reward.eager_checkpoint(networks.parts.path))
 
 
-PROVIDERS: dict[str, Provider] = {
-    "eager": Provider(Unfused),
-    "eager-nhwc": Provider(Unfused, torch.channels_last),
-    "eager-checkpoint": Provider(_checkpointed),
-    "fused": Provider(Fused),
-    "fused-nhwc": Provider(Fused, torch.channels_last),
-    "fused-checkpoint": Provider(lambda networks: Fused(networks, checkpoint=True)),
-    "compile": Provider(lambda networks: Unfused(networks, compile=True), compiles=True),
-    "fused-compile": Provider(lambda networks: Fused(networks, compile=True), compiles=True),
+PROVIDERS: dict[str, StepProvider] = {
+    "eager": StepProvider(Unfused),
+    "eager-nhwc": StepProvider(Unfused, torch.channels_last),
+    "eager-checkpoint": StepProvider(_checkpointed),
+    "fused": StepProvider(Fused),
+    "fused-nhwc": StepProvider(Fused, torch.channels_last),
+    "fused-checkpoint": StepProvider(lambda networks: Fused(networks, checkpoint=True)),
+    "compile": StepProvider(lambda networks: Unfused(networks, compile=True), compiles=True),
+    "fused-compile": StepProvider(lambda networks: Fused(networks, compile=True), compiles=True),
 }
 
 
@@ -268,7 +346,7 @@ def differentiate(step: Step, role: str, batch: Batch, now: Now) -> tuple[Tensor
     return loss.detach(), marks
 
 
-def balanced_scale(networks: Networks) -> float:
+def balanced_scale(networks: StepNetworks) -> float:
     """The scale of the reward that makes its gradient as long as the score's, so that an error in either shows."""
     step, batch = Unfused(networks), networks.batch(0, 1)
     step.addressed = True
@@ -282,55 +360,36 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
-
-
 class Autocast(nn.Module):
     """A network under bfloat16 autocast; in any other dtype as it is."""
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, network: Callable[..., Tensor], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.network = network
         self.dtype, self.device = dtype, device
 
     def forward(self, *arguments: Any) -> Tensor:
-        with _precision(self.dtype, self.device):
-            result: Tensor = self.network(*arguments)
-            return result
+        lowered = self.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, dtype=self.dtype) if lowered else nullcontext():
+            return self.network(*arguments)
 
 
-def _precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    return torch.autocast(device.type, dtype=dtype) if dtype == torch.bfloat16 else nullcontext()
+class Plain(nn.Module):
+    """diffusers' network as it is called without this package; with a dtype, everything that it takes is cast."""
 
+    def __init__(self, network: nn.Module, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.network, self.dtype = network, dtype
 
-def _trained(network: nn.Module, dtype: torch.dtype, device: torch.device) -> Network:
-    call = _call_of(network)
-
-    def run(x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
-        with _precision(dtype, device):
-            return call(x, t, conditioning)
-
-    return run
-
-
-def _frozen(network: nn.Module, dtype: torch.dtype) -> Network:
-    call = _call_of(network)
-    return lambda x, t, conditioning: call(x.to(dtype), t, conditioning, dtype)
-
-
-def _call_of(network: nn.Module) -> Callable[..., Tensor]:
-    def call(x: Tensor, t: Tensor, conditioning: Any, dtype: torch.dtype | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
         arguments = conditioning.tensors
-        if dtype is not None:
-            arguments = map_tensors(lambda tensor: tensor.to(dtype), arguments)
-        prediction: Tensor = network(x, t, return_dict=False, **arguments)[0]
+        if self.dtype is not None:
+            x, arguments = x.to(self.dtype), map_tensors(lambda tensor: tensor.to(self.dtype), arguments)
+        prediction: Tensor = self.network(x, t, return_dict=False, **arguments)[0]
         return prediction
 
-    return call
 
-
-def _pixels(networks: reward_path.Networks, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _pixels(networks: PathNetworks, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """As `LatentReward` and the rewards have it: images in float32, pixels in the dtype of the tower."""
     size = networks.tower.size
     return lambda images: ops.reward_pixels(images.float(), size, mean=PIXEL_MEAN, std=PIXEL_STD, dtype=dtype)

@@ -2,8 +2,9 @@
 
 Triton's kernels are compiled through the public operators, exactly as a launch would specialise them, by a driver that
 only names the GPU; nothing is launched. Those of csrc are read from the compiled library. A kernel that spills, or
-takes more registers than the budget beside this file allows, fails; so does one that some value of an argument breaks
-(gpu_arguments.py).
+takes more registers than the budget beside this file allows, fails; so does one that some value of an argument breaks:
+an integer that is 1 becomes a constant, one that 16 divides is known to be; tensors that are missing and constants such
+as WIDE switch whole branches. For these, nothing gets further than Triton's first stage, where all of it is decided.
 """
 
 from __future__ import annotations
@@ -21,25 +22,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
+from inspect import BoundArguments
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
-from diffpp_fast import backends
-from diffpp_fast.availability import INTERPRETED, UNLIMITED
-from diffpp_fast.bench import variants
-from diffpp_fast.bench.cases import Case, all_cases
-from diffpp_fast.bench.operators import fused, make_inputs, step
+from benchmarks import backends, tables, variants
+from benchmarks.backends import native
+from benchmarks.cases import all_cases, make_inputs
+from benchmarks.tables import Table
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.kernels import dispatch, native
+from diffpp_fast.selftest import CPU
 
 ARCHS = (80, 90, 100)
 BUDGET = Path(__file__).with_name("gpu_budget.json")
 #: The hardware hands out a thread's registers in lots of this size: within one, a register more costs nothing.
 LOT = 8
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 #: The Triton that the budget is for. What another supported one takes beyond it stands beside it under a name of its
 #: own ("KERNEL, triton 3.6"): compilers schedule differently, and neither is to hide what the other does.
@@ -50,9 +50,9 @@ Budget = dict[str, dict[str, int]]
 
 
 class Resources(NamedTuple):
-    """What one kernel takes on one GPU: the most over its specialisations."""
+    """Resources of one kernel on one GPU: the most over its specialisations."""
 
-    kernel: str  # backend.file.function
+    kernel: str  # backend.file.function; as `dump` has it, the name in the machine code
     arch: int
     registers: int  # per thread
     shared: int  # bytes per block; of csrc's kernels what is static
@@ -61,16 +61,6 @@ class Resources(NamedTuple):
     @property
     def gpu(self) -> str:
         return f"sm_{self.arch}"
-
-
-class Usage(NamedTuple):
-    """One function of a cubin or library, as cuobjdump tells it."""
-
-    function: str
-    arch: int
-    registers: int
-    shared: int
-    spilled: int
 
 
 class NamedGpu:
@@ -99,36 +89,30 @@ class NamedGpu:
 
 
 def triton_resources(op: str, arch: int, exhaustive: bool = False) -> list[Resources]:
-    """Those of every Triton kernel that an operator launches.
+    """Return those of every Triton kernel that an operator launches.
 
     Args:
+        op: the operator.
+        arch: the GPU's.
         exhaustive: compile for all combinations of options, not only for every pair of them.
     """
-    dtypes = [dtype for dtype in variants.DTYPES if backends.LIMITS["triton"].refuses(CUDA, dtype) is None]
+    dtypes = [dtype for dtype in variants.DTYPES if backends.triton_takes(op, dtype)]
     with compiling(arch) as cubins:
         every, pairs = variants.ordered(op, dtypes)
         for variant in every if exhaustive else every[:pairs]:
-            inputs = variants.make(variant, CPU)
-            step(variants.forward(variant), inputs.fused, inputs.wrt, inputs.outer)
+            variants.make(variant, CPU).run()
+        # Block lengths and specialisations may depend on the benchmark's sizes.
         for case in all_cases():
             if case.op == op:
-                _compile_case(case, dtypes)
+                for dtype in dtypes:
+                    make_inputs(case, dtype, CPU).call.run()
     with tempfile.TemporaryDirectory() as folder:
         found = []
         for number, (cubin, (kernel, shared)) in enumerate(cubins.items()):
             path = Path(folder, f"{number}.cubin")
             path.write_bytes(cubin)
-            found += [
-                Resources(kernel, arch, usage.registers, usage.shared + shared, usage.spilled) for usage in dump(path)
-            ]
+            found += [each._replace(kernel=kernel, arch=arch, shared=each.shared + shared) for each in dump(path)]
     return largest(found)
-
-
-def _compile_case(case: Case, dtypes: Sequence[torch.dtype]) -> None:
-    """For one of the benchmark's sizes: block lengths and specialisations may depend on them."""
-    for dtype in dtypes:
-        inputs = make_inputs(case, dtype, CPU)
-        step(fused(case), inputs.fused, inputs.wrt, inputs.outer)
 
 
 @contextmanager
@@ -159,13 +143,7 @@ def launching_by(run: Callable[..., Any], arch: int) -> Iterator[None]:
 
     # For the rest of the process: without a GPU there is no driver to go back to.
     driver.set_active(NamedGpu(arch))
-    with (
-        mock.patch.object(JITFunction, "run", run),
-        mock.patch.dict(backends.LIMITS, triton=UNLIMITED),
-        mock.patch.dict(backends._chosen, clear=True),
-        mock.patch.dict(backends._loaded, clear=True),
-        dispatch.use_backend("triton"),
-    ):
+    with mock.patch.object(JITFunction, "run", run), backends.triton_on_cpu_tensors():
         yield
 
 
@@ -174,8 +152,108 @@ def triton_name(kernel: Any) -> str:
     return f"triton.{kernel.__module__.rpartition('.')[2]}.{kernel.__name__.strip('_')}"
 
 
+# The values of arguments
+
+
+def refused(op: str, exhaustive: bool) -> list[str]:
+    """Return the cases of an operator's kernels that do not compile, a sentence each."""
+    with lowering(exhaustive) as wrong:
+        every, pairs = variants.ordered(op, (torch.float32, torch.bfloat16))
+        for variant in every[:pairs]:
+            variants.make(variant, CPU).run()
+    return wrong
+
+
+@contextmanager
+def lowering(exhaustive: bool) -> Iterator[list[str]]:
+    """Within the block, operators on CPU tensors bring the cases of their launches through Triton's first stage.
+
+    The value collects the cases that do not compile, a sentence each.
+
+    Args:
+        exhaustive: every combination of constants and missing tensors that launches have, and integers one at a time
+            too; else each value of each, and all integers at once.
+    """
+    wrong: list[str] = []
+    seen: set[Any] = set()
+
+    def lower_cases(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        named = {name: options.pop(name) for name in kernel.arg_names if name in options}
+        bound = kernel.signature.bind(*arguments, **named)
+        switches = _switches(kernel, bound)
+        new = {(kernel, tuple(switches))} if exhaustive else {(kernel, switch) for switch in switches}
+        if new <= seen:
+            return
+        seen.update(new)
+        for case in cases(kernel, bound, exhaustive):
+            try:
+                _lower(kernel, [{**bound.arguments, **case}[name] for name in kernel.arg_names], options)
+            except Exception as error:  # of any kind: it is reported, and the others go on
+                what = ", ".join(f"{name}={value}" for name, value in case.items()) or "a launch as it is"
+                wrong.append(f"{triton_name(kernel)} does not compile for {what}: {_innermost(error)}")
+
+    with launching_by(lower_cases, NamedGpu.ANY):
+        yield wrong
+
+
+def cases(kernel: Any, bound: BoundArguments, exhaustive: bool) -> Iterator[dict[str, Any]]:
+    """Yield the arguments that other launches of this kernel would have instead."""
+    integers = [
+        parameter.name
+        for parameter in kernel.params
+        if not parameter.is_constexpr and type(bound.arguments[parameter.name]) is int
+    ]
+    yield {}
+    yield dict.fromkeys(integers, 1)
+    wide = {"WIDE": True} if "WIDE" in bound.arguments else {}
+    if wide:
+        yield wide
+    if exhaustive:
+        yield dict.fromkeys(integers, 16)
+        yield from ({name: value} for name in integers for value in (1, 16))
+        yield from ({**wide, name: 2**33} for name in integers)
+
+
+def _switches(kernel: Any, bound: BoundArguments) -> list[tuple[str, Any]]:
+    """Name what compiled code depends on, but for integers: constants, and whether a tensor is there."""
+    return [
+        (parameter.name, value if parameter.is_constexpr else value is None)
+        for parameter in kernel.params
+        for value in [bound.arguments[parameter.name]]
+    ]
+
+
+def _innermost(error: BaseException) -> str:
+    """Return the last of Triton's errors, to which each function adds its own place."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip(" ^")]
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
+
+
+def _lower(kernel: Any, arguments: list[Any], options: dict[str, Any]) -> None:
+    """Run Triton's first stage, from Python to its IR, for the case that a launch with these arguments is."""
+    from triton._C.libtriton import ir
+
+    _, _, target, backend, binder = kernel.device_caches[NamedGpu.ANY]
+    bound, specialization, others = binder(*arguments, **options, debug=False)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, others)
+    # torch.compile makes a constant of every integer that is 1, also of one that a kernel asks not to specialise.
+    for index, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
+        if type(value) is int and value == 1 and not parameter.is_constexpr:
+            signature[parameter.name], constants[index,] = "constexpr", 1
+    source = kernel.ASTSource(kernel, signature, constants, attributes)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source.make_ir(target, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context)
+
+
+# csrc, and the budget
+
+
 def library_resources(archs: Sequence[int]) -> list[Resources]:
-    """Those of csrc's kernels.
+    """Return those of csrc's kernels.
 
     Raises:
         ConfigurationError: the library is not there, or not compiled for all of `archs`.
@@ -183,17 +261,15 @@ def library_resources(archs: Sequence[int]) -> list[Resources]:
     remedy = f"install CUDA's compiler or set CUDA_HOME, remove {native.LIBRARY} and run again"
     if not native.LIBRARY.exists():
         raise ConfigurationError(f"csrc is not compiled: {remedy}")
-    found = [
-        Resources(kernel_name(usage.function), *usage[1:]) for usage in dump(native.LIBRARY) if usage.arch in archs
-    ]
+    found = [each._replace(kernel=kernel_name(each.kernel)) for each in dump(native.LIBRARY) if each.arch in archs]
     missing = [f"sm_{arch}" for arch in archs if arch not in {resources.arch for resources in found}]
     if missing:
         raise ConfigurationError(f"{native.LIBRARY.name} holds no code for {', '.join(missing)}: {remedy}")
     return largest(found)
 
 
-def dump(path: Path) -> list[Usage]:
-    """What each function of a cubin or library takes."""
+def dump(path: Path) -> list[Resources]:
+    """Return what each function of a cubin or library takes."""
     done = subprocess.run(
         [cuobjdump(), "--dump-resource-usage", str(path)], capture_output=True, encoding="utf-8", errors="replace"
     )
@@ -206,7 +282,7 @@ def dump(path: Path) -> list[Usage]:
 
 
 def cuobjdump() -> str:
-    """Triton's own, which is as new as the GPUs that it compiles for, else that of CUDA."""
+    """Return Triton's own, which is as new as the GPUs that it compiles for, else that of CUDA."""
     from importlib.util import find_spec
 
     spec = find_spec("triton")
@@ -217,8 +293,8 @@ def cuobjdump() -> str:
     return found
 
 
-def parse(text: str) -> Iterator[Usage]:
-    """The output of `cuobjdump --dump-resource-usage`."""
+def parse(text: str) -> Iterator[Resources]:
+    """Read the output of `cuobjdump --dump-resource-usage`."""
     arch, function = 0, ""
     for line in map(str.strip, text.splitlines()):
         if match := re.fullmatch(r"arch = sm_(\d+)[a-z]?", line):
@@ -227,7 +303,7 @@ def parse(text: str) -> Iterator[Usage]:
             function = match[1]
         elif line.startswith("REG:"):
             numbers = {name: int(number) for name, number in re.findall(r"(\w+(?:\[\d+\])?):(\d+)", line)}
-            yield Usage(function, arch, numbers["REG"], numbers["SHARED"], numbers["STACK"] + numbers["LOCAL"])
+            yield Resources(function, arch, numbers["REG"], numbers["SHARED"], numbers["STACK"] + numbers["LOCAL"])
 
 
 def kernel_name(mangled: str) -> str:
@@ -283,7 +359,7 @@ def _name_with(kernel: str, release: str) -> str:
 
 
 def budget_of(found: Sequence[Resources], old: Budget, release: str = TRITON) -> Budget:
-    """The budget that allows just what was found; what was not compiled this time keeps its own.
+    """Return the budget that allows just what was found; what was not compiled this time keeps its own.
 
     Of another Triton than the budget's, what is beyond the budget is recorded under its name.
     """
@@ -311,13 +387,7 @@ def write_budget(path: Path, budget: Budget) -> None:
 def table(found: Sequence[Resources]) -> str:
     """Kernel x GPU: registers, shared memory, spills."""
     header = ("kernel", "GPU", "registers", "shared", "spilled")
-    rows = [header, *((r.kernel, r.gpu, str(r.registers), str(r.shared), str(r.spilled)) for r in found)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  "
-        + "  ".join(cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True))
-        for row in rows
-    )
+    return tables.text(Table([header, *((each.kernel, each.gpu, *map(str, each[2:])) for each in found)]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -339,15 +409,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if INTERPRETED:
+    if backends.triton_interprets():
         raise ConfigurationError("TRITON_INTERPRET is set, and what is interpreted is not compiled: unset it")
-    served = [op for op in dispatch.OPS if backends.has_kernels(op, "triton")]
+    served = [op for op in backends.OPS if backends.has_kernel(op, "triton")]
     ops = arguments.ops or served
     if unknown := [op for op in ops if op not in served]:
         raise ConfigurationError(f"--ops: Triton has no kernels for {', '.join(unknown)}; it has: {', '.join(served)}")
     found = library_resources(arguments.archs) if arguments.csrc else []
-    from diffpp_fast.bench.gpu_arguments import refused
-
     tasks = [(op, arch) for op in ops for arch in arguments.archs]
     wrong = []
     # Not forked: torch's threads would be missing.

@@ -1,16 +1,26 @@
-"""What is measured: the table of cases, with the traffic of each beside it."""
+"""The table of cases that are measured, with the traffic of each beside it, and their inputs."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from benchmarks import backends, baselines
+from diffpp_fast import selftest
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.kernels import dispatch
+from diffpp_fast.noise import Noise
+from diffpp_fast.selftest import PIXEL_MEAN, PIXEL_STD, SHAPE, SHAPES, Call, Outputs, step
 
 #: Side of a reward model's input, in pixels.
 REWARD_SIZE = 224
+#: Of the group norms of autoencoder and U-Net.
+GROUPS = 32
 
 
 class Size(NamedTuple):
@@ -55,6 +65,9 @@ TOKENS = {
     "pixart-4096-b4": Size((4, 4096, 1152)),
 }
 
+#: Those that work on samples, and take or draw noise.
+LATENT_OPS = ("add_noise", "denoising_loss", "score_gap", "sid_loss", "sim_loss")
+
 SIZES = {**LATENTS, **IMAGES, **VAE, **UNET, **FEED_FORWARD, **TOKENS}
 SELECTIONS = ("quick", "latents", "full")
 
@@ -78,6 +91,7 @@ class Family(NamedTuple):
 BOTH = ("stored", "drawn")
 LAYOUTS = ("contiguous", "channels_last")
 DENOISING = "prediction target -> residual; residual -> grad_prediction"
+PIXELS = "images -> pixels; images grad_pixels -> grad_images"
 OUTPUTS = "fake cond uncond target"
 FAMILIES = (
     Family("philox", "normal", ("drawn",), "-> eps", LATENTS),
@@ -89,14 +103,7 @@ FAMILIES = (
     Family("score_gap", "guided mean_abs", BOTH, f"{OUTPUTS} -> gradient", LATENTS),
     Family("sid_loss", "guided", BOTH, f"{OUTPUTS} ->; {OUTPUTS} -> grad_fake grad_cond grad_uncond", LATENTS),
     Family("sim_loss", "guided", BOTH, f"{OUTPUTS} ->; {OUTPUTS} -> grad_fake grad_cond grad_uncond", LATENTS),
-    Family(
-        "reward_pixels",
-        "bicubic",
-        ("none",),
-        "images -> pixels; images grad_pixels -> grad_images",
-        IMAGES,
-        LAYOUTS,
-    ),
+    Family("reward_pixels", "bicubic", ("none",), PIXELS, IMAGES, LAYOUTS),
     Family("group_norm_silu", "frozen", ("none",), "x -> y; x grad_y -> grad_x", VAE, LAYOUTS),
     Family("group_norm_silu", "trained", ("none",), "x -> y; x grad_y -> grad_x", UNET, LAYOUTS),
     Family("geglu", "", ("none",), "x -> y; x grad_y -> grad_x", FEED_FORWARD),
@@ -142,7 +149,7 @@ class Case(NamedTuple):
         return itemsize * sum(self.elements(tensor) for tensor in tensors)
 
     def bytes_read(self, itemsize: int) -> int:
-        """What the forward pass reads: how much of a cache one set of inputs takes."""
+        """The traffic of the forward pass's reads: how much of a cache one set of inputs takes."""
         reads = self.traffic.partition("->")[0]
         return itemsize * sum(self.elements(tensor) for tensor in reads.split())
 
@@ -159,13 +166,18 @@ def all_cases() -> Iterator[Case]:
                     )
 
 
+def small(case: Case) -> Case:
+    """The same case on small tensors."""
+    return case._replace(size="small", shape=SHAPES.get(case.op, SHAPE))
+
+
 def choose(ops: Sequence[str] | None, sizes: Sequence[str]) -> list[Case]:
-    """The cases of these operators (None for all) at these sizes: names of `SIZES` or `SELECTIONS`.
+    """Return the cases of these operators (None for all) at these sizes: names of `SIZES` or `SELECTIONS`.
 
     Raises:
         ConfigurationError: an unknown operator or size, or no case has both.
     """
-    check_known("--ops", ops or (), dispatch.OPS)
+    check_known("--ops", ops or (), backends.OPS)
     check_known("--sizes", sizes, (*SELECTIONS, *SIZES))
     chosen = [case for case in all_cases() if (not ops or case.op in ops) and _selected(case, sizes)]
     if not chosen:
@@ -181,13 +193,82 @@ def _selected(case: Case, sizes: Sequence[str]) -> bool:
 
 
 def check_known(option: str, names: Sequence[str], known: Sequence[str]) -> None:
-    """Raises ConfigurationError for the first name that is not known."""
+    """Raise ConfigurationError for the first name that is not known."""
     for name in names:
         if name not in known:
             raise ConfigurationError(f"{option}: unknown {name!r}; known: {', '.join(known)}")
 
 
 def _target(prediction_type: str, noise: str) -> str:
-    """The tensors that the regression target is made of."""
+    """Name the tensors that the regression target is made of."""
     tensors = {"epsilon": ["eps"], "sample": ["x0"]}.get(prediction_type, ["x0", "eps"])
     return " ".join(tensor for tensor in tensors if tensor != "eps" or noise == "stored")
+
+
+# Inputs
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One set of arguments: the operator's call, and the baseline's arguments by name; most tensors are in both."""
+
+    call: Call
+    unfused: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all its tensors."""
+        values = (*self.unfused.values(), *self.call.arguments.values(), self.call.outer)
+        return sum(value.nbytes for value in {id(v): v for v in values if isinstance(v, Tensor)}.values())
+
+    def fresh(self) -> Inputs:
+        """The same tensors with leaves of their own."""
+        call = self.call.fresh()
+        return Inputs(call, {**self.unfused, **{name: call.arguments[name] for name in call.wrt}})
+
+    def step_unfused(self, forward: Callable[..., Any]) -> Outputs:
+        """Return the baseline's outputs and gradients."""
+        return step(forward, self.unfused, self.call.wrt, self.call.outer)
+
+
+def unfused(case: Case) -> Callable[..., Any]:
+    """Return the baseline, to be called with `Inputs.unfused`."""
+    names = {
+        "philox": "normal",
+        "score_gap": "score_gap" if case.noise == "none" else "score_gap_mean_abs",
+        "denoising_loss": "weighted_denoising_loss" if case.variant == "weighted" else "denoising_loss",
+    }
+    baseline: Callable[..., Any] = getattr(baselines, names.get(case.op, case.op))
+    return baseline
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, index: int = 0) -> Inputs:
+    """Return set number `index` of a case. On a GPU it is drawn there: on the CPU that takes longer than measuring."""
+    options: dict[str, Any] = {}
+    if case.op == "reward_pixels":
+        options["size"] = REWARD_SIZE
+    elif case.op == "group_norm_silu":
+        options["groups"] = GROUPS
+        options["wrt"] = "all" if case.variant == "trained" else "x"
+    elif case.op in LATENT_OPS:
+        options = {"prediction_type": case.prediction_type, "noise": "none" if case.noise == "none" else "stored"}
+        options |= {"weight": case.variant == "weighted", "uncond": case.variant != "plain"}
+        options["normalizer"] = "mean_abs" if case.op == "score_gap" and case.noise != "none" else None
+    place: dict[str, Any] = {"dtype": dtype, "layout": case.layout, "device": device, "drawn_on": device}
+    call = selftest.make(case.op, case.shape, seed=f"{case.name} {index}", **place, **options)
+    given = {**call.arguments, "dtype": dtype, "device": device}
+    if case.op == "philox":
+        given["shape"] = case.shape
+    elif case.op == "reward_pixels":
+        given |= {name: _per_channel(values, device) for name, values in (("mean", PIXEL_MEAN), ("std", PIXEL_STD))}
+    elif "noise" in given:
+        given["eps"] = given["noise"]
+        if case.noise == "drawn":
+            drawn = Noise(selftest.SEED, torch.arange(case.shape[0], device=device))
+            call = replace(call, arguments={**call.arguments, "noise": drawn})
+    names = inspect.signature(unfused(case)).parameters
+    return Inputs(call, {name: value for name, value in given.items() if name in names})
+
+
+def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).reshape(3, 1, 1)

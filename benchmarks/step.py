@@ -1,4 +1,4 @@
-"""A whole training step: the generator's update and the teaching assistant's, unfused, compiled and fused.
+"""`python -m benchmarks step`: a whole training step, the generator's update and the teaching assistant's.
 
 Networks have their true sizes, or scaled-down ones, and random weights: neither time nor memory depends on values. All
 providers compute with the same parameters, optimizers and batches. A provider that fails, is wrong or has no room is a
@@ -15,16 +15,27 @@ from typing import Any
 
 import torch
 
-from diffpp_fast.bench import cuda, fill, phases, providers, reward_path
-from diffpp_fast.bench.cases import check_known
-from diffpp_fast.bench.matrix import counted_operations, matrix_peak
-from diffpp_fast.bench.memory import peak_temporary_bytes
-from diffpp_fast.bench.phases import ROLES, Marks, Now, no_time
-from diffpp_fast.bench.reward_path import TOWERS
-from diffpp_fast.bench.step_gate import Oracle, complaints
-from diffpp_fast.bench.step_networks import MODELS, Networks, Trained, lay_out, resident_bytes
-from diffpp_fast.bench.step_providers import PROVIDERS, Step, Unfused, balanced_scale, differentiate
-from diffpp_fast.bench.timing import Clock, Timing, wall_clock
+from benchmarks import memory, reward
+from benchmarks.gate import compiler
+from benchmarks.memory import is_out_of_memory, peak_temporary_bytes, release
+from benchmarks.reward import TOWERS, NetworkPlan, by_phase, complaints
+from benchmarks.step_gate import Oracle
+from benchmarks.step_networks import MODELS, StepNetworks, Trained, lay_out, resident_bytes
+from benchmarks.step_providers import (
+    PROVIDERS,
+    ROLES,
+    Marks,
+    Now,
+    Step,
+    Unfused,
+    balanced_scale,
+    differentiate,
+    no_time,
+    operations,
+    seconds,
+)
+from benchmarks.tables import Outcome
+from benchmarks.timing import Timing, count_launches, counted_operations, matrix_peak, turns
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.methods import Batch
 
@@ -40,20 +51,7 @@ WARM_UPS = 1
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to measure. `batch` None fills the memory."""
-
-    model: str
-    batch: int | None
-    latent: int
-    dtype: torch.dtype
-    device: torch.device
-    names: Sequence[str]  # of PROVIDERS
-    rounds: int
-
-
-@dataclass(frozen=True)
-class Run:
+class StepRun:
     """A provider at one batch, by role: times by phase, bytes at the peak beyond what is resident, launches."""
 
     batch: int
@@ -63,75 +61,49 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Record:
+class StepOutcome(Outcome):
     """One provider."""
 
-    provider: str
-    wrong: str | None = None
-    left_out: str | None = None
     own_batch: int | None = None  # the largest that fits
     first_call: dict[str, float] = field(default_factory=dict)  # seconds, compilation included, by role
     errors: dict[str, float] = field(default_factory=dict)  # relative, of losses and gradients, by the gate
-    runs: dict[str, Run] = field(default_factory=dict)  # at COMMON and OWN
+    runs: dict[str, StepRun] = field(default_factory=dict)  # at COMMON and OWN
 
 
 @dataclass(frozen=True)
-class Results:
+class StepResults:
     """All that is known so far."""
 
-    records: tuple[Record, ...]
+    outcomes: tuple[StepOutcome, ...]
     batch: int | None  # the common one
     resident: int  # bytes of weights, gradients, optimizer states and average
     peak_rate: float  # operations per second of a large matrix product
     operations: dict[str, dict[str, float]]  # for one image of the unfused step, by role and phase
 
 
-def plan(
-    model: str | None,
-    *,
-    device: torch.device,
-    batch: int | str | None,
-    dtype: torch.dtype | None,
-    names: Sequence[str] | None,
-    compile: bool,
-    rounds: int,
-) -> Plan:
-    """Fills in what was not chosen; batch "fill" is what fits. Raises ConfigurationError for what can't be done."""
-    on_gpu = device.type == "cuda"
-    model = model or ("sd15" if on_gpu else "small")
-    check_known("--model", [model], tuple(MODELS))
-    check_known("--providers", names or (), tuple(PROVIDERS))
-    chosen = [name for name in names or PROVIDERS if compile or not PROVIDERS[name].compiles]
-    if "eager" not in chosen:
-        raise ConfigurationError("--providers: eager is what the others are measured against, name it too")
-    if batch == "fill" and not on_gpu:
+def plan(*, device: torch.device, batch: int | str | None, **choices: Any) -> NetworkPlan:
+    """Fill in what was not chosen; on a GPU the batch fills the memory. Raises ConfigurationError as `reward.plan`."""
+    if batch == "fill" and device.type != "cuda":
         raise ConfigurationError("--batch fill: needs a GPU, whose memory says where it ends; name a number")
-    if batch is None:
-        batch = "fill" if on_gpu else MODELS[model].batch
-    return Plan(
-        model,
-        None if isinstance(batch, str) else batch,
-        reward_path.MODELS[model].latent,
-        dtype or (torch.bfloat16 if on_gpu else torch.float32),
-        device,
-        chosen,
-        rounds,
-    )
+    if batch is None and device.type == "cuda":
+        batch = "fill"
+    compiles = {name: provider.compiles for name, provider in PROVIDERS.items()}
+    return reward.plan(device=device, batch=batch, models=MODELS, providers=compiles, **choices)
 
 
-def measure(plan: Plan) -> Iterator[Results]:
+def measure(plan: NetworkPlan) -> Iterator[StepResults]:
     """Yields the results whenever there are more of them.
 
     Raises:
         ConfigurationError: weights and optimizer states don't fit.
     """
     check_room(plan)
-    providers.forget_compiled()
-    with providers.compiler(plan.device, torch.get_num_threads()):
+    torch._dynamo.reset()
+    with compiler(plan.device, torch.get_num_threads()):
         yield from _Measurement(plan).run()
 
 
-def check_room(plan: Plan) -> None:
+def check_room(plan: NetworkPlan) -> None:
     """Raises ConfigurationError unless what is resident fits into the device's memory."""
     if plan.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(plan.device)
@@ -143,12 +115,12 @@ def check_room(plan: Plan) -> None:
             )
 
 
-def count_operations(plan: Plan) -> dict[str, dict[str, float]]:
+def count_operations(plan: NetworkPlan) -> dict[str, dict[str, float]]:
     """Count the operations of the unfused step for one image, by role and phase, on tensors without memory."""
     networks = _without_memory(replace(plan, dtype=torch.float32))
     counted = {}
     with counted_operations() as total:
-        now, between = phases.operations(total)
+        now, between = operations(total)
         for role in ROLES:
             _, marks = differentiate(Unfused(networks), role, networks.batch(0, 1), now)
             marks.end()
@@ -156,32 +128,31 @@ def count_operations(plan: Plan) -> dict[str, dict[str, float]]:
     return counted
 
 
-def _without_memory(plan: Plan) -> Networks:
-    return Networks(plan.model, plan.latent, plan.dtype, torch.device("meta"), TOWERS[plan.device.type])
+def _without_memory(plan: NetworkPlan) -> StepNetworks:
+    return StepNetworks(plan.model, plan.latent, plan.dtype, torch.device("meta"), TOWERS[plan.device.type])
 
 
 class _Measurement:
     """The state of a measurement: networks, what trains them, and the providers that are still in it."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: NetworkPlan) -> None:
         self.plan, self.device = plan, plan.device
-        self.now, self.between = phases.seconds(plan.device)
-        clock: Clock = cuda.event_clock if plan.device.type == "cuda" else wall_clock
-        self.peak_rate = matrix_peak(plan.dtype, plan.device, clock)
+        self.now, self.between = seconds(plan.device)
+        self.peak_rate = matrix_peak(plan.dtype, plan.device)
         self.operations = count_operations(plan)
-        self.networks = Networks(plan.model, plan.latent, plan.dtype, plan.device)
+        self.networks = StepNetworks(plan.model, plan.latent, plan.dtype, plan.device)
         self.networks.reward_scale = balanced_scale(self.networks)
         parts = self.networks.parts
         self.roles = {"generator": parts.generator, "fake": parts.fake}
         self.trained = {role: Trained(network, role == "generator") for role, network in self.roles.items()}
-        self.records = {name: Record(name) for name in plan.names}
+        self.outcomes = {name: StepOutcome(name) for name in plan.names}
         self.steps: dict[str, Step] = {}
         self.batch = plan.batch
         self.oracle: Oracle | None = None
         self.next_batch = 0
         self.memory_format = torch.contiguous_format
 
-    def run(self) -> Iterator[Results]:
+    def run(self) -> Iterator[StepResults]:
         filling = self.plan.batch is None
         # Compiling takes minutes: what needs none of it comes first, and is told before the rest begins.
         plain, later = ([n for n in self.plan.names if PROVIDERS[n].compiles == compiles] for compiles in (False, True))
@@ -206,12 +177,12 @@ class _Measurement:
                     self._time(OWN)
         yield self._results()
 
-    def _results(self) -> Results:
+    def _results(self) -> StepResults:
         resident = resident_bytes(self.networks)
-        return Results(tuple(self.records.values()), self.batch, resident, self.peak_rate, self.operations)
+        return StepResults(tuple(self.outcomes.values()), self.batch, resident, self.peak_rate, self.operations)
 
     def _note(self, name: str, **changes: Any) -> None:
-        self.records[name] = replace(self.records[name], **changes)
+        self.outcomes[name] = replace(self.outcomes[name], **changes)
 
     # Providers that come and go
 
@@ -224,7 +195,7 @@ class _Measurement:
         """The largest batch of every provider, and of all of them."""
         for name in list(self.steps):
             with self._reported(name), _less_memory(self.device):
-                batch = fill.largest(lambda size, name=name: self._fits(name, size))  # type: ignore[misc]
+                batch = memory.largest(lambda size, name=name: self._fits(name, size))  # type: ignore[misc]
                 if batch == 0:
                     raise torch.OutOfMemoryError("not even one image fits")
                 self._note(name, own_batch=batch)
@@ -233,15 +204,15 @@ class _Measurement:
     def _extend(self, names: Sequence[str]) -> None:
         """The largest batch of compiled providers, from the memory that they take at the common one."""
         for name in self.steps.keys() & set(names):
-            run = self.records[name].runs[COMMON]
+            run = self.outcomes[name].runs[COMMON]
             free = int(SEARCHED * torch.cuda.get_device_properties(self.device).total_memory)
-            batch = fill.extrapolated(
+            batch = memory.extrapolated(
                 run.batch, max(run.peak.values()), free - torch.cuda.memory_allocated(self.device)
             )
             with self._reported(name), _less_memory(self.device):
                 for _ in range(LOWERED):
                     if batch > run.batch and not self._fits(name, batch):
-                        batch = max(run.batch, batch - max(1, batch // fill.PARTS))
+                        batch = max(run.batch, batch - max(1, batch // memory.PARTS))
                 self._note(name, own_batch=batch)
 
     def _fits(self, name: str, size: int) -> bool:
@@ -252,7 +223,7 @@ class _Measurement:
                 self._step(name, role, self.networks.batch(0, size))
             self._synchronize()
         except Exception as error:
-            if not fill.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         else:
             return True
@@ -290,7 +261,7 @@ class _Measurement:
             failed = False
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            absent = PROVIDERS[name].compiles or fill.is_out_of_memory(error)
+            absent = PROVIDERS[name].compiles or is_out_of_memory(error)
             self._note(name, **{"left_out" if absent else "wrong": reason})
         if failed:
             self.steps.pop(name, None)
@@ -310,7 +281,7 @@ class _Measurement:
     @contextmanager
     def _first_call(self, name: str, role: str) -> Iterator[None]:
         """Notes how long the first block of this provider and role took."""
-        known = self.records[name].first_call
+        known = self.outcomes[name].first_call
         start = time.perf_counter()
         yield
         if role not in known:
@@ -334,7 +305,7 @@ class _Measurement:
         """Frees what a step that has failed has left."""
         for trained in self.trained.values():
             trained.forget()
-        fill.release(self.device)
+        release(self.device)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -343,7 +314,7 @@ class _Measurement:
     # Time and memory
 
     def _size(self, name: str, section: str) -> int:
-        size = self.batch if section == COMMON else self.records[name].own_batch
+        size = self.batch if section == COMMON else self.outcomes[name].own_batch
         assert size is not None
         return size
 
@@ -352,25 +323,25 @@ class _Measurement:
         samples: dict[str, dict[str, list[dict[str, float]]]] = {
             name: {role: [] for role in ROLES} for name in self.steps
         }
-        for turn in range(-WARM_UPS, self.plan.rounds):
-            names = list(self.steps)
-            for place in range(len(names)):
-                name = names[(turn + place) % len(names)]
+        first = self.next_batch + WARM_UPS
+        for turn, name in turns(self.steps, self.plan.rounds, WARM_UPS):
+            self.next_batch = first + turn
+            if name in self.steps:
                 with self._reported(name):
                     for role, spans in self._spans(name, section).items():
                         if turn >= 0:
                             samples[name][role].append(spans)
-            self.next_batch += 1
+        self.next_batch += 1
         for name in list(self.steps):
             with self._reported(name):
                 run = self._measured(name, section, samples[name])
-                self._note(name, runs={**self.records[name].runs, section: run})
+                self._note(name, runs={**self.outcomes[name].runs, section: run})
 
     def _spans(self, name: str, section: str) -> dict[str, dict[str, float]]:
         """Seconds of each phase of both roles' updates."""
         moved = self._lay_out(name)
         if section == OWN:
-            fill.release(self.device)
+            release(self.device)
         batch = self.networks.batch(self.next_batch, self._size(name, section))
         spans = {}
         for role in ROLES:
@@ -381,7 +352,7 @@ class _Measurement:
             spans[role] = marks.spans(self.between)
         return spans
 
-    def _measured(self, name: str, section: str, samples: dict[str, list[dict[str, float]]]) -> Run:
+    def _measured(self, name: str, section: str, samples: dict[str, list[dict[str, float]]]) -> StepRun:
         self._spans(name, section)  # once more, so that nothing that comes is a first
         batch = self.networks.batch(self.next_batch, self._size(name, section))
         peak, launches = {}, {}
@@ -393,12 +364,9 @@ class _Measurement:
 
             peak[role] = peak_temporary_bytes(call, self.device)
             if self.device.type == "cuda":
-                launches[role] = cuda.count_launches(call)
-        timings = {
-            role: {phase: Timing(tuple(sample[phase] for sample in taken), 1) for phase in taken[0]}
-            for role, taken in samples.items()
-        }
-        return Run(len(batch), timings, peak, launches)
+                launches[role] = count_launches(call)
+        timings = {role: by_phase(taken) for role, taken in samples.items()}
+        return StepRun(len(batch), timings, peak, launches)
 
 
 @contextmanager

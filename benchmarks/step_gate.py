@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffpp_fast.bench.phases import ROLES, no_time
-from diffpp_fast.bench.reward_path import TOLERANCE, full_precision
-from diffpp_fast.bench.step_networks import Networks, map_tensors
-from diffpp_fast.bench.step_providers import Step, Unfused, differentiate
+from benchmarks.reward import allowance, full_precision
+from benchmarks.step_networks import StepNetworks, map_tensors
+from benchmarks.step_providers import ROLES, Step, Unfused, differentiate, no_time
 from diffpp_fast.methods import Batch
 from diffpp_fast.networks import Conditioning
 
@@ -37,10 +36,10 @@ class Oracle:
 
     Attributes:
         allowed: relative errors by what they are of: twice those of the unfused step in the providers' own dtype, or
-            `TOLERANCE` where that is more. Both go sample by sample, so that they need little memory.
+            the gate's tolerance where that is more. Both go sample by sample, so that they need little memory.
     """
 
-    def __init__(self, networks: Networks, batch: Batch, dtype: torch.dtype) -> None:
+    def __init__(self, networks: StepNetworks, batch: Batch, dtype: torch.dtype) -> None:
         self.batch = batch
         self.truth: dict[str, Truth] = {}
         with full_precision():
@@ -56,7 +55,7 @@ class Oracle:
             network = getattr(networks.parts, role)
             loss = _by_sample(step, role, network, [_sample(batch, i, step.wide) for i in range(len(batch))])
             errors = self.errors(role, loss, network)
-            self.allowed |= {what: max(TOLERANCE[networks.dtype], 2.0 * error) for what, error in errors.items()}
+            self.allowed |= allowance(errors, networks.dtype)
             network.zero_grad()
 
     def differentiate(self, step: Step, role: str) -> float:
@@ -73,15 +72,6 @@ class Oracle:
             f"{role} gradient": whole,
             f"{role} gradient at its worst tensor": worst,
         }
-
-
-def complaints(errors: dict[str, float], allowed: dict[str, float]) -> list[str]:
-    """What is wrong, in words."""
-    return [
-        f"the {what} has a relative error of {error:.1e}, allowed {allowed[what]:.0e}"
-        for what, error in errors.items()
-        if not error <= allowed[what]
-    ]
 
 
 @contextmanager

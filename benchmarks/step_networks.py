@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffpp_fast.bench import reward_path
-from diffpp_fast.bench.reward_path import TOWERS, Tower, default_dtype
+from benchmarks.reward import TOWERS, NetworkPlan, PathNetworks, Tower, default_dtype
 from diffpp_fast.methods import Batch
 from diffpp_fast.networks import Conditioning
 from diffpp_fast.schedule import NoiseSchedule
@@ -25,8 +24,8 @@ LEARNING_RATE = 0.0
 BETAS, CLIP, DECAY = (0.0, 0.999), 1.0, 0.999
 
 
-class Model(NamedTuple):
-    """A UNet2DConditionModel and how it is a one-step generator; its decoder has the same name in `reward_path`."""
+class OneStepModel(NamedTuple):
+    """A UNet2DConditionModel and how it is a one-step generator; its decoder has the same name in `reward.MODELS`."""
 
     unet: Mapping[str, Any]  # beyond diffusers' defaults, which are those of SD1.5
     timestep: int
@@ -35,7 +34,7 @@ class Model(NamedTuple):
 
 
 MODELS = {
-    "tiny": Model(
+    "tiny": OneStepModel(
         {
             "block_out_channels": (32, 32),
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -47,9 +46,9 @@ MODELS = {
         None,
         2,
     ),
-    "small": Model({"block_out_channels": (32, 64, 128, 128), "cross_attention_dim": 128}, 625, None, 1),
-    "sd15": Model({"cross_attention_dim": 768}, 625, None, 4),
-    "sdxl": Model(
+    "small": OneStepModel({"block_out_channels": (32, 64, 128, 128), "cross_attention_dim": 128}, 625, None, 1),
+    "sd15": OneStepModel({"cross_attention_dim": 768}, 625, None, 4),
+    "sdxl": OneStepModel(
         {
             "block_out_channels": (320, 640, 1280),
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -75,14 +74,14 @@ class Parts(NamedTuple):
     generator: nn.Module
     fake: nn.Module
     reference: nn.Module
-    path: reward_path.Networks
+    path: PathNetworks
 
     def twin(self) -> Parts:
         """Modules of their own on the same parameters, so that blocks can be swapped in one copy alone."""
         return Parts(twin(self.generator), twin(self.fake), twin(self.reference), self.path)
 
 
-class Networks:
+class StepNetworks:
     """Generator and TA in float32, the frozen ones in the dtype of the step.
 
     Args:
@@ -105,8 +104,8 @@ class Networks:
             torch.manual_seed(0)
             generator, fake = (self._unet(latent, torch.float32) for _ in range(2))
             reference = self._unet(latent, dtype).requires_grad_(False)
-        facts = reward_path.Plan(model, 1, latent, dtype, device, (), 0)
-        self.parts = Parts(generator, fake, reference, reward_path.Networks(facts, tower or TOWERS[device.type]))
+        facts = NetworkPlan(model, 1, latent, dtype, device, (), 0)
+        self.parts = Parts(generator, fake, reference, PathNetworks(facts, tower or TOWERS[device.type]))
         #: Of the reward's gradient, so that it is as long as the score's.
         self.reward_scale = 1.0
 
@@ -117,7 +116,7 @@ class Networks:
             # In eval mode, as the trainer has it, so that no dropout draws from a global generator.
             return UNet2DConditionModel(**{"sample_size": latent, **self.model.unet}).eval()
 
-    def exact(self, dtype: torch.dtype) -> Networks:
+    def exact(self, dtype: torch.dtype) -> StepNetworks:
         """The same numbers in `dtype`. What is in it already is shared."""
         other = copy.copy(self)
         other.dtype = dtype
@@ -223,8 +222,8 @@ def stable_diffusion_schedule() -> NoiseSchedule:
     return NoiseSchedule(products.sqrt(), (1.0 - products).sqrt(), "epsilon")
 
 
-def resident_bytes(networks: Networks) -> int:
-    """What lies on the device through the whole run: weights, gradients, AdamW's two moments, the generator's average.
+def resident_bytes(networks: StepNetworks) -> int:
+    """Return the bytes of weights, gradients, AdamW's two moments and the generator's average: resident all the time.
 
     Gradients count once, for the two networks are updated one after the other.
     """

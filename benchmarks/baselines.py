@@ -88,7 +88,7 @@ def sid_loss(
     *,
     guidance_scale: float,
     prediction_type: str,
-    sid_alpha: float,
+    sid_alpha: float = 1.0,
 ) -> Tensor:
     """The loss of SiD per sample, [B]."""
     guided = guide(cond, uncond, guidance_scale)
@@ -110,7 +110,7 @@ def sim_loss(
     *,
     guidance_scale: float,
     prediction_type: str,
-    huber_c: float,
+    huber_c: float = 1.0,
 ) -> Tensor:
     """The loss of SIM per sample, [B]."""
     guided = guide(cond, uncond, guidance_scale)
@@ -143,7 +143,7 @@ def geglu(x: Tensor) -> Tensor:
     return a * F.gelu(b)
 
 
-def ada_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float) -> Tensor:
+def ada_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Layer norm of [B, N, D] without parameters, modulated by [B, 1, D] in the dtype of `x`."""
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 

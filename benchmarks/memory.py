@@ -1,19 +1,24 @@
-"""How much memory a step takes for itself while it runs, and how much it keeps for its backward pass."""
+"""Memory: the peak of a step, what it keeps for its backward pass, and the largest batch that fits."""
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffpp_fast.bench.operators import Outputs
+from diffpp_fast.selftest import Outputs
 
 #: Read by the profiler when it is first used; without it every use writes lines to stderr.
 LOG_LEVEL = "KINETO_LOG_LEVEL"
+#: Beyond this batch no search goes.
+MOST = 1024
+#: The search for a batch ends when the answer is known to one part in so many.
+PARTS = 8
 
 
 def peak_temporary_bytes(call: Callable[[], Outputs], device: torch.device) -> int:
@@ -25,14 +30,13 @@ def peak_temporary_bytes(call: Callable[[], Outputs], device: torch.device) -> i
     return _cuda(call, device) if device.type == "cuda" else _cpu(call)
 
 
-def kept_bytes(forward: Callable[[Tensor], Tensor], x: Tensor, *networks: nn.Module, gradient: bool = True) -> int:
-    """Bytes that `forward(x)` keeps for the gradient of x, without parameters and buffers of `networks` and without x.
+def saved_bytes(run: Callable[[], object], *networks: nn.Module, apart: Sequence[Tensor] = ()) -> int:
+    """Return the bytes that `run()` keeps for a backward pass, without parameters and buffers of `networks`.
 
-    Every storage counts once and whole, however many saved tensors lie in it.
+    Every storage counts once and whole, however many saved tensors lie in it; those of `apart` don't count.
     """
-    x = x.detach().requires_grad_(gradient)
     owned = [value for network in networks for value in (*network.parameters(), *network.buffers())]
-    apart = {_identity(value) for value in (x, *owned)}
+    uncounted = {_identity(value) for value in (*apart, *owned)}
     storages: dict[int, torch.UntypedStorage] = {}  # alive to the end: no number comes twice
 
     def pack(tensor: Tensor) -> Tensor:
@@ -40,9 +44,15 @@ def kept_bytes(forward: Callable[[Tensor], Tensor], x: Tensor, *networks: nn.Mod
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward(x)
+        result = run()
     del result
-    return sum(storage.nbytes() for key, storage in storages.items() if key not in apart)
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in uncounted)
+
+
+def kept_bytes(forward: Callable[[Tensor], Tensor], x: Tensor, *networks: nn.Module, gradient: bool = True) -> int:
+    """Return the bytes that `forward(x)` keeps for the gradient of x, without x and what `networks` own."""
+    x = x.detach().requires_grad_(gradient)
+    return saved_bytes(lambda: forward(x), *networks, apart=(x,))
 
 
 def _cpu(call: Callable[[], Outputs]) -> int:
@@ -110,3 +120,46 @@ def _quiet() -> Iterator[None]:
     finally:
         if before is None:
             del os.environ[LOG_LEVEL]
+
+
+# The largest batch
+
+
+def largest(fits: Callable[[int], bool], most: int = MOST) -> int:
+    """The largest batch for which `fits` holds, to an eighth: by doubling from 1, then by bisection.
+
+    Args:
+        fits: whether a batch of this size fits; asked in no order that it may count on.
+        most: the largest answer.
+
+    Returns:
+        A batch that was tried and fits; 0 where not even 1 does.
+    """
+    good, bad = 0, 1
+    while bad <= most and fits(bad):
+        good, bad = bad, 2 * bad
+    bad = min(bad, most + 1)
+    while bad - good > max(1, good // PARTS):
+        middle = (good + bad) // 2
+        if fits(middle):
+            good = middle
+        else:
+            bad = middle
+    return good
+
+
+def extrapolated(batch: int, temporary: int, free: int) -> int:
+    """The batch whose temporary bytes would be `free`, if they grow with the batch from `temporary` at `batch`."""
+    return max(batch, batch * free // max(1, temporary))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also where a library beneath torch says so in words alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+def release(device: torch.device) -> None:
+    """Gives back what nothing refers to any more, so that the next attempt begins with whole memory."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

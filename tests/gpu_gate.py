@@ -1,58 +1,43 @@
-"""Whether an operator is right on a device: every option against float64, and what only a GPU can show."""
+"""Whether an operator is right on a device: every option against float64, and what only a GPU can show.
+
+As a program it judges operators in a process of its own (tests/test_gpu.py), which a kernel may bring down.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffpp_fast.bench import variants
-from diffpp_fast.bench.gate import compare
-from diffpp_fast.bench.operators import Inputs, Outputs, step
-from diffpp_fast.bench.providers import ORACLE
-from diffpp_fast.bench.variants import SEED, STREAM, Variant
-from diffpp_fast.kernels import dispatch
+from benchmarks import backends, variants
+from benchmarks.gpu_session import State, Verdict
+from benchmarks.variants import Variant
 from diffpp_fast.noise import Noise
+from diffpp_fast.selftest import CPU, ORACLE, SEED, STREAM, Call, Outputs, compare, step
 
-CPU = torch.device("cpu")
 #: On ||error|| / ||oracle||, per dtype of the large tensors: a few roundings, for samples are small.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 #: Of float64, where noise is stored; noise that is drawn is made in float32.
 EXACT, DRAWN = 1e-11, 1e-6
 #: What is added to the sample numbers before a graph is replayed.
 LATER = 1000
+#: Seconds in which the program goes beyond all pairs of options; combinations of one that only goes through the steps.
+SECONDS, FEW = 40.0, 3
 #: Sentences about one operator that are kept: a broken kernel is wrong everywhere.
 MOST_SENTENCES = 8
 
 
-class Verdict(NamedTuple):
-    """What was found about one operator on one backend."""
-
-    op: str
-    backend: str
-    checked: int  # combinations of options
-    wanted: int  # as many hold every pair of options, if no fewer were asked for
-    total: int
-    wrong: list[str]
-    graphs: int = 0  # captured and replayed
-    compiled: int = 0  # by torch.compile, in one graph
-    fatal: bool = False  # the device can't be used any more, or the process died
-
-    @property
-    def summary(self) -> str:
-        """In a few words."""
-        if self.wrong:
-            return "CRASHED" if self.fatal else "WRONG"
-        return "right" if self.checked >= self.wanted else "unfinished"
-
-
 class Checks(NamedTuple):
-    """What to check beyond one eager call."""
+    """The checks beyond one eager call."""
 
     device: torch.device
     graphs: bool = True
@@ -61,14 +46,14 @@ class Checks(NamedTuple):
 
 
 def judge(op: str, backend: str, checks: Checks, deadline: float) -> Verdict:
-    """Checks combinations of options: all pairs, and then the others until `time.monotonic()` reaches the deadline."""
-    on_device = [dtype for dtype in variants.DTYPES if _serves(op, backend, checks.device, dtype)]
+    """Check combinations of options: all pairs, and then the others until `time.monotonic()` reaches the deadline."""
+    on_device = [dtype for dtype in variants.DTYPES if backends.why_not(op, backend, checks.device, dtype) is None]
     if not on_device:
-        reason = dispatch.why_not(op, backend, checks.device, torch.float32)
+        reason = backends.why_not(op, backend, checks.device, torch.float32)
         return Verdict(op, backend, 0, 0, 0, [f"it can't serve: {reason}"])
     every, pairs = variants.ordered(op, on_device)
     verdict = Verdict(op, backend, 0, min(pairs, checks.most or pairs), len(every), [])
-    with _poisoned(), dispatch.use_backend(backend):
+    with _poisoned(), backends.use(backend):
         for variant in every[: checks.most]:
             if verdict.checked >= pairs and time.monotonic() > deadline:
                 break
@@ -98,63 +83,59 @@ def judge(op: str, backend: str, checks: Checks, deadline: float) -> Verdict:
 
 
 def failure(variant: Variant, device: torch.device, graph: bool) -> str | None:
-    """None if a step is right, the same twice, under autocast and in a captured graph, else what is wrong.
+    """Say what is wrong with a step; None if it is right, the same twice, under autocast and in a captured graph.
 
-    With `graph` the last two are checked, too.
+    Without `graph` the last two are not checked.
     """
-    forward = variants.forward(variant)
-    inputs = variants.make(variant, device)
-    before = _clones(inputs)
-    results = [_detached(step(forward, inputs.fused, inputs.wrt, inputs.outer)) for _ in range(2)]
-    if not _same(before, _clones(inputs)):
+    call = variants.make(variant, device)
+    before = _clones(call)
+    results = [_detached(call.run()) for _ in range(2)]
+    if not _same(before, _clones(call)):
         return "an input was overwritten"
     if not _same(*results):
         return "the second call gave other bits than the first"
-    wrong = _against_oracle(variant, inputs, results[0]) or _strides(inputs, results[0])
+    wrong = _against_oracle(variant, call, results[0]) or _strides(call, results[0])
     if wrong is not None or not graph:
         return wrong
-    return under_autocast(variant, inputs, results[0]) or _replayed(variant, inputs, results[0])
+    return under_autocast(call, results[0]) or _replayed(variant, call, results[0])
 
 
-def _against_oracle(variant: Variant, inputs: Inputs, results: Outputs) -> str | None:
-    """Compared with the float64 reference on the CPU."""
-    exact = variants.make(variant, CPU).double()
-    with dispatch.use_backend(ORACLE):
-        oracle = _detached(step(variants.forward(variant), exact.fused, exact.wrt, exact.outer))
-    names = variants.names(variant, inputs)
-    if len(results) != len(oracle) or len(names) != len(oracle):
-        return f"{len(results)} results instead of {len(oracle)}"
+def _against_oracle(variant: Variant, call: Call, results: Outputs) -> str | None:
+    """Compare with the float64 reference on the CPU."""
+    with backends.use(ORACLE):
+        oracle = _detached(variants.make(variant, CPU).double().run())
+    if len(call.names) != len(oracle):
+        return f"{len(results)} results instead of {len(call.names)}"
     tolerance = TOLERANCE.get(variant.dtype, DRAWN if variant.drawn else EXACT)
-    return compare(names, _on_cpu(results), _on_cpu(oracle), tolerance)
+    return compare(call.names, _on_cpu(results), _on_cpu(oracle), tolerance)
 
 
-def _strides(inputs: Inputs, results: Outputs) -> str | None:
-    """None if every gradient lies in memory as `torch.empty_like` of its argument does."""
-    grads = results[len(results) - len(inputs.wrt) :]
-    for name, grad in zip(inputs.wrt, grads, strict=True):
-        expected = torch.empty_like(inputs.fused[name]).stride()
+def _strides(call: Call, results: Outputs) -> str | None:
+    """Say which gradient does not lie in memory as `torch.empty_like` of its argument does; None if all do."""
+    grads = results[len(results) - len(call.wrt) :]
+    for name, grad in zip(call.wrt, grads, strict=True):
+        expected = torch.empty_like(call.arguments[name]).stride()
         # A stride along one element says nothing.
         if any(ours != like for ours, like, size in zip(grad.stride(), expected, grad.shape, strict=True) if size > 1):
             return f"gradient of {name} has strides {grad.stride()} instead of {expected}"
     return None
 
 
-def under_autocast(variant: Variant, inputs: Inputs, eager: Outputs) -> str | None:
-    """None if autocast around both passes changes neither a bit nor a dtype."""
+def under_autocast(call: Call, eager: Outputs) -> str | None:
+    """Say whether autocast around both passes changes a bit or a dtype; None if it does not."""
     with torch.autocast(eager[0].device.type, dtype=torch.bfloat16):
-        results = _detached(step(variants.forward(variant), inputs.fused, inputs.wrt, inputs.outer))
+        results = _detached(call.run())
     for ours, plain in zip(results, eager, strict=True):
         if ours.dtype != plain.dtype:
             return f"under autocast a result is {ours.dtype} instead of {plain.dtype}"
     return None if _same(results, eager) else "autocast gave other bits than eager"
 
 
-def _replayed(variant: Variant, inputs: Inputs, eager: Outputs) -> str | None:
-    """None if a captured graph gives eager's bits, also when the sample numbers have changed since."""
-    forward = variants.forward(variant)
+def _replayed(variant: Variant, call: Call, eager: Outputs) -> str | None:
+    """Say whether a captured graph gives other bits than eager, also when the sample numbers have changed since."""
 
     def run() -> Outputs:
-        return _detached(step(forward, inputs.fresh().fused, inputs.wrt, inputs.outer))
+        return _detached(call.fresh().run())
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -167,7 +148,7 @@ def _replayed(variant: Variant, inputs: Inputs, eager: Outputs) -> str | None:
     graph.replay()
     if not _same(captured, eager):
         return "the replayed graph gave other bits than eager"
-    noise = next((value for value in inputs.fused.values() if isinstance(value, Noise)), None)
+    noise = next((value for value in call.arguments.values() if isinstance(value, Noise)), None)
     if noise is None:
         return None
     noise.samples.add_(LATER)
@@ -181,26 +162,29 @@ def _replayed(variant: Variant, inputs: Inputs, eager: Outputs) -> str | None:
 
 
 class Traced(NamedTuple):
-    """An operator's call, the same under torch.compile, and two sets of arguments that one graph has to serve."""
+    """An operator's function, the same under torch.compile, and two sets of arguments that one graph has to serve."""
 
-    call: Callable[..., Any]
+    plain: Callable[..., Any]
     compiled: Callable[..., Any]
     counter: Any  # of graphs, in `frame_count`
-    inputs: Inputs
+    call: Call
     arguments: list[dict[str, Any]]
+
+    def steps(self, function: Callable[..., Any]) -> Iterator[Outputs]:
+        for named in self.arguments:
+            yield _detached(step(function, named, self.call.wrt, self.call.outer))
 
 
 def traced(variant: Variant, device: torch.device, compiler: str) -> Traced:
     """Nothing is compiled before the first call. The two sets differ in their sample numbers, where noise is drawn."""
     import torch._dynamo.testing
 
-    forward, inputs = variants.forward(variant), variants.make(variant, device)
+    call = variants.make(variant, device)
+    forward, arguments = call.forward, dict(call.arguments)
     name = "self" if variant.op == "philox" else "noise"
-    drawn = isinstance(inputs.fused.get(name), Noise)
-    arguments = dict(inputs.fused)
-    samples = arguments.pop(name).samples if drawn else None
+    samples = arguments.pop(name).samples if isinstance(arguments.get(name), Noise) else None
 
-    def call(samples: Tensor | None, **others: Any) -> Any:
+    def plain(samples: Tensor | None, **others: Any) -> Any:
         if samples is None:
             return forward(**others)
         noise = Noise(SEED, samples, STREAM)
@@ -208,25 +192,25 @@ def traced(variant: Variant, device: torch.device, compiler: str) -> Traced:
 
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
-    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    compiled = torch.compile(plain, fullgraph=True, backend=counter)
     named = [{**arguments, "samples": None if samples is None else samples + later} for later in (0, LATER)]
-    return Traced(call, compiled, counter, inputs, named)
+    return Traced(plain, compiled, counter, call, named)
 
 
 def _compiled(variant: Variant, device: torch.device, compiler: str) -> str | None:
-    """None if one graph without breaks serves two sets of sample numbers and equals eager, else what is wrong."""
-    call, compiled, counter, inputs, arguments = traced(variant, device, compiler)
-    for named in arguments:
-        expected, actual = (_detached(step(each, named, inputs.wrt, inputs.outer)) for each in (call, compiled))
+    """Say what is wrong; None if one graph without breaks serves two sets of sample numbers and equals eager."""
+    each = traced(variant, device, compiler)
+    for expected, actual in zip(each.steps(each.plain), each.steps(each.compiled), strict=True):
         tolerance = TOLERANCE.get(variant.dtype, DRAWN)
-        wrong = compare(variants.names(variant, inputs), _on_cpu(actual), _on_cpu(expected), tolerance)
+        wrong = compare(each.call.names, _on_cpu(actual), _on_cpu(expected), tolerance)
         if wrong is not None:
             return wrong
-    return None if counter.frame_count == 1 else f"it took {counter.frame_count} graphs instead of one"
+    count = each.counter.frame_count
+    return None if count == 1 else f"it took {count} graphs instead of one"
 
 
 def to_compile(every: Sequence[Variant]) -> Iterator[Variant]:
-    """One combination that draws noise and one that does not, in two dtypes, with gradients where there are any."""
+    """Yield one combination that draws noise and one that does not, in two dtypes, with gradients if there are any."""
     for dtype, drawn in ((torch.float32, True), (torch.bfloat16, False)):
         chosen = [
             variant
@@ -240,17 +224,15 @@ def to_compile(every: Sequence[Variant]) -> Iterator[Variant]:
 
 
 def _empty(variant: Variant, device: torch.device) -> str | None:
-    """None if a batch of no samples gives empty results; the one operator that refuses it has no such number."""
+    """Say whether a batch of no samples gives results that are not empty; the one operator that refuses it does not."""
     if variant.op == "denoising_loss":
         return None
-    inputs = variants.make(variant, device)
-    arguments = {name: _none_of(value) for name, value in inputs.fused.items()}
-    for name in ("weight", "bias"):
-        if name in arguments:
-            arguments[name] = inputs.fused[name]
-    outer = None if inputs.outer is None else inputs.outer[:0]
-    results = step(variants.forward(variant), arguments, inputs.wrt, outer)
-    kept = [inputs.fused[name].shape for name in inputs.wrt if name in ("weight", "bias")]
+    call = variants.make(variant, device)
+    whole = {name: value for name, value in call.arguments.items() if name in ("weight", "bias")}
+    arguments = {name: _none_of(value) for name, value in call.arguments.items()} | whole
+    outer = None if call.outer is None else call.outer[:0]
+    results = replace(call, arguments=arguments, outer=outer).run()
+    kept = [whole[name].shape for name in call.wrt if name in whole]
     if any(result.numel() and result.shape not in kept for result in results):
         return "the results are not empty"
     return None
@@ -265,7 +247,7 @@ def _none_of(value: Any) -> Any:
 
 
 def _note(verdict: Verdict, place: str, check: Callable[[], str | None]) -> Verdict:
-    """The verdict with what the check finds; an error of the device ends everything after it."""
+    """Return the verdict with what the check finds; an error of the device ends everything after it."""
     try:
         wrong = check()
         if torch.cuda.is_available():
@@ -276,11 +258,6 @@ def _note(verdict: Verdict, place: str, check: Callable[[], str | None]) -> Verd
     if wrong is None or len(verdict.wrong) >= MOST_SENTENCES:
         return verdict
     return verdict._replace(wrong=[*verdict.wrong, f"{place}: {wrong}"])
-
-
-def _serves(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> bool:
-    # Noise is made in float32 and then cast.
-    return dispatch.why_not(op, backend, device, torch.float32 if op == "philox" else dtype) is None
 
 
 @contextmanager
@@ -296,8 +273,8 @@ def _poisoned() -> Iterator[None]:
             torch.use_deterministic_algorithms(before)
 
 
-def _clones(inputs: Inputs) -> Outputs:
-    tensors = [value.samples if isinstance(value, Noise) else value for value in inputs.fused.values()]
+def _clones(call: Call) -> Outputs:
+    tensors = [value.samples if isinstance(value, Noise) else value for value in call.arguments.values()]
     return tuple(value.detach().clone() for value in tensors if isinstance(value, Tensor))
 
 
@@ -312,3 +289,29 @@ def _on_cpu(results: Outputs) -> Outputs:
 def _same(first: Outputs, second: Outputs) -> bool:
     """Bit for bit, as far as numbers go; NaN differs from itself."""
     return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("backend")
+    parser.add_argument("ops", type=lambda text: text.split(","))
+    parser.add_argument("state", type=Path, help="where verdicts go")
+    parser.add_argument("--rehearse", action="store_true", help="a few combinations on the CPU")
+    parser.add_argument("--sanitized", action="store_true", help="a few combinations, for whoever watches the process")
+    arguments = parser.parse_args()
+    few, plain = arguments.rehearse or arguments.sanitized, arguments.backend == ORACLE
+    thorough = not few and not plain
+    device = torch.device("cpu" if arguments.rehearse else "cuda")
+    checks = Checks(device, thorough, "inductor" if thorough else None, FEW if few else None)
+    wrong = False
+    for op in arguments.ops:
+        verdict = judge(op, arguments.backend, checks, time.monotonic() + (0.0 if plain else SECONDS))
+        if not arguments.sanitized:
+            State(arguments.state).add(("gate", op, arguments.backend), verdict)
+        print(op, arguments.backend, verdict.in_words)
+        wrong = wrong or bool(verdict.wrong)
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
