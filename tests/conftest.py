@@ -1,6 +1,7 @@
 """What every test starts from, and the two rules they share: one for low precision, one for memory layouts."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads this when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Not the user's; `datasets` reads this when it is imported, in started processes, too.
+_cache = tempfile.TemporaryDirectory(prefix="diffpp_fast-tests-")
+os.environ.setdefault("HF_DATASETS_CACHE", _cache.name)
 
 import hypothesis
 import pytest

@@ -13,8 +13,8 @@ from diffpp_fast.training.build.checks import naming
 from diffpp_fast.training.build.text import conditioning_facts
 from diffpp_fast.training.config import Config, TextEncoder
 from diffpp_fast.training.prompts import EmbeddingCache, PromptSource
-from diffpp_fast.training.prompts.embedding_files import read_manifest
-from diffpp_fast.training.prompts.fingerprint import Seen, encoder_facts, refuse_other_cache
+from diffpp_fast.training.prompts.embed import Seen, encoder_facts, refuse_other_cache
+from diffpp_fast.training.prompts.embeddings import read_manifest
 
 
 def open_embeddings(config: Config, prompts: PromptSource, device: torch.device) -> EmbeddingCache | None:

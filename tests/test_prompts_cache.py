@@ -1,0 +1,121 @@
+"""The cache of prompts: files are read once, and a cache that is damaged or out of reach costs time alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from prompt_files import WRITERS, opened, write_text
+
+from diffpp_fast.training import ConfigurationError
+from diffpp_fast.training.prompts import cache
+
+PROMPTS = [f"prompt {number} café" for number in range(300)]
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / cache.FOLDER
+
+
+@pytest.fixture
+def readings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that are read."""
+    found: list[Path] = []
+    read = cache.read
+
+    def noting(path: Path, format: str, column: str | None) -> object:
+        found.append(path)
+        return read(path, format, column)
+
+    monkeypatch.setattr(cache, "read", noting)
+    return found
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_is_read_once_until_it_changes(tmp_path: Path, folder: Path, readings: list[Path], name: str) -> None:
+    WRITERS[name](tmp_path / name, PROMPTS)
+    first, second = opened(tmp_path / name), opened(tmp_path / name)
+    assert readings == [tmp_path / name]
+    assert list(first) == list(second) == PROMPTS and first.digest() == second.digest()
+    WRITERS[name](tmp_path / name, PROMPTS[::-1])
+    assert list(opened(tmp_path / name)) == PROMPTS[::-1]
+    assert len(readings) == 2
+    assert not list(folder.glob("*.partial"))
+
+
+def test_columns_are_kept_apart(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"a": "a cat", "b": "a dog"}\n')
+    assert [list(opened(tmp_path / "p.jsonl", column=column)) for column in "aba"] == [["a cat"], ["a dog"], ["a cat"]]
+
+
+def test_a_damaged_cache_is_never_believed(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_text(tmp_path / "p.txt", PROMPTS)
+    opened(tmp_path / "p.txt")
+    draw = random.Random(0)
+    for file in sorted(folder.glob("*.arrow")) + sorted(folder.glob("*.json")):
+        content = file.read_bytes()
+        for bit in draw.sample(range(8 * len(content)), 60):
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(flipped)
+            assert list(opened(tmp_path / "p.txt")) == PROMPTS
+        for length in (0, len(content) // 2):
+            os.truncate(file, length)
+            assert list(opened(tmp_path / "p.txt")) == PROMPTS
+            assert file.read_bytes() == content
+    assert "is damaged: the prompts are read anew" in caplog.text
+
+
+def test_a_malformed_file_leaves_nothing_behind(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"a cat\n" * 50_000 + b"\xff\n")
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match="line 50001"):
+            opened(tmp_path / "p.txt")
+    assert [path.suffix for path in folder.iterdir()] == [".lock"]
+
+
+def test_a_cache_that_can_not_be_written_costs_time_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    write_text(tmp_path / "p.txt", PROMPTS)
+    assert list(opened(tmp_path / "p.txt")) == PROMPTS
+    assert "can't be written (Not a directory)" in caplog.text and "HF_DATASETS_CACHE" in caplog.text
+
+
+PROCESS = """
+import socket, sys
+
+def refuse(*arguments):
+    raise AssertionError("the network was asked")
+
+socket.socket.connect = socket.getaddrinfo = refuse
+from diffpp_fast.training.config import Prompts
+from diffpp_fast.training.prompts import open_prompts
+
+assert not {"datasets", "pandas", "pyarrow"} & set(sys.modules)
+source = open_prompts(Prompts(path=sys.argv[1]))
+print(len(source), source.digest())
+"""
+
+
+def test_processes_that_start_together_read_once_and_ask_no_network(tmp_path: Path) -> None:
+    path, environment = tmp_path / "p.txt", os.environ | {"PYTHONPATH": str(ROOT)}
+    write_text(path, [f"a picture of {number} cats" for number in range(200_000)])
+    environment["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
+    command = [sys.executable, "-c", PROCESS, str(path)]
+    started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert said == [f"200000 {opened(path).digest()}\n"] * 3
+    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 1
