@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import random
-import subprocess
-import sys
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -16,7 +17,6 @@ from diffpp_fast.training import ConfigurationError
 from diffpp_fast.training.prompts import cache
 
 PROMPTS = [f"prompt {number} café" for number in range(300)]
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -93,29 +93,26 @@ def test_a_cache_that_can_not_be_written_costs_time_alone(
     assert "can't be written (Not a directory)" in caplog.text and "HF_DATASETS_CACHE" in caplog.text
 
 
-PROCESS = """
-import socket, sys
+def test_those_who_start_together_read_once_and_ask_no_network(
+    tmp_path: Path, folder: Path, readings: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock on a file keeps threads apart as it does processes."""
 
-def refuse(*arguments):
-    raise AssertionError("the network was asked")
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("the network was asked")
 
-socket.socket.connect = socket.getaddrinfo = refuse
-from diffpp_fast.training.config import Prompts
-from diffpp_fast.training.prompts import open_prompts
-
-assert not {"datasets", "pandas", "pyarrow"} & set(sys.modules)
-source = open_prompts(Prompts(path=sys.argv[1]))
-print(len(source), source.digest())
-"""
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    write_text(tmp_path / "p.txt", PROMPTS * 300)
+    with ThreadPoolExecutor(4) as pool:
+        digests = {source.digest() for source in pool.map(opened, [tmp_path / "p.txt"] * 4)}
+    assert len(digests) == 1 and readings == [tmp_path / "p.txt"]
 
 
-def test_processes_that_start_together_read_once_and_ask_no_network(tmp_path: Path) -> None:
-    path, environment = tmp_path / "p.txt", os.environ | {"PYTHONPATH": str(ROOT)}
-    write_text(path, [f"a picture of {number} cats" for number in range(200_000)])
-    environment["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
-    command = [sys.executable, "-c", PROCESS, str(path)]
-    started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    said = [process.communicate()[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0, 0]
-    assert said == [f"200000 {opened(path).digest()}\n"] * 3
-    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 1
+def test_nothing_is_imported_before_prompts_are_read() -> None:
+    late = {"datasets", "pyarrow", "pandas", "cache", "readers"}
+    for path in Path(cache.__file__).parent.glob("*.py"):
+        if path.stem not in late:
+            top = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+            modules = {getattr(node, "module", None) or node.names[0].name for node in top}
+            assert not {part for module in modules for part in module.split(".")} & late, path.name
