@@ -6,6 +6,7 @@ import ast
 import os
 import random
 import socket
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -91,6 +92,9 @@ def test_a_cache_that_can_not_be_written_costs_time_alone(
     write_text(tmp_path / "p.txt", PROMPTS)
     assert list(opened(tmp_path / "p.txt")) == PROMPTS
     assert "can't be written (Not a directory)" in caplog.text and "HF_DATASETS_CACHE" in caplog.text
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file" / "none"))
+    with pytest.raises(ConfigurationError, match="no place for what was read"):
+        opened(tmp_path / "p.txt")
 
 
 def test_those_who_start_together_read_once_and_ask_no_network(

@@ -66,8 +66,14 @@ class Rows:
                 folder,
                 getattr(error, "strerror", None) or error,
             )
-            self._temporary = TemporaryDirectory(prefix="diffpp_fast-prompts-")
-            self._store(Path(self._temporary.name) / name)
+            try:
+                self._temporary = TemporaryDirectory(prefix="diffpp_fast-prompts-")
+                self._store(Path(self._temporary.name) / name)
+            except OSError as again:
+                raise ConfigurationError(
+                    f"prompts: there is no place for what was read, neither in {folder} nor in a temporary folder "
+                    f"({getattr(again, 'strerror', None) or again}): name one with HF_DATASETS_CACHE"
+                ) from None
 
     def __getitem__(self, indices: Sequence[int]) -> list[str]:
         """Return the prompts of B indices, B > 0. Consecutive ones are given as a range."""

@@ -311,7 +311,7 @@ def _members(path: Path, file: _BoundedReader) -> Iterator[tarfile.TarInfo]:
     try:
         archive = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="replace")
         while (member := archive.next()) is not None:
-            archive.members.clear()
+            archive.members.clear()  # type: ignore[attr-defined]
             # `tarfile` of some Python versions goes back by a negative size, and so on for ever.
             if member.size < 0:
                 raise tarfile.ReadError
