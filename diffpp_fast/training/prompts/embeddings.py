@@ -107,7 +107,7 @@ class EmbeddingCache:
         return Conditioning(tuple(prompts), concatenate(parts))
 
     def null(self) -> Conditioning:
-        """What guidance leads away from, for one prompt."""
+        """Return the conditioning that guidance leads away from, for one prompt."""
         with Rows(self.folder / NULL) as rows:
             return Conditioning(("",), rows.read(0, self.device))
 
@@ -121,7 +121,7 @@ class EmbeddingCache:
         return row
 
     def _look_up(self, key: np.ndarray) -> int | None:
-        """The row among those of all files."""
+        """Return the row among those of all files; None where there is none."""
         place = int(np.searchsorted(self._keys[:, 0], key[0]))
         while place < len(self._keys) and self._keys[place, 0] == key[0]:
             if self._keys[place, 1] == key[1]:
@@ -147,7 +147,7 @@ def identity(manifest: Mapping[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a cache, or None where there is none yet. Raises ConfigurationError for one that is damaged."""
+    """Return the manifest of a cache, None where there is none. Raises ConfigurationError for one that is damaged."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         missing = {"encoder", "prompts", "seen", "rows", "shards"} - manifest.keys()
@@ -183,7 +183,7 @@ def write_rows(path: Path, conditioning: Conditioning, identity: str) -> None:
 
 
 def stored_bytes(conditioning: Conditioning) -> int:
-    """What these prompts take on the disk."""
+    """Return the bytes that these prompts take on the disk."""
     return sum(_narrowed(tensor).nbytes for _, tensor in _flat(conditioning.tensors))
 
 
@@ -220,7 +220,7 @@ class Rows:
         return self._slice(SUMS, slice(None)).numpy()
 
     def read(self, row: int, device: torch.device) -> dict[str, Any]:
-        """The tensors of one prompt's conditioning, [1, ...] each, as the encoder gave them.
+        """Return the tensors of one prompt's conditioning, [1, ...] each, as the encoder gave them.
 
         Raises ConfigurationError where they are not what was written.
         """

@@ -333,7 +333,7 @@ def _members(path: Path, file: _BoundedReader) -> Iterator[tarfile.TarInfo]:
 
 
 def _has_longer_name(name: str, samples: Set[str]) -> bool:
-    """Whether one of these samples' names, a dot and more than a suffix make up a member's name."""
+    """Return whether one of these samples' names, a dot and more than a suffix make up a member's name."""
     sample = name.rpartition(".")[0]
     while "." in sample.rpartition("/")[2]:
         sample = sample.rpartition(".")[0]
