@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 #: Prompts that are read together where all of them are read in turn.
 BLOCK = 1 << 16
-#: Characters that go from both ends of a prompt: white space, and the byte order marks that files put together have in them.
+#: Characters that go from both ends of a prompt: white space, and the byte order marks that files put together have.
 AROUND = "".join(chr(code) for code in range(0x3001) if chr(code).isspace()) + "\ufeff"
 #: Files in a folder that `save_to_disk` has written: of one split, and of several.
 DATASET, SPLITS = "state.json", "dataset_dict.json"
