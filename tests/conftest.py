@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads this when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Not the user's; `datasets` reads this when it is imported, in started processes, too.
+_cache = tempfile.TemporaryDirectory(prefix="diffpp_fast-tests-")
+os.environ.setdefault("HF_DATASETS_CACHE", _cache.name)
 
 # `benchmarks` is not installed with the package. Last, so that the package under test stays the one that is.
 ROOT = str(Path(__file__).parent.parent)

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     from diffpp_fast.training.lock import LOCK, FolderLock
     from diffpp_fast.training.prompts import open_prompts
     from diffpp_fast.training.prompts.embed import EmbeddingWriter
-    from diffpp_fast.training.prompts.embedding_files import read_manifest
+    from diffpp_fast.training.prompts.embeddings import read_manifest
     from diffpp_fast.training.prompts.encoder import BATCH
 
     config = load_config(arguments.config, arguments.overrides)

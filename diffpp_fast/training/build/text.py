@@ -27,8 +27,8 @@ from diffpp_fast.training.build.agreement import (
 from diffpp_fast.training.config import Config, TextEncoderSection
 from diffpp_fast.training.inputs import digest_of, digest_of_tokenizer, public
 from diffpp_fast.training.prompts import EmbeddingCache, PromptEncoder, PromptSource
-from diffpp_fast.training.prompts.embedding_files import read_manifest
-from diffpp_fast.training.prompts.fingerprint import Seen, encoder_facts, refuse_other_cache
+from diffpp_fast.training.prompts.embed import Seen, encoder_facts, refuse_other_cache
+from diffpp_fast.training.prompts.embeddings import read_manifest
 
 
 @dataclass(frozen=True)
