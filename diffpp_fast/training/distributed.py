@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -109,6 +110,27 @@ class World:
         dist.all_gather(received, sent)
         messages = [bytes(message.tolist()).rstrip(b"\0").decode(errors="replace") for message in received]
         return next(filter(None, messages), None)
+
+    @contextmanager
+    def together(
+        self,
+        explain: Callable[[str], Exception],
+        expected: type[Exception] | tuple[type[Exception], ...] = Exception,
+    ) -> Generator[None, None, None]:
+        """Raise in all processes what fails inside in one, so that none waits for it (collective).
+
+        Args:
+            explain: the message of the first one that failed -> what is raised.
+            expected: errors of other classes are raised as they are, in the process that has them.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except expected as found:
+            error = found
+        said = self.first_error(error)
+        if said is not None:
+            raise explain(said) from error
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the processes, a new tensor (collective)."""

@@ -40,18 +40,16 @@ def claim_output(config: Config, world: World, *, unlock: bool = False) -> Folde
     Raises ConfigurationError in all processes where another run writes there, or this one would replace what no run has
     written.
     """
-    lock, error = None, None
-    if world.is_main:
-        try:
-            lock = FolderLock(Path(config.output), unlock=unlock)
-            refuse_foreign_output(config)
-        except (UserError, OSError) as found:
-            error = found
-    said = world.first_error(error)
-    if said is not None:
+    lock = None
+    try:
+        with world.together(lambda said: ConfigurationError(f"output: {said}"), (UserError, OSError)):
+            if world.is_main:
+                lock = FolderLock(Path(config.output), unlock=unlock)
+                refuse_foreign_output(config)
+    except BaseException:
         if lock is not None:
             lock.release()
-        raise ConfigurationError(f"output: {said}") from error
+        raise
     return lock
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.methods import RewardOutput
 from diffpp_fast.networks import Conditioning
 from diffpp_fast.precision import widen
 from diffpp_fast.rewards import Mixture
 from diffpp_fast.rewards.base import undisturbed
-from diffpp_fast.rewards.user_code import call_factory
+from diffpp_fast.rewards.user_code import call_factory, explained
 from diffpp_fast.training import config
 from diffpp_fast.training.inputs import digest_of, digest_of_files
 from diffpp_fast.training.scorer_state import modules_of, sources_of, tensors_of
@@ -27,7 +28,7 @@ Scorer = Callable[[torch.Tensor, tuple[str, ...]], torch.Tensor]
 
 
 class LatentReward:
-    """A scorer of images as a reward of latents: decodes, scores, and remembers what it gave.
+    """A scorer of images as a reward of latents: it decodes and scores.
 
     Args:
         name: of the reward, for messages.
@@ -39,38 +40,40 @@ class LatentReward:
         self.name = name
         self.scorer = scorer
         self.decoder = decoder
-        #: Whether the scores of any sample so far had a graph that leads to its image.
-        self.has_gradient = False
         self._modules = modules_of(scorer)
         self._watched = False
-        self._given: list[torch.Tensor] = []
-        self._parts: dict[str, list[torch.Tensor]] = {}
 
-    def __call__(self, x0: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """x0 [B, C, h, w] -> [B]; differentiable in x0 as far as the scorer is in its images.
+    def __call__(self, x0: torch.Tensor, conditioning: Conditioning) -> RewardOutput:
+        """x0 [B, C, h, w] -> [B], with the parts of a mixture; differentiable in x0 as the scorer is in its images.
 
         Scores that are constant, for these prompts or for all, have the gradient 0.
         """
-        values = self.score(widen(self.decoder(x0)), conditioning.prompts)
-        self._given.append(values.detach().float().clone())
-        if isinstance(self.scorer, Mixture):
-            for name, part in self.scorer.last.items():
-                self._parts.setdefault(name, []).append(part)
+        values, parts = self._score(widen(self.decoder(x0)), conditioning.prompts)
         if not x0.requires_grad:
-            return values
-        self.has_gradient = self.has_gradient or values.requires_grad
+            return RewardOutput(values, parts, differentiable=False)
         # Which samples are computed together must not decide whether there is a graph: x0 is in it, times 0.
         nowhere = torch.zeros_like(values, dtype=torch.bool)
-        return torch.where(nowhere, x0.flatten(1)[:, 0], values)
+        attached = torch.where(nowhere, x0.flatten(1)[:, 0], values)
+        return RewardOutput(attached, parts, differentiable=values.requires_grad)
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """The scorer itself, on images that are its own, its result checked for its shape.
+        """Return the scorer's own result, on images that are its own, checked for its shape.
 
-        Raises ConfigurationError for another shape, and for a network in it that is not in eval mode.
+        Raises ConfigurationError where the scorer fails, for another shape, and for a network in it that is not in eval
+        mode.
         """
+        return self._score(images, prompts)[0]
+
+    def _score(self, images: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         before = None if self._watched else _generators(images.device)
-        with undisturbed(self.name):
-            values = self.scorer(images.clone(), tuple(prompts))
+        parts: dict[str, torch.Tensor] = {}
+        with undisturbed(self.name), explained(self.name):
+            if isinstance(self.scorer, Mixture):
+                components = self.scorer.components(images.clone(), tuple(prompts))
+                values = components.pop("total")
+                parts = {name: part.detach() for name, part in components.items()}
+            else:
+                values = self.scorer(images.clone(), tuple(prompts))
         if not isinstance(values, torch.Tensor) or values.shape != (len(images),):
             got = f"shape {tuple(values.shape)}" if isinstance(values, torch.Tensor) else type(values).__name__
             raise ConfigurationError(f"{self.name} must give one number per image, shape ({len(images)},), got {got}")
@@ -87,17 +90,7 @@ class LatentReward:
                     "scores that do differ when the run is resumed, or cut into other micro-batches",
                     self.name,
                 )
-        return values.to(images.device)
-
-    def take_given(self) -> torch.Tensor:
-        """The rewards of all calls since the last taking, in order, float32."""
-        given, self._given = self._given, []
-        return torch.cat(given)
-
-    def take_parts(self) -> dict[str, torch.Tensor]:
-        """What a mixture consists of, by name, of all calls since the last taking; nothing of any other scorer."""
-        parts, self._parts = self._parts, {}
-        return {name: torch.cat(values) for name, values in parts.items() if name != "total"}
+        return values.to(images.device), parts
 
 
 def load_scorer(key: str, reward: config.Reward, device: torch.device) -> Scorer:
