@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -23,12 +25,18 @@ from torch import nn
 from diffpp_fast.errors import CheckpointError, ConfigurationError
 from diffpp_fast.training import config
 from diffpp_fast.training.distributed import World
-from diffpp_fast.training.engines import PlainEngine
+from diffpp_fast.training.engines import PlainEngine, zero
 from diffpp_fast.training.engines.deepspeed import zero_config
 from diffpp_fast.training.engines.files import TensorReader, TensorWriter
-from diffpp_fast.training.engines.optimizers import OptimizerState, make_optimizer
-from diffpp_fast.training.engines.quantisation import CHUNK, dequantise, quantise
-from diffpp_fast.training.engines.schedules import learning_rate, updates_of
+from diffpp_fast.training.engines.optimizers import (
+    CHUNK,
+    OptimizerState,
+    dequantise,
+    learning_rate,
+    make_optimizer,
+    quantise,
+    updates_of,
+)
 from diffpp_fast.training.engines.shards import Fragment, receivers
 
 WORKER = str(Path(__file__).parent / "engine_worker.py")
@@ -392,6 +400,25 @@ def check_on_two_processes(folder: Path, kinds: tuple[str, ...]) -> None:
     for path in pairs:
         assert_near(load_file(path), numbers(fake), 1e-6)
         assert_near(load_file(path.with_name(path.name.replace(".fake", ""))), numbers(generator), 1e-6)
+
+
+def test_deepspeeds_private_names_are_named_and_are_there() -> None:
+    """The one file that uses them lists them all, and a DeepSpeed without one of them is told of in a sentence."""
+    source = Path(zero.__file__).read_text()
+    listed = {name for names in zero.PRIVATE.values() for name in names}
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Attribute | ast.Name)
+        and ast.unparse(node.value)
+        in ("optimizer", "self._optimizer", "self._engine", "weight", "place", "mapping", "deepspeed.ops")
+    }
+    public = {"optimizer", "param_groups", "shape"}
+    assert used - public == listed - {"all_gather"}
+    others = [path for path in Path(zero.__file__).parent.glob("*.py") if path != Path(zero.__file__)]
+    assert not re.search(r"_deepspeed\.(optimizer|_)|__compatible_ops__", "".join(path.read_text() for path in others))
+    processes.run(["-W", "ignore", WORKER, "private"], 1)
 
 
 def test_two_processes_equal_one_and_read_each_other(tmp_path: Path) -> None:
