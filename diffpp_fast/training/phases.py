@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import nn
 
 #: What belongs to no phase.
 OTHER = "other"
@@ -33,23 +34,28 @@ class Phases:
     def __init__(self, device: torch.device) -> None:
         self._clock: _Clock | _Events = _Events(device) if device.type == "cuda" else _Clock()
         self._open = [OTHER]
+        self._whole = 0
         #: In order of time: where a stretch of it begins, and whose it is.
         self._marks: list[tuple[Any, str]] = [(self._clock.mark(), OTHER)]
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Inside, time is counted as `name`."""
-        self._open.append(name)
-        self._mark()
+    def __call__(self, name: str, *, whole: bool = False) -> Iterator[None]:
+        """Inside, time is counted as `name`; of a `whole` phase also that of those inside of it."""
+        self._begin(name)
+        self._whole += whole
         try:
             yield
         finally:
-            self._open.pop()
-            self._mark()
+            self._whole -= whole
+            self._end()
 
-    def wrap(self, function: Callable[..., Any], name: str) -> Timed:
-        """`function` as a phase of its own."""
-        return Timed(self, function, name)
+    def wrap(self, function: Callable[..., Any], name: str) -> Any:
+        """Make `function` a phase of its own: a module in place, which stays what it is, or a `Timed` in its place."""
+        if not isinstance(function, nn.Module):
+            return Timed(self, function, name)
+        function.register_forward_pre_hook(lambda *_: self._begin(name))
+        function.register_forward_hook(lambda *_: self._end(), always_call=True)
+        return function
 
     def take(self) -> dict[str, float]:
         """Seconds per name since the last taking (or the beginning), `other` included; waits for the device."""
@@ -61,6 +67,14 @@ class Phases:
             seconds[name] += self._clock.seconds(begin, end)
         self._clock.reuse([mark for mark, _ in marks[:-1]])
         return seconds
+
+    def _begin(self, name: str) -> None:
+        self._open.append(self._open[-1] if self._whole else name)
+        self._mark()
+
+    def _end(self) -> None:
+        self._open.pop()
+        self._mark()
 
     def _mark(self) -> None:
         self._marks.append((self._clock.mark(), self._open[-1]))

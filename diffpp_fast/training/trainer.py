@@ -236,7 +236,7 @@ class Trainer:
         found = read_baseline(path, facts)
         if not self.world.any(found is None):
             return found
-        with self.phases("baseline"):
+        with self.phases("baseline", whole=True):
             measured = measure_baseline(
                 self.parts.reference,
                 self.parts.sampler.schedule,
@@ -399,7 +399,7 @@ class Trainer:
 
     def _draw_grid(self) -> None:
         """Samples of the averaged generator at fixed prompts and latents, and what the rewards say of them."""
-        with self.phases("grid"), self.generator.averaged():
+        with self.phases("grid", whole=True), self.generator.averaged():
             pixels, scores, troubles = self.grid.draw()
         path = self.output / "grids" / f"step_{self.position.step:06d}.png"
         if self.world.is_main:

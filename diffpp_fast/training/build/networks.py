@@ -16,12 +16,12 @@ from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.methods.base import FAKE_ADAPTER, GENERATOR_ADAPTER
 from diffpp_fast.networks import Denoiser, fuse, load_denoiser, set_attention
 from diffpp_fast.networks.loading import is_file, open_denoiser, read_config, refuse_stored, resolve
-from diffpp_fast.networks.lora import Adapted, Adapters
+from diffpp_fast.networks.lora import Adapters
 from diffpp_fast.networks.text import refuse_stored_text
 from diffpp_fast.networks.weight_files import holds_weights
 from diffpp_fast.training.build.checks import naming
 from diffpp_fast.training.build.compiled import refuse_known_faults
-from diffpp_fast.training.build.precision import compute_dtype, precise
+from diffpp_fast.training.build.precision import autocast_to, compute_dtype
 from diffpp_fast.training.config import Config, Lora, Models, TextEncoder, Weights
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import place_reference
@@ -136,7 +136,7 @@ class Networks:
     def reference(self) -> nn.Module:
         """(x_t, t, conditioning) -> prediction: the frozen diffusion model."""
         denoiser, adapters = self._backbone(stored_weights(self.config.models, "reference"))
-        return Adapted(precise(denoiser, self._frozen_dtype, self.device), adapters, None)
+        return Denoiser(denoiser.network, dtype=autocast_to(self._frozen_dtype), adapters=adapters)
 
     def place_reference(self, world: World) -> None:
         """Spreads the reference over the processes as `distributed.reference` says (collective).
@@ -167,7 +167,7 @@ class Networks:
         denoiser.network.requires_grad_(True)
         dtype = compute_dtype("auto", self.config)
         parameters = dict(denoiser.network.named_parameters())
-        return Trained(role, denoiser.network, parameters, precise(denoiser, dtype, self.device))
+        return Trained(role, denoiser.network, parameters, Denoiser(denoiser.network, dtype=autocast_to(dtype)))
 
     def _adapted(self, role: str, stored: Stored, lora: Lora) -> Trained:
         denoiser, adapters = self._backbone(stored)
@@ -180,7 +180,8 @@ class Networks:
                 seed=self.config.seed,
                 stream=STREAMS[role],
             )
-        denoise = Adapted(precise(denoiser, self._frozen_dtype, self.device), adapters, role)
+        network, dtype = denoiser.network, autocast_to(self._frozen_dtype)
+        denoise = Denoiser(network, dtype=dtype, adapters=adapters, adapter=role)
         return Trained(role, denoiser.network, parameters, denoise, adapters)
 
     @property

@@ -30,6 +30,11 @@ def compute_dtype(wanted: Dtype, config: Config) -> torch.dtype:
     return dtype
 
 
+def autocast_to(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype of the autocast under which a network computes in `dtype`; None: it needs none."""
+    return None if dtype == torch.float32 else dtype
+
+
 def precise(network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A network that computes in `dtype`, whatever its inputs and its weights are."""
     return network if dtype == torch.float32 else Autocast(network, dtype, device)
