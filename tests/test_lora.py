@@ -265,7 +265,7 @@ def test_a_run_trains_adapters_alone_and_resumes_to_the_same_bits(config_of) -> 
 
 
 def test_a_checkpoint_of_adapters_is_refused_by_another_kind_of_run(config_of) -> None:  # type: ignore[no-untyped-def]
-    from diffpp_fast.training.weights import load_role
+    from diffpp_fast.training.checkpoint import load_role
 
     run = build_run(config_of(*BOTH), World.alone("cpu"), Phases(torch.device("cpu")))
     tensors = {name: weight.detach() for name, weight in run.sampler.trained.parameters.items()}

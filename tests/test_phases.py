@@ -15,8 +15,7 @@ from diffpp_fast.training import load_config
 from diffpp_fast.training import phases as module
 from diffpp_fast.training.build import build_run
 from diffpp_fast.training.distributed import World
-from diffpp_fast.training.memory import Memory
-from diffpp_fast.training.phases import Phases, Timed
+from diffpp_fast.training.phases import Memory, Phases, Timed
 
 
 class Clock:

@@ -26,8 +26,7 @@ from diffpp_fast.training.baseline import Baseline
 from diffpp_fast.training.checkpoint import read_tensors
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.faults import RewardWatch
-from diffpp_fast.training.rewards import LatentReward, load_scorer
-from diffpp_fast.training.scorer_state import modules_of, sources_of, tensors_of
+from diffpp_fast.training.rewards import LatentReward, load_scorer, modules_of, sources_of, tensors_of
 
 # A large eps: with the usual one Adam's first updates are sign(g), which magnifies rounding.
 QUIET = (

@@ -19,15 +19,14 @@ from diffpp_fast.errors import CheckpointError, ConfigurationError
 from diffpp_fast.networks.loading import read_config
 from diffpp_fast.training.base_pipeline import fill_models
 from diffpp_fast.training.build import Sampler, build_sampler
+from diffpp_fast.training.checkpoint import load_role, read_role
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.export import CALL, Weights, find_weights
 from diffpp_fast.training.inputs import warn_of_changed_inputs
 from diffpp_fast.training.loading import load_config
 from diffpp_fast.training.publish import MANIFEST
-from diffpp_fast.training.resume import Which
 from diffpp_fast.training.saved_config import load_saved_config, naming_moves
-from diffpp_fast.training.state import read_record
-from diffpp_fast.training.weights import load_role, read_role
+from diffpp_fast.training.state import Which, read_record
 
 PIPELINE, NETWORK, SCHEDULE = "model_index.json", "config.json", "scheduler_config.json"
 

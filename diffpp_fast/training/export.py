@@ -11,19 +11,15 @@ from diffpp_fast.errors import CheckpointError, ConfigurationError
 from diffpp_fast.networks.loading import load_scheduler, read_config
 from diffpp_fast.training.build import Sampler, Trained, build_sampler
 from diffpp_fast.training.build.checks import naming
-from diffpp_fast.training.checkpoint import write_json
+from diffpp_fast.training.checkpoint import Weights, find_role, load_role, read_role, write_json
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.distributed import World
-from diffpp_fast.training.exported import Exported
+from diffpp_fast.training.exported import Exported, copy_parts, one_step_scheduler, pipeline_files
 from diffpp_fast.training.inputs import warn_of_changed_inputs
-from diffpp_fast.training.one_step_scheduler import one_step_scheduler
 from diffpp_fast.training.output import CALL, added_files
-from diffpp_fast.training.pipeline_files import copy_parts, pipeline_files
 from diffpp_fast.training.publish import MANIFEST, publish
-from diffpp_fast.training.resume import Which, open_checkpoint
 from diffpp_fast.training.saved_config import load_saved_config, naming_moves
-from diffpp_fast.training.state import read_record
-from diffpp_fast.training.weights import Weights, find_role, load_role, read_role
+from diffpp_fast.training.state import Which, open_checkpoint, read_record
 
 
 def export_generator(

@@ -1,7 +1,9 @@
-"""Where a step's time goes, measured without waiting for the device in it."""
+"""Where a step's time goes, measured without waiting for the device in it, and how much memory a process has taken."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -130,3 +132,30 @@ class _Events:
 
     def reuse(self, marks: list[torch.cuda.Event]) -> None:
         self.free += marks
+
+
+GIB = 2**30
+
+
+class Memory:
+    """Reads counters that are kept anyway: nothing waits for the device.
+
+    Args:
+        device: of the process; the CPU has no figures of its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def take(self) -> dict[str, float]:
+        """`memory/host_peak` since the process began; on CUDA also `memory/allocated`, `memory/reserved` now and
+        `memory/peak`, the most that was allocated since the last taking."""
+        # Linux counts in KiB, macOS in bytes.
+        unit = 1 if sys.platform == "darwin" else 1024
+        taken = {"memory/host_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
+        if self.device.type == "cuda":
+            taken["memory/allocated"] = torch.cuda.memory_allocated(self.device) / GIB
+            taken["memory/reserved"] = torch.cuda.memory_reserved(self.device) / GIB
+            taken["memory/peak"] = torch.cuda.max_memory_allocated(self.device) / GIB
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return taken

@@ -20,7 +20,7 @@ from diffpp_fast.training.batches import Batches, MicroBatch
 from diffpp_fast.training.build import build_run
 from diffpp_fast.training.build.embeddings import open_embeddings
 from diffpp_fast.training.callbacks import Callback, Environment, describe_environment, standard_callbacks
-from diffpp_fast.training.checkpoint import Checkpoints, read_scores
+from diffpp_fast.training.checkpoint import Checkpoints, Weights, read_scores
 from diffpp_fast.training.config import Config, Ema
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import Engine, make_engine
@@ -29,15 +29,12 @@ from diffpp_fast.training.faults import RewardWatch, SkippedUpdates
 from diffpp_fast.training.grids import Grid, write_png
 from diffpp_fast.training.inputs import refuse_changed_inputs, refuse_unequal_inputs, refuse_unknown_inputs
 from diffpp_fast.training.interrupt import Interrupt
-from diffpp_fast.training.memory import Memory
 from diffpp_fast.training.metrics import Means
 from diffpp_fast.training.output import claim_output, write_config
-from diffpp_fast.training.phases import Phases
+from diffpp_fast.training.phases import Memory, Phases
 from diffpp_fast.training.prompts import open_prompts
-from diffpp_fast.training.resume import find_checkpoint
-from diffpp_fast.training.state import Position, read_record, read_state, write_state
+from diffpp_fast.training.state import Position, find_checkpoint, read_record, read_state, write_state
 from diffpp_fast.training.watch import Watch
-from diffpp_fast.training.weights import Weights
 
 logger = logging.getLogger(__name__)
 
