@@ -17,7 +17,7 @@ from diffpp_fast.errors import CheckpointError
 from diffpp_fast.tensor_files import StoredTensors
 from diffpp_fast.training.config import KeepBest
 from diffpp_fast.training.distributed import World
-from diffpp_fast.training.durable import free_bytes, open_tensors
+from diffpp_fast.training.durable import free_bytes
 from diffpp_fast.training.publish import find_damage, leftovers, publish, read_manifest, remove, size_text, tidy
 
 if TYPE_CHECKING:
@@ -174,9 +174,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, on the CPU; copies, for the file is mapped and they would die with it."""
-    with open_tensors(path) as file:
-        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    """The tensors of a safetensors file, on the CPU."""
+    return dict(StoredTensors([path]))
 
 
 def _step(path: Path) -> int:

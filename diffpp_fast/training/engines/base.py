@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from diffpp_fast.errors import CheckpointError
+from diffpp_fast.tensor_files import StoredTensors, TensorWriter
 from diffpp_fast.training import config
+from diffpp_fast.training.checkpoint import open_role
 from diffpp_fast.training.distributed import World
-from diffpp_fast.training.engines.files import TensorReader, TensorWriter, file_of
 from diffpp_fast.training.engines.optimizers import OptimizerState, learning_rate
 from diffpp_fast.training.engines.shards import Fragment, MovingAverage, Shards, receivers
 
@@ -149,15 +150,15 @@ class Engine(ABC):
 
         Raises CheckpointError in all processes if one can't.
         """
-        with self.world.together(CheckpointError, CheckpointError):
+        with self.world.together(CheckpointError, (CheckpointError, OSError, ValueError)):
             for stem, columns in self._columns().items():
-                self._read(TensorReader(folder, f"{self.role}{stem}"), columns)
-            counts = TensorReader(folder, f"{self.role}_optimizer")
-            self.updates = int(counts.whole("updates"))
+                self._read(open_role(folder, f"{self.role}{stem}"), f"{folder}: {self.role}{stem}", columns)
+            counts = open_role(folder, f"{self.role}_optimizer")
+            self.updates = int(counts["updates"])
             for group in self.shards.groups:
                 with self.shards.held(group) as tensors:
                     for tensor in tensors:
-                        self.optimizer_state.set_step(tensor, int(counts.whole("step")))
+                        self.optimizer_state.set_step(tensor, int(counts["step"]))
         self.shards.publish()
 
     @torch.no_grad()
@@ -231,13 +232,14 @@ class Engine(ABC):
             if receiver[fragment] == rank
         ]
         mine = counts if self.world.is_main else {}
+        part = f"-{rank + 1:05d}-of-{size:05d}" if size > 1 else ""
         announced += [(name, count.dtype, count.shape) for name, count in mine.items()]
         # Who can't write goes on to take part in what the others do, and says so at the end.
         error: OSError | None = None
         with ExitStack() as stack:
             writer: TensorWriter | None = None
             try:
-                writer = stack.enter_context(TensorWriter(file_of(folder, stem, rank, size), announced))
+                writer = stack.enter_context(TensorWriter(folder / f"{stem}{part}.safetensors", announced))
             except OSError as trouble:
                 error = trouble
             for fragment, numbers, _ in self._each(columns):
@@ -254,7 +256,7 @@ class Engine(ABC):
         if message is not None:
             raise error or OSError(message)
 
-    def _read(self, reader: TensorReader, columns: Sequence[FileColumn]) -> None:
+    def _read(self, stored: StoredTensors, where: str, columns: Sequence[FileColumn]) -> None:
         for group, fragments in self._groups():
             with self.shards.held(group) as tensors:
                 for column in columns:
@@ -263,10 +265,7 @@ class Engine(ABC):
                         for fragment in fragments:
                             if fragment.tensor == number and fragment.count:
                                 part = fragment.of(values)
-                                elements = reader.elements(
-                                    fragment.name + column.suffix, fragment.shape, fragment.start, fragment.count
-                                )
-                                part.copy_(elements.view(part.shape))
+                                part.copy_(_elements(stored, where, fragment, column.suffix).view(part.shape))
                         column.set(number, tensor, values)
 
 
@@ -276,3 +275,14 @@ def _get_state(state: OptimizerState, name: str, _: int, tensor: torch.Tensor) -
 
 def _set_state(state: OptimizerState, name: str, _: int, tensor: torch.Tensor, values: torch.Tensor) -> None:
     state.set(tensor, name, values)
+
+
+def _elements(stored: StoredTensors, where: str, fragment: Fragment, suffix: str) -> torch.Tensor:
+    """A fragment's numbers from a checkpoint; raises CheckpointError where they are missing or of another shape."""
+    name = fragment.name + suffix
+    if name not in stored:
+        raise CheckpointError(f"{where} holds no {name}")
+    found = stored.places[name].shape
+    if found != tuple(fragment.shape):
+        raise CheckpointError(f"{where} has {name} in shape {list(found)}, not {list(fragment.shape)}")
+    return stored.elements(name, fragment.start, fragment.count)
