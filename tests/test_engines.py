@@ -272,9 +272,7 @@ def test_files_that_can_not_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"generator holds no layer\.weight"):
         plain(network=Two(0)).read(tmp_path)
     (tmp_path / "generator.safetensors").rename(tmp_path / "generator-00002-of-00003.safetensors")
-    with pytest.raises(
-        CheckpointError, match="parts of generator are missing, there are only generator-00002"
-    ):
+    with pytest.raises(CheckpointError, match="parts of generator are missing, there are only generator-00002"):
         engine.read(tmp_path)
     (tmp_path / "generator.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match=r"generator.safetensors can't be read as safetensors"):

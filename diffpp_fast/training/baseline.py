@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from diffpp_fast.methods.base import LATENT, Batch, Denoiser
 from diffpp_fast.methods.guidance import guide
 from diffpp_fast.schedule import NoiseSchedule
+from diffpp_fast.training.config import Config
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,23 @@ def sample_reference(
         else:
             x = float(schedule.alphas[following]) * x0 + float(schedule.sigmas[following]) * noise
     return x
+
+
+def baseline_facts(config: Config, steps: int, prompts: Sequence[str]) -> dict[str, Any]:
+    """Return all that a run's baseline depends on; it is not measured again while they stay."""
+    method, models = config.method, config.models
+    facts: dict[str, Any] = {
+        "reference": models.reference.path,
+        "guidance_scale": method.guidance_scale,
+        "steps": steps,
+        "seed": config.seed,
+        "prompts": list(prompts),
+    }
+    if method.guidance_rescale != 0.0:
+        facts["guidance_rescale"] = method.guidance_rescale
+    if models.negative_prompt is not None:
+        facts["negative_prompt"] = models.negative_prompt
+    return facts
 
 
 def read_baseline(path: Path, facts: Mapping[str, Any]) -> Baseline | None:

@@ -189,7 +189,7 @@ def _scores(path: Path) -> dict[str, float]:
         return {}
 
 
-class Weights(NamedTuple):
+class SavedGenerator(NamedTuple):
     """A generator in a checkpoint: the folder, and which of its weights, `generator` or `generator_ema`."""
 
     folder: Path

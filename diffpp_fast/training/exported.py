@@ -20,7 +20,7 @@ from diffpp_fast.training.build import Trained
 from diffpp_fast.training.build.checks import naming
 from diffpp_fast.training.build.networks import configuration_of, stored_weights
 from diffpp_fast.training.build.precision import compute_dtype
-from diffpp_fast.training.checkpoint import Weights, open_role
+from diffpp_fast.training.checkpoint import SavedGenerator, open_role
 from diffpp_fast.training.checkpoint import write_tensors as save_tensors
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.inputs import digest_of, public
@@ -56,10 +56,10 @@ class Exported:
         CheckpointError: what was trained is not of this network.
     """
 
-    def __init__(self, config: Config, generator: Weights | Trained) -> None:
+    def __init__(self, config: Config, generator: SavedGenerator | Trained) -> None:
         self.lora = config.models.generator.lora
         self._trained: Mapping[str, Tensor]
-        if isinstance(generator, Weights):
+        if isinstance(generator, SavedGenerator):
             self._trained = open_role(*generator)
         else:
             self._trained = {name: weight.detach() for name, weight in generator.parameters.items()}
@@ -71,7 +71,7 @@ class Exported:
         self._network = network
         self._shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         self._layers = layers_of(self._trained, "generator")
-        self._refuse_others(str(generator) if isinstance(generator, Weights) else "the generator")
+        self._refuse_others(str(generator) if isinstance(generator, SavedGenerator) else "the generator")
 
     @property
     def part(self) -> str:

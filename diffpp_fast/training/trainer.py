@@ -15,12 +15,12 @@ import torch
 
 from diffpp_fast.errors import CheckpointError, ConfigurationError, NonFiniteError, UserError
 from diffpp_fast.methods import Batch, RewardOutput, StepOutput
-from diffpp_fast.training.baseline import Baseline, measure_baseline, read_baseline, write_baseline
+from diffpp_fast.training.baseline import Baseline, baseline_facts, measure_baseline, read_baseline, write_baseline
 from diffpp_fast.training.batches import Batches, MicroBatch
 from diffpp_fast.training.build import build_run
 from diffpp_fast.training.build.embeddings import open_embeddings
 from diffpp_fast.training.callbacks import Callback, Environment, describe_environment, standard_callbacks
-from diffpp_fast.training.checkpoint import Checkpoints, Weights, read_scores
+from diffpp_fast.training.checkpoint import Checkpoints, SavedGenerator, read_scores
 from diffpp_fast.training.config import Config, Ema
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import Engine, make_engine
@@ -218,18 +218,7 @@ class Trainer:
         steps, method = self.config.training.baseline_steps, self.config.method
         if steps is None:
             return None
-        path = self.output / "baseline.json"
-        facts: dict[str, Any] = {
-            "reference": self.config.models.reference.path,
-            "guidance_scale": method.guidance_scale,
-            "steps": steps,
-            "seed": self.config.seed,
-            "prompts": self.grid.prompts,
-        }
-        if method.guidance_rescale != 0.0:
-            facts["guidance_rescale"] = method.guidance_rescale
-        if self.config.models.negative_prompt is not None:
-            facts["negative_prompt"] = self.config.models.negative_prompt
+        path, facts = self.output / "baseline.json", baseline_facts(self.config, steps, self.grid.prompts)
         found = read_baseline(path, facts)
         if not self.world.any(found is None):
             return found
@@ -478,7 +467,7 @@ class Trainer:
             if self.world.is_main:
                 refuse_foreign_folder(folder)
                 name = "generator" if self.config.ema is None else "generator_ema"
-                export_generator(folder, self.config, Weights(self._saved_in, name))
+                export_generator(folder, self.config, SavedGenerator(self._saved_in, name))
 
     def _tell(self, event: str, *arguments: Any) -> None:
         """Tells the callbacks; of one that fails a warning is given once, for no log is worth a run.

@@ -20,7 +20,7 @@ from diffpp_fast.training.engines.base import NORM_FLOOR, Engine
 from diffpp_fast.training.engines.optimizers import make_optimizer
 from diffpp_fast.training.engines.shards import Shards, start_together
 from diffpp_fast.training.engines.zero import Zero3Shards, Zero12Shards, compile_nothing
-from diffpp_fast.training.launch import Place, pretend_launch
+from diffpp_fast.training.launch import ProcessPlace, pretend_launch
 
 
 def import_deepspeed(world: World) -> Any:
@@ -41,7 +41,7 @@ def import_deepspeed(world: World) -> Any:
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     compile_nothing(deepspeed)
-    pretend_launch(Place(world.rank, world.size, world.local_rank))
+    pretend_launch(ProcessPlace(world.rank, world.size, world.local_rank))
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=world.rank, world_size=world.size)
