@@ -53,8 +53,6 @@ class Engine(ABC):
         settings: of the optimizer, the clipping and the learning rate.
         updates_in_all: that the run asks for; the learning rate's schedule ends there.
         world: the processes.
-        shards: what this process updates.
-        optimizer: of the shards' tensors.
         ema: keep a moving average of the weights.
     """
 
@@ -66,9 +64,7 @@ class Engine(ABC):
         settings: config.Optimizer,
         updates_in_all: int,
         world: World,
-        shards: Shards,
-        optimizer: torch.optim.Optimizer,
-        ema: config.Ema | None,
+        ema: config.Ema | None = None,
     ) -> None:
         self.role = role
         self.network = network
@@ -76,15 +72,18 @@ class Engine(ABC):
         self.settings = settings
         self.updates_in_all = updates_in_all
         self.world = world
-        self.shards = shards
-        self.optimizer = optimizer
-        self.optimizer_state = OptimizerState(optimizer)
-        for group in shards.groups:
-            with shards.held(group) as tensors:
+        self.shards, self.optimizer = self._spread()
+        self.optimizer_state = OptimizerState(self.optimizer)
+        for group in self.shards.groups:
+            with self.shards.held(group) as tensors:
                 for tensor in tensors:
                     self.optimizer_state.begin(tensor)
-        self.ema = MovingAverage(shards, ema.decay, ema.warmup) if ema is not None else None
+        self.ema = MovingAverage(self.shards, ema.decay, ema.warmup) if ema is not None else None
         self.updates = 0
+
+    @abstractmethod
+    def _spread(self) -> tuple[Shards, torch.optim.Optimizer]:
+        """Makes the parameters trainable; returns what this process updates of them, and its optimizer (collective)."""
 
     @abstractmethod
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:

@@ -117,34 +117,34 @@ class DeepSpeedEngine(Engine):
                 "stage 3 spreads whole networks, and the rest of this one may serve another role. Use stage 2; the "
                 "weights that are trained are few"
             )
-        deepspeed = import_deepspeed(world)
         # DeepSpeed shortens gradients and never lengthens them: those to be of norm 1 come to it long, and are clipped.
         self._raise = 1.0 / NORM_FLOOR if settings.normalize else 1.0
-        start_together(parameters, world)
-        for parameter in parameters.values():
+        clip = 1.0 if settings.normalize else settings.clip
+        self._stage = zero.stage
+        self._config = zero_config(zero, bfloat16=bfloat16, clip=clip, nvme_path=nvme_path)
+        super().__init__(role, network, parameters, settings, updates_in_all, world, ema)
+
+    def _spread(self) -> tuple[Shards, torch.optim.Optimizer]:
+        deepspeed = import_deepspeed(self.world)
+        start_together(self.parameters, self.world)
+        for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        exact = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+        exact = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
         # Stage 3 gathers a module's weights when it is called; the other stages need to know of the weights only.
-        module = network if zero.stage == 3 else _Weights(parameters)
-        optimizer = make_optimizer(module.parameters(), settings)
+        module = self.network if self._stage == 3 else _Weights(self.parameters)
+        optimizer = make_optimizer(module.parameters(), self.settings)
         # Its bfloat16 optimizer prints how much memory it takes.
         with redirect_stdout(StringIO()):
             self._deepspeed, *_ = deepspeed.initialize(
-                model=module,
-                optimizer=optimizer,
-                config=zero_config(
-                    zero, bfloat16=bfloat16, clip=1.0 if settings.normalize else settings.clip, nvme_path=nvme_path
-                ),
-                dist_init_required=False,
+                model=module, optimizer=optimizer, config=self._config, dist_init_required=False
             )
-        shards: Zero3Shards | Zero12Shards
-        if zero.stage == 3:
-            shards = Zero3Shards(self._deepspeed, parameters, world)
+        self._zero: Zero3Shards | Zero12Shards
+        if self._stage == 3:
+            self._zero = Zero3Shards(self._deepspeed, self.parameters, self.world)
         else:
-            shards = Zero12Shards(self._deepspeed, optimizer, parameters, world)
-        self._zero = shards
-        _restore(shards, exact)
-        super().__init__(role, network, parameters, settings, updates_in_all, world, shards, optimizer, ema)
+            self._zero = Zero12Shards(self._deepspeed, optimizer, self.parameters, self.world)
+        _restore(self._zero, exact)
+        return self._zero, optimizer
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Adds a micro-batch's gradient; see `Engine.backward`."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.training import config
-from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines.base import NORM_FLOOR, Engine
 from diffpp_fast.training.engines.optimizers import make_optimizer
 from diffpp_fast.training.engines.shards import Shards, start_together
@@ -27,22 +25,11 @@ class PlainEngine(Engine):
     Args: see `Engine`. Raises ConfigurationError for several processes.
     """
 
-    def __init__(
-        self,
-        role: str,
-        network: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        settings: config.Optimizer,
-        updates_in_all: int,
-        world: World,
-        ema: config.Ema | None = None,
-    ) -> None:
-        self._join(world, parameters)
-        for parameter in parameters.values():
+    def _spread(self) -> tuple[Shards, torch.optim.Optimizer]:
+        self._join()
+        for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        optimizer = make_optimizer(parameters.values(), settings)
-        shards = Shards(parameters, world)
-        super().__init__(role, network, parameters, settings, updates_in_all, world, shards, optimizer, ema)
+        return Shards(self.parameters, self.world), make_optimizer(self.parameters.values(), self.settings)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Adds a micro-batch's gradient to what earlier ones left."""
@@ -75,10 +62,10 @@ class PlainEngine(Engine):
         self.updates += 1
         return norm
 
-    def _join(self, world: World, parameters: Mapping[str, nn.Parameter]) -> None:
-        if world.size > 1:
+    def _join(self) -> None:
+        if self.world.size > 1:
             raise ConfigurationError(
-                f"distributed.engine is plain, which is one process, but there are {world.size}: "
+                f"distributed.engine is plain, which is one process, but there are {self.world.size}: "
                 "use distributed.engine=deepspeed, or auto"
             )
 
@@ -95,8 +82,8 @@ class ReplicatedEngine(PlainEngine):
     Args: see `Engine`.
     """
 
-    def _join(self, world: World, parameters: Mapping[str, nn.Parameter]) -> None:
-        start_together(parameters, world)
+    def _join(self) -> None:
+        start_together(self.parameters, self.world)
 
     @torch.no_grad()
     def _reduce(self, gradients: list[torch.Tensor]) -> None:
