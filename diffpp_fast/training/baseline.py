@@ -1,4 +1,4 @@
-"""What latents should look like: mean and spread of what the frozen reference draws itself, in a few steps."""
+"""Mean and spread that latents should have: those of samples that the frozen reference draws itself, in a few steps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Baseline:
         return cls(float(values.mean()), float(values.std(correction=0)), int((~finite).sum()))
 
     def scalars(self) -> dict[str, float]:
-        """As they are logged, next to the generator's."""
+        """Return them as they are logged, next to the generator's."""
         return {"reference/x0_mean": self.x0_mean, "reference/x0_std": self.x0_std}
 
 
@@ -106,7 +106,7 @@ def baseline_facts(config: Config, steps: int, prompts: Sequence[str]) -> dict[s
 
 
 def read_baseline(path: Path, facts: Mapping[str, Any]) -> Baseline | None:
-    """What an earlier part of the run has measured, if that was of the same `facts`."""
+    """Return what an earlier part of the run has measured, if that was of the same `facts`."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         same = saved["facts"] == json.loads(json.dumps(dict(facts)))

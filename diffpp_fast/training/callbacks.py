@@ -266,7 +266,7 @@ def _run_id(folder: Path) -> str:
     return file.read_text(encoding="utf-8").strip()
 
 
-#: What the terminal shows of the scalars, and under which name. What does not fit into its width is cut at the end.
+#: Scalars that the terminal shows, and under which name. A line that does not fit into its width is cut at the end.
 SHOWN = {
     "generator/reward": "reward",
     "grid/held_out": "held-out",
@@ -349,7 +349,7 @@ class Progress(Callback):
 
 
 def standard_callbacks(config: Config) -> list[Callback]:
-    """Those that the configuration asks for; they write into its output folder once the run starts.
+    """Return the listeners that a configuration asks for; they write into its output folder once the run starts.
 
     Raises ConfigurationError for a package that is missing.
     """

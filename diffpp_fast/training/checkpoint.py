@@ -91,7 +91,7 @@ class Checkpoints:
         self.world.barrier()
 
     def _first_whole(self, candidates: Sequence[Path]) -> Path | None:
-        # Of rank 0: on a network's file system others may still see an older state of the folder.
+        # Rank 0 decides: on a network's file system others may still see an older state of the folder.
         for place in range(self._of_main(len(candidates))):
             path = self.folder / f"step_{self._of_main(_step(candidates[place]) if self.world.is_main else 0):06d}"
             damage = find_shared_damage(path, self.world)
@@ -106,7 +106,7 @@ class Checkpoints:
         return int(self.world.sum(torch.tensor(number if self.world.is_main else 0)))
 
     def _ranked(self, paths: Sequence[Path], by: KeepBest) -> list[Path]:
-        """Those with a score, the best first. Of equal ones the first: the others repeat its score."""
+        """Sort those that have a score, the best first. Of equal ones the oldest leads: the others repeat its score."""
         sign = -1 if by.mode == "max" else 1
         scores = {path: _scores(path).get(by.metric) for path in paths}
         scored = [(sign * score, _step(path), path) for path, score in scores.items() if score is not None]
@@ -153,7 +153,7 @@ class Checkpoints:
 
 
 def find_shared_damage(path: Path, world: World) -> str | None:
-    """What is wrong with a checkpoint, the same in all processes, each of which reads a part of it (collective)."""
+    """Say what is wrong with a checkpoint, the same in all processes, each of which reads a part of it (collective)."""
     damage = find_damage(path, world.rank, world.size)
     return world.first_error(None if damage is None else CheckpointError(damage))
 

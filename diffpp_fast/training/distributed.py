@@ -1,4 +1,4 @@
-"""Who a process is among those that train together, and what they have to agree on."""
+"""The processes that train together: a process's place among them, and how they agree."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TIMEOUT = timedelta(minutes=60)
 #: Processes that don't find each other for this long give up; before that they say whom they wait for.
 JOIN_TIMEOUT = timedelta(minutes=10)
 JOIN_SECONDS = 20.0
-#: Of an error that is passed on; a longer one is cut.
+#: The most bytes of an error that are passed on.
 MESSAGE_BYTES = 4096
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prints, draws and writes what is common to all."""
+        """Tell whether this process prints, draws and writes what is common to all."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -89,7 +89,7 @@ class World:
         self.any(False)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process (collective)."""
+        """Tell whether the flag is set in any process (collective)."""
         if self.size == 1:
             return flag
         flags = torch.tensor([int(flag)])

@@ -16,7 +16,7 @@ SHOWN = 4
 
 
 class SkippedUpdates:
-    """How many of one role's updates were skipped in a row, and how that began. Only reading waits for the device.
+    """Counts how many of one role's updates were skipped in a row, and how that began. Only reading waits for the device.
 
     Args:
         role: "generator" or "fake".
@@ -51,7 +51,7 @@ class SkippedUpdates:
             self._undefined = torch.where(begins, undefined, before)
 
     def row(self) -> int:
-        """How many of the last updates in a row were skipped; the same in all processes, as the norms are."""
+        """Return how many of the last updates in a row were skipped; the same in all processes, as the norms are."""
         return int(self._row)
 
     def record(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Which of a run's processes this one is, by what its launcher has put into the environment."""
+"""The place of this process among a run's, by what its launcher has put into the environment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from diffpp_fast.errors import ConfigurationError
 
-#: What torchrun, the deepspeed launcher and most schedulers' wrappers set.
+#: Variables that torchrun, the deepspeed launcher and most schedulers' wrappers set.
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 #: Other launchers' names for rank, number of processes (the first that is set counts) and rank on the machine.
 FOREIGN = (
@@ -177,7 +177,7 @@ def _slurm_address(environment: Mapping[str, str]) -> dict[str, str]:
     if "SLURM_PROCID" not in environment or not nodes or not job.isdecimal():
         return {}
     step = environment.get("SLURM_STEP_ID", "0")
-    # Of lists like gpu[004-006,010]-ib,cpu1 the first name.
+    # The first name of a list like gpu[004-006,010]-ib,cpu1.
     first = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
     assert first is not None
     port = 15000 + (7 * int(job) + (int(step) if step.isdecimal() else 0)) % 15000

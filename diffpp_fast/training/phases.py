@@ -1,4 +1,4 @@
-"""Where a step's time goes, measured without waiting for the device in it, and how much memory a process has taken."""
+"""The times of a step's parts, measured without waiting for the device in it, and the memory of a process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-#: What belongs to no phase.
+#: The name of the time that belongs to no phase.
 OTHER = "other"
 
 

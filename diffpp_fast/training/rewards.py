@@ -133,7 +133,7 @@ def _generators(device: torch.device) -> list[torch.Tensor]:
 
 #: How far is looked: steps from the scorer to what it holds, and values in all.
 DEPTH, MOST = 6, 100_000
-#: What holds nothing.
+#: Types of values that hold no others.
 PLAIN = (str, bytes, int, float, complex, type(None), type, types.ModuleType)
 #: Where code lies that a run does not stand on by its content: installed packages, and this one.
 LIBRARIES = [

@@ -48,7 +48,7 @@ FREE_KEYS = (
 
 @dataclass
 class Position:
-    """How far a run is. With the seed it decides every random number to come."""
+    """The point that a run has reached. With the seed it decides every random number to come."""
 
     #: Updates of the generator.
     step: int = 0

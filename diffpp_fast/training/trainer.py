@@ -41,14 +41,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: after which step, and which signal stopped it before its last one, if one did."""
+    """The end of a run: after which step, and which signal stopped it before its last one, if one did."""
 
     step: int
     signal: int | None
 
 
 class _Mark(NamedTuple):
-    """Where a run was at a moment: seconds of the clock, step, next sample."""
+    """The place of a run at a moment: seconds of the clock, step, next sample."""
 
     time: float
     step: int
@@ -214,7 +214,7 @@ class Trainer:
                 write_config(self.config)
 
     def _find_baseline(self) -> Baseline | None:
-        """What the reference's own samples are like: read from the output folder, or measured once (collective)."""
+        """Return the statistics of the reference's own samples: read from the output folder, or measured once (collective)."""
         steps, method = self.config.training.baseline_steps, self.config.method
         if steps is None:
             return None
@@ -295,7 +295,7 @@ class Trainer:
                     loss = loss * self._one_or_nan(defined)
             with self.phases("backward"), trained.active():
                 engine.backward(loss, last=part.last)
-            # Of the reward the whole batch's statistics are logged below.
+            # The reward's statistics over the whole batch are logged below.
             metrics = {name: value for name, value in output.metrics.items() if name not in ("reward", "reward_std")}
             self._means.add(metrics, prefix=engine.role, weight=part.weight)
             rewards += [] if output.rewards is None else [output.rewards]

@@ -94,7 +94,7 @@ class Rule(ABC):
 
 
 class Series:
-    """What rules need to know of one scalar's past."""
+    """One scalar's past, as rules look at it."""
 
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=NOISE + 1)
@@ -345,7 +345,7 @@ class _Grids:
 
     @property
     def noise(self) -> float:
-        """As `Series.noise`, by the standard deviation: of a handful of values the median deviation says too little."""
+        """The noise like `Series.noise`, by the standard deviation: of a handful of values the median deviation says too little."""
         return stdev(after - before for before, after in pairwise(self.all[-NOISE:])) / math.sqrt(2)
 
 

@@ -184,7 +184,7 @@ class Engine(ABC):
             group["lr"] = self.learning_rate
 
     def _columns(self) -> dict[str, list[FileColumn]]:
-        """What each file holds, by the end of its name."""
+        """Return the columns of each file, by the end of its name."""
         state, ema = self.optimizer_state, self.ema
         columns = {
             "": [FileColumn("", lambda _, tensor: tensor, lambda _, tensor, values: tensor.copy_(values))],

@@ -66,7 +66,7 @@ def zero_config(zero: config.Zero, *, bfloat16: bool, clip: float | None, nvme_p
             if device == "nvme":
                 stage[key]["nvme_path"] = nvme_path
     return {
-        # What a micro-batch is, and which is an update's last, the trainer says.
+        # The trainer says what a micro-batch is, and which is an update's last.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         # Where this is not written, DeepSpeed clips at 1.

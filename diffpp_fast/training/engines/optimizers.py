@@ -43,7 +43,7 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], settings: Optimizer
 
 
 class OptimizerState:
-    """What an optimizer keeps of the tensors that it updates, by torch's names and in float32.
+    """The state that an optimizer keeps of the tensors that it updates, by torch's names and in float32.
 
     Args:
         optimizer: from `make_optimizer`, with one group of parameters.
@@ -110,7 +110,7 @@ class OptimizerState:
 
 
 def updates_of(role: str, config: Config) -> int:
-    """How many updates a run asks of a network, "generator" or "fake"."""
+    """Return how many updates a run asks of a network, "generator" or "fake"."""
     steps = config.training.steps
     return steps if role == "generator" else config.training.fake_warmup + steps * config.method.fake_rounds
 

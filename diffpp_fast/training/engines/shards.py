@@ -1,4 +1,4 @@
-"""Which elements of which weights a process updates, in what tensors, their average, and whole weights of them."""
+"""The elements of weights that a process updates, the tensors that hold them, their average, and whole weights."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def start_together(parameters: Mapping[str, torch.nn.Parameter], world: World) -
 
 
 def receivers(fragments: Sequence[Fragment], size: int) -> list[int]:
-    """Which rank writes which weight: consecutive ones, in shares of about the same number of bytes."""
+    """Return which rank writes which weight: consecutive ones, in shares of about the same number of bytes."""
     total = sum(fragment.shape.numel() for fragment in fragments)
     ranks, before = [], 0
     for fragment in fragments:

@@ -1,4 +1,4 @@
-"""What this package uses of DeepSpeed's insides, and nothing else of them is used anywhere.
+"""DeepSpeed's insides, as far as this package uses them; nothing else of them is used anywhere.
 
 DeepSpeed's public functions serve where they can: `initialize`, the engine's call, `backward`, `step`,
 `set_gradient_accumulation_boundary`, `get_global_grad_norm` and `was_step_applied`. Those for weights
@@ -110,7 +110,7 @@ class Zero3Shards(SpreadShards):
 
     @property
     def groups(self) -> list[range]:
-        # What is on a disk comes into memory one tensor at a time.
+        # Tensors on a disk come into memory one at a time.
         if self._optimizer.swap_optimizer:
             return [range(number, number + 1) for number in range(len(self.tensors))]
         return super().groups
