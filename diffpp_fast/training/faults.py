@@ -16,7 +16,7 @@ SHOWN = 4
 
 
 class SkippedUpdates:
-    """Counts how many of one role's updates were skipped in a row, and how that began. Only reading waits for the device.
+    """Counts one role's updates that were skipped in a row, and how that began. Only reading waits for the device.
 
     Args:
         role: "generator" or "fake".

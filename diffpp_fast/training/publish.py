@@ -154,7 +154,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def find_damage(path: Path, rank: int = 0, size: int = 1) -> str | None:
-    """Say what is wrong with a published folder by its manifest, or with a process's part of its files; None if nothing.
+    """Say what is wrong with a published folder by its manifest, or a process's part of its files; None if nothing.
 
     A file that the manifest does not list is damage, too: it is another folder's, and would be read in the place of, or
     besides, what belongs here. Hidden files are not looked at, for nothing reads them.

@@ -214,7 +214,7 @@ class Trainer:
                 write_config(self.config)
 
     def _find_baseline(self) -> Baseline | None:
-        """Return the statistics of the reference's own samples: read from the output folder, or measured once (collective)."""
+        """Return what the reference's own samples are like: as the folder says, or measured once (collective)."""
         steps, method = self.config.training.baseline_steps, self.config.method
         if steps is None:
             return None

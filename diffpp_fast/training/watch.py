@@ -345,7 +345,7 @@ class _Grids:
 
     @property
     def noise(self) -> float:
-        """The noise like `Series.noise`, by the standard deviation: of a handful of values the median deviation says too little."""
+        """The noise as in `Series`, by the standard deviation: a few values' median deviation says too little."""
         return stdev(after - before for before, after in pairwise(self.all[-NOISE:])) / math.sqrt(2)
 
 
