@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -45,8 +45,12 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, conditioning: Any = None) -> torch.Tensor:
         """x_t [B, C, H, W], cast to the network's dtype unless autocast does that, and t [B] int64 -> [B, C, H, W]."""
-        role = nullcontext() if self.adapters is None else self.adapters.active(self.adapter)
-        precision = nullcontext() if self.dtype is None else torch.autocast(x_t.device.type, dtype=self.dtype)
+        role: AbstractContextManager[Any] = (
+            nullcontext() if self.adapters is None else self.adapters.active(self.adapter)
+        )
+        precision: AbstractContextManager[Any] = nullcontext()
+        if self.dtype is not None:
+            precision = torch.autocast(x_t.device.type, dtype=self.dtype)
         with role, precision:
             x = x_t if autocast_dtype(x_t.device) else x_t.to(next(self.network.parameters()).dtype)
             prediction = self.network(x, timestep=t, return_dict=False, **network_arguments(conditioning))[0]
