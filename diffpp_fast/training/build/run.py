@@ -17,7 +17,7 @@ from diffpp_fast.training.build.agreement import TextFacts, refuse_denoisers, re
 from diffpp_fast.training.build.checks import naming
 from diffpp_fast.training.build.compiled import check_gradients
 from diffpp_fast.training.build.networks import Networks, Trained, refuse_weights
-from diffpp_fast.training.build.precision import compute_dtype, precise
+from diffpp_fast.training.build.precision import compute_dtype
 from diffpp_fast.training.build.schedule import load_checked_schedule, load_run_schedule, make_generator, make_method
 from diffpp_fast.training.build.text import Text, open_text
 from diffpp_fast.training.config import Config, Decoder, Reward
@@ -157,8 +157,12 @@ def _build_sampler(
     decoder = None
     if models.decoder is not None:
         decoder = _load_decoder(config, models.decoder, device)
+        # Digests in checkpoints go by these names, as earlier versions had them.
+        prefix = "" if compute_dtype(models.decoder.dtype, config) == torch.float32 else "network."
         decoding = {
-            name: tensor for name, tensor in decoder.state_dict().items() if not any(part in name for part in ENCODING)
+            prefix + name: tensor
+            for name, tensor in decoder.state_dict().items()
+            if not any(part in name for part in ENCODING)
         }
         inputs["decoder"] = digest_of(public(read_config(models.decoder.path)), decoding)
     return Sampler(
@@ -190,7 +194,7 @@ def _load_decoder(config: Config, section: Decoder, device: torch.device) -> nn.
     dtype = compute_dtype(section.dtype, config)
     with naming("models.decoder", section.path):
         decoder = load_decoder(section.path, dtype=dtype, checkpoint=section.checkpoint, variant=section.variant)
-    return precise(decoder.to(device), dtype, device)
+    return decoder.to(device)
 
 
 def _load_reward(
