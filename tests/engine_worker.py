@@ -30,7 +30,7 @@ SETTINGS = config.Optimizer(
     schedule="cosine",
     final_lr=0.1,
 )
-EMA = config.Ema(decay=0.8, warmup=True)
+EMA = config.EmaSection(decay=0.8, warmup=True)
 UPDATES, SAMPLES, MICRO_BATCH = 10, 8, 2
 #: Small enough that every stage fills several.
 BUCKETS: dict[str, Any] = {"reduce_bucket_size": 64, "allgather_bucket_size": 64, "prefetch_bucket_size": 64}

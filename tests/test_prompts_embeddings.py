@@ -19,8 +19,7 @@ from diffpp_fast.cli.main import main
 from diffpp_fast.networks import Conditioning
 from diffpp_fast.training import Config, ConfigurationError, Trainer, load_config
 from diffpp_fast.training.build import text
-from diffpp_fast.training.build.embeddings import open_embeddings
-from diffpp_fast.training.build.text import TextFacts, load_text
+from diffpp_fast.training.build.text import TextFacts, load_text, open_embeddings
 from diffpp_fast.training.checkpoint import read_tensors
 from diffpp_fast.training.prompts import EmbeddingCache, PromptSource, embed, fingerprint, open_prompts
 from diffpp_fast.training.prompts.embedding_files import read_manifest

@@ -200,7 +200,7 @@ def test_mixture_from_a_configuration(folder: Path) -> None:
     (folder / "mine.py").write_text(
         "def make(channel):\n    return lambda images, prompts: images[:, channel].mean((1, 2))\n"
     )
-    settings = config.Reward(
+    settings = config.RewardSection(
         factory="diffpp_fast.rewards:mixture", arguments={"rewards": entries(), "folder": str(folder)}
     )
     scorer: Any = load_scorer("rewards.optimised", settings, torch.device("cpu"))
@@ -253,7 +253,7 @@ def test_a_run_trains_on_a_mixture(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["clip", "pickscore"])
 def test_a_single_reward_from_a_configuration(name: str, folder: Path) -> None:
-    settings = config.Reward(factory=f"diffpp_fast.rewards:{name}", arguments={"path": str(folder / "clip")})
+    settings = config.RewardSection(factory=f"diffpp_fast.rewards:{name}", arguments={"path": str(folder / "clip")})
     scorer = load_scorer("rewards.optimised", settings, torch.device("cpu"))
     assert scorer(IMAGES, PROMPTS).shape == (2,)
 

@@ -336,7 +336,7 @@ def helper(images):
     return HEAD(images.mean((2, 3)))[:, 0]
 """
     (tmp_path / "closure.py").write_text(code)
-    scorer = load_scorer("key", config.Reward(factory=f"{tmp_path}/closure.py:make"), torch.device("cpu"))
+    scorer = load_scorer("key", config.RewardSection(factory=f"{tmp_path}/closure.py:make"), torch.device("cpu"))
     (head,) = modules_of(scorer)
     assert not head.training and not any(weight.requires_grad for weight in head.parameters())
     assert sorted(tensors_of(scorer)) == ["0.0.bias", "0.0.weight"]

@@ -48,8 +48,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     from diffpp_fast.errors import ConfigurationError
-    from diffpp_fast.training.build.embeddings import embedding_facts, listed_grid_prompts
-    from diffpp_fast.training.build.text import load_text
+    from diffpp_fast.training.build.text import embedding_facts, listed_grid_prompts, load_text
     from diffpp_fast.training.distributed import choose_device
     from diffpp_fast.training.launch import find_place
     from diffpp_fast.training.loading import load_config

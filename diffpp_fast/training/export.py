@@ -10,7 +10,7 @@ import torch
 from diffpp_fast.errors import CheckpointError, ConfigurationError
 from diffpp_fast.networks.loading import load_scheduler, read_config
 from diffpp_fast.training.build import Sampler, Trained, build_sampler
-from diffpp_fast.training.build.checks import naming
+from diffpp_fast.training.build.agreement import naming
 from diffpp_fast.training.checkpoint import SavedGenerator, find_role, load_role, read_role, write_json
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.distributed import World

@@ -17,9 +17,8 @@ from diffpp_fast.networks.lora import layers_of, merged_weight, settings_of
 from diffpp_fast.networks.weight_files import DIFFUSERS, TRANSFORMERS, open_weights, patterns
 from diffpp_fast.tensor_files import Planned, first_not_finite, write_tensors
 from diffpp_fast.training.build import Trained
-from diffpp_fast.training.build.checks import naming
-from diffpp_fast.training.build.networks import configuration_of, stored_weights
-from diffpp_fast.training.build.precision import compute_dtype
+from diffpp_fast.training.build.agreement import naming
+from diffpp_fast.training.build.networks import compute_dtype, configuration_of, stored_weights
 from diffpp_fast.training.checkpoint import SavedGenerator, open_role
 from diffpp_fast.training.checkpoint import write_tensors as save_tensors
 from diffpp_fast.training.config import Config

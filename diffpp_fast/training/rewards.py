@@ -96,7 +96,7 @@ class LatentReward:
         return values.to(images.device), parts
 
 
-def load_scorer(key: str, reward: config.Reward, device: torch.device) -> Scorer:
+def load_scorer(key: str, reward: config.RewardSection, device: torch.device) -> Scorer:
     """Calls the reward's factory. A module that it gives is moved to `device`; that one, and those that are found in
     what else it gives, are frozen and set to eval.
 
@@ -112,7 +112,7 @@ def load_scorer(key: str, reward: config.Reward, device: torch.device) -> Scorer
     return scorer
 
 
-def digest_of_reward(reward: config.Reward, scorer: Scorer) -> str:
+def digest_of_reward(reward: config.RewardSection, scorer: Scorer) -> str:
     """Return a digest of a scorer's own code, no installed package's, and of the tensors that it computes with.
 
     Where no tensors are found in it, the files that its arguments name stand for them.

@@ -4,46 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from diffpp_fast.errors import CheckpointError
+from diffpp_fast.training.build.agreement import idle_keys
 from diffpp_fast.training.checkpoint import Checkpoints, find_shared_damage, write_json
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import Engine
-from diffpp_fast.training.loading import dump_config, load_config
+from diffpp_fast.training.loading import dump_config, load_config, may_change
 from diffpp_fast.training.prompts import PromptSource
 from diffpp_fast.training.publish import MANIFEST
-
-#: Keys, and sections by their prefix, that don't change what a run computes. Of the prompts the text counts.
-FREE_KEYS = (
-    "output",
-    "device",
-    "prompts",
-    "models.base",
-    "models.decoder.checkpoint",
-    "rewards.held_out",
-    "training.steps",
-    "training.micro_batch",
-    "training.log_every",
-    "training.grid_every",
-    "training.checkpoint_every",
-    "training.keep",
-    "training.keep_best",
-    "training.grid_prompts",
-    "training.threads",
-    "training.skip_limit",
-    "distributed",
-    "training.activation_checkpointing",
-    "training.compile",
-    "training.fuse",
-    "training.attention",
-    "training.baseline_steps",
-    "logging",
-)
 
 
 @dataclass
@@ -96,15 +71,22 @@ def read_state(folder: Path, engines: Sequence[Engine]) -> Position:
 
 
 def refuse_other_run(folder: Path, config: Config, prompts: PromptSource) -> None:
-    """Raises CheckpointError if the configuration would make another run of the one that saved this checkpoint."""
-    before = dict(flat(load_config(folder / "config.yaml").model_dump(mode="json")))
-    after = dict(flat(config.model_dump(mode="json")))
-    changes = [
-        f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
+    """Raises CheckpointError if the configuration would make another run of the one that saved this checkpoint.
+
+    A project that has moved as a whole is the same: paths are compared by their place in it, and their content by
+    `refuse_changed_inputs`. An earlier version noted no content: paths must be the same then.
+    """
+    record = read_record(folder)
+    before, after = (dict(flat(each.model_dump(mode="json"))) for each in (load_config(folder / "config.yaml"), config))
+    idle = tuple(idle_keys(config))
+    keys = [
+        key
         for key in sorted({*before, *after})
-        if before.get(key) != after.get(key) and not _free(key)
+        if not may_change(key) and not any(f"{key}.".startswith(f"{unused}.") for unused in idle)
     ]
-    if read_record(folder)["prompts"] != prompts.digest():
+    was, now = (_placed(values, keys) if "inputs" in record else values for values in (before, after))
+    changes = [f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in keys if was.get(key) != now.get(key)]
+    if record["prompts"] != prompts.digest():
         changes.append(f"prompts: the text of {config.prompts.path} has changed")
     if changes:
         raise CheckpointError(
@@ -113,8 +95,14 @@ def refuse_other_run(folder: Path, config: Config, prompts: PromptSource) -> Non
         )
 
 
-def _free(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+def _placed(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Values with absolute paths among them relative to the folder that all of them are in."""
+    paths = [value for key in keys if isinstance(value := values.get(key), str) and value.startswith("/")]
+    root = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+    return {
+        key: os.path.relpath(value, root) if isinstance(value, str) and value.startswith("/") and key in keys else value
+        for key, value in values.items()
+    }
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

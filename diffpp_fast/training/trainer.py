@@ -18,10 +18,10 @@ from diffpp_fast.methods import Batch, RewardOutput, StepOutput
 from diffpp_fast.training.baseline import Baseline, baseline_facts, measure_baseline, read_baseline, write_baseline
 from diffpp_fast.training.batches import Batches, MicroBatch
 from diffpp_fast.training.build import build_run
-from diffpp_fast.training.build.embeddings import open_embeddings
+from diffpp_fast.training.build.text import open_embeddings
 from diffpp_fast.training.callbacks import Callback, Environment, describe_environment, standard_callbacks
 from diffpp_fast.training.checkpoint import Checkpoints, SavedGenerator, read_scores
-from diffpp_fast.training.config import Config, Ema
+from diffpp_fast.training.config import Config, EmaSection
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import Engine, make_engine
 from diffpp_fast.training.export import export_generator, refuse_foreign_folder
@@ -203,7 +203,7 @@ class Trainer:
     def _engines(self) -> tuple[Engine, Engine]:
         return self.generator, self.fake
 
-    def _make_engine(self, role: str, ema: Ema | None = None) -> Engine:
+    def _make_engine(self, role: str, ema: EmaSection | None = None) -> Engine:
         trained = self.parts.trained(role)
         return make_engine(role, trained.network, trained.parameters, self.config, self.world, ema)
 

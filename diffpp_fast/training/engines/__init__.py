@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from diffpp_fast.training.config import Config
-from diffpp_fast.training.config import Ema as EmaSettings
+from diffpp_fast.training.config import Config, EmaSection
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines.base import Engine
 from diffpp_fast.training.engines.deepspeed import DeepSpeedEngine, place_reference
@@ -23,7 +22,7 @@ def make_engine(
     parameters: Mapping[str, nn.Parameter],
     config: Config,
     world: World,
-    ema: EmaSettings | None = None,
+    ema: EmaSection | None = None,
 ) -> Engine:
     """The engine that a configuration asks for (collective).
 

@@ -64,7 +64,7 @@ class Engine(ABC):
         settings: config.Optimizer,
         updates_in_all: int,
         world: World,
-        ema: config.Ema | None = None,
+        ema: config.EmaSection | None = None,
     ) -> None:
         self.role = role
         self.network = network

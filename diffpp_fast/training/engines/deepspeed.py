@@ -105,7 +105,7 @@ class DeepSpeedEngine(Engine):
         settings: config.Optimizer,
         updates_in_all: int,
         world: World,
-        ema: config.Ema | None = None,
+        ema: config.EmaSection | None = None,
         *,
         zero: config.Zero,
         bfloat16: bool = False,

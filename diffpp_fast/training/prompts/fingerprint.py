@@ -9,7 +9,7 @@ from typing import Any
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks.loading import resolve, split_hub_id
-from diffpp_fast.training.config import TextEncoder
+from diffpp_fast.training.config import TextEncoderSection
 
 #: Of an encoder's or a tokenizer's folder, what decides about its embeddings.
 FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
@@ -20,7 +20,7 @@ FOLDERS = ("path", "tokenizer")
 Seen = dict[str, tuple[int, int, str]]
 
 
-def encoder_facts(encoder: TextEncoder, seen: Mapping[str, Any], reading: Seen) -> dict[str, Any]:
+def encoder_facts(encoder: TextEncoderSection, seen: Mapping[str, Any], reading: Seen) -> dict[str, Any]:
     """All settings of a text encoder; folders stand in it as the SHA-256 of their files, by name.
 
     A text encoder may have tens of gigabytes: a file that has kept its path, size and time is not read again.

@@ -1,6 +1,6 @@
 """The plan's bytes against what an engine really holds, on a GPU by its allocator's counters.
 
-`python -m diffpp_fast.training.planning.check --device cuda`; without a GPU it sums up tensors on the CPU.
+`python tests/planning_check.py --device cuda`; without a GPU it sums up tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ import torch
 from torch import nn
 
 from diffpp_fast.networks import Denoiser, fuse
+from diffpp_fast.networks.last_layer import WideConv2d
 from diffpp_fast.training import config
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import PlainEngine
-from diffpp_fast.training.planning.gpu_semantics import GpuSemantics
-from diffpp_fast.training.planning.ledger import Ledger
-from diffpp_fast.training.planning.models import KNOWN, conditioning, on_meta
-from diffpp_fast.training.planning.setup import Trained
+from diffpp_fast.training.planning import KNOWN
+from diffpp_fast.training.planning.architectures import conditioning, on_meta
+from diffpp_fast.training.planning.counting import GpuKernels, Ledger, NetworkSize
 from diffpp_fast.training.planning.states import trained_state
-from diffpp_fast.training.planning.step import size_of
 
 #: What CUDA's allocator may give beyond what it is asked for: it rounds every tensor up to 512 bytes.
 STATES_ALLOWED = 0.01
@@ -38,7 +37,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-class Row(NamedTuple):
+class Compared(NamedTuple):
     """A number of bytes, planned and measured, and by which share they may differ."""
 
     what: str
@@ -51,7 +50,7 @@ class Row(NamedTuple):
         return abs(self.measured - self.planned) <= self.allowed * self.planned
 
 
-def measure_states(device: torch.device, *, small: bool, samples: int = 1) -> list[Row]:
+def measure_states(device: torch.device, *, small: bool, samples: int = 1) -> list[Compared]:
     """One update of a UNet with the plain engine, in bfloat16 on a GPU: what lasts, and what its forward pass keeps.
 
     Args:
@@ -60,57 +59,60 @@ def measure_states(device: torch.device, *, small: bool, samples: int = 1) -> li
     """
     on_gpu = device.type == "cuda"
     models, side = KNOWN["sd15"], 16 if small else 64
-    trained = Trained(ema=True)
     before = _allocated(device)
     network = _unet(small).to(device)
     parameters = dict(network.named_parameters())
     engine = PlainEngine(
-        "generator", network, parameters, config.Optimizer(lr=1e-6), 1, World.alone(device), config.Ema()
+        "generator", network, parameters, config.Optimizer(lr=1e-6), 1, World.alone(device), config.EmaSection()
     )
     condition = conditioning(network, models, samples)
     inputs = torch.randn(samples, 4, side, side, device=device), torch.zeros(samples, dtype=torch.int64, device=device)
     text = torch.randn(condition.tensors["encoder_hidden_states"].shape, device=device)
-    lasting = trained_state(size_of(network), trained, gpus=1, low=True)
+    lasting = trained_state(NetworkSize.of(network), config.Zero(stage=0), gpus=1, low=True, ema=True)
     rows = []
     with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
         start = _allocated(device)
         prediction = Denoiser(network)(*inputs, text)
     if on_gpu:
         kept = _allocated(device) - start
-        rows.append(Row("kept by the forward pass", _planned_kept(small, samples, side), kept, KEPT_ALLOWED))
+        rows.append(Compared("kept by the forward pass", _planned_kept(small, samples, side), kept, KEPT_ALLOWED))
     engine.backward(prediction.square().mean(), last=True)
     del prediction
     gradients = sum(parameter.grad.nbytes for parameter in network.parameters() if parameter.grad is not None)
-    rows.append(Row("gradients", lasting.gradients, gradients, 0.0))
+    rows.append(Compared("gradients", lasting.gradients, gradients, 0.0))
     engine.step()
     if on_gpu:
         held = _allocated(device) - before - sum(tensor.nbytes for tensor in (*inputs, text))
-        rows.append(Row("weights, optimizer and average", lasting.resident, held, STATES_ALLOWED))
-    rows += engine_rows(engine, trained)
+        rows.append(Compared("weights, optimizer and average", lasting.resident, held, STATES_ALLOWED))
+    rows += engine_rows(engine)
     return rows
 
 
-def engine_rows(engine: PlainEngine, trained: Trained) -> list[Row]:
+def engine_rows(engine: PlainEngine) -> list[Compared]:
     """What an engine holds after an update, tensor by tensor, against the plan; to the byte."""
-    planned = trained_state(size_of(engine.network), trained, gpus=1, low=True)
+    planned = trained_state(NetworkSize.of(engine.network), config.Zero(stage=0), gpus=1, low=True, ema=True)
     states = [tensor for state in engine.optimizer.state.values() for tensor in state.values()]
     averages = [] if engine.ema is None else engine.ema.averages
     weights = [*engine.network.parameters(), *engine.network.buffers()]
     return [
-        Row("weights", planned.weights, _sum(weights), 0.0),
-        Row("optimizer", planned.optimizer, _sum(states), 0.0),
-        Row("EMA", planned.ema, _sum(averages), 0.0),
+        Compared("weights", planned.weights, _sum(weights), 0.0),
+        Compared("optimizer", planned.optimizer, _sum(states), 0.0),
+        Compared("EMA", planned.ema, _sum(averages), 0.0),
     ]
 
 
 def _planned_kept(small: bool, samples: int, side: int) -> int:
     network: Any = on_meta(lambda: _unet(small))
-    ledger, semantics = Ledger(), GpuSemantics()
+    ledger, gpu = Ledger(), GpuKernels()
+    denoiser = Denoiser(network)
+    for layer in denoiser.modules():
+        if isinstance(layer, WideConv2d):
+            gpu.leave_out(layer)
     x = torch.empty(samples, 4, side, side, device="meta")
     t = torch.zeros(samples, dtype=torch.int64, device="meta")
     condition = conditioning(network, KNOWN["sd15"], samples)
-    with semantics.active(), ledger, semantics.autocast(True):
-        prediction = Denoiser(network)(x, t, condition)
+    with gpu.active(), ledger, gpu.autocast(True):
+        prediction = denoiser(x, t, condition)
     kept = ledger.alive.total()
     del prediction
     return kept
