@@ -362,6 +362,9 @@ def test_tangents_second_derivatives_and_vmap(name: str, checkpoint: bool) -> No
     outer = torch.randn_like(image)
     leaf = z.clone().requires_grad_()
     (pulled,) = torch.autograd.grad(decoder(leaf), leaf, outer)
+    both = torch.stack((outer, 2 * outer))
+    (batched,) = torch.autograd.grad(decoder(leaf), leaf, both, is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack((pulled, 2 * pulled)))
     torch.testing.assert_close((pushed * outer).sum(), (tangent * pulled).sum())
     with torch.no_grad(), forward_ad.dual_level():
         dual = forward_ad.unpack_dual(decoder(forward_ad.make_dual(z, tangent)))

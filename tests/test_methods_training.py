@@ -21,9 +21,9 @@ from diffpp_fast.methods import METHODS
 from diffpp_fast.methods import Method as MethodClass
 from diffpp_fast.methods.method import Options
 from diffpp_fast.training import Config, ConfigurationError, Trainer, dump_config, load_config
+from diffpp_fast.training.checkpoint import read_role
 from diffpp_fast.training.prompts import open_prompts
 from diffpp_fast.training.state import refuse_other_run
-from diffpp_fast.training.weights import read_role
 
 #: What the constructors take that is no key of the section `method`.
 OF_OTHER_SECTIONS = {"self", "generator", "fake", "reference", "schedule", "reward", "reward_scale", "reward_clip"}

@@ -16,7 +16,7 @@ from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.methods.base import DIFFUSION, FAKE_ADAPTER, GENERATOR_ADAPTER, LATENT
 from diffpp_fast.networks import Denoiser, fuse, load_denoiser, set_attention
 from diffpp_fast.networks.loading import is_file, open_denoiser, read_config, refuse_stored, resolve
-from diffpp_fast.networks.lora import Adapted, Adapters
+from diffpp_fast.networks.lora import Adapters
 from diffpp_fast.networks.text import refuse_stored_text
 from diffpp_fast.networks.weight_files import holds_weights
 from diffpp_fast.noise import Noise
@@ -27,29 +27,15 @@ from diffpp_fast.training.engines import place_reference
 from diffpp_fast.training.inputs import digest_of, public
 
 
-class Autocast(nn.Module):
-    """A network under autocast; its weights keep their precision."""
-
-    def __init__(self, network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.network = network
-        self.dtype = dtype
-        self.device_type = device.type
-
-    def forward(self, *inputs: Any) -> torch.Tensor:
-        with torch.autocast(self.device_type, dtype=self.dtype):
-            return self.network(*inputs)
-
-
 def compute_dtype(wanted: Dtype, config: Config) -> torch.dtype:
     """Return the dtype of a configuration's key; "auto" is the run's precision."""
     dtype: torch.dtype = getattr(torch, config.precision if wanted == "auto" else wanted)
     return dtype
 
 
-def precise(network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Return a network that computes in `dtype`, whatever its inputs and its weights are."""
-    return network if dtype == torch.float32 else Autocast(network, dtype, device)
+def autocast_to(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype of the autocast under which a network computes in `dtype`; None: it needs none."""
+    return None if dtype == torch.float32 else dtype
 
 
 #: What rounding may change in a gradient, as a share of its norm, by the dtype that is computed in. Wrong gradients
@@ -235,7 +221,7 @@ class Networks:
     def reference(self) -> nn.Module:
         """(x_t, t, conditioning) -> prediction: the frozen diffusion model."""
         denoiser, adapters = self._backbone(stored_weights(self.config.models, "reference"))
-        return Adapted(precise(denoiser, self._frozen_dtype, self.device), adapters, None)
+        return Denoiser(denoiser.network, dtype=autocast_to(self._frozen_dtype), adapters=adapters)
 
     def place_reference(self, world: World) -> None:
         """Spreads the reference over the processes as `distributed.reference` says (collective).
@@ -266,7 +252,7 @@ class Networks:
         denoiser.network.requires_grad_(True)
         dtype = compute_dtype("auto", self.config)
         parameters = dict(denoiser.network.named_parameters())
-        return Trained(role, denoiser.network, parameters, precise(denoiser, dtype, self.device))
+        return Trained(role, denoiser.network, parameters, Denoiser(denoiser.network, dtype=autocast_to(dtype)))
 
     def _adapted(self, role: str, stored: Stored, lora: Lora) -> Trained:
         denoiser, adapters = self._backbone(stored)
@@ -279,7 +265,8 @@ class Networks:
                 seed=self.config.seed,
                 stream=STREAMS[role],
             )
-        denoise = Adapted(precise(denoiser, self._frozen_dtype, self.device), adapters, role)
+        network, dtype = denoiser.network, autocast_to(self._frozen_dtype)
+        denoise = Denoiser(network, dtype=dtype, adapters=adapters, adapter=role)
         return Trained(role, denoiser.network, parameters, denoise, adapters)
 
     @property

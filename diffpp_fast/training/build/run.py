@@ -22,7 +22,6 @@ from diffpp_fast.training.build.networks import (
     Trained,
     check_gradients,
     compute_dtype,
-    precise,
     refuse_weights,
 )
 from diffpp_fast.training.build.text import Text, open_text
@@ -216,8 +215,12 @@ def _build_sampler(
     decoder = None
     if models.decoder is not None:
         decoder = _load_decoder(config, models.decoder, device)
+        # Digests in checkpoints go by these names, as earlier versions had them.
+        prefix = "" if compute_dtype(models.decoder.dtype, config) == torch.float32 else "network."
         decoding = {
-            name: tensor for name, tensor in decoder.state_dict().items() if not any(part in name for part in ENCODING)
+            prefix + name: tensor
+            for name, tensor in decoder.state_dict().items()
+            if not any(part in name for part in ENCODING)
         }
         inputs["decoder"] = digest_of(public(read_config(models.decoder.path)), decoding)
     return Sampler(
@@ -249,7 +252,7 @@ def _load_decoder(config: Config, section: Decoder, device: torch.device) -> nn.
     dtype = compute_dtype(section.dtype, config)
     with naming("models.decoder", section.path):
         decoder = load_decoder(section.path, dtype=dtype, checkpoint=section.checkpoint, variant=section.variant)
-    return precise(decoder.to(device), dtype, device)
+    return decoder.to(device)
 
 
 def _load_reward(

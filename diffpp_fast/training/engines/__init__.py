@@ -9,11 +9,9 @@ from torch import nn
 from diffpp_fast.training.config import Config, EmaSection
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines.base import Engine
-from diffpp_fast.training.engines.deepspeed import DeepSpeedEngine
-from diffpp_fast.training.engines.plain import PlainEngine
-from diffpp_fast.training.engines.reference import place_reference
-from diffpp_fast.training.engines.replicated import ReplicatedEngine
-from diffpp_fast.training.engines.schedules import updates_of
+from diffpp_fast.training.engines.deepspeed import DeepSpeedEngine, place_reference
+from diffpp_fast.training.engines.optimizers import updates_of
+from diffpp_fast.training.engines.plain import PlainEngine, ReplicatedEngine
 
 __all__ = ["DeepSpeedEngine", "Engine", "PlainEngine", "ReplicatedEngine", "make_engine", "place_reference"]
 
