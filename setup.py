@@ -1,5 +1,5 @@
-"""Builds csrc, by csrc/compilation.py. What can be declared is in pyproject.toml, but for the licence: setuptools before 77
-reads only a form of it there that later ones drop.
+"""Says what of csrc is built; csrc/compilation.py builds it. What can be declared is in pyproject.toml, but for the
+licence: setuptools before 77 reads only a form of it there that later ones drop.
 
 With a C++17 compiler and torch's headers, csrc becomes `diffpp_fast/kernels/native/_library.so`, and with Python's
 headers also the host module `_host`; with nvcc the library holds the GPU kernels too. Where one is missing the package

@@ -1,8 +1,8 @@
 """Compiles csrc: with what each file is compiled, and which are compiled anew.
 
-The part of a file follows from its name. `*/cpu.cpp` holds kernels, compiled once for each instruction set, `*/cuda.cu` kernels
-for GPUs, `*/binding.cpp` what torch calls, `host/*.cpp` the host module. Every other `*/*.cpp` is compiled once, without vector
-code.
+A file's name tells its part. `*/cpu.cpp` holds kernels, compiled once for each instruction set, `*/cuda.cu` kernels for
+GPUs, `*/binding.cpp` what torch calls, `host/*.cpp` the host module. Every other `*/*.cpp` is compiled once, without
+vector code.
 """
 
 import filecmp
@@ -22,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 from toolchain import DIALECT, find_python_headers, find_static_runtime, find_toolchain, find_torch, version
 
 CSRC = Path("csrc")
+SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
 LIBRARY = "diffpp_fast.kernels.native._library"
 HOST = "diffpp_fast.kernels.native._host"
 
@@ -106,7 +107,8 @@ class BuildExt(build_ext):
         self._compiler, self._nvcc, self._archs = find_toolchain()
         self._versions = {True: version([self._nvcc]) if self._nvcc else "", False: version(self._compiler)}
         # As they are now: a file that changes while it is compiled is compiled again by the next build.
-        self._contents = {str(path): digest(path.read_bytes()) for path in sorted(CSRC.glob("*/*.*"))}
+        files = (path for path in sorted(CSRC.glob("*/*")) if path.suffix in SUFFIXES)
+        self._contents = {str(path): digest(path.read_bytes()) for path in files}
         tasks, link = self._library() if extension.name == LIBRARY else self._host()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             # GPU kernels take longest, then bindings.
@@ -125,8 +127,8 @@ class BuildExt(build_ext):
         link = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
         if self._nvcc is not None:
             # Machine code for each, and PTX of the last for what comes after it.
-            targets = [(arch, f"sm_{arch}") for arch in self._archs] + [(self._archs[-1], f"compute_{self._archs[-1]}")]
-            gencode = [f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets]
+            codes = [(arch, f"sm_{arch}") for arch in self._archs] + [(self._archs[-1], f"compute_{self._archs[-1]}")]
+            gencode = [f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes]
             tasks += [Task(source, named(source), gencode) for source in sorted(CSRC.glob("*/cuda.cu"))]
             link += [f"-L{find_static_runtime(self._nvcc)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         return tasks + list(cpu_tasks()), link

@@ -1,4 +1,4 @@
-"""How csrc is built (csrc/compilation.py): what is kept, what is made anew, and what a failed or foreign build leaves."""
+"""How csrc is built (csrc/compilation.py): what is kept and what made anew, what a failed or foreign build leaves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --version) echo "${COMPILER_VERSION:-1}"; exit ;;
     --list-gpu-arch) echo compute_90; exit ;;
-    --dryrun) echo "#\$ TOP=$CUDA" >&2; exit ;;
+    --dryrun) echo "#$ TOP=$CUDA" >&2; exit ;;
     -o) to=$2; shift ;;
     -c) what=$2; shift ;;
     -MF) deps=$2; shift ;;

@@ -73,7 +73,7 @@ struct Pool {
   using Work = void (*)(int64_t begin, int64_t end, void* context);
 
   int64_t (*threads)();
-  // Calls work(begin, end, context) for ranges that make up [0, items); no thread gets fewer than `grain` items.
+  // Calls work(begin, end, context) for ranges that make up [0, items); a second thread is worth waking for `grain` of them.
   void (*run)(int64_t items, int64_t grain, Work work, void* context);
 };
 
@@ -95,9 +95,11 @@ const char* isa_name(Isa isa);
   namespace avx512 { void name(const Arguments&, const Pool&); }                                      \
   namespace cpu {                                                                                      \
   inline void name(const Arguments& arguments, const Pool& pool) {                                    \
-    const Isa best = isa();                                                                            \
-    const auto kernel = best == Isa::avx512 ? avx512::name : best == Isa::avx2 ? avx2::name : baseline::name; \
-    kernel(arguments, pool);                                                                           \
+    switch (isa()) {                                                                                   \
+      case Isa::avx512: return avx512::name(arguments, pool);                                          \
+      case Isa::avx2: return avx2::name(arguments, pool);                                              \
+      default: return baseline::name(arguments, pool);                                                 \
+    }                                                                                                  \
   }                                                                                                    \
   }
 #else

@@ -6,7 +6,7 @@ namespace {
 
 // fake, cond, uncond, x0 [B, ...], scales, alpha, sigma [B] -> the gradient like fake, sum d^2 [B], and for a target
 // mean|r| and sum d r [B]. x0, noise, alpha and sigma make the target: all or none. `scales` take the place of `scale`.
-std::tuple<Tensor, Tensor, Tensor, Tensor> run(
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradient_and_statistics(
     const Tensor& fake, const Tensor& cond, const std::optional<Tensor>& uncond, double guidance_scale, double scale,
     const std::optional<Tensor>& scales, bool mean_abs, const std::optional<Tensor>& x0,
     const std::optional<Tensor>& noise, int64_t seed, int64_t stream, const std::optional<Tensor>& alpha,
@@ -56,6 +56,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(diffpp_fast, m) {
       "int prediction_type) -> (Tensor gradient, Tensor gap_sq, Tensor residual_abs, Tensor gap_dot_residual)");
 }
 
-DIFFPP_ON_EVERY_DEVICE(m) { m.impl("score_gap", TORCH_BOX(&run)); }
+DIFFPP_ON_EVERY_DEVICE(m) { m.impl("score_gap", TORCH_BOX(&gradient_and_statistics)); }
 
 }  // namespace diffpp::score_gap
