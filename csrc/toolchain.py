@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-# Structs are filled by the names of their fields. gcc and clang know that in C++17, too; clang warns that it is C++20's.
+# Structs are filled by the names of fields. gcc and clang know that in C++17, too; clang warns that it is C++20's.
 DIALECT = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-c++20-designator"]
 CUDA_ARCHS = ("80", "90", "100")
 

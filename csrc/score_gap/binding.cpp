@@ -22,6 +22,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradient_and_statistics(
     input.target.emplace(TargetInput{
         .x0 = *x0, .noise = {*noise, seed, stream}, .alpha = *alpha, .sigma = *sigma, .prediction_type = prediction_type});
   const OrderedOutputs outputs(op, input);
+  STD_TORCH_CHECK(outputs.view().layout.sample() > 0, op, ": a sample of fake has no elements");
   Result gradient(fake, outputs.order());
   const int64_t batch = outputs.view().layout.batch;
   const ScalarType dtype = compute_dtype(outputs.view().dtype);
