@@ -16,7 +16,6 @@ from diffpp_fast.bench.operators import fused, make_inputs, step
 from diffpp_fast.bench.selftest import small
 from diffpp_fast.kernels import dispatch, native
 
-
 CSRC = Path(__file__).parent.parent / "csrc"
 
 
