@@ -1,4 +1,4 @@
-"""Compiles csrc: with what each file is compiled, and which are compiled anew.
+"""Compiles csrc: says with what each file is compiled, and compiles those that have changed.
 
 A file's name tells its part. `*/cpu.cpp` holds kernels, compiled once for each instruction set, `*/cuda.cu` kernels for
 GPUs, `*/binding.cpp` what torch calls, `host/*.cpp` the host module. Every other `*/*.cpp` is compiled once, without
@@ -55,14 +55,14 @@ def digest(*parts):
 
 
 def identity(path):
-    """Tells a file from another that took its place."""
+    """Return what tells a file from another that took its place."""
     status = path.stat()
     return f" {status.st_size} {status.st_mtime_ns}"
 
 
 @contextmanager
 def replacing(path):
-    """Where to write what takes the place of a file in one step; a running process may have the old library mapped."""
+    """Yield where to write what then replaces a file in one step; a running process may have the old library mapped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}")
     try:
@@ -178,7 +178,7 @@ class BuildExt(build_ext):
             raise SystemExit(f"diffpp_fast: this command failed: {shlex.join(command)}\n{switch}=0 leaves it out.")
 
     def copy_extensions_to_source(self):
-        """The end of `build_ext --inplace` and of editable installs. setuptools deletes the old file first."""
+        """Put the libraries in place, for `--inplace` and editable installs. setuptools deletes the old ones first."""
         for extension in self.extensions:
             name = self.get_ext_filename(extension.name)
             built, place = Path(self.build_lib, name), Path(name)

@@ -1,4 +1,4 @@
-"""What csrc is compiled with on this machine: compilers, headers and GPUs, found once."""
+"""Finds what this machine has for compiling csrc: compilers, headers, torch, and the GPUs to build for."""
 
 import importlib.util
 import os
@@ -34,7 +34,7 @@ def find_toolchain():
 
 
 def find_compiler():
-    """A C++17 compiler that works, or None."""
+    """Return a C++17 compiler that works, or None."""
     for candidate in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
         command = shlex.split(candidate)
         if shutil.which(command[0]) is None:
@@ -51,7 +51,7 @@ def find_compiler():
 
 
 def find_nvcc():
-    """CUDA's compiler, or None. Whether a GPU is there is not asked: kernels are compiled for all that they serve."""
+    """Return CUDA's compiler, or None. Whether a GPU is there is not asked: kernels are for all that they serve."""
     home = os.environ.get("CUDA_HOME")
     if home:
         return shutil.which("nvcc", path=str(Path(home, "bin")))
@@ -60,7 +60,7 @@ def find_nvcc():
 
 
 def find_static_runtime(nvcc):
-    """The folder of libcudart_static.a: linked in, so that the library also loads where CUDA is not installed."""
+    """Return the folder of libcudart_static.a: linked in, it lets the library load where CUDA is not."""
     answer = subprocess.run(
         [nvcc, "--dryrun", "-c", "probe.cu"], capture_output=True, encoding="utf-8", errors="replace"
     ).stderr
@@ -73,7 +73,7 @@ def find_static_runtime(nvcc):
 
 
 def find_torch():
-    """The folder of the installed torch, or None.
+    """Return the folder of the installed torch, or None.
 
     pip builds in an isolated environment; sysconfig still names the one that the package is for.
     """
@@ -84,7 +84,7 @@ def find_torch():
 
 
 def find_python_headers():
-    """The folders of Python's and pybind11's headers, or None."""
+    """Return the folders of Python's and pybind11's headers, or None."""
     include = sysconfig.get_path("include")
     if not Path(include, "Python.h").exists() or importlib.util.find_spec("pybind11") is None:
         return None
@@ -94,7 +94,7 @@ def find_python_headers():
 
 
 def find_archs(nvcc):
-    """The GPUs to build for: those asked for, else those of CUDA_ARCHS that this nvcc knows."""
+    """Return the GPUs to build for: those asked for, else those of CUDA_ARCHS that this nvcc knows."""
     asked = os.environ.get("DIFFPP_FAST_CUDA_ARCHS")
     if asked:
         return asked.split(";")

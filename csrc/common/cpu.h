@@ -1,4 +1,4 @@
-// What the kernels for the CPU are written with: scalars and runs of elements of any dtype, chunks of samples, threads.
+// The ground of the kernels for the CPU: scalars and runs of elements of any dtype, chunks of samples, threads, memory.
 //
 // setup.py compiles every csrc/<operator>/cpu.cpp with -DDIFFPP_ISA=baseline, and on x86-64 also =avx2 and =avx512, each with
 // the flags that go with it. Such a file must define nothing with external linkage outside the namespace of that name and use
@@ -237,13 +237,12 @@ inline void put(void* values, Dtype dtype, int64_t b, double value) {
   }
 }
 
-// Chunks: samples are cut into runs of whole pixels, the same for any number of threads. They are the work items, and the unit
-// of every reduction's first stage. Eight chunks of float32 fit in a first-level cache.
-
 // Terms that are added up in the dtype of the arithmetic before the sum goes on in double: longer sums of float32 would
 // lose precision where vectors are narrow.
 constexpr int64_t kSumRun = 512;
 
+// Samples are cut into chunks of whole pixels, the same for any number of threads. Chunks are the work items, and the unit of
+// every reduction's first stage. Eight chunks of float32 fit in a first-level cache.
 struct Chunk {
   int64_t b;       // the sample
   int64_t first;   // of its elements, in memory order
@@ -292,7 +291,7 @@ inline void run(
       &call);
 }
 
-// Uninitialised memory for one call. What small tensors need is on the stack, for an allocation costs as much as their work.
+// Uninitialised memory for one call. A little of it is on the stack: an allocation costs as much as the work on a small tensor.
 class Memory {
  public:
   explicit Memory(int64_t bytes)

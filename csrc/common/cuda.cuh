@@ -1,4 +1,4 @@
-// What the kernels for GPUs are written with: elements of any dtype, launches, sums, addressed noise, and runs of neighbouring
+// The ground of the kernels for GPUs: elements of any dtype, launches, sums, addressed noise, and runs of neighbouring
 // elements with the arithmetic that the losses share on them.
 #pragma once
 
@@ -228,7 +228,7 @@ class Run {
     return (layout.sample() + kCount - 1) / kCount;
   }
 
-  // What a thread knows of every run before the first.
+  // A thread knows this of every run before the first.
   struct Start {
     const Layout& layout;
     uint64_t per_pixels;

@@ -1,4 +1,4 @@
-// What kernels and their callers both know: tensors as plain structs, and how a kernel is called.
+// The terms that kernels and their callers share: tensors as plain structs, and how a kernel is called.
 //
 // A folder csrc/<operator> holds arguments.h (what its kernels take), cpu.cpp, cuda.cu where GPUs are served, and binding.cpp
 // (schemas, checks, allocation). A kernel does its whole work in one call; how it cuts the work is its own affair.

@@ -4,7 +4,7 @@
 namespace diffpp::gap_loss::DIFFPP_ISA {
 namespace {
 
-// What a chunk or a sample adds to the loss: Q and, for the factor, sum |r| of SiD or sum d^2 of SIM.
+// The share of a chunk or a sample in the loss: Q and, for the factor, sum |r| of SiD or sum d^2 of SIM.
 struct Sums {
   double product = 0.0;
   double size = 0.0;

@@ -7,7 +7,7 @@
 
 namespace diffpp::group_norm_silu {
 
-// Of a pixel in channels_last: the kernels for the CPU keep its coefficients on their stack.
+// The most channels of a pixel in channels_last: the kernels for the CPU keep its coefficients on their stack.
 constexpr int64_t kMostChannels = 4096;
 
 // x [B, C, pixels] or, in channels_last, [B, pixels, C].

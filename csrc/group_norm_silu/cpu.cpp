@@ -105,7 +105,7 @@ inline Affine<T, Same<T>> channel_affine(const Inputs& a, const T* mean, const T
   return {{mean[at]}, {number<T>(a.weight, c, T(1)) * rstd[at]}, {number<T>(a.bias, c)}};
 }
 
-// What channels_last needs for each element of a row: tables for one sample, filled when a piece of another sample
+// The coefficients of each element of a row in channels_last: tables for one sample, filled when a piece of another sample
 // begins.
 template <typename T, int kTables>
 class RowTables {

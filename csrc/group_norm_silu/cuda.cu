@@ -253,7 +253,7 @@ __host__ __device__ inline bool needs_parameters(const Backward& a) {
   return a.grad_weight != nullptr || a.grad_bias != nullptr;
 }
 
-// What a block of channels_last works on, and what each of its threads does.
+// The part of the tensor that a block of channels_last works on, and each thread's share of it.
 template <int kPack>
 struct Place {
   const Shape& shape;
@@ -533,7 +533,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// What a warp of the row-major kernels works on: a piece of channel `line` = b C + c.
+// The part of the tensor that a warp of the row-major kernels works on: a piece of channel `line` = b C + c.
 template <int kPack>
 struct Strip {
   int64_t line, b, c, group;
@@ -569,7 +569,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Strip<kPack> strip(a.shape, cut, item);
     Welford<C, kPack> values;
     strip.template for_packs<P, false>(a.x, nullptr, [&](const P& x, const P&, int64_t) { values.add(x); });
-    // Of the lanes of the thread's packs, which have equal counts; then of the warp's threads.
+    // First over the lanes of the thread's packs, which have equal counts; then over the warp's threads.
     double mean = 0.0, squares = 0.0;
 #pragma unroll
     for (int lane = 0; lane < kPack; ++lane) mean += values.mean_of(lane) / kPack;

@@ -18,7 +18,7 @@ void check_images(const char* op, const Tensor& images) {
       ": images must have shape [B, C, H, W] with pixels");
 }
 
-// What both directions are told alike.
+// The options, which both directions take.
 struct Preprocessing {
   int64_t size;
   const std::vector<double>& mean;

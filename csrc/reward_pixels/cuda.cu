@@ -47,7 +47,7 @@ __device__ inline T read(const void* array, Dtype dtype, int64_t i) {
   }
 }
 
-// What is done to a pixel before and after the resize. `S` is the dtype of the images: that of `from` for the forward
+// The work on a pixel before and after the resize. `S` is the dtype of the images: that of `from` for the forward
 // direction, of `to` for the adjoint; the other one is looked up for each pixel, of which there are few.
 template <typename S, bool kAdjoint>
 struct Edge {
@@ -64,7 +64,7 @@ struct Edge {
         least(a.clamp ? T(0) : -static_cast<T>(INFINITY)),
         most(a.clamp ? T(1) : static_cast<T>(INFINITY)) {}
 
-  // Of a plane and a place in its pixels. A division of 64 bits would take longer; the binding refuses more planes.
+  // The channel of place `c` in a pixel of a plane. A division of 64 bits would take longer; the binding refuses more planes.
   __device__ int64_t channel(int64_t plane, int64_t c) const {
     return a.inner == 1 ? static_cast<uint32_t>(plane) % static_cast<uint32_t>(a.channels) : c;
   }
@@ -270,7 +270,7 @@ void launch(const char* op, const Tiled& a, void* stream) {
   check_launch(op);
 }
 
-// What the outputs of each tile read: [tiles, 2] as `windows` of TiledAxis.
+// The inputs that each tile's outputs read: [tiles, 2] as `windows` of TiledAxis.
 std::vector<int64_t> windows_of(const AxisTable& table, int64_t tile) {
   std::vector<int64_t> windows;
   for (int64_t begin = 0; begin < table.out; begin += tile) {
