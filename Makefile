@@ -39,7 +39,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 # In place, next to the Python files that load it. Always asked: what it is made of (sources, torch, compilers, flags) is
-# compared in setup.py, which does nothing where nothing has changed.
+# compared in csrc/compilation.py, which does nothing where nothing has changed.
 $(LIBRARY): $(READY) FORCE
 	$(BIN)/python setup.py --quiet build_ext --inplace
 FORCE:

@@ -307,15 +307,15 @@ def parse(text: str) -> Iterator[Resources]:
 
 
 def kernel_name(mangled: str) -> str:
-    """cuda.file.function of a kernel in an anonymous namespace, whose name nvcc makes of the file's."""
+    """Return cuda.operator.function of a kernel: csrc has a namespace for each operator."""
     parts = []
     rest = re.sub(r"^_ZN?", "", mangled)
     while match := re.match(r"\d+", rest):
         end = match.end() + int(match[0])
         parts.append(rest[match.end() : end])
         rest = rest[end:]
-    files = [match[1] for part in parts if (match := re.match(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_", part))]
-    return ".".join(("cuda", *files, parts[-1] if parts else mangled))
+    operator = parts[1:2] if parts[:1] == ["diffpp"] and len(parts) > 2 else []
+    return ".".join(("cuda", *operator, parts[-1] if parts else mangled))
 
 
 def largest(found: Iterable[Resources]) -> list[Resources]:

@@ -25,13 +25,8 @@ LATENTS, IMAGES, LARGE_GROUPS, SMALL_GROUPS = (2, 4, 16, 32), (1, 3, 128, 128), 
 PIXELS = 56
 #: Of one channel each; those of `LARGE_GROUPS` are beyond what a program then keeps in registers.
 GROUPS, MOST_IN_ONE = 4, 4096
-#: Of csrc/cuda: the functions that launch, where they are not called `<op>_forward` and `<op>_backward`.
-HOSTS = {
-    "philox": ("noise.cu", "draw_normal", None),
-    "score_gap": ("score_gap.cu", "score_gap", None),
-    "reward_pixels": ("reward_pixels.cu", "launch", "launch"),
-    "group_norm_silu": ("group_norm_silu.cu", "group_norm_forward", "group_norm_backward"),
-}
+#: Of csrc: the folder and the functions that launch, where they are not the operator's `forward` and `backward`.
+HOSTS = {"philox": ("noise", "draw_normals", None), "reward_pixels": ("reward_pixels", "launch", "launch")}
 SHAPES = {
     "reward_pixels": [IMAGES],
     "group_norm_silu": [LARGE_GROUPS, SMALL_GROUPS],
@@ -96,7 +91,7 @@ def counted(
 
 
 def cuda_column(case: Case, direction: int) -> str:
-    host = HOSTS.get(case.op, (f"{case.op}.cu", f"{case.op}_forward", f"{case.op}_backward"))
+    host = HOSTS.get(case.op, (case.op, "forward", "backward"))
     launched = cuda_launches(host[0], host[1 + direction])
     if launched is None:
         return "-"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import resource
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,32 @@ import torch
 
 from benchmarks.cases import all_cases, make_inputs, small
 from diffpp_fast.kernels import dispatch, native
+
+CSRC = Path(__file__).parent.parent / "csrc"
+
+
+def read_with(*sources: Path) -> set[Path]:
+    """Return the files of csrc that the sources are made of: themselves and what they include."""
+    found: set[Path] = set()
+    waiting = list(sources)
+    while waiting:
+        path = waiting.pop().resolve()
+        if path not in found:
+            found.add(path)
+            waiting += [path.parent / name for name in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)]
+    return found
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in CSRC.glob("*/binding.cpp")))
+def test_an_operator_is_read_from_few_files(folder: str) -> None:
+    binding, cpu, gpu = (CSRC / folder / name for name in ("binding.cpp", "cpu.cpp", "cuda.cu"))
+    sources = [path for path in (binding, cpu, gpu) if path.exists()]
+    assert len(read_with(*sources)) <= 9
+    # Kernels know neither torch nor those for the other device.
+    for kernels in sources[1:]:
+        assert CSRC / "common/binding.h" not in read_with(kernels)
+    for kernels in sources[2:]:
+        assert not read_with(kernels) & {CSRC / "common/cpu.h", CSRC / "common/cpu_noise.h"}
 
 
 def test_every_operator_has_a_compiled_kernel() -> None:

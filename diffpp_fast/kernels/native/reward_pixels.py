@@ -10,7 +10,7 @@ from diffpp_fast.kernels.reference.reward_pixels import Preprocessing
 
 _ops = torch.ops.diffpp_fast
 
-# In the order of the enumerations of csrc/cpu/filter.h and csrc/torch/reward_pixels.cpp.
+# In the order of the enumerations of csrc/reward_pixels/arguments.h.
 FILTERS = ("bilinear", "bicubic")
 FITS = ("crop", "pad", "stretch")
 CLAMPS = ("hard", "straight_through", "none")
