@@ -11,7 +11,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 PAGES = tuple(
     str(path.relative_to(ROOT))
-    for pattern in ("README.md", "docs/**/*.md", "examples/**/README.md", "benchmarks/README.md")
+    for pattern in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/**/*.md", "examples/**/README.md", "benchmarks/README.md")
     for path in sorted(ROOT.glob(pattern))
 )
 
