@@ -218,4 +218,4 @@ def test_no_override(file: Path) -> None:
 def test_a_configuration_does_not_change(file: Path) -> None:
     config: Config = load_config(file)
     with pytest.raises(ValueError, match="frozen"):
-        config.seed = 1  # type: ignore[misc]
+        config.seed = 1

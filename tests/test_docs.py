@@ -132,7 +132,8 @@ def loops() -> dict[str, dict[str, Block]]:
 
 def after_running(loop: str, part: str, around: Any = None) -> dict[str, Any]:
     """The names of the loop after what is given and one of its parts, on smaller tensors than the page's."""
-    given, scope = loops()[loop]["what is given"], {}
+    given = loops()[loop]["what is given"]
+    scope: dict[str, Any] = {}
     sizes = re.compile(r"^batch, size = (\d+), (\d+)$", re.MULTILINE)
     assert sizes.search(given.code), given.place
     run_python(given._replace(code=sizes.sub("batch, size = 2, 16", given.code)), scope)

@@ -119,7 +119,7 @@ def test_the_ta_has_times_of_its_own() -> None:
     ):
         method = DiffInstruct(Convolution(0), fake, Convolution(2), SCHEDULE, **plain, **options)  # type: ignore[arg-type]
         method.fake_loss(batch)
-        expected = Times("fake_t_range", SCHEDULE, of_fake[:2], of_fake[2])  # type: ignore[index,misc]
+        expected = Times("fake_t_range", SCHEDULE, of_fake[:2], of_fake[2])
         assert torch.equal(asked["fake"], expected.draw(noise))
         method.generator_loss(batch)
         assert torch.equal(asked["fake"], Times("t_range", SCHEDULE, (100, 300), Shifted(3.0)).draw(noise))

@@ -55,7 +55,8 @@ def test_a_bfloat16_networks_last_layer_neither_sums_nor_returns_bfloat16(kind: 
 
     low = Denoiser(network if how == "autocast" else network.bfloat16())
     fuse(network)
-    layer, seen = network.get_submodule(NETWORKS[kind][1]), {}
+    seen: dict[str, Any] = {}
+    layer = network.get_submodule(NETWORKS[kind][1])
     layer.register_forward_hook(lambda module, args, output: seen.update(input=args[0], output=output))
     conditioning["encoder_hidden_states"] = conditioning["encoder_hidden_states"].bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):

@@ -55,7 +55,8 @@ def change(folder: Path, stem: str, edit: Callable[[dict[str, torch.Tensor]], An
 def shard(folder: Path, stem: str, variant: str = "") -> dict[str, str]:
     """Cuts a folder's weights into two files and an index; returns its map."""
     file = folder / f"{stem}.safetensors"
-    tensors, names = load_file(file), {}
+    tensors = load_file(file)
+    names: dict[str, str] = {}
     file.unlink()
     for number, keys in enumerate((list(tensors)[::2], list(tensors)[1::2]), 1):
         name = f"{stem}{variant}-0000{number}-of-00002.safetensors"
