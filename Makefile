@@ -21,7 +21,7 @@ help:
 	@echo "make test       linter, type checker, tests (no GPU needed)"
 	@echo "make test-all   the same with the slow tests"
 	@echo "make test-oldest  the operators, builds and the rehearsal with the oldest torch, Triton and Python (fetches 2.6 GB)"
-	@echo "make test-matrix  a wheel for each Python from 3.10 to 3.13 that is here, its operators tested with torch 2.11 and 2.13 (fetches 5 GB for each)"
+	@echo "make test-matrix  a wheel for each Python from 3.10 to 3.13 that is here, its operators tested with torch 2.11 and 2.13 (5 GB for each)"
 	@echo "make demo-short the demo cut to a minute: shows that it works, not what it can do"
 	@echo "make sanitize   the tests of the compiled operators under AddressSanitizer and UBSan"
 	@echo "make emulate    the tests of the operators on csrc's GPU kernels, thread by thread on the CPU (needs CUDA's headers)"
