@@ -240,7 +240,7 @@ def check_pip(arguments: tuple[str, ...]) -> None:
     project = tomllib()["project"]
     known = {project["name"], ".", *project["optional-dependencies"]}
     (what,) = (word for word in arguments if not word.startswith("-") and word != "install")
-    name, extras = re.fullmatch(r"([\w.-]+?)(?:\[([\w,]+)\])?", what).groups()  # type: ignore[union-attr]
+    name, extras = re.fullmatch(r"([\w.-]+?)(?:\[([\w,]+)\])?", what).groups()
     assert name in known and set((extras or "").split(",")) <= known | {""}, what
 
 

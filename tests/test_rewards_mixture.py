@@ -215,7 +215,7 @@ def test_mixture_from_a_configuration(folder: Path) -> None:
         prompts = PROMPTS
 
     x0 = IMAGES.clone().requires_grad_()
-    values = reward(x0, Conditioning())  # type: ignore[arg-type]
+    values = reward(x0, Conditioning())
     values.sum().backward()
     assert x0.grad is not None
     clip, head = rewards.clip(str(folder / "clip")), rewards.aesthetic(str(folder), clip=str(folder / "clip"))
