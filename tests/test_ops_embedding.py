@@ -136,7 +136,6 @@ def test_nothing_on_the_way_to_a_kernel_waits_for_the_device() -> None:
 
 
 def test_two_processes_under_fsdp2_train_as_one(tmp_path: Path) -> None:
-    pytest.importorskip("pydantic", reason="its processes end as those of a training do, which needs the extra train")
     file = tmp_path / "weights.safetensors"
     processes.run([str(processes.TESTS / "fsdp_worker.py"), str(file)], 2)
     before = {f"{role}.{name}": weight
