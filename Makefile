@@ -14,13 +14,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # DeepSpeed without its compiled operators: what needs one builds it when it is first used.
 export DS_BUILD_OPS ?= 0
 
-.PHONY: help setup demo demo-short test test-all test-oldest sanitize emulate lint types bench gpu-build gpu-check docs clean
+.PHONY: help setup demo demo-short test test-all test-oldest test-matrix sanitize emulate lint types bench gpu-build gpu-check docs clean
 
 help:
 	@echo "make demo       align the emoji generator with a reward: about 5 minutes on two cores, pictures in runs/demo"
 	@echo "make test       linter, type checker, tests (no GPU needed)"
 	@echo "make test-all   the same with the slow tests"
 	@echo "make test-oldest  the operators, builds and the rehearsal with the oldest torch, Triton and Python (fetches 2.6 GB)"
+	@echo "make test-matrix  a wheel for each Python from 3.10 to 3.13 that is here, its operators tested with torch 2.11 and 2.13 (5 GB for each)"
 	@echo "make demo-short the demo cut to a minute: shows that it works, not what it can do"
 	@echo "make sanitize   the tests of the compiled operators under AddressSanitizer and UBSan"
 	@echo "make emulate    the tests of the operators on csrc's GPU kernels, thread by thread on the CPU (needs CUDA's headers)"
@@ -90,6 +91,32 @@ test-oldest:
 	DIFFPP_FAST_CUDA=0 $(OLDEST_310)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall ./$(OLDEST)
 	cd $(OLDEST)/tests && env -u PYTHONPATH $(OLDEST_310)/python installed.py && $(OLDEST_310)/diffpp-fast --help > /dev/null
 
+# One wheel for each Python that is here, built with the oldest torch: its library serves every torch by the stable ABI, so the same
+# wheel is tested with each. The tests run on a copy without the package, so that they can't import the tree's. One cell of the
+# matrix: MATRIX_PYTHONS=3.12 MATRIX_TORCHES=2.13.0; where a CPU build of torch lies: MATRIX_PIP="--extra-index-url URL".
+MATRIX_PYTHONS ?= 3.10 3.11 3.12 3.13
+MATRIX_TORCHES ?= 2.11.0 2.13.0
+MATRIX_PIP ?=
+MATRIX_VENVS ?= $(VENV)-matrix
+MATRIX_PACKAGES := numpy pytest pytest-xdist hypothesis safetensors pillow "setuptools>=70.1" "pybind11>=2.13"
+MATRIX_TESTS := tests/test_noise.py tests/test_dispatch.py $(wildcard tests/test_ops_*.py)
+test-matrix: $(addprefix matrix-,$(MATRIX_PYTHONS))
+matrix-%: python = $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/$*.*/bin/python)),$(shell command -v python$*))
+matrix-%: bin = $(abspath $(MATRIX_VENVS)/$*/bin)
+matrix-%: folder = build/matrix/$*
+matrix-%: FORCE
+	if test -z "$(python)"; then echo "no Python $*: left out"; exit 0; fi; set -e; \
+	test -x $(bin)/python || $(python) -m venv $(MATRIX_VENVS)/$*; \
+	rm -rf $(folder) && mkdir -p $(folder) && cp -R tests benchmarks examples docs pyproject.toml $(folder); \
+	for torch in $(MATRIX_TORCHES); do \
+	  $(bin)/python -m pip install --quiet $(MATRIX_PIP) torch==$$torch $(MATRIX_PACKAGES); \
+	  test -d $(folder)/wheel || DIFFPP_FAST_CUDA=0 $(bin)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(folder)/wheel .; \
+	  $(bin)/python -m pip install --quiet --no-deps --force-reinstall $(folder)/wheel/*.whl; \
+	  echo "Python $*, torch $$torch:"; \
+	  (cd $(folder) && PYTHONPATH=. $(bin)/python tests/installed.py && \
+	    PYTHONPATH=. $(bin)/python -m pytest $(WORKERS) -m "not slow" -p no:cacheprovider $(MATRIX_TESTS)); \
+	done
+
 # A copy of the package with an instrumented library; leaks are Python's own at exit.
 SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined
@@ -145,4 +172,4 @@ $(MATHJAX)/tex-chtml.js:
 	cp build/mathjax/package/es5/tex-chtml.js $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest* build dist site *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest* $(VENV)-matrix build dist site *.egg-info

@@ -229,7 +229,8 @@ class Machine:
     """A pretended clock: every contender takes its own seconds per call."""
 
     def __init__(self, seconds: dict[str, float]) -> None:
-        self.now, self.blocks = 0.0, []
+        self.now = 0.0
+        self.blocks: list[Any] = []
         self.contenders = [Contender(name, self._call(name, cost)) for name, cost in seconds.items()]
 
     def _call(self, name: str, cost: float) -> Callable[[], None]:

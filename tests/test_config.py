@@ -230,4 +230,4 @@ def test_what_may_change_on_resume_is_what_the_docs_say() -> None:
 def test_a_configuration_does_not_change(file: Path) -> None:
     config: Config = load_config(file)
     with pytest.raises(ValueError, match="frozen"):
-        config.seed = 1  # type: ignore[misc]
+        config.seed = 1

@@ -160,7 +160,7 @@ def test_memory_formats(name: str, memory_format: torch.memory_format, layout: C
 def test_activations_keep_the_memory_format_that_was_asked_for() -> None:
     for memory_format in (torch.contiguous_format, torch.channels_last):
         decoder = FrozenDecoder(variant("sd"), memory_format=memory_format)
-        seen = []
+        seen: list[Any] = []
 
         def pack(tensor: Tensor, seen: list[Tensor] = seen) -> Tensor:
             seen.append(tensor)

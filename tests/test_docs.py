@@ -131,7 +131,8 @@ def loops() -> dict[str, dict[str, Block]]:
 
 def after_running(loop: str, part: str, around: Any = None) -> dict[str, Any]:
     """The names of the loop after what is given and one of its parts, on smaller tensors than the page's."""
-    given, scope = loops()[loop]["what is given"], {}
+    given = loops()[loop]["what is given"]
+    scope: dict[str, Any] = {}
     sizes = re.compile(r"^batch, size = (\d+), (\d+)$", re.MULTILINE)
     assert sizes.search(given.code), given.place
     run_python(given._replace(code=sizes.sub("batch, size = 2, 16", given.code)), scope)
@@ -238,7 +239,7 @@ def check_pip(arguments: tuple[str, ...]) -> None:
     project = tomllib()["project"]
     known = {project["name"], ".", *project["optional-dependencies"]}
     (what,) = (word for word in arguments if not word.startswith("-") and word != "install")
-    name, extras = re.fullmatch(r"([\w.-]+?)(?:\[([\w,]+)\])?", what).groups()  # type: ignore[union-attr]
+    name, extras = re.fullmatch(r"([\w.-]+?)(?:\[([\w,]+)\])?", what).groups()
     assert name in known and set((extras or "").split(",")) <= known | {""}, what
 
 

@@ -1,5 +1,6 @@
-"""The tables of docs/operators.md: launches and bytes, counted anew."""
+"""Launches and bytes of every operator, counted anew: the file that holds them, and the rows that a page shows."""
 
+import csv
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -46,17 +47,22 @@ class Row(NamedTuple):
     counts: tuple[str, ...]
 
 
-def rows_of_page() -> list[Row]:
-    rows, op = [], ""
+def rows_of_file() -> list[Row]:
+    with (ROOT / "benchmarks/results/launches-and-bytes.csv").open(newline="") as file:
+        # The last column, of CUDA's bytes, can't be counted without a GPU.
+        return [
+            Row(op, case, direction, tuple(counts[:5])) for op, case, direction, *counts in list(csv.reader(file))[1:]
+        ]
+
+
+def rows_of_page() -> Iterator[Row]:
+    """The rows of the page's table, whose cells hold the forward and then the backward pass."""
     for line in (ROOT / "docs/operators.md").read_text().splitlines():
-        heading = re.match(r"## .*?`(?:ops\.)?(\w+)", line)
-        if heading is not None:
-            op = {"Noise": "philox"}.get(heading[1], heading[1])
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 8 and cells[1] in ("forward", "backward"):
-            # The last column, of CUDA's bytes, can't be counted without a GPU.
-            rows.append(Row(op, cells[0], cells[1], tuple(cells[2:7])))
-    return rows
+        row = re.match(r"\| `(?:ops\.)?(\w+)`: ([\w ,]+) \|(.*)\|$", line)
+        if row is not None:
+            cells = [cell.strip().split("; ") for cell in row[3].split("|")]
+            for direction, counts in zip(("forward", "backward"), zip(*cells, strict=True), strict=False):
+                yield Row({"Noise": "philox"}.get(row[1], row[1]), row[2], direction, counts)
 
 
 def table_cases() -> Iterator[tuple[str, Case]]:
@@ -131,9 +137,15 @@ def test_table_of_launches_and_bytes(name: str, case: Case, monkeypatch: pytest.
     monkeypatch.setattr(reward_pixels, "COLUMNS_TILE", (64, 128))
     monkeypatch.setattr(cases, "REWARD_SIZE", PIXELS)
     monkeypatch.setattr(cases, "GROUPS", GROUPS)
-    on_page = [row for row in rows_of_page() if (row.op, row.case) == (case.op, name)]
-    assert on_page == list(rows_of_case(name, case, monkeypatch))
+    in_file = [row for row in rows_of_file() if (row.op, row.case) == (case.op, name)]
+    assert in_file == list(rows_of_case(name, case, monkeypatch))
 
 
 def test_tables_hold_no_other_case() -> None:
-    assert {(row.op, row.case) for row in rows_of_page()} == {(case.op, name) for name, case in table_cases()}
+    assert {(row.op, row.case) for row in rows_of_file()} == {(case.op, name) for name, case in table_cases()}
+
+
+def test_the_page_shows_what_the_file_holds() -> None:
+    shown = list(rows_of_page())
+    assert set(shown) <= set(rows_of_file())
+    assert {row.op for row in shown} == {row.op for row in rows_of_file()}

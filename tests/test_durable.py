@@ -93,7 +93,7 @@ def test_a_copy_that_is_cut_off_leaves_the_old_or_the_new(tmp_path: Path, monkey
     no_rename = fail(errno.EPERM, lambda path, *_: Path(path).is_dir())(os.rename)
     for stop in range(100):
         monkeypatch.setattr(os, "rename", no_rename)
-        copied = []
+        copied: list[Any] = []
 
         def copy(
             source: Path, to: Path, *, stop: int = stop, copied: list[Path] = copied, whole: Any = shutil.copyfile

@@ -352,7 +352,7 @@ def test_parameters_are_read_in_their_modules_forward_only(monkeypatch: pytest.M
         network, inputs = build(name), NETWORKS[name][1]()
         expected = step(network, inputs)
         networks.fuse(network)
-        whole = {}
+        whole: dict[str, Any] = {}
 
         def gather(part: nn.Module, args: Any, whole: dict[Any, Tensor] = whole) -> None:
             for parameter in part.parameters(recurse=False):

@@ -54,7 +54,7 @@ def copy(project: Path, tmp_path: Path) -> Callable[[str], Path]:
         shutil.copy2(*kept[-1])
         return kept[-1][0]
 
-    yield keep  # type: ignore[misc]
+    yield keep
     for original, saved in kept:
         shutil.copy2(saved, original)
 

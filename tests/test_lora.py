@@ -198,7 +198,7 @@ def test_roles_share_one_copy_and_gradient_goes_to_their_own_adapters(config_of)
         for other in (generator, fake):
             ups = [weight.grad for name, weight in other.parameters.items() if ".lora_B." in name]
             assert all((gradient is not None) == (other is role) for gradient in ups)
-            assert other is not role or all(gradient.abs().max() > 0 for gradient in ups)  # type: ignore[union-attr]
+            assert other is not role or all(gradient.abs().max() > 0 for gradient in ups)
         for weight in generator.network.parameters():
             assert weight.requires_grad or weight.grad is None
             weight.grad = None

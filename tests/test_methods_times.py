@@ -121,9 +121,9 @@ def test_the_ta_has_times_of_its_own() -> None:
         ({"fake_time_distribution": Uniform()}, (100, 300, None)),
         ({"fake_t_range": (0, 900), "fake_time_distribution": LogitNormal(0.0, 1.0)}, (0, 900, LogitNormal(0.0, 1.0))),
     ):
-        method = DiffInstruct(Convolution(0), fake, Convolution(2), SCHEDULE, **plain, **options)  # type: ignore[arg-type]
+        method = DiffInstruct(Convolution(0), fake, Convolution(2), SCHEDULE, **plain, **options)
         method.fake_loss(batch)
-        expected = Times("fake_t_range", SCHEDULE, of_fake[:2], of_fake[2])  # type: ignore[index,misc]
+        expected = Times("fake_t_range", SCHEDULE, of_fake[:2], of_fake[2])
         assert torch.equal(asked["fake"], expected.draw(noise))
         method.generator_loss(batch)
         assert torch.equal(asked["fake"], Times("t_range", SCHEDULE, (100, 300), Shifted(3.0)).draw(noise))

@@ -213,7 +213,7 @@ def test_mixture_from_a_configuration(folder: Path) -> None:
         prompts = PROMPTS
 
     x0 = IMAGES.clone().requires_grad_()
-    output = reward(x0, Conditioning())  # type: ignore[arg-type]
+    output = reward(x0, Conditioning())
     values = output.values
     values.sum().backward()
     assert x0.grad is not None
