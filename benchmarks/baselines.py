@@ -149,7 +149,7 @@ def ada_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6
 
 
 def regression_target(prediction_type: str, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What the network is to predict, [B, ...]."""
+    """Return the target that the network is to predict, [B, ...]."""
     if prediction_type == "epsilon":
         return eps
     if prediction_type == "sample":

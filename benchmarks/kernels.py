@@ -41,7 +41,7 @@ CAPTURED = 32
 
 @dataclass(frozen=True)
 class KernelPlan:
-    """What to measure."""
+    """The measurements of one call: cases, backends and dtypes."""
 
     cases: Sequence[Case]
     backends: Sequence[str]

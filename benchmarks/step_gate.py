@@ -64,7 +64,7 @@ class Oracle:
             return float(differentiate(step, role, self.batch, no_time)[0])
 
     def errors(self, role: str, loss: float, network: nn.Module) -> dict[str, float]:
-        """What is wrong with a loss and the gradients on the parameters, relative, gradients in the 2-norm."""
+        """Return the relative errors of a loss and of the gradients on the parameters, these in the 2-norm."""
         truth = self.truth[role]
         whole, worst = _relative([parameter.grad for parameter in network.parameters()], truth.gradients)
         return {

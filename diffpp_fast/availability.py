@@ -1,4 +1,4 @@
-"""What keeps a backend from serving: a library that was not compiled, a GPU that is not there, tensors elsewhere."""
+"""Reasons why a backend can't serve: the library was not compiled, there is no GPU, the tensors are elsewhere."""
 
 import os
 from collections.abc import Callable

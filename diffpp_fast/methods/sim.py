@@ -81,7 +81,7 @@ class SIM(Method):
         return self._divergence(batch, x0)[0]
 
     def _divergence(self, batch: Batch, x0: torch.Tensor) -> tuple[SampleGradient, torch.Tensor]:
-        """That gradient, and the reference's output with the prompt."""
+        """Return the gradient, and the reference's output with the prompt."""
         outputs: dict[str, torch.Tensor] = {}
 
         def losses_of(x0: torch.Tensor) -> torch.Tensor:

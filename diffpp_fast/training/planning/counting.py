@@ -442,7 +442,7 @@ class _MetaNetworks:
         return network
 
     def _computes_in(self, role: str) -> torch.dtype:
-        """That a trained role is computed in; with adapters, what the frozen reference is."""
+        """Return the dtype that a trained role computes in; with adapters, that of the frozen reference."""
         return self.dtype if getattr(self.config.models, role).lora is None else self.reference_dtype
 
     def _trained(self, role: str, low: bool) -> Any:

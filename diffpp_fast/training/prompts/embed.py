@@ -15,7 +15,7 @@ from diffpp_fast.training.config import TextEncoderSection
 from diffpp_fast.training.prompts.embeddings import (
     EXTRA,
     NULL,
-    Rows,
+    EmbeddingRows,
     identity,
     read_manifest,
     shard_name,
@@ -127,7 +127,7 @@ class EmbeddingWriter:
         if not path.is_file():
             return False
         try:
-            with Rows(path) as shard:
+            with EmbeddingRows(path) as shard:
                 return shard.identity == self.identity and len(shard.keys()) == len(rows)
         except ConfigurationError:
             return False
@@ -143,7 +143,7 @@ class EmbeddingWriter:
 
     def _identity_of(self, path: Path) -> str | None:
         try:
-            with Rows(path) as rows:
+            with EmbeddingRows(path) as rows:
                 return rows.identity
         except ConfigurationError:
             return None

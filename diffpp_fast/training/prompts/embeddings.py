@@ -70,7 +70,7 @@ class EmbeddingCache:
         self._files = [*shards, *([folder / EXTRA] if (folder / EXTRA).is_file() else [])]
         keys, digest, unchecked = [], hashlib.sha256(), []
         for path in [*self._files, folder / NULL]:
-            with Rows(path) as rows:
+            with EmbeddingRows(path) as rows:
                 if rows.identity != identity(manifest):
                     raise ConfigurationError(f"prompts.embeddings: {path} belongs to another cache: remove it")
                 keys.append(rows.keys())
@@ -101,14 +101,14 @@ class EmbeddingCache:
         parts: list[dict[str, Any]] = [{}] * len(found)
         for number in np.unique(numbers).tolist():
             first = 0 if number == 0 else int(self._ends[number - 1])
-            with Rows(self._files[number]) as rows:
+            with EmbeddingRows(self._files[number]) as rows:
                 for place in np.flatnonzero(numbers == number).tolist():
                     parts[place] = rows.read(found[place] - first, self.device)
         return Conditioning(tuple(prompts), concatenate(parts))
 
     def null(self) -> Conditioning:
         """Return the conditioning that guidance leads away from, for one prompt."""
-        with Rows(self.folder / NULL) as rows:
+        with EmbeddingRows(self.folder / NULL) as rows:
             return Conditioning(("",), rows.read(0, self.device))
 
     def holds(self, prompt: str) -> bool:
@@ -187,13 +187,13 @@ def stored_bytes(conditioning: Conditioning) -> int:
     return sum(_narrowed(tensor).nbytes for _, tensor in _flat(conditioning.tensors))
 
 
-class Rows:
-    """A file of embeddings, opened for a moment: `with Rows(path) as rows`."""
+class EmbeddingRows:
+    """A file of embeddings, opened for a moment: `with EmbeddingRows(path) as rows`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __enter__(self) -> Rows:
+    def __enter__(self) -> EmbeddingRows:
         try:
             self._file = open_tensors(self.path).__enter__()
             about = json.loads((self._file.metadata() or {})[ABOUT])
