@@ -11,7 +11,6 @@ for _op in (
     "sid_loss",
     "sim_loss",
     "reward_pixels",
-    "group_norm_silu",
 ):
     _rooms = {"reference": "kernels.reference", "cpu": "kernels.native", "triton": "ops.triton"}
     if _op not in ("sid_loss", "sim_loss"):

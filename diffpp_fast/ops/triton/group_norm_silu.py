@@ -50,7 +50,8 @@ class Cut(NamedTuple):
     chunks: int
     block_c: int
     block_p: int
-    constants: dict[str, bool]
+    channels_last: bool
+    wide: bool
 
     @property
     def grid(self) -> tuple[int]:
@@ -73,31 +74,14 @@ class Cut(NamedTuple):
         """Two numbers for each channel and chunk, of which the channels are contiguous."""
         return torch.empty(self.batch, self.chunks, 2, self.channels, dtype=torch.float32, device=like.device)
 
-    def arguments(self) -> dict[str, int]:
-        return {
-            "channels": self.channels,
-            "pixels": self.pixels,
-            "per_group": self.per_group,
-            "span": self.span,
-            "tiles": self.tiles,
-            "chunk": self.chunk,
-            "chunks": self.chunks,
-            "BLOCK_C": self.block_c,
-            "BLOCK_P": self.block_p,
-            "num_warps": self.warps,
-            **self.constants,
-        }
-
-    def group_arguments(self) -> dict[str, int]:
-        names = ("channels", "pixels", "per_group", "chunk", "chunks")
-        return {name: getattr(self, name) for name in names}
-
 
 def cut(x: Tensor, num_groups: int, order: Order) -> Cut:
     channels = x.shape[1]
     pixels, per_group = order.sample // channels, channels // num_groups
     powers = triton.next_power_of_2(per_group), triton.next_power_of_2(pixels)
-    whole = Cut(order.batch, channels, pixels, per_group, per_group, 1, pixels, 1, *powers, order.constants)
+    whole = Cut(
+        order.batch, channels, pixels, per_group, per_group, 1, pixels, 1, *powers, order.channels_last, order.wide
+    )
     if powers[0] * powers[1] <= MOST_IN_ONE:
         return whole
     # Element by element, each has an address in registers, and more programs are to hide the latency.
@@ -122,41 +106,101 @@ def cut(x: Tensor, num_groups: int, order: Order) -> Cut:
 
 @on_its_device
 def forward(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     order = Order(x)
     y = order.result(x)
     mean = torch.empty(x.shape[0], num_groups, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    if x.numel():
-        how, values = cut(x, num_groups, order), order.of(x)
-        arguments = {**_parameters(weight, bias), **how.arguments(), "SILU": activation == "silu"}
-        if how.is_one_group:
-            _normalise_group[how.grid](values, y, mean, rstd, eps=eps, maxnreg=MOST_REGISTERS, **arguments)
-        else:
-            partials = how.partials(x)
-            _statistics[how.grid](values, partials, **how.arguments())
-            if order.channels_last:
-                _moments[mean.shape](
-                    values,
-                    partials,
-                    mean,
-                    rstd,
-                    eps,
-                    BLOCK=how.block_partials,
-                    **how.group_arguments(),
-                    **order.constants,
-                )
-            _activate[how.grid](
-                values,
-                y,
-                mean,
-                rstd,
-                None if order.channels_last else partials,
-                eps=eps,
-                BLOCK_PARTIALS=how.block_partials,
-                **arguments,
-            )
+    if not x.numel():
+        return order.finish(y, x), mean, rstd
+    how, values = cut(x, num_groups, order), order.of(x)
+    if how.is_one_group:
+        _normalise_group[how.grid](
+            p_x=values,
+            p_y=y,
+            p_mean=mean,
+            p_rstd=rstd,
+            p_weight=weight,
+            weight_stride=_stride(weight),
+            p_bias=bias,
+            bias_stride=_stride(bias),
+            eps=eps,
+            channels=how.channels,
+            pixels=how.pixels,
+            per_group=how.per_group,
+            span=how.span,
+            tiles=how.tiles,
+            chunk=how.chunk,
+            chunks=how.chunks,
+            SILU=silu,
+            CHANNELS_LAST=how.channels_last,
+            WIDE=how.wide,
+            BLOCK_C=how.block_c,
+            BLOCK_P=how.block_p,
+            num_warps=how.warps,
+            maxnreg=MOST_REGISTERS,
+        )
+        return order.finish(y, x), mean, rstd
+    partials = how.partials(x)
+    _statistics[how.grid](
+        p_x=values,
+        p_partials=partials,
+        channels=how.channels,
+        pixels=how.pixels,
+        per_group=how.per_group,
+        span=how.span,
+        tiles=how.tiles,
+        chunk=how.chunk,
+        chunks=how.chunks,
+        CHANNELS_LAST=how.channels_last,
+        WIDE=how.wide,
+        BLOCK_C=how.block_c,
+        BLOCK_P=how.block_p,
+        num_warps=how.warps,
+    )
+    if how.channels_last:
+        _moments[mean.shape](
+            p_x=values,
+            p_partials=partials,
+            p_mean=mean,
+            p_rstd=rstd,
+            eps=eps,
+            channels=how.channels,
+            pixels=how.pixels,
+            per_group=how.per_group,
+            chunk=how.chunk,
+            chunks=how.chunks,
+            CHANNELS_LAST=how.channels_last,
+            WIDE=how.wide,
+            BLOCK=how.block_partials,
+        )
+    _activate[how.grid](
+        p_x=values,
+        p_y=y,
+        p_mean=mean,
+        p_rstd=rstd,
+        p_partials=None if how.channels_last else partials,
+        p_weight=weight,
+        weight_stride=_stride(weight),
+        p_bias=bias,
+        bias_stride=_stride(bias),
+        eps=eps,
+        channels=how.channels,
+        pixels=how.pixels,
+        per_group=how.per_group,
+        span=how.span,
+        tiles=how.tiles,
+        chunk=how.chunk,
+        chunks=how.chunks,
+        SILU=silu,
+        CHANNELS_LAST=how.channels_last,
+        WIDE=how.wide,
+        BLOCK_C=how.block_c,
+        BLOCK_P=how.block_p,
+        BLOCK_PARTIALS=how.block_partials,
+        num_warps=how.warps,
+    )
     return order.finish(y, x), mean, rstd
 
 
@@ -168,11 +212,12 @@ def backward(
     rstd: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    activation: str,
-    needs: tuple[bool, bool, bool],
+    silu: bool,
+    needs_x: bool,
+    needs_weight: bool,
+    needs_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     order = Order(x)
-    needs_x, needs_weight, needs_bias = needs
     grad_x = order.result(x) if needs_x else None
     # Of an empty batch they are zero, and nothing is launched that writes them.
     new = x.new_empty if x.numel() else x.new_zeros
@@ -181,42 +226,109 @@ def backward(
     needs_parameters = grad_weight is not None or grad_bias is not None
     if x.numel() and (needs_x or needs_parameters):
         how, values, grads = cut(x, mean.shape[1], order), order.of(x), order.of(grad_output)
-        arguments = {**_parameters(weight, bias), **how.arguments(), "SILU": activation == "silu"}
         partials = how.partials(x) if needs_parameters or not how.is_one_group else None
         if how.is_one_group:
-            _group_gradient[how.grid](values, grads, mean, rstd, grad_x, partials, **arguments)
+            _group_gradient[how.grid](
+                p_x=values,
+                p_grad=grads,
+                p_mean=mean,
+                p_rstd=rstd,
+                p_grad_x=grad_x,
+                p_partials=partials,
+                p_weight=weight,
+                weight_stride=_stride(weight),
+                p_bias=bias,
+                bias_stride=_stride(bias),
+                channels=how.channels,
+                pixels=how.pixels,
+                per_group=how.per_group,
+                span=how.span,
+                tiles=how.tiles,
+                chunk=how.chunk,
+                chunks=how.chunks,
+                SILU=silu,
+                CHANNELS_LAST=how.channels_last,
+                WIDE=how.wide,
+                BLOCK_C=how.block_c,
+                BLOCK_P=how.block_p,
+                num_warps=how.warps,
+            )
         else:
-            _sums[how.grid](values, grads, mean, rstd, partials, maxnreg=MOST_REGISTERS, **arguments)
-            if needs_x:
-                terms = None
-                if order.channels_last:
-                    terms = torch.empty(*mean.shape, 2, dtype=torch.float32, device=x.device)
-                    _terms[mean.shape](
-                        partials,
-                        terms,
-                        weight,
-                        0 if weight is None else weight.stride(0),
-                        BLOCK=how.block_partials,
-                        **how.group_arguments(),
-                    )
-                _input_gradient[how.grid](
-                    values,
-                    grads,
-                    mean,
-                    rstd,
-                    grad_x,
-                    terms,
-                    partials,
-                    BLOCK_PARTIALS=how.block_partials,
-                    **arguments,
+            _sums[how.grid](
+                p_x=values,
+                p_grad=grads,
+                p_mean=mean,
+                p_rstd=rstd,
+                p_partials=partials,
+                p_weight=weight,
+                weight_stride=_stride(weight),
+                p_bias=bias,
+                bias_stride=_stride(bias),
+                channels=how.channels,
+                pixels=how.pixels,
+                per_group=how.per_group,
+                span=how.span,
+                tiles=how.tiles,
+                chunk=how.chunk,
+                chunks=how.chunks,
+                SILU=silu,
+                CHANNELS_LAST=how.channels_last,
+                WIDE=how.wide,
+                BLOCK_C=how.block_c,
+                BLOCK_P=how.block_p,
+                num_warps=how.warps,
+                maxnreg=MOST_REGISTERS,
+            )
+        if needs_x and not how.is_one_group:
+            terms = None
+            if how.channels_last:
+                terms = torch.empty(*mean.shape, 2, dtype=torch.float32, device=x.device)
+                _terms[mean.shape](
+                    p_partials=partials,
+                    p_terms=terms,
+                    p_weight=weight,
+                    weight_stride=_stride(weight),
+                    channels=how.channels,
+                    pixels=how.pixels,
+                    per_group=how.per_group,
+                    chunk=how.chunk,
+                    chunks=how.chunks,
+                    BLOCK=how.block_partials,
                 )
+            _input_gradient[how.grid](
+                p_x=values,
+                p_grad=grads,
+                p_mean=mean,
+                p_rstd=rstd,
+                p_grad_x=grad_x,
+                p_terms=terms,
+                p_partials=partials,
+                p_weight=weight,
+                weight_stride=_stride(weight),
+                p_bias=bias,
+                bias_stride=_stride(bias),
+                channels=how.channels,
+                pixels=how.pixels,
+                per_group=how.per_group,
+                span=how.span,
+                tiles=how.tiles,
+                chunk=how.chunk,
+                chunks=how.chunks,
+                SILU=silu,
+                CHANNELS_LAST=how.channels_last,
+                WIDE=how.wide,
+                BLOCK_C=how.block_c,
+                BLOCK_P=how.block_p,
+                BLOCK_PARTIALS=how.block_partials,
+                num_warps=how.warps,
+            )
         if needs_parameters:
             _parameter_gradients[(triton.cdiv(how.channels, PARAMETER_CHANNELS),)](
-                partials,
-                grad_weight,
-                grad_bias,
-                how.batch * how.chunks,
-                how.channels,
+                p_partials=partials,
+                p_grad_weight=grad_weight,
+                p_grad_bias=grad_bias,
+                rows=how.batch * how.chunks,
+                channels=how.channels,
                 BLOCK_R=PARAMETER_ROWS,
                 BLOCK_C=PARAMETER_CHANNELS,
                 num_warps=WARPS,
@@ -224,13 +336,8 @@ def backward(
     return None if grad_x is None else order.finish(grad_x, x), grad_weight, grad_bias
 
 
-def _parameters(weight: Tensor | None, bias: Tensor | None) -> dict[str, Tensor | int | None]:
-    return {
-        "p_weight": weight,
-        "weight_stride": 0 if weight is None else weight.stride(0),
-        "p_bias": bias,
-        "bias_stride": 0 if bias is None else bias.stride(0),
-    }
+def _stride(parameter: Tensor | None) -> int:
+    return 0 if parameter is None else parameter.stride(0)
 
 
 @triton.jit
