@@ -10,7 +10,6 @@ for _op in (
     "score_gap",
     "sid_loss",
     "sim_loss",
-    "reward_pixels",
 ):
     _rooms = {"reference": "kernels.reference", "cpu": "kernels.native", "triton": "ops.triton"}
     if _op not in ("sid_loss", "sim_loss"):
