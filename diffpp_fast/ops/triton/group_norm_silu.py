@@ -112,95 +112,16 @@ def forward(
     y = order.result(x)
     mean = torch.empty(x.shape[0], num_groups, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    if not x.numel():
-        return order.finish(y, x), mean, rstd
-    how, values = cut(x, num_groups, order), order.of(x)
-    if how.is_one_group:
-        _normalise_group[how.grid](
-            p_x=values,
-            p_y=y,
-            p_mean=mean,
-            p_rstd=rstd,
-            p_weight=weight,
-            weight_stride=_stride(weight),
-            p_bias=bias,
-            bias_stride=_stride(bias),
-            eps=eps,
-            channels=how.channels,
-            pixels=how.pixels,
-            per_group=how.per_group,
-            span=how.span,
-            tiles=how.tiles,
-            chunk=how.chunk,
-            chunks=how.chunks,
-            SILU=silu,
-            CHANNELS_LAST=how.channels_last,
-            WIDE=how.wide,
-            BLOCK_C=how.block_c,
-            BLOCK_P=how.block_p,
-            num_warps=how.warps,
-            maxnreg=MOST_REGISTERS,
-        )
-        return order.finish(y, x), mean, rstd
-    partials = how.partials(x)
-    _statistics[how.grid](
-        p_x=values,
-        p_partials=partials,
-        channels=how.channels,
-        pixels=how.pixels,
-        per_group=how.per_group,
-        span=how.span,
-        tiles=how.tiles,
-        chunk=how.chunk,
-        chunks=how.chunks,
-        CHANNELS_LAST=how.channels_last,
-        WIDE=how.wide,
-        BLOCK_C=how.block_c,
-        BLOCK_P=how.block_p,
-        num_warps=how.warps,
-    )
-    if how.channels_last:
-        _moments[mean.shape](
-            p_x=values,
-            p_partials=partials,
-            p_mean=mean,
-            p_rstd=rstd,
-            eps=eps,
-            channels=how.channels,
-            pixels=how.pixels,
-            per_group=how.per_group,
-            chunk=how.chunk,
-            chunks=how.chunks,
-            CHANNELS_LAST=how.channels_last,
-            WIDE=how.wide,
-            BLOCK=how.block_partials,
-        )
-    _activate[how.grid](
-        p_x=values,
-        p_y=y,
-        p_mean=mean,
-        p_rstd=rstd,
-        p_partials=None if how.channels_last else partials,
-        p_weight=weight,
-        weight_stride=_stride(weight),
-        p_bias=bias,
-        bias_stride=_stride(bias),
-        eps=eps,
-        channels=how.channels,
-        pixels=how.pixels,
-        per_group=how.per_group,
-        span=how.span,
-        tiles=how.tiles,
-        chunk=how.chunk,
-        chunks=how.chunks,
-        SILU=silu,
-        CHANNELS_LAST=how.channels_last,
-        WIDE=how.wide,
-        BLOCK_C=how.block_c,
-        BLOCK_P=how.block_p,
-        BLOCK_PARTIALS=how.block_partials,
-        num_warps=how.warps,
-    )
+    if x.numel():
+        call = _Call(order.of(x), cut(x, num_groups, order), weight, bias, silu)
+        if call.how.is_one_group:
+            call.normalise_group(y, mean, rstd, eps)
+        else:
+            partials = call.how.partials(x)
+            call.statistics(partials)
+            if order.channels_last:
+                call.moments(partials, mean, rstd, eps)
+            call.activate(y, mean, rstd, None if order.channels_last else partials, eps)
     return order.finish(y, x), mean, rstd
 
 
@@ -225,115 +146,248 @@ def backward(
     grad_bias = new(bias.shape, dtype=bias.dtype) if needs_bias and bias is not None else None
     needs_parameters = grad_weight is not None or grad_bias is not None
     if x.numel() and (needs_x or needs_parameters):
-        how, values, grads = cut(x, mean.shape[1], order), order.of(x), order.of(grad_output)
-        partials = how.partials(x) if needs_parameters or not how.is_one_group else None
-        if how.is_one_group:
-            _group_gradient[how.grid](
-                p_x=values,
-                p_grad=grads,
-                p_mean=mean,
-                p_rstd=rstd,
-                p_grad_x=grad_x,
-                p_partials=partials,
-                p_weight=weight,
-                weight_stride=_stride(weight),
-                p_bias=bias,
-                bias_stride=_stride(bias),
-                channels=how.channels,
-                pixels=how.pixels,
-                per_group=how.per_group,
-                span=how.span,
-                tiles=how.tiles,
-                chunk=how.chunk,
-                chunks=how.chunks,
-                SILU=silu,
-                CHANNELS_LAST=how.channels_last,
-                WIDE=how.wide,
-                BLOCK_C=how.block_c,
-                BLOCK_P=how.block_p,
-                num_warps=how.warps,
-            )
+        call = _Call(order.of(x), cut(x, mean.shape[1], order), weight, bias, silu)
+        grads = order.of(grad_output)
+        partials = call.how.partials(x) if needs_parameters or not call.how.is_one_group else None
+        if call.how.is_one_group:
+            call.group_gradient(grads, mean, rstd, grad_x, partials)
         else:
-            _sums[how.grid](
-                p_x=values,
-                p_grad=grads,
-                p_mean=mean,
-                p_rstd=rstd,
-                p_partials=partials,
-                p_weight=weight,
-                weight_stride=_stride(weight),
-                p_bias=bias,
-                bias_stride=_stride(bias),
-                channels=how.channels,
-                pixels=how.pixels,
-                per_group=how.per_group,
-                span=how.span,
-                tiles=how.tiles,
-                chunk=how.chunk,
-                chunks=how.chunks,
-                SILU=silu,
-                CHANNELS_LAST=how.channels_last,
-                WIDE=how.wide,
-                BLOCK_C=how.block_c,
-                BLOCK_P=how.block_p,
-                num_warps=how.warps,
-                maxnreg=MOST_REGISTERS,
-            )
-        if needs_x and not how.is_one_group:
-            terms = None
-            if how.channels_last:
-                terms = torch.empty(*mean.shape, 2, dtype=torch.float32, device=x.device)
-                _terms[mean.shape](
-                    p_partials=partials,
-                    p_terms=terms,
-                    p_weight=weight,
-                    weight_stride=_stride(weight),
-                    channels=how.channels,
-                    pixels=how.pixels,
-                    per_group=how.per_group,
-                    chunk=how.chunk,
-                    chunks=how.chunks,
-                    BLOCK=how.block_partials,
-                )
-            _input_gradient[how.grid](
-                p_x=values,
-                p_grad=grads,
-                p_mean=mean,
-                p_rstd=rstd,
-                p_grad_x=grad_x,
-                p_terms=terms,
-                p_partials=partials,
-                p_weight=weight,
-                weight_stride=_stride(weight),
-                p_bias=bias,
-                bias_stride=_stride(bias),
-                channels=how.channels,
-                pixels=how.pixels,
-                per_group=how.per_group,
-                span=how.span,
-                tiles=how.tiles,
-                chunk=how.chunk,
-                chunks=how.chunks,
-                SILU=silu,
-                CHANNELS_LAST=how.channels_last,
-                WIDE=how.wide,
-                BLOCK_C=how.block_c,
-                BLOCK_P=how.block_p,
-                BLOCK_PARTIALS=how.block_partials,
-                num_warps=how.warps,
-            )
+            call.sums(grads, mean, rstd, partials)
+            if needs_x:
+                terms = call.terms(partials, mean) if order.channels_last else None
+                call.input_gradient(grads, mean, rstd, grad_x, terms, partials)
         if needs_parameters:
-            _parameter_gradients[(triton.cdiv(how.channels, PARAMETER_CHANNELS),)](
-                p_partials=partials,
-                p_grad_weight=grad_weight,
-                p_grad_bias=grad_bias,
-                rows=how.batch * how.chunks,
-                channels=how.channels,
-                BLOCK_R=PARAMETER_ROWS,
-                BLOCK_C=PARAMETER_CHANNELS,
-                num_warps=WARPS,
-            )
+            call.parameter_gradients(partials, grad_weight, grad_bias)
     return None if grad_x is None else order.finish(grad_x, x), grad_weight, grad_bias
+
+
+class _Call:
+    """The launches of a call, each named as its kernel, and the arguments that they share."""
+
+    def __init__(self, x: Tensor, how: Cut, weight: Tensor | None, bias: Tensor | None, silu: bool) -> None:
+        self.x, self.how, self.weight, self.bias, self.silu = x, how, weight, bias, silu
+
+    def normalise_group(self, y: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> None:
+        how = self.how
+        _normalise_group[how.grid](
+            p_x=self.x,
+            p_y=y,
+            p_mean=mean,
+            p_rstd=rstd,
+            p_weight=self.weight,
+            weight_stride=_stride(self.weight),
+            p_bias=self.bias,
+            bias_stride=_stride(self.bias),
+            eps=eps,
+            channels=how.channels,
+            pixels=how.pixels,
+            per_group=how.per_group,
+            span=how.span,
+            tiles=how.tiles,
+            chunk=how.chunk,
+            chunks=how.chunks,
+            SILU=self.silu,
+            CHANNELS_LAST=how.channels_last,
+            WIDE=how.wide,
+            BLOCK_C=how.block_c,
+            BLOCK_P=how.block_p,
+            num_warps=how.warps,
+            maxnreg=MOST_REGISTERS,
+        )
+
+    def statistics(self, partials: Tensor) -> None:
+        how = self.how
+        _statistics[how.grid](
+            p_x=self.x,
+            p_partials=partials,
+            channels=how.channels,
+            pixels=how.pixels,
+            per_group=how.per_group,
+            span=how.span,
+            tiles=how.tiles,
+            chunk=how.chunk,
+            chunks=how.chunks,
+            CHANNELS_LAST=how.channels_last,
+            WIDE=how.wide,
+            BLOCK_C=how.block_c,
+            BLOCK_P=how.block_p,
+            num_warps=how.warps,
+        )
+
+    def moments(self, partials: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> None:
+        how = self.how
+        _moments[mean.shape](
+            p_x=self.x,
+            p_partials=partials,
+            p_mean=mean,
+            p_rstd=rstd,
+            eps=eps,
+            channels=how.channels,
+            pixels=how.pixels,
+            per_group=how.per_group,
+            chunk=how.chunk,
+            chunks=how.chunks,
+            CHANNELS_LAST=how.channels_last,
+            WIDE=how.wide,
+            BLOCK=how.block_partials,
+        )
+
+    def activate(self, y: Tensor, mean: Tensor, rstd: Tensor, partials: Tensor | None, eps: float) -> None:
+        how = self.how
+        _activate[how.grid](
+            p_x=self.x,
+            p_y=y,
+            p_mean=mean,
+            p_rstd=rstd,
+            p_partials=partials,
+            p_weight=self.weight,
+            weight_stride=_stride(self.weight),
+            p_bias=self.bias,
+            bias_stride=_stride(self.bias),
+            eps=eps,
+            channels=how.channels,
+            pixels=how.pixels,
+            per_group=how.per_group,
+            span=how.span,
+            tiles=how.tiles,
+            chunk=how.chunk,
+            chunks=how.chunks,
+            SILU=self.silu,
+            CHANNELS_LAST=how.channels_last,
+            WIDE=how.wide,
+            BLOCK_C=how.block_c,
+            BLOCK_P=how.block_p,
+            BLOCK_PARTIALS=how.block_partials,
+            num_warps=how.warps,
+        )
+
+    def group_gradient(
+        self, grads: Tensor, mean: Tensor, rstd: Tensor, grad_x: Tensor | None, partials: Tensor | None
+    ) -> None:
+        how = self.how
+        _group_gradient[how.grid](
+            p_x=self.x,
+            p_grad=grads,
+            p_mean=mean,
+            p_rstd=rstd,
+            p_grad_x=grad_x,
+            p_partials=partials,
+            p_weight=self.weight,
+            weight_stride=_stride(self.weight),
+            p_bias=self.bias,
+            bias_stride=_stride(self.bias),
+            channels=how.channels,
+            pixels=how.pixels,
+            per_group=how.per_group,
+            span=how.span,
+            tiles=how.tiles,
+            chunk=how.chunk,
+            chunks=how.chunks,
+            SILU=self.silu,
+            CHANNELS_LAST=how.channels_last,
+            WIDE=how.wide,
+            BLOCK_C=how.block_c,
+            BLOCK_P=how.block_p,
+            num_warps=how.warps,
+        )
+
+    def sums(self, grads: Tensor, mean: Tensor, rstd: Tensor, partials: Tensor | None) -> None:
+        how = self.how
+        _sums[how.grid](
+            p_x=self.x,
+            p_grad=grads,
+            p_mean=mean,
+            p_rstd=rstd,
+            p_partials=partials,
+            p_weight=self.weight,
+            weight_stride=_stride(self.weight),
+            p_bias=self.bias,
+            bias_stride=_stride(self.bias),
+            channels=how.channels,
+            pixels=how.pixels,
+            per_group=how.per_group,
+            span=how.span,
+            tiles=how.tiles,
+            chunk=how.chunk,
+            chunks=how.chunks,
+            SILU=self.silu,
+            CHANNELS_LAST=how.channels_last,
+            WIDE=how.wide,
+            BLOCK_C=how.block_c,
+            BLOCK_P=how.block_p,
+            num_warps=how.warps,
+            maxnreg=MOST_REGISTERS,
+        )
+
+    def terms(self, partials: Tensor | None, mean: Tensor) -> Tensor:
+        terms = torch.empty(*mean.shape, 2, dtype=torch.float32, device=mean.device)
+        how = self.how
+        _terms[mean.shape](
+            p_partials=partials,
+            p_terms=terms,
+            p_weight=self.weight,
+            weight_stride=_stride(self.weight),
+            channels=how.channels,
+            pixels=how.pixels,
+            per_group=how.per_group,
+            chunk=how.chunk,
+            chunks=how.chunks,
+            BLOCK=how.block_partials,
+        )
+        return terms
+
+    def input_gradient(
+        self,
+        grads: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        grad_x: Tensor | None,
+        terms: Tensor | None,
+        partials: Tensor | None,
+    ) -> None:
+        how = self.how
+        _input_gradient[how.grid](
+            p_x=self.x,
+            p_grad=grads,
+            p_mean=mean,
+            p_rstd=rstd,
+            p_grad_x=grad_x,
+            p_terms=terms,
+            p_partials=partials,
+            p_weight=self.weight,
+            weight_stride=_stride(self.weight),
+            p_bias=self.bias,
+            bias_stride=_stride(self.bias),
+            channels=how.channels,
+            pixels=how.pixels,
+            per_group=how.per_group,
+            span=how.span,
+            tiles=how.tiles,
+            chunk=how.chunk,
+            chunks=how.chunks,
+            SILU=self.silu,
+            CHANNELS_LAST=how.channels_last,
+            WIDE=how.wide,
+            BLOCK_C=how.block_c,
+            BLOCK_P=how.block_p,
+            BLOCK_PARTIALS=how.block_partials,
+            num_warps=how.warps,
+        )
+
+    def parameter_gradients(
+        self, partials: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None
+    ) -> None:
+        how = self.how
+        _parameter_gradients[(triton.cdiv(how.channels, PARAMETER_CHANNELS),)](
+            p_partials=partials,
+            p_grad_weight=grad_weight,
+            p_grad_bias=grad_bias,
+            rows=how.batch * how.chunks,
+            channels=how.channels,
+            BLOCK_R=PARAMETER_ROWS,
+            BLOCK_C=PARAMETER_CHANNELS,
+            num_warps=WARPS,
+        )
 
 
 def _stride(parameter: Tensor | None) -> int:
