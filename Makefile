@@ -14,16 +14,18 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # DeepSpeed without its compiled operators: what needs one builds it when it is first used.
 export DS_BUILD_OPS ?= 0
 
-.PHONY: help setup demo demo-short test test-all test-oldest sanitize emulate lint types gpu-build gpu-check docs clean
+.PHONY: help setup demo demo-short test test-all test-oldest test-matrix sanitize emulate lint types bench gpu-build gpu-check docs clean
 
 help:
 	@echo "make demo       align the emoji generator with a reward: about 5 minutes on two cores, pictures in runs/demo"
 	@echo "make test       linter, type checker, tests (no GPU needed)"
 	@echo "make test-all   the same with the slow tests"
 	@echo "make test-oldest  the operators, builds and the rehearsal with the oldest torch, Triton and Python (fetches 2.6 GB)"
+	@echo "make test-matrix  a wheel for each Python from 3.10 to 3.13 that is here, its operators tested with torch 2.11 and 2.13 (5 GB for each)"
 	@echo "make demo-short the demo cut to a minute: shows that it works, not what it can do"
 	@echo "make sanitize   the tests of the compiled operators under AddressSanitizer and UBSan"
 	@echo "make emulate    the tests of the operators on csrc's GPU kernels, thread by thread on the CPU (needs CUDA's headers)"
+	@echo "make bench      every operator measured against plain torch; BENCH='reward' or any other arguments of python -m benchmarks"
 	@echo "make gpu-build  every GPU kernel compiled for sm_80, sm_90 and sm_100: registers and spills (no GPU needed)"
 	@echo "make gpu-check  with a GPU, in 8 minutes: everything checked on it, kernels measured; REHEARSE=1 without one"
 	@echo "make docs       the documentation as a site in site/"
@@ -38,7 +40,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 # In place, next to the Python files that load it. Always asked: what it is made of (sources, torch, compilers, flags) is
-# compared in setup.py, which does nothing where nothing has changed.
+# compared in csrc/compilation.py, which does nothing where nothing has changed.
 $(LIBRARY): $(READY) FORCE
 	$(BIN)/python setup.py --quiet build_ext --inplace
 FORCE:
@@ -84,10 +86,36 @@ test-oldest:
 	cd $(OLDEST) && env -u PYTHONPATH $(MAKE) gpu-check REHEARSE=1 PYTHON=$(OLDEST_BIN)/python
 	$(OLDEST_RUN) $(OLDEST_BIN)/python setup.py --quiet build_ext --inplace
 	$(OLDEST_RUN) $(OLDEST_BIN)/python -m pytest $(WORKERS) -m "not slow" $(addprefix tests/,$(OLDEST_TESTS))
-	$(OLDEST_RUN) $(OLDEST_BIN)/python -m diffpp_fast.bench.gpu_build $(if $(shell command -v nvcc),,--no-csrc)
+	$(OLDEST_RUN) $(OLDEST_BIN)/python -m benchmarks.gpu_build $(if $(shell command -v nvcc),,--no-csrc)
 	env -u PYTHONPATH $(OLDEST_BIN)/python -m pytest tests/test_packaging.py tests/test_build.py
 	DIFFPP_FAST_CUDA=0 $(OLDEST_310)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall ./$(OLDEST)
 	cd $(OLDEST)/tests && env -u PYTHONPATH $(OLDEST_310)/python installed.py && $(OLDEST_310)/diffpp-fast --help > /dev/null
+
+# One wheel for each Python that is here, built with the oldest torch: its library serves every torch by the stable ABI, so the same
+# wheel is tested with each. The tests run on a copy without the package, so that they can't import the tree's. One cell of the
+# matrix: MATRIX_PYTHONS=3.12 MATRIX_TORCHES=2.13.0; where a CPU build of torch lies: MATRIX_PIP="--extra-index-url URL".
+MATRIX_PYTHONS ?= 3.10 3.11 3.12 3.13
+MATRIX_TORCHES ?= 2.11.0 2.13.0
+MATRIX_PIP ?=
+MATRIX_VENVS ?= $(VENV)-matrix
+MATRIX_PACKAGES := numpy pytest pytest-xdist hypothesis safetensors pillow "setuptools>=70.1" "pybind11>=2.13"
+MATRIX_TESTS := tests/test_noise.py tests/test_dispatch.py $(wildcard tests/test_ops_*.py)
+test-matrix: $(addprefix matrix-,$(MATRIX_PYTHONS))
+matrix-%: python = $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/$*.*/bin/python)),$(shell command -v python$*))
+matrix-%: bin = $(abspath $(MATRIX_VENVS)/$*/bin)
+matrix-%: folder = build/matrix/$*
+matrix-%: FORCE
+	if test -z "$(python)"; then echo "no Python $*: left out"; exit 0; fi; set -e; \
+	test -x $(bin)/python || $(python) -m venv $(MATRIX_VENVS)/$*; \
+	rm -rf $(folder) && mkdir -p $(folder) && cp -R tests benchmarks examples docs pyproject.toml $(folder); \
+	for torch in $(MATRIX_TORCHES); do \
+	  $(bin)/python -m pip install --quiet $(MATRIX_PIP) torch==$$torch $(MATRIX_PACKAGES); \
+	  test -d $(folder)/wheel || DIFFPP_FAST_CUDA=0 $(bin)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(folder)/wheel .; \
+	  $(bin)/python -m pip install --quiet --no-deps --force-reinstall $(folder)/wheel/*.whl; \
+	  echo "Python $*, torch $$torch:"; \
+	  (cd $(folder) && PYTHONPATH=. $(bin)/python tests/installed.py && \
+	    PYTHONPATH=. $(bin)/python -m pytest $(WORKERS) -m "not slow" -p no:cacheprovider $(MATRIX_TESTS)); \
+	done
 
 # A copy of the package with an instrumented library; leaks are Python's own at exit.
 SANITIZED := build/sanitized
@@ -113,14 +141,19 @@ emulate: $(READY)
 	  -m "not slow" -k "not compiles and not reference and not far_apart and not every_magnitude" \
 	  $(foreach op,add_noise denoising_loss score_gap reward_pixels group_norm_silu,test_native_$(op).py test_ops_$(op).py) test_noise.py
 
+# Any arguments of `python -m benchmarks`.
+BENCH ?= kernels
+bench: $(LIBRARY)
+	$(BIN)/python -m benchmarks $(BENCH)
+
 # BUDGET=write records what the kernels take now.
 BUDGET ?= check
 gpu-build: $(LIBRARY)
-	env -u TRITON_INTERPRET $(BIN)/python -m diffpp_fast.bench.gpu_build --budget $(BUDGET)
+	env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.gpu_build --budget $(BUDGET)
 
 # A machine with a GPU may have no network: where PYTHON has what it takes, that is used as it is. Options: GPU_CHECK.
 GPU_READY := import torch, triton, sys; sys.exit(not (torch.cuda.is_available() or "$(REHEARSE)"))
-GPU_RUN := -m diffpp_fast.bench.gpu_check $(if $(REHEARSE),--rehearse) $(GPU_CHECK)
+GPU_RUN := -m benchmarks.gpu_check $(if $(REHEARSE),--rehearse) $(GPU_CHECK)
 gpu-check:
 	if $(PYTHON) -c '$(GPU_READY)' 2> /dev/null; then PYTHONPATH=.:$$PYTHONPATH $(PYTHON) $(GPU_RUN); \
 	else $(MAKE) setup && $(BIN)/python $(GPU_RUN); fi
@@ -139,4 +172,4 @@ $(MATHJAX)/tex-chtml.js:
 	cp build/mathjax/package/es5/tex-chtml.js $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest* build dist site *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest* $(VENV)-matrix build dist site *.egg-info

@@ -13,6 +13,9 @@ from diffpp_fast.kernels.reference import philox as definition
 from diffpp_fast.kernels.reference.philox import Address
 from diffpp_fast.philox import signed
 
+#: The streams that no code of this package draws from, nor ever will: they are the users' own. The package's are the
+#: others, of which it uses 0 to 9.
+USER_STREAMS = range(10, 2**31)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -32,7 +35,8 @@ class Noise:
             patterns, so -1 is 2^64 - 1. Overwriting the tensor in place moves the address, which is how a captured
             CUDA graph replays with fresh noise.
         stream: what the numbers are for, in [0, 2^32): 0 latents, 1 diffusion noise, 2 timesteps, 3 prompt order,
-            4 to 9 other uses of networks and methods (docs/randomness.md), 10 and up free.
+            4 to 9 other uses of networks and methods (docs/randomness.md). `USER_STREAMS`, 10 to 2^31 - 1, are the
+            users'; those above are the package's again.
 
     Raises:
         TypeError: `samples` is not an int64 tensor, or `seed` or `stream` not an integer.

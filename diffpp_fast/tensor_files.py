@@ -7,9 +7,9 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,17 +68,20 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         place = self.places[name]
-        data = bytearray(place.end - place.begin)
+        return self.elements(name, 0, torch.Size(place.shape).numel()).reshape(place.shape)
+
+    def elements(self, name: str, start: int, count: int) -> Tensor:
+        """Return elements [start, start + count) of a flattened tensor, [count]; no others are read."""
+        place = self.places[name]
+        data = bytearray(count * place.dtype.itemsize)
         with place.path.open("rb", buffering=0) as file:
-            file.seek(place.begin)
+            file.seek(place.begin + start * place.dtype.itemsize)
             view = memoryview(data)
             while view and (count := file.readinto(view)):
                 view = view[count:]
         if view:
             raise ValueError(f"{place.path} has become shorter while it was read")
-        if not data:
-            return torch.empty(place.shape, dtype=place.dtype)
-        return torch.frombuffer(data, dtype=place.dtype).reshape(place.shape)
+        return torch.frombuffer(data, dtype=place.dtype) if data else torch.empty(0, dtype=place.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -168,58 +171,80 @@ def write_tensors(path: Path, tensors: Mapping[str, Planned]) -> None:
 
     Raises OSError where the disk fails, and ValueError where a tensor is not what was planned.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     # Wider elements first keep every tensor aligned, as the format's own writer has it.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    end = 0
-    for name in order:
-        begin, end = end, end + tensors[name].dtype.itemsize * torch.Size(tensors[name].shape).numel()
-        planned = tensors[name]
-        header[name] = {
-            "dtype": _DTYPES[planned.dtype],
-            "shape": list(planned.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+    with TensorWriter(path, [(name, tensors[name].dtype, tensors[name].shape) for name in order]) as writer:
         for name in order:
-            # In a function of its own, which drops each tensor before the next one is made.
-            _write(file, name, tensors[name])
+            # No variable keeps a tensor while the next one is made.
+            writer.write(tensors[name].make())
+
+
+class TensorWriter:
+    """Writes a safetensors file tensor by tensor, in the order that was announced.
+
+    The header comes first in this format and holds every position, so that shapes have to be known beforehand.
+
+    Args:
+        path: of the file; replaced if there is one.
+        tensors: name, dtype and shape of each.
+    """
+
+    def __init__(self, path: Path, tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._announced = list(tensors)
+        end = 0
+        for name, dtype, shape in self._announced:
+            begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+            header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data are aligned, as safetensors itself writes them
+        self._file = path.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._announced.reverse()
+
+    def write(self, tensor: Tensor) -> None:
+        """Append the next of the announced tensors; raise ValueError where it is another one."""
+        name, dtype, shape = self._announced.pop()
+        if (tensor.dtype, tuple(tensor.shape)) != (dtype, tuple(shape)):
+            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, planned as {list(shape)}")
+        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
 
 
 def _places(path: Path) -> dict[str, Place]:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt"):  # checks the header, and that the file is whole
-            pass
+        size = path.stat().st_size
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= size - 8:
+                raise ValueError("the header is longer than the file")
             header: dict[str, Any] = json.loads(file.read(length))
-    except (SafetensorError, OSError) as error:
+        header.pop("__metadata__", None)
+        unknown = sorted({facts["dtype"] for facts in header.values()} - _NAMED.keys())
+        if not unknown:
+            return _checked(path, header, 8 + length, size)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(_unreadable(path, f"can't be read as safetensors: {error}. Is it whole?")) from error
-    header.pop("__metadata__", None)
-    unknown = sorted({facts["dtype"] for facts in header.values()} - _NAMED.keys())
-    if unknown:
-        raise ValueError(f"{path} holds tensors of {', '.join(unknown)}, which are not read here: quantised weights?")
-    return {
-        name: Place(
-            path,
-            _NAMED[facts["dtype"]],
-            tuple(facts["shape"]),
-            *(8 + length + offset for offset in facts["data_offsets"]),
-        )
-        for name, facts in header.items()
-    }
+    raise ValueError(f"{path} holds tensors of {', '.join(unknown)}, which are not read here: quantised weights?")
 
 
-def _write(file: IO[bytes], name: str, planned: Planned) -> None:
-    tensor = planned.make()
-    if (tensor.dtype, tuple(tensor.shape)) != (planned.dtype, tuple(planned.shape)):
-        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, planned as {list(planned.shape)}")
-    file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+def _checked(path: Path, header: Mapping[str, Any], begin: int, size: int) -> dict[str, Place]:
+    """Return where tensors lie, if they fill the file from `begin` to its end, without gaps."""
+    places, end = {}, begin
+    for name, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = _NAMED[facts["dtype"]], tuple(facts["shape"])
+        first, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        if [begin + offset for offset in facts["data_offsets"]] != [first, end]:
+            raise ValueError(f"{name} does not lie where the tensor before it ends")
+        places[name] = Place(path, dtype, shape, first, end)
+    if end != size:
+        raise ValueError(f"it has {size} bytes, and its tensors end at {end}")
+    return places
 
 
 def _plain_names(names: Mapping[str, str]) -> dict[str, str]:

@@ -1,8 +1,11 @@
 """What every test starts from, and the two rules they share: one for low precision, one for memory layouts."""
 
 import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,15 +13,26 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads this when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Not the user's; `datasets` reads this when it is imported, in started processes, too.
+_cache = tempfile.TemporaryDirectory(prefix="diffpp_fast-tests-")
+os.environ.setdefault("HF_DATASETS_CACHE", _cache.name)
 
-import hypothesis
+# `benchmarks` is not installed with the package. Last, so that the package under test stays the one that is.
+ROOT = str(Path(__file__).parent.parent)
+sys.path.append(ROOT)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), ROOT)))
+
 import pytest
 from torch import Tensor
 
 from diffpp_fast import backends, use_backend
 
-hypothesis.settings.register_profile("suite", max_examples=20, deadline=None, derandomize=True)
-hypothesis.settings.load_profile("suite")
+# The checks on a GPU do without it.
+with suppress(ImportError):
+    import hypothesis
+
+    hypothesis.settings.register_profile("suite", max_examples=20, deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("suite")
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.clone(),
@@ -45,12 +59,18 @@ def reproducible() -> Iterator[None]:
 ON_GPU = ("triton", "cuda") if torch.cuda.is_available() else ()
 
 
-@pytest.fixture(params=["reference", "cpu", *ON_GPU])
+@pytest.fixture(params=["reference", "cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_GPU)])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs every test of an operator's file once on each backend that serves the CPU; one that was not built fails."""
     name: str = request.param
     with use_backend(name), torch.device("cuda") if name in ON_GPU else nullcontext():
         yield name
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the tests of Triton's kernels, which run where the GPU is."""
+    if ON_GPU and "triton_backend" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.gpu)
 
 
 @pytest.hookimpl(wrapper=True)

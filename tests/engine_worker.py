@@ -1,6 +1,6 @@
 """One of several processes that train small networks by every engine; tests/test_engines.py starts it and reads on.
 
-python engine_worker.py CASE FOLDER
+python engine_worker.py FOLDER KINDS
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SETTINGS = config.Optimizer(
     schedule="cosine",
     final_lr=0.1,
 )
-EMA = config.Ema(decay=0.8, warmup=True)
+EMA = config.EmaSection(decay=0.8, warmup=True)
 UPDATES, SAMPLES, MICRO_BATCH = 10, 8, 2
 #: Small enough that every stage fills several.
 BUCKETS: dict[str, Any] = {"reduce_bucket_size": 64, "allgather_bucket_size": 64, "prefetch_bucket_size": 64}
@@ -271,7 +271,47 @@ def in_turns(generator: Any, fake: Any, reference: nn.Module, world: World) -> N
         generator.step()
 
 
+def private_names(world: World) -> None:
+    """DeepSpeed as it is, without this package's engines, which would fail on the first missing name."""
+    from diffpp_fast.training.engines.deepspeed import import_deepspeed, zero_config
+    from diffpp_fast.training.engines.zero import PRIVATE
+
+    deepspeed = import_deepspeed(world)
+    made = {}
+    for stage in (1, 2, 3):
+        layer = nn.Linear(3, 3)
+        written = zero_config(config.Zero(stage=stage), bfloat16=False, clip=None, nvme_path=None)
+        optimizer = torch.optim.AdamW(layer.parameters())
+        engine, *_ = deepspeed.initialize(model=layer, optimizer=optimizer, config=written, dist_init_required=False)
+        made[stage] = engine, engine.optimizer, layer.weight
+    owners: dict[str, list[Any]] = {
+        "deepspeed.ops": [deepspeed.ops],
+        "the engine": [engine for engine, _, _ in made.values()],
+        "the optimizer of stages 1 and 2": [made[1][1], made[2][1]],
+        "a weight of stages 1 and 2": [made[1][2], made[2][2]],
+        "a weight's mapping": [getattr(made[stage][2], "_hp_mapping", None) for stage in (1, 2)],
+        "the optimizer of stage 2": [made[2][1]],
+        "the optimizer of stage 3": [made[3][1]],
+        "a weight of stage 3": [made[3][2]],
+    }
+    missing = [
+        f"{name} of {owner}"
+        for owner, names in PRIVATE.items()
+        for name in names
+        if not all(hasattr(found, name) for found in owners[owner])
+    ]
+    assert not missing, (
+        f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}, which diffpp_fast/training/engines/zero.py "
+        "uses: change that file, and nothing else"
+    )
+
+
 def main() -> None:
+    if sys.argv[1] == "private":
+        world = World.join("cpu")
+        private_names(world)
+        world.close()
+        return
     folder, kinds = Path(sys.argv[1]), sys.argv[2].split(",")
     world = World.join("cpu")
     torch.set_num_threads(1)

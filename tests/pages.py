@@ -11,8 +11,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 PAGES = tuple(
     str(path.relative_to(ROOT))
-    for pattern in ("README.md", "docs/**/*.md", "examples/**/README.md", "benchmarks/README.md")
+    for pattern in ("*.md", "docs/**/*.md", "examples/**/README.md", "benchmarks/README.md", "tests/README.md")
     for path in sorted(ROOT.glob(pattern))
+    if path.name != "CHANGELOG.md"  # tells what was
 )
 
 

@@ -1,4 +1,4 @@
-"""`diffpp-fast bench kernels`: its cases, its gate, its statistics, and what it writes."""
+"""`python -m benchmarks kernels`: its cases, its gate, its statistics, and what it writes."""
 
 from __future__ import annotations
 
@@ -17,20 +17,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import gate as judges
+from benchmarks import timing
+from benchmarks.__main__ import main
+from benchmarks.backends import PREDICTION_TYPES
+from benchmarks.cases import Case, Inputs, all_cases, choose, make_inputs
+from benchmarks.gate import Gate, Provider, standard_normal
+from benchmarks.kernels import KernelOutcome, compare, text_table
+from benchmarks.memory import peak_of_released, peak_temporary_bytes
+from benchmarks.timing import LEAST_ROUNDS, ROUNDS, Contender, Timing, interleave
 from diffpp_fast import provenance
-from diffpp_fast.bench import machine, providers
-from diffpp_fast.bench.cases import Case, all_cases, choose
-from diffpp_fast.bench.gate import Gate, standard_normal
-from diffpp_fast.bench.memory import peak_of_released, peak_temporary_bytes
-from diffpp_fast.bench.operators import make_inputs, result_names
-from diffpp_fast.bench.providers import Provider
-from diffpp_fast.bench.results import compare
-from diffpp_fast.bench.run import Record
-from diffpp_fast.bench.tables import text_table
-from diffpp_fast.bench.timing import LEAST_ROUNDS, ROUNDS, Contender, Timing, interleave
-from diffpp_fast.cli.main import main
 from diffpp_fast.kernels import dispatch
-from diffpp_fast.kernels.reference.prediction import PREDICTION_TYPES
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -77,15 +74,15 @@ def test_the_traffic_names_the_inputs_the_gradients_and_their_sizes(case: Case) 
     forward, _, backward = case.traffic.partition(";")
     reads = forward.partition("->")[0].split()
     results = backward.partition("->")[2].split()
-    arguments = {**inputs.unfused, **inputs.fused}
+    arguments = {**inputs.unfused, **inputs.call.arguments}
     for name in reads:
         assert arguments[name].nbytes == 4 * case.elements(name)
     assert case.bytes_read(4) == sum(arguments[name].nbytes for name in reads)
-    large = [name for name in inputs.wrt if arguments[name].numel() == case.elements(name)]
+    large = [name for name in inputs.call.wrt if arguments[name].numel() == case.elements(name)]
     assert results == [f"grad_{name}" for name in large]
-    if inputs.outer is not None and inputs.outer.dim() > 1:
+    if inputs.call.outer is not None and inputs.call.outer.dim() > 1:
         (outer,) = (name for name in backward.partition("->")[0].split() if name.startswith("grad_"))
-        assert inputs.outer.nbytes == 4 * case.elements(outer)
+        assert inputs.call.outer.nbytes == 4 * case.elements(outer)
 
 
 @pytest.mark.parametrize(
@@ -133,9 +130,10 @@ def test_cases_with_the_same_unfused_code_are_neighbours() -> None:
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_baselines_and_reference_equal_float64(case: Case, dtype: torch.dtype) -> None:
-    judge = gate(case, dtype)
-    assert judge.failure(providers.eager(case)) is None
-    assert judge.failure(providers.backend(case, "reference")) is None
+    inputs = make_inputs(case, dtype, CPU)
+    judge = Gate(case, dtype, CPU, inputs)
+    assert judge.failure(judges.eager(case)) is None
+    assert judge.failure(judges.backend(case, inputs, "reference")) is None
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -143,12 +141,12 @@ def test_baselines_and_reference_equal_float64(case: Case, dtype: torch.dtype) -
 def test_baselines_know_every_prediction_type(op: str, prediction_type: str) -> None:
     case = find(op, "stored")._replace(prediction_type=prediction_type)
     inputs = make_inputs(case, torch.float32, CPU)
-    assert Gate(case, torch.float32, CPU, inputs).failure(providers.eager(case)) is None
+    assert Gate(case, torch.float32, CPU, inputs).failure(judges.eager(case)) is None
     # And the cases tell the types apart.
     for other in set(PREDICTION_TYPES) - {prediction_type}:
         misled = replace(inputs, unfused={**inputs.unfused, "prediction_type": other})
         judge = Gate(case, torch.float32, CPU, misled)
-        assert judge.failure(providers.eager(case)) is not None
+        assert judge.failure(judges.eager(case)) is not None
 
 
 class Skewed(torch.autograd.Function):
@@ -183,8 +181,10 @@ def one_element(x: Tensor) -> Tensor:
 def test_the_gate_catches_a_wrong_provider(damage: Callable[[Tensor], Any], message: str) -> None:
     # Of this many elements, a single wrong one is lost in the norm of the error.
     case = find("add_noise", "drawn")._replace(shape=(2, 4, 400, 400))
-    right = providers.backend(case, "reference")
-    failure = gate(case).failure(replace(right, forward=lambda **arguments: damage(right.forward(**arguments))))
+    inputs = make_inputs(case, torch.float32, CPU)
+    right = judges.backend(case, inputs, "reference")
+    damaged = replace(right, forward=lambda **arguments: damage(right.forward(**arguments)))
+    failure = Gate(case, torch.float32, CPU, inputs).failure(damaged)
     assert failure is not None
     assert message in failure
 
@@ -192,7 +192,7 @@ def test_the_gate_catches_a_wrong_provider(damage: Callable[[Tensor], Any], mess
 @pytest.mark.parametrize("place", range(4))
 def test_the_gate_looks_at_every_result(place: int) -> None:
     case = find("score_gap", "stored")
-    right = providers.eager(case)
+    right = judges.eager(case)
 
     def forward(**arguments: Any) -> tuple[Tensor, ...]:
         outputs = list(right.forward(**arguments))
@@ -201,7 +201,8 @@ def test_the_gate_looks_at_every_result(place: int) -> None:
 
     failure = gate(case).failure(replace(right, forward=forward))
     assert failure is not None
-    assert failure.startswith(f"{result_names(case)[place]} has shape [1")
+    names = make_inputs(case, torch.float32, CPU).call.names
+    assert failure.startswith(f"{names[place]} has shape [1")
 
 
 def test_drawn_noise_has_to_be_standard_normal() -> None:
@@ -228,7 +229,8 @@ class Machine:
     """A pretended clock: every contender takes its own seconds per call."""
 
     def __init__(self, seconds: dict[str, float]) -> None:
-        self.now, self.blocks = 0.0, []
+        self.now = 0.0
+        self.blocks: list[Any] = []
         self.contenders = [Contender(name, self._call(name, cost)) for name, cost in seconds.items()]
 
     def _call(self, name: str, cost: float) -> Callable[[], None]:
@@ -284,22 +286,23 @@ def test_peak_memory_of_a_step() -> None:
     assert dict(os.environ) == environment
 
 
-def record(provider: str, milliseconds: float | None, **options: Any) -> Record:
+def outcome(provider: str, milliseconds: float | None, **options: Any) -> KernelOutcome:
     timing = None if milliseconds is None else Timing((milliseconds / 1e3,) * 5, 1)
-    return Record(choose(None, ["sd15-b1"])[0], torch.float32, 1, provider, 10**6, timing=timing, **options)
+    case = choose(None, ["sd15-b1"])[0]
+    return KernelOutcome(provider, case=case, dtype=torch.float32, threads=1, bytes=10**6, timing=timing, **options)
 
 
 def test_rows_that_lose_to_eager_or_compile_are_marked() -> None:
-    base = [record("eager", 2.0), record("compile", 1.0), record("copy", 0.25)]
-    (row,) = compare([*base, record("cpu", 1.6)])
+    base = [outcome("eager", 2.0), outcome("compile", 1.0), outcome("copy", 0.25)]
+    (row,) = compare([*base, outcome("cpu", 1.6)])
     assert (row.x_eager, row.x_compile) == (pytest.approx(1.25), pytest.approx(0.625))
     assert row.slower
-    (faster,) = compare([*base, record("cpu", 0.5)])
+    (faster,) = compare([*base, outcome("cpu", 0.5)])
     assert not faster.slower
-    (absent,) = compare([*base, record("cpu", None, left_out="not compiled")])
+    (absent,) = compare([*base, outcome("cpu", None, left_out="not compiled")])
     assert absent.backend is None
-    wrong = record("cpu", None, wrong="output is not finite")
-    lines = text_table([[*base, record("cpu", 1.6)], [*base, record("cpu", 0.5)], [*base, wrong]]).splitlines()
+    wrong = outcome("cpu", None, wrong="output is not finite")
+    lines = text_table([[*base, outcome("cpu", 1.6)], [*base, outcome("cpu", 0.5)], [*base, wrong]]).splitlines()
     assert [line.endswith("slower") for line in lines] == [False, True, False, False]
     assert lines[2].split()[-6:] == ["cpu", "0.500", "4.00", "2.00", "2.0", "50"]
     assert "wrong" in lines[3]
@@ -307,14 +310,14 @@ def test_rows_that_lose_to_eager_or_compile_are_marked() -> None:
 
 # The command
 
-QUICK = ["bench", "kernels", "--no-compile", "--min-time", "0.001", "--threads", "1"]
+QUICK = ["kernels", "--no-compile", "--min-time", "0.001", "--threads", "1"]
 PAGE = """# Performance
 
 Before.
 
-<!-- diffpp-fast bench kernels, cpu: begin -->
+<!-- python -m benchmarks kernels, cpu: begin -->
 old
-<!-- diffpp-fast bench kernels, cpu: end -->
+<!-- python -m benchmarks kernels, cpu: end -->
 
 After.
 """
@@ -365,13 +368,13 @@ def test_a_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_wrong_provider_is_reported_and_not_timed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = providers.backend
+    backend = judges.backend
 
-    def wrong(case: Case, name: str) -> Provider:
-        right = backend(case, name)
+    def wrong(case: Case, inputs: Inputs, name: str) -> Provider:
+        right = backend(case, inputs, name)
         return replace(right, forward=lambda **arguments: 1.01 * right.forward(**arguments))
 
-    monkeypatch.setattr(providers, "backend", wrong)
+    monkeypatch.setattr(judges, "backend", wrong)
     arguments = ["--ops", "add_noise", "--sizes", "sd15-b1", "--backends", "reference", "--out", str(tmp_path)]
     assert main([*QUICK, *arguments, "--device", "cpu"]) == 1
     printed = capsys.readouterr().out
@@ -385,10 +388,10 @@ def test_a_wrong_provider_is_reported_and_not_timed(
 def test_a_provider_that_raises_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(case: Case, name: str) -> Provider:
+    def broken(case: Case, inputs: Inputs, name: str) -> Provider:
         return Provider(name, lambda **arguments: 1 / 0, takes_operator_arguments=True)
 
-    monkeypatch.setattr(providers, "backend", broken)
+    monkeypatch.setattr(judges, "backend", broken)
     arguments = ["--ops", "philox", "--sizes", "sd15-b1", "--backends", "reference", "--out", str(tmp_path)]
     assert main([*QUICK, *arguments, "--device", "cpu"]) == 1
     assert "reference is wrong: ZeroDivisionError: division by zero" in capsys.readouterr().out
@@ -421,7 +424,7 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
         (["--docs", "missing.md"], "--docs missing.md: No such file"),
         (
             ["--docs", "page.md"],
-            "write these two lines where they are to be:\n<!-- diffpp-fast bench",
+            "write these two lines where they are to be:\n<!-- python -m benchmarks",
         ),
         (["--out", "page.md"], "--out page.md: it is a file; name a folder"),
     ],
@@ -435,21 +438,21 @@ def test_what_the_user_can_mend_is_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("page.md").write_text("# No place for tables\n")
-    assert main(["bench", "kernels", "--device", "cpu", *arguments]) == 2
+    assert main(["kernels", "--device", "cpu", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "kernels", "--device", "cuda"]) == 2
+    assert main(["kernels", "--device", "cuda"]) == 2
     assert "--device cuda: PyTorch finds no GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--min-time", "0"], ["--ops", ","]])
 def test_what_is_no_argument_at_all(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit:
-        main(["bench", "kernels", *arguments])
+        main(["kernels", *arguments])
     assert exit.value.code == 2
 
 
@@ -459,7 +462,7 @@ def test_outside_a_checkout_there_is_no_commit(tmp_path: Path, monkeypatch: pyte
         if arguments:
             subprocess.run(["git", *arguments], cwd=folder, check=True)
     monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "package")
-    found = machine.provenance(CPU)
+    found = timing.provenance(CPU)
     assert (found.commit, found.dirty) == ("", "")
 
 
@@ -468,7 +471,7 @@ def test_compile_passes_the_gate_and_leaves_no_trace() -> None:
     import torch._inductor.config
 
     before = torch._inductor.config.fallback_random, torch._inductor.config.cpp.threads
-    with providers.compiler(CPU, 1):
+    with judges.compiler(CPU, 1):
         for case in (find("philox", "drawn"), find("add_noise", "drawn"), find("sid_loss", "stored")):
-            assert gate(case).failure(providers.compiled(case)) is None
+            assert gate(case).failure(judges.compiled(case)) is None
     assert (torch._inductor.config.fallback_random, torch._inductor.config.cpp.threads) == before

@@ -1,4 +1,4 @@
-"""`diffpp-fast bench reward`: its gate, its phases, what it counts and what it writes."""
+"""`python -m benchmarks reward`: its gate, its phases, what it counts and what it writes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffpp_fast.bench import gpu_check, reward_path
-from diffpp_fast.bench.memory import kept_bytes
-from diffpp_fast.bench.reward_path import MODELS, PHASES, PROVIDERS, TOWERS, Networks, run_phases
-from diffpp_fast.bench.reward_path import Path as RewardPath
-from diffpp_fast.cli.main import main
+from benchmarks import gpu_check, gpu_session, reward
+from benchmarks.__main__ import main
+from benchmarks.memory import kept_bytes
+from benchmarks.reward import MODELS, PHASES, PROVIDERS, TOWERS, PathNetworks, RewardPath, run_phases
 
 CPU = torch.device("cpu")
 
@@ -29,13 +28,13 @@ def least(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TOWERS, "cpu", tower)
 
 
-def plan(**changes: Any) -> reward_path.Plan:
+def plan(**changes: Any) -> reward.NetworkPlan:
     chosen: dict[str, Any] = {"batch": 2, "latent": None, "dtype": None, "names": None, "compile": False, "rounds": 2}
-    return reward_path.plan("small", device=CPU, **chosen | changes)
+    return reward.plan(model="small", device=CPU, **chosen | changes)
 
 
 def run(out: Path, *arguments: str) -> int:
-    return main(["bench", "reward", "--model", "small", "--no-compile", "--rounds", "2", "--out", str(out), *arguments])
+    return main(["reward", "--model", "small", "--no-compile", "--rounds", "2", "--out", str(out), *arguments])
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -44,7 +43,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def test_phases_give_the_gradient_of_the_whole() -> None:
-    networks = Networks(plan(dtype=torch.float64))
+    networks = PathNetworks(plan(dtype=torch.float64))
     for name in ("eager", "eager-checkpoint", "fused", "fused-checkpoint"):
         path = PROVIDERS[name](networks)
         latents = networks.latents.clone().requires_grad_()
@@ -56,7 +55,7 @@ def test_phases_give_the_gradient_of_the_whole() -> None:
 
 def test_a_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
-    marks = [f"<!-- diffpp-fast bench reward, cpu-small: {edge} -->" for edge in ("begin", "end")]
+    marks = [f"<!-- python -m benchmarks reward, cpu-small: {edge} -->" for edge in ("begin", "end")]
     page.write_text(f"Before.\n{marks[0]}\nold\n{marks[1]}\nAfter.\n")
     assert run(tmp_path / "out", "--device", "cpu", "--docs", str(page)) == 0
     rows = rows_of(tmp_path / "out" / "reward-path-cpu-small.csv")
@@ -80,7 +79,7 @@ def test_a_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_wrong_provider_is_reported_and_not_timed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoilt(decode: Callable[[Tensor], Tensor]) -> Callable[[Networks], RewardPath]:
+    def spoilt(decode: Callable[[Tensor], Tensor]) -> Callable[[PathNetworks], RewardPath]:
         return lambda networks: PROVIDERS["eager"](networks)._replace(decode=decode)
 
     right = PROVIDERS["fused"]
@@ -139,8 +138,7 @@ def test_what_the_user_can_mend_is_said(
 def test_gpu_check_leaves_the_reward_path_out_without_its_packages(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = gpu_check.importlib.util.find_spec
-    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None if name == "diffusers" else find(name))
-    gpu_check.main(["--rehearse", "--ops", "add_noise", "--out", str(tmp_path), "--seconds", "0"])
-    said = capsys.readouterr().out
-    assert "reward path, eager and fused: left out, for diffusers is not installed" in said
+    monkeypatch.setattr(gpu_check, "_missing", lambda *packages: [name for name in packages if name == "diffusers"])
+    session = gpu_session.Session(rehearse=True, ops=["add_noise"], out=tmp_path)
+    gpu_check._measure_reward_path(session, "eager and fused")
+    assert "reward path, eager and fused: left out, for diffusers is not installed" in capsys.readouterr().out

@@ -1,8 +1,7 @@
-"""`diffpp-fast bench step`: gate, search for a batch, phases, what it writes, and its place in gpu-check."""
+"""`python -m benchmarks step`: gate, search for a batch, phases, what it writes, and its place in gpu-check."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,23 +12,33 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffpp_fast.bench import gpu_check, step, step_tables
-from diffpp_fast.bench.fill import extrapolated, largest
-from diffpp_fast.bench.phases import PHASES, ROLES, WHOLE, Marks, no_time
-from diffpp_fast.bench.reward_path import TOWERS
-from diffpp_fast.bench.step import COMMON, OWN, Record, Results, Run
-from diffpp_fast.bench.step_gate import Oracle, complaints
-from diffpp_fast.bench.step_networks import Networks, Trained, resident_bytes, twin
-from diffpp_fast.bench.step_providers import PROVIDERS, Fused, Provider, Unfused, balanced_scale, differentiate
-from diffpp_fast.bench.timing import Timing
-from diffpp_fast.cli import bench
-from diffpp_fast.cli.main import main
+from benchmarks import gpu_check, gpu_session, step, step_tables, tables
+from benchmarks.__main__ import main, make_parser
+from benchmarks.memory import extrapolated, largest
+from benchmarks.reward import TOWERS, NetworkPlan, complaints
+from benchmarks.step import COMMON, OWN, StepOutcome, StepResults, StepRun
+from benchmarks.step_gate import Oracle
+from benchmarks.step_networks import StepNetworks, Trained, resident_bytes, twin
+from benchmarks.step_providers import (
+    PHASES,
+    PROVIDERS,
+    ROLES,
+    WHOLE,
+    Fused,
+    Marks,
+    StepProvider,
+    Unfused,
+    balanced_scale,
+    differentiate,
+    no_time,
+)
+from benchmarks.timing import Timing
 from diffpp_fast.methods import Batch
 
 CPU = torch.device("cpu")
 #: All that neither compiles nor wants much time.
 NAMES = ["eager", "eager-nhwc", "eager-checkpoint", "fused", "fused-nhwc", "fused-checkpoint"]
-MARKS = [f"<!-- diffpp-fast bench step, cpu-tiny: {edge} -->" for edge in ("begin", "end")]
+MARKS = [f"<!-- python -m benchmarks step, cpu-tiny: {edge} -->" for edge in ("begin", "end")]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,20 +51,20 @@ def least() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def networks(least: None) -> Networks:
-    networks = Networks("tiny", 8, torch.float32, CPU)
+def networks(least: None) -> StepNetworks:
+    networks = StepNetworks("tiny", 8, torch.float32, CPU)
     networks.reward_scale = balanced_scale(networks)
     return networks
 
 
-def plan(**changes: Any) -> step.Plan:
+def plan(**changes: Any) -> NetworkPlan:
     chosen: dict[str, Any] = {"batch": 2, "dtype": None, "names": None, "compile": False, "rounds": 2}
-    return step.plan("tiny", device=CPU, **chosen | changes)
+    return step.plan(model="tiny", device=CPU, **chosen | changes)
 
 
 def run(out: Path, *arguments: str) -> int:
     options = ["--model", "tiny", "--device", "cpu", "--no-compile", "--rounds", "2", "--out", str(out)]
-    return main(["bench", "step", *options, *arguments])
+    return main(["step", *options, *arguments])
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -93,7 +102,7 @@ def test_a_batch_is_extrapolated_from_the_memory_it_takes() -> None:
 class Limited(Unfused):
     """Has room for so many images."""
 
-    def __init__(self, networks: Networks, most: int) -> None:
+    def __init__(self, networks: StepNetworks, most: int) -> None:
         super().__init__(networks)
         self.most = most
 
@@ -103,8 +112,8 @@ class Limited(Unfused):
         return super().generator_loss(batch)
 
 
-def limited(most: int) -> Provider:
-    return Provider(lambda networks: Limited(networks, most))
+def limited(most: int) -> StepProvider:
+    return StepProvider(lambda networks: Limited(networks, most))
 
 
 @pytest.mark.slow
@@ -116,12 +125,12 @@ def test_every_provider_is_measured_at_its_own_largest_batch_and_at_the_common_o
     monkeypatch.setitem(PROVIDERS, "fused-nhwc", limited(0))
     filling = replace(plan(names=["eager", "fused", "fused-nhwc"], rounds=1), batch=None)
     *_, results = step.measure(filling)
-    records = {record.provider: record for record in results.records}
+    records = {record.provider: record for record in results.outcomes}
     assert results.batch == 2
     assert {name: record.own_batch for name, record in records.items()} == {"eager": 2, "fused": 5, "fused-nhwc": None}
     assert {section: run.batch for section, run in records["fused"].runs.items()} == {COMMON: 2, OWN: 5}
     assert records["fused-nhwc"].left_out == "OutOfMemoryError: not even one image fits"
-    assert not any(record.wrong for record in results.records)
+    assert not any(record.wrong for record in results.outcomes)
 
 
 # The gate
@@ -130,7 +139,7 @@ def test_every_provider_is_measured_at_its_own_largest_batch_and_at_the_common_o
 class Spoilt(Fused):
     """Right but for what is done to its losses."""
 
-    def __init__(self, networks: Networks, spoil: Callable[[Tensor, Networks], Tensor]) -> None:
+    def __init__(self, networks: StepNetworks, spoil: Callable[[Tensor, StepNetworks], Tensor]) -> None:
         super().__init__(networks)
         self.spoil, self.networks = spoil, networks
 
@@ -149,7 +158,7 @@ class _LoseGradient(torch.autograd.Function):
         return ctx.scale * gradient, None
 
 
-def without_one_bias(loss: Tensor, networks: Networks) -> Tensor:
+def without_one_bias(loss: Tensor, networks: StepNetworks) -> Tensor:
     bias: Any = networks.parts.generator.get_parameter("mid_block.resnets.0.conv1.bias")
     return loss - bias_term(bias)
 
@@ -175,7 +184,7 @@ def bias_term(bias: nn.Parameter) -> Tensor:
     ids=["loss", "gradient", "one tensor"],
 )
 def test_the_gate_catches_what_is_wrong(
-    spoil: Callable[[Tensor, Networks], Tensor], complaint: str, networks: Networks
+    spoil: Callable[[Tensor, StepNetworks], Tensor], complaint: str, networks: StepNetworks
 ) -> None:
     oracle = Oracle(networks, networks.batch(0, 2), torch.float64)
     wrong = Spoilt(networks, spoil)
@@ -192,9 +201,9 @@ def test_the_gate_catches_what_is_wrong(
 def test_what_is_wrong_or_fails_is_reported_and_the_others_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoilt = Provider(lambda networks: Spoilt(networks, lambda loss, networks: 1.01 * loss))
+    spoilt = StepProvider(lambda networks: Spoilt(networks, lambda loss, networks: 1.01 * loss))
     monkeypatch.setitem(PROVIDERS, "fused", spoilt)
-    monkeypatch.setitem(PROVIDERS, "fused-nhwc", Provider(lambda networks: 1 / 0))  # type: ignore[arg-type,return-value]
+    monkeypatch.setitem(PROVIDERS, "fused-nhwc", StepProvider(lambda networks: 1 / 0))  # type: ignore[arg-type,return-value]
     monkeypatch.setitem(PROVIDERS, "fused-checkpoint", limited(1))
     assert run(tmp_path, "--providers", "eager,fused,fused-nhwc,fused-checkpoint", "--batch", "2") == 1
     said = capsys.readouterr().out
@@ -207,7 +216,7 @@ def test_what_is_wrong_or_fails_is_reported_and_the_others_go_on(
     assert float(rows["eager"]["median_ms"]) > 0.0
 
 
-def test_both_terms_of_the_gradient_are_equally_long(networks: Networks) -> None:
+def test_both_terms_of_the_gradient_are_equally_long(networks: StepNetworks) -> None:
     unfused = Unfused(networks)
     unfused.addressed = True
     batch = networks.batch(0, 1)
@@ -218,19 +227,19 @@ def test_both_terms_of_the_gradient_are_equally_long(networks: Networks) -> None
     torch.testing.assert_close(reward, unfused.of_scores(x0, draws, batch).norm())
 
 
-def test_unfused_code_draws_other_numbers_every_time_unless_it_is_judged(networks: Networks) -> None:
+def test_unfused_code_draws_other_numbers_every_time_unless_it_is_judged(networks: StepNetworks) -> None:
     unfused, batch = Unfused(networks), networks.batch(0, 2)
     assert not torch.equal(unfused.draw(batch).z, unfused.draw(batch).z)
     unfused.addressed = True
     assert torch.equal(unfused.draw(batch).eps, unfused.draw(batch).eps)
 
 
-# Networks and what trains them
+# StepNetworks and what trains them
 
 
 @pytest.mark.parametrize(("model", "unet", "gib"), [("sd15", 859_520_964, 28.6), ("sdxl", 2_567_463_684, 84.0)])
 def test_true_sizes(model: str, unet: int, gib: float) -> None:
-    true = Networks(model, 64, torch.bfloat16, torch.device("meta"), TOWERS["cuda"])
+    true = StepNetworks(model, 64, torch.bfloat16, torch.device("meta"), TOWERS["cuda"])
     for network in (true.parts.generator, true.parts.fake, true.parts.reference):
         assert sum(parameter.numel() for parameter in network.parameters()) == unet
     assert {parameter.dtype for parameter in true.parts.fake.parameters()} == {torch.float32}
@@ -248,7 +257,7 @@ def test_a_true_step_asks_for_the_known_number_of_operations() -> None:
     assert networks == pytest.approx(4.8, rel=0.05)
 
 
-def test_batches_have_addresses_and_prompts_of_their_own(networks: Networks) -> None:
+def test_batches_have_addresses_and_prompts_of_their_own(networks: StepNetworks) -> None:
     first, second = networks.batch(0, 2), networks.batch(1, 2)
     assert first.samples.tolist() == [0, 1] and second.samples.tolist() == [2, 3]
     texts = [batch.conditioning.tensors["encoder_hidden_states"] for batch in (first, second, networks.batch(0, 2))]
@@ -256,12 +265,12 @@ def test_batches_have_addresses_and_prompts_of_their_own(networks: Networks) -> 
 
 
 def test_sdxl_is_given_its_sizes() -> None:
-    batch = Networks("sdxl", 128, torch.bfloat16, torch.device("meta"), TOWERS["cuda"]).batch(0, 3)
+    batch = StepNetworks("sdxl", 128, torch.bfloat16, torch.device("meta"), TOWERS["cuda"]).batch(0, 3)
     added = batch.conditioning.tensors["added_cond_kwargs"]
     assert added["text_embeds"].shape == (3, 1280) and added["time_ids"].shape == (3, 6)
 
 
-def test_a_twin_shares_weights_and_nothing_else(networks: Networks) -> None:
+def test_a_twin_shares_weights_and_nothing_else(networks: StepNetworks) -> None:
     original = networks.parts.generator
     copied = twin(original)
     pairs = list(zip(original.parameters(), copied.parameters(), strict=True))
@@ -269,7 +278,7 @@ def test_a_twin_shares_weights_and_nothing_else(networks: Networks) -> None:
     assert not set(original.modules()) & set(copied.modules())
 
 
-def test_an_update_costs_what_it_costs_and_leaves_the_weights(networks: Networks) -> None:
+def test_an_update_costs_what_it_costs_and_leaves_the_weights(networks: StepNetworks) -> None:
     network = networks.parts.generator
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
     trained = Trained(network, average=True)
@@ -288,7 +297,7 @@ def test_an_update_costs_what_it_costs_and_leaves_the_weights(networks: Networks
 
 
 @pytest.mark.parametrize("make", [Unfused, Fused])
-def test_a_step_tells_all_of_its_phases(make: Callable[[Networks], Any], networks: Networks) -> None:
+def test_a_step_tells_all_of_its_phases(make: Callable[[StepNetworks], Any], networks: StepNetworks) -> None:
     ticks = iter(range(1000))
     for role in ROLES:
         _, marks = differentiate(make(networks), role, networks.batch(0, 1), lambda: next(ticks))
@@ -310,32 +319,32 @@ def test_marks_add_the_spans_of_a_phase() -> None:
     assert marks.spans(lambda start, end: end - start) == {"a": 4.0, "b": 2.0, WHOLE: 6.0}
 
 
-def measured(milliseconds: float, batch: int = 2) -> Run:
+def measured(milliseconds: float, batch: int = 2) -> StepRun:
     timings = {
         role: {phase: Timing((1e-3 * milliseconds,) * 2, 1) for phase in (*phases, WHOLE)}
         for role, phases in PHASES.items()
     }
-    return Run(batch, timings, dict.fromkeys(ROLES, 2**20), dict.fromkeys(ROLES, 99))
+    return StepRun(batch, timings, dict.fromkeys(ROLES, 2**20), dict.fromkeys(ROLES, 99))
 
 
-def results_of(*records: Record) -> Results:
+def results_of(*outcomes: StepOutcome) -> StepResults:
     operations = {role: {WHOLE: 1e9} for role in ROLES}
-    return Results(records, 2, 2**30, 1e12, operations)
+    return StepResults(outcomes, 2, 2**30, 1e12, operations)
 
 
-def record(name: str, **changes: Any) -> Record:
+def outcome(name: str, **changes: Any) -> StepOutcome:
     errors = {f"{role} gradient": 1e-6 for role in ROLES}
-    return Record(name, first_call=dict.fromkeys(ROLES, 3.0), errors=errors, **changes)
+    return StepOutcome(name, first_call=dict.fromkeys(ROLES, 3.0), errors=errors, **changes)
 
 
 def test_the_tables_compare_images_per_second_and_say_where_fused_code_loses() -> None:
     results = results_of(
-        record("eager", runs={COMMON: measured(20.0), OWN: measured(40.0, 4)}),
-        record("compile", runs={COMMON: measured(8.0)}),
-        record("fused", runs={COMMON: measured(10.0), OWN: measured(40.0, 8)}),
-        Record("fused-compile", left_out="no compiler"),
+        outcome("eager", runs={COMMON: measured(20.0), OWN: measured(40.0, 4)}),
+        outcome("compile", runs={COMMON: measured(8.0)}),
+        outcome("fused", runs={COMMON: measured(10.0), OWN: measured(40.0, 8)}),
+        StepOutcome("fused-compile", left_out="no compiler"),
     )
-    lines = step_tables.text(results).splitlines()
+    lines = "\n".join(map(tables.text, step_tables.step_tables(results))).splitlines()
     start = lines.index("The generator's update. All at one batch:")
     fused = next(line.split() for line in lines[start:] if line.startswith("fused"))
     # 2 images in 10 ms; 2e9 operations in 10 ms are a fifth of 1e12 a second.
@@ -343,7 +352,7 @@ def test_the_tables_compare_images_per_second_and_say_where_fused_code_loses() -
     start = lines.index("The generator's update. Each at the largest batch that fits:")
     fused = next(line.split() for line in lines[start:] if line.startswith("fused"))
     assert fused[:8] == ["fused", "8", "40.0", "0", "200.", "2.00", "-", "20.0"]
-    assert step_tables.sentences(results) == ["without fused-compile: no compiler"]
+    assert step_tables.doubts(results) == ["without fused-compile: no compiler"]
     start = lines.index("The whole iteration, one update of each. All at one batch:")
     fused = next(line.split() for line in lines[start:] if line.startswith("fused"))
     assert fused[:3] == ["fused", "2", "20.0"] and fused[5:] == ["2.00", "0.80", "slower"]
@@ -353,8 +362,8 @@ def test_a_restless_measurement_says_so() -> None:
     restless = measured(20.0)
     for role in ROLES:
         restless.timings[role][WHOLE] = Timing((0.01, 0.02, 0.04), 1)
-    results = results_of(record("eager", runs={COMMON: restless}), record("fused", runs={COMMON: measured(10.0)}))
-    (sentence,) = step_tables.sentences(results)
+    results = results_of(outcome("eager", runs={COMMON: restless}), outcome("fused", runs={COMMON: measured(10.0)}))
+    (sentence,) = step_tables.doubts(results)
     assert sentence.startswith("1 of 2 rows") and "the machine was busy" in sentence
 
 
@@ -383,8 +392,8 @@ def test_a_run_writes_everything(written: Path) -> None:
     assert "old" not in text and "phase by phase, in ms:" in text
 
 
-def test_bfloat16_passes_the_gate(networks: Networks) -> None:
-    half = Networks("tiny", 8, torch.bfloat16, CPU)
+def test_bfloat16_passes_the_gate(networks: StepNetworks) -> None:
+    half = StepNetworks("tiny", 8, torch.bfloat16, CPU)
     half.reward_scale = balanced_scale(half)
     oracle = Oracle(half, half.batch(0, 2), torch.float64)
     for role in ROLES:
@@ -395,8 +404,8 @@ def test_bfloat16_passes_the_gate(networks: Networks) -> None:
 @pytest.mark.slow
 def test_compiled_providers_come_last_and_are_compared(tmp_path: Path) -> None:
     *earlier, results = step.measure(plan(names=["compile", "eager", "fused-compile"], compile=True, rounds=1))
-    assert [record.provider for record in earlier[0].records if record.runs] == ["eager"]
-    assert all(record.wrong is None and record.left_out is None and record.runs for record in results.records)
+    assert [record.provider for record in earlier[0].outcomes if record.runs] == ["eager"]
+    assert all(record.wrong is None and record.left_out is None and record.runs for record in results.outcomes)
 
 
 @pytest.mark.parametrize(
@@ -421,10 +430,9 @@ def test_what_the_user_can_mend_is_said(
 
 @pytest.mark.parametrize("options", [*gpu_check.STEPS.values(), *gpu_check.REHEARSED_STEPS.values()], ids=" ".join)
 def test_what_gpu_check_asks_for_is_understood(options: tuple[str, ...]) -> None:
-    parser = argparse.ArgumentParser()
-    bench.add_parser(parser.add_subparsers())
-    chosen = parser.parse_args(["bench", "step", *options])
-    step.plan(chosen.model, device=CPU, batch=1, dtype=None, names=chosen.providers, compile=chosen.compile, rounds=5)
+    chosen = make_parser().parse_args(["step", *options])
+    asked = {"model": chosen.model, "names": chosen.providers, "compile": chosen.compile}
+    step.plan(device=CPU, batch=1, dtype=None, rounds=5, **asked)
 
 
 def test_gpu_check_measures_steps_alone_and_keeps_what_is_done(
@@ -432,16 +440,15 @@ def test_gpu_check_measures_steps_alone_and_keeps_what_is_done(
 ) -> None:
     made: list[list[str]] = []
 
-    def run_jobs(jobs: Any, at_once: int, deadline: float) -> Iterator[gpu_check.Ended]:
-        for job in jobs:
-            made.append(list(job.command))
-            yield gpu_check.Ended(job, 0, "the table\nits last line")
+    def run_limited(command: list[str], limit: float, environment: Any) -> gpu_session.Ended:
+        made.append(command)
+        return gpu_session.Ended(0, "the table\nits last line", limit)
 
-    monkeypatch.setattr(gpu_check, "run_jobs", run_jobs)
+    monkeypatch.setattr(gpu_session, "run_limited", run_limited)
     for _ in range(2):
         assert gpu_check.main(["--rehearse", "--steps-only", "--out", str(tmp_path)]) == 0
     (command,) = made
-    assert command[1:5] == ["-m", "diffpp_fast", "bench", "step"] and "tiny" in command
+    assert command[1:4] == ["-m", "benchmarks", "step"] and "tiny" in command
     said = capsys.readouterr().out
     assert said.count("the table\n") == 1 and "0 failures, 0 left out" in said
 

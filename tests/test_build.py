@@ -1,8 +1,10 @@
-"""How csrc is built (setup.py): what is kept, what is made anew, and what a failed or foreign build leaves."""
+"""How csrc is built (csrc/compilation.py): what is kept and what made anew, what a failed or foreign build leaves."""
 
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,22 +12,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-#: Stands for a compiler: notes what it was called for. Fails where a source says so.
-COMPILER = """#!/bin/sh
-to= ; what=
+#: Stands for a compiler: notes what it was called for, and of a source what it includes. Fails where a source says so.
+COMPILER = r"""#!/bin/sh
+to= ; what= ; deps= ; isa=
 while [ $# -gt 0 ]; do
   case "$1" in
     --version) echo "${COMPILER_VERSION:-1}"; exit ;;
+    --list-gpu-arch) echo compute_90; exit ;;
+    --dryrun) echo "#$ TOP=$CUDA" >&2; exit ;;
     -o) to=$2; shift ;;
     -c) what=$2; shift ;;
+    -MF) deps=$2; shift ;;
+    -DDIFFPP_ISA=*) isa=.${1#*=} ;;
     -shared) what=link ;;
   esac
   shift
 done
 [ -n "$what" ] || exit 0
-echo "${what##*/}" >> "$CALLS"
+echo "${what#csrc/}$isa" >> "$CALLS"
 echo "$what $$" > "$to"
-[ "$what" = link ] || ! grep -q broken "$what"
+[ "$what" = link ] && exit
+[ -n "$NO_LIST" ] || c++ -MM -MG -x c++ "$what" > "$deps"
+! grep -q broken "$what"
 """
 
 
@@ -34,12 +42,13 @@ class Tree:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.calls = folder, folder / "calls"
-        for name in ("csrc/torch/a.cpp", "csrc/cpu/isa.cpp", "torch/include/torch/csrc/stable/library.h"):
+        for name in ("csrc/a/binding.cpp", "csrc/common/isa.cpp", "torch/include/torch/csrc/stable/library.h"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text("")
         (folder / "torch/__init__.py").write_text("")
         (folder / "torch/version.py").write_text("__version__ = '2.11'")
-        (folder / "setup.py").write_text((ROOT / "setup.py").read_text())
+        for name in ("setup.py", "csrc/compilation.py", "csrc/toolchain.py"):
+            (folder / name).write_text((ROOT / name).read_text())
         (folder / "compiler").write_text(COMPILER)
         (folder / "compiler").chmod(0o755)
         self.library = folder / "diffpp_fast/kernels/native/_library.so"
@@ -68,7 +77,7 @@ class Tree:
 def tree(tmp_path: Path) -> Tree:
     tree = Tree(tmp_path)
     made = tree.build()
-    assert {"a.cpp", "isa.cpp", "link"} <= set(made) and tree.last.returncode == 0, tree.last.stderr
+    assert {"a/binding.cpp", "common/isa.cpp", "link"} <= set(made) and tree.last.returncode == 0, tree.last.stderr
     return tree
 
 
@@ -79,30 +88,30 @@ def test_what_has_not_changed_is_kept(tree: Tree) -> None:
 
 
 def test_what_has_changed_is_made_anew(tree: Tree) -> None:
-    assert "isa.cpp" in tree.build(CXXFLAGS="-g")
-    assert {"isa.cpp", "link"} <= set(tree.build())
-    assert "isa.cpp" in tree.build(COMPILER_VERSION="2")
+    assert "common/isa.cpp" in tree.build(CXXFLAGS="-g")
+    assert {"common/isa.cpp", "link"} <= set(tree.build())
+    assert "common/isa.cpp" in tree.build(COMPILER_VERSION="2")
     tree.build()
     # Another torch: what is compiled against it, and no kernel.
     (tree.folder / "torch/version.py").write_text("__version__ = '2.13'")
     made = tree.build()
-    assert "a.cpp" in made and "isa.cpp" not in made
+    assert "a/binding.cpp" in made and "common/isa.cpp" not in made
     # An older source, as git or a copy may bring it.
-    os.utime(tree.folder / "csrc/cpu/isa.cpp", (0, 0))
-    (tree.folder / "csrc/cpu/isa.cpp").write_text("// other")
-    os.utime(tree.folder / "csrc/cpu/isa.cpp", (1, 1))
-    assert "isa.cpp" in tree.build()
+    os.utime(tree.folder / "csrc/common/isa.cpp", (0, 0))
+    (tree.folder / "csrc/common/isa.cpp").write_text("// other")
+    os.utime(tree.folder / "csrc/common/isa.cpp", (1, 1))
+    assert "common/isa.cpp" in tree.build()
     # Another library in its place, as one that was built for another Python.
     tree.library.write_text("another")
     assert tree.build() == [] and tree.library.read_text() != "another"
     # An object that was cut off.
-    (tree.folder / "objects/isa.o").write_text("")
-    assert "isa.cpp" in tree.build()
+    (tree.folder / "objects/common_isa.o").write_text("")
+    assert "common/isa.cpp" in tree.build()
 
 
 def test_a_build_that_fails_leaves_what_worked(tree: Tree) -> None:
     before = tree.library.read_bytes()
-    (tree.folder / "csrc/torch/a.cpp").write_text("broken")
+    (tree.folder / "csrc/a/binding.cpp").write_text("broken")
     tree.build()
     assert tree.last.returncode != 0 and "DIFFPP_FAST_BUILD=0 leaves it out" in tree.last.stderr
     assert tree.library.read_bytes() == before
@@ -110,8 +119,82 @@ def test_a_build_that_fails_leaves_what_worked(tree: Tree) -> None:
     # And is no whole object to the next.
     tree.build()
     assert tree.last.returncode != 0
-    (tree.folder / "csrc/torch/a.cpp").write_text("mended")
-    assert {"a.cpp", "link"} <= set(tree.build()) and tree.last.returncode == 0
+    (tree.folder / "csrc/a/binding.cpp").write_text("works")
+    assert {"a/binding.cpp", "link"} <= set(tree.build()) and tree.last.returncode == 0
+
+
+ISAS = (".baseline", ".avx2", ".avx512")
+
+
+def kernels(*operators: str) -> set[str]:
+    return {f"{operator}/cpu.cpp{isa}" for operator in operators for isa in ISAS}
+
+
+def bindings(*operators: str) -> set[str]:
+    return {f"{operator}/binding.cpp" for operator in operators}
+
+
+def on_gpus(*operators: str) -> set[str]:
+    return {f"{operator}/cuda.cu" for operator in operators}
+
+
+DRAWN = ("noise", "add_noise", "denoising_loss", "score_gap", "gap_loss")
+PLAIN = ("geglu", "ada_layer_norm", "group_norm_silu", "reward_pixels")
+GPU = ("noise", "add_noise", "denoising_loss", "score_gap", "group_norm_silu", "reward_pixels")
+#: A file of csrc, and what is compiled anew when it has changed.
+INCLUDED_BY = {
+    "score_gap/cpu.cpp": kernels("score_gap"),
+    "score_gap/arguments.h": kernels("score_gap") | bindings("score_gap") | on_gpus("score_gap"),
+    "reward_pixels/tables.h": {"reward_pixels/tables.cpp", "host/module.cpp"} | on_gpus("reward_pixels"),
+    "common/cpu_noise.h": kernels(*DRAWN),
+    "common/cuda.cuh": on_gpus(*GPU),
+    "common/binding.h": bindings(*DRAWN, *PLAIN),
+}
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors have one instruction set")
+def test_a_change_recompiles_what_includes_it(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    shutil.rmtree(tmp_path / "csrc")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "cuda/bin").mkdir(parents=True)
+    (tmp_path / "cuda/bin/nvcc").symlink_to(tree.folder / "compiler")
+    (tmp_path / "cuda/lib64").mkdir()
+    (tmp_path / "cuda/lib64/libcudart_static.a").touch()
+    cuda = {"DIFFPP_FAST_CUDA": "1", "CUDA_HOME": str(tmp_path / "cuda"), "CUDA": str(tmp_path / "cuda")}
+    everything = set(tree.build(**cuda))
+    assert set.union(*INCLUDED_BY.values()) < everything, tree.last.stderr
+    for name, expected in INCLUDED_BY.items():
+        path = tmp_path / "csrc" / name
+        path.write_text(path.read_text() + "// changed\n")
+        assert set(tree.build(**cuda)) - {"link"} == expected, name
+    assert tree.build(**cuda) == []
+
+
+def test_without_a_list_of_what_is_included_everything_counts(tree: Tree) -> None:
+    """Another file of csrc may be included: a compiler that does not say so must not leave an old object."""
+    (tree.folder / "objects/common_isa.d").unlink()
+    tree.build(NO_LIST="1")
+    (tree.folder / "csrc/a/binding.cpp").write_text("// other")
+    assert {"a/binding.cpp", "common/isa.cpp"} <= set(tree.build(NO_LIST="1"))
+
+
+def test_the_compiler_itself_lists_what_is_included(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    for name, text in {"common/isa.cpp": '#include "../b c/other.h"\n', "b c/other.h": "int one();\n"}.items():
+        (tmp_path / "csrc" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "csrc" / name).write_text(text)
+    built = tmp_path / "objects/common_isa.o"
+
+    def build() -> int:
+        # The library needs torch, which is not in this tree: its objects are made, and linking fails.
+        tree.build(CXX="c++")
+        return built.stat().st_mtime_ns
+
+    first = build()
+    assert build() == first
+    (tmp_path / "csrc/b c/other.h").write_text("int two();\n")
+    assert build() != first
 
 
 def test_old_setuptools_are_refused_in_a_sentence(tree: Tree) -> None:

@@ -14,7 +14,7 @@ import tiny
 import torch
 import yaml
 
-from diffpp_fast.training import Config, ConfigurationError, load_config
+from diffpp_fast.training import Config, ConfigurationError, callbacks, load_config
 from diffpp_fast.training.callbacks import (
     Callback,
     Environment,
@@ -22,12 +22,9 @@ from diffpp_fast.training.callbacks import (
     Progress,
     TensorBoard,
     WandB,
-    progress,
     read_records,
     read_sessions,
     standard_callbacks,
-    tensorboard,
-    wandb,
 )
 
 PIXELS = torch.arange(4 * 6 * 3, dtype=torch.uint8).view(4, 6, 3)
@@ -70,8 +67,7 @@ def test_the_configuration_chooses_the_listeners(config_of) -> None:  # type: ig
 
 
 def test_packages_that_are_missing_are_named_before_work_begins(config_of, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    for module in (tensorboard, wandb):
-        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(callbacks, "find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=r"pip install tensorboard, or set logging.tensorboard=false"):
         standard_callbacks(config_of())
     with pytest.raises(ConfigurationError, match=r"pip install wandb, or set logging.wandb=null"):
@@ -207,7 +203,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(callbacks, "time", clock)
     return clock
 
 

@@ -21,7 +21,7 @@ from diffpp_fast.training.checkpoint import Checkpoints, read_scores, read_tenso
 from diffpp_fast.training.config import KeepBest
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.publish import MANIFEST, find_damage, publish, read_manifest, tidy
-from diffpp_fast.training.resume import open_checkpoint
+from diffpp_fast.training.state import open_checkpoint
 
 ALONE = World.alone("cpu")
 

@@ -49,6 +49,11 @@ assert not drawing & sys.modules.keys()
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
+def test_who_types_bench_is_told_where_measuring_went(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "kernels"]) == 2
+    assert "measuring is `python -m benchmarks ...` in a clone" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["sample", "--help"], ["doctor", "--help"]])
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:

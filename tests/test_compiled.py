@@ -12,7 +12,7 @@ from torch import nn
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks import Conditioning
-from diffpp_fast.training.build.compiled import check_gradients, refuse_known_faults
+from diffpp_fast.training.build.networks import check_gradients, refuse_known_faults
 
 CPU = torch.device("cpu")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import tiny
 import yaml
 
 from diffpp_fast.training import Config, ConfigurationError, dump_config, load_config
+from diffpp_fast.training.loading import known_keys, may_change
 
 
 @pytest.fixture
@@ -215,7 +217,17 @@ def test_no_override(file: Path) -> None:
     assert "training.steps has no keys in it" in refusal(file, "training.steps.many=3")
 
 
+def test_what_may_change_on_resume_is_what_the_docs_say() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
+    (listed,) = re.findall(r"These keys may change:\n(.*?)\. So may", page, flags=re.DOTALL)
+    outside, training = (re.findall(r"`(.*?)`", part) for part in listed.split("of `training`"))
+    free = {*outside, *(f"training.{key}" for key in training), "prompts"}
+    changing = {key for key in known_keys() if may_change(key)}
+    assert {key for key in changing if not may_change(key.rpartition(".")[0])} == free
+    assert may_change("rewards.held_out.arguments.channel") and not may_change("rewards.optimised.arguments.channel")
+
+
 def test_a_configuration_does_not_change(file: Path) -> None:
     config: Config = load_config(file)
     with pytest.raises(ValueError, match="frozen"):
-        config.seed = 1  # type: ignore[misc]
+        config.seed = 1

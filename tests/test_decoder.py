@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffpp_fast.bench.memory import kept_bytes
+from benchmarks.memory import kept_bytes
 from diffpp_fast.networks import FrozenDecoder, load_decoder
 from diffpp_fast.networks.decoder import layers
 
@@ -160,7 +160,7 @@ def test_memory_formats(name: str, memory_format: torch.memory_format, layout: C
 def test_activations_keep_the_memory_format_that_was_asked_for() -> None:
     for memory_format in (torch.contiguous_format, torch.channels_last):
         decoder = FrozenDecoder(variant("sd"), memory_format=memory_format)
-        seen = []
+        seen: list[Any] = []
 
         def pack(tensor: Tensor, seen: list[Tensor] = seen) -> Tensor:
             seen.append(tensor)
@@ -362,6 +362,9 @@ def test_tangents_second_derivatives_and_vmap(name: str, checkpoint: bool) -> No
     outer = torch.randn_like(image)
     leaf = z.clone().requires_grad_()
     (pulled,) = torch.autograd.grad(decoder(leaf), leaf, outer)
+    both = torch.stack((outer, 2 * outer))
+    (batched,) = torch.autograd.grad(decoder(leaf), leaf, both, is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack((pulled, 2 * pulled)))
     torch.testing.assert_close((pushed * outer).sum(), (tangent * pulled).sum())
     with torch.no_grad(), forward_ad.dual_level():
         dual = forward_ad.unpack_dual(decoder(forward_ad.make_dual(z, tangent)))

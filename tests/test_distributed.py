@@ -27,6 +27,13 @@ assert world.first_error(None) is None
 assert world.first_error(ValueError(f"rank {world.rank}: schön") if world.rank else None) == "rank 1: schön"
 assert world.first_error(ValueError() if world.rank == 2 else None) == "ValueError"
 assert len(world.first_error(ValueError("x" * 10_000))) < 10_000
+try:
+    with world.together(RuntimeError, OSError):
+        if world.rank == 1:
+            raise OSError("a full disk")
+    raise AssertionError("it failed in one process alone")
+except RuntimeError as error:
+    assert str(error) == "a full disk" and (error.__cause__ is not None) == (world.rank == 1)
 world.barrier()
 world.close()
 print("agreed")
@@ -80,6 +87,10 @@ def test_alone_nothing_is_distributed() -> None:
     assert (world.rank, world.size, world.is_main) == (0, 1, True)
     assert world.any(True) and not world.any(False)
     assert world.first_error(None) is None and world.first_error(ValueError("no")) == "no"
+    with pytest.raises(ConfigurationError, match="no"), world.together(ConfigurationError):
+        raise ValueError("no")
+    with pytest.raises(ValueError, match="other"), world.together(ConfigurationError, OSError):
+        raise ValueError("other")
     numbers = torch.arange(5)
     assert torch.equal(world.share(numbers), numbers) and torch.equal(world.sum(numbers), numbers)
     world.barrier()

@@ -15,7 +15,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pages
 import pytest
@@ -23,14 +23,13 @@ import tiny
 import torch
 import yaml
 from pages import ROOT, Block, Command
-from pydantic import BaseModel
 from traffic import Traffic, triton_traffic
 
 import diffpp_fast.cli
 from diffpp_fast import use_backend
 from diffpp_fast.cli.main import main
 from diffpp_fast.training import Config, base_pipeline
-from diffpp_fast.training.loading import load_config
+from diffpp_fast.training.loading import known_keys, load_config
 
 #: Of what is neither run nor parsed.
 PROSE = {"math": "a formula", "text": "something that is printed, or a picture of letters"}
@@ -132,7 +131,8 @@ def loops() -> dict[str, dict[str, Block]]:
 
 def after_running(loop: str, part: str, around: Any = None) -> dict[str, Any]:
     """The names of the loop after what is given and one of its parts, on smaller tensors than the page's."""
-    given, scope = loops()[loop]["what is given"], {}
+    given = loops()[loop]["what is given"]
+    scope: dict[str, Any] = {}
     sizes = re.compile(r"^batch, size = (\d+), (\d+)$", re.MULTILINE)
     assert sizes.search(given.code), given.place
     run_python(given._replace(code=sizes.sub("batch, size = 2, 16", given.code)), scope)
@@ -239,7 +239,7 @@ def check_pip(arguments: tuple[str, ...]) -> None:
     project = tomllib()["project"]
     known = {project["name"], ".", *project["optional-dependencies"]}
     (what,) = (word for word in arguments if not word.startswith("-") and word != "install")
-    name, extras = re.fullmatch(r"([\w.-]+?)(?:\[([\w,]+)\])?", what).groups()  # type: ignore[union-attr]
+    name, extras = re.fullmatch(r"([\w.-]+?)(?:\[([\w,]+)\])?", what).groups()
     assert name in known and set((extras or "").split(",")) <= known | {""}, what
 
 
@@ -258,7 +258,7 @@ def check_make(arguments: tuple[str, ...]) -> None:
         if equals:
             assert re.search(rf"\$\({variable}\)|^{variable} \?=", makefile, re.MULTILINE), word
             if value.startswith("--"):
-                assert f'"{value.split()[0]}"' in (ROOT / "diffpp_fast/bench/gpu_check.py").read_text(), word
+                assert f'"{value.split()[0]}"' in (ROOT / "benchmarks/gpu_check.py").read_text(), word
         else:
             assert re.search(rf"^{word}:", makefile, re.MULTILINE), f"no target {word}"
 
@@ -385,15 +385,6 @@ def test_ready_configuration(path: Path, hub: None) -> None:
     assert load_config(path).training.steps > 0
 
 
-def known_key(model: Any, parts: list[str]) -> bool:
-    """Whether a path of keys leads through the schema."""
-    if not parts:
-        return True
-    sections = [each for each in (model, *get_args(model)) if isinstance(each, type) and issubclass(each, BaseModel)]
-    return any(parts[0] in each.model_fields and known_key(each.model_fields[parts[0]].annotation, parts[1:])
-               for each in sections)  # fmt: skip
-
-
 def in_the_package(parts: list[str]) -> bool:
     """Whether a dotted name is a module of the package or something in one."""
     found: Any = diffpp_fast
@@ -409,10 +400,11 @@ def in_the_package(parts: list[str]) -> bool:
 
 @pytest.mark.parametrize("page", pages.PAGES)
 def test_keys_that_are_named_exist(page: str) -> None:
+    known = set(known_keys())
     for name in re.findall(r"`([a-z_]+(?:\.[A-Za-z_]\w*)+)(?:=[^`]*)?`", pages.without_blocks(page)):
         parts = name.split(".")
         if parts[0] in Config.model_fields:
-            assert known_key(Config, parts) or in_the_package(parts), f"{page}: there is no key {name}"
+            assert name in known or in_the_package(parts), f"{page}: there is no key {name}"
 
 
 # Files and links.

@@ -1,5 +1,6 @@
-"""The tables of docs/operators.md: launches and bytes, counted anew."""
+"""Launches and bytes of every operator, counted anew: the file that holds them, and the rows that a page shows."""
 
+import csv
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -10,9 +11,10 @@ import pytest
 import torch
 from traffic import Traffic, cuda_launches, triton_traffic
 
+from benchmarks import cases
+from benchmarks.cases import FAMILIES, Case, make_inputs, unfused
 from diffpp_fast import use_backend
-from diffpp_fast.bench import operators
-from diffpp_fast.bench.cases import FAMILIES, Case
+from diffpp_fast.selftest import Call
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,13 +26,8 @@ LATENTS, IMAGES, LARGE_GROUPS, SMALL_GROUPS = (2, 4, 16, 32), (1, 3, 128, 128), 
 PIXELS = 56
 #: Of one channel each; those of `LARGE_GROUPS` are beyond what a program then keeps in registers.
 GROUPS, MOST_IN_ONE = 4, 4096
-#: Of csrc/cuda: the functions that launch, where they are not called `<op>_forward` and `<op>_backward`.
-HOSTS = {
-    "philox": ("noise.cu", "draw_normal", None),
-    "score_gap": ("score_gap.cu", "score_gap", None),
-    "reward_pixels": ("reward_pixels.cu", "launch", "launch"),
-    "group_norm_silu": ("group_norm_silu.cu", "group_norm_forward", "group_norm_backward"),
-}
+#: Of csrc: the folder and the functions that launch, where they are not the operator's `forward` and `backward`.
+HOSTS = {"philox": ("noise", "draw_normals", None), "reward_pixels": ("reward_pixels", "launch", "launch")}
 SHAPES = {
     "reward_pixels": [IMAGES],
     "group_norm_silu": [LARGE_GROUPS, SMALL_GROUPS],
@@ -50,17 +47,22 @@ class Row(NamedTuple):
     counts: tuple[str, ...]
 
 
-def rows_of_page() -> list[Row]:
-    rows, op = [], ""
+def rows_of_file() -> list[Row]:
+    with (ROOT / "benchmarks/results/launches-and-bytes.csv").open(newline="") as file:
+        # The last column, of CUDA's bytes, can't be counted without a GPU.
+        return [
+            Row(op, case, direction, tuple(counts[:5])) for op, case, direction, *counts in list(csv.reader(file))[1:]
+        ]
+
+
+def rows_of_page() -> Iterator[Row]:
+    """The rows of the page's table, whose cells hold the forward and then the backward pass."""
     for line in (ROOT / "docs/operators.md").read_text().splitlines():
-        heading = re.match(r"## .*?`(?:ops\.)?(\w+)", line)
-        if heading is not None:
-            op = {"Noise": "philox"}.get(heading[1], heading[1])
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 8 and cells[1] in ("forward", "backward"):
-            # The last column, of CUDA's bytes, can't be counted without a GPU.
-            rows.append(Row(op, cells[0], cells[1], tuple(cells[2:7])))
-    return rows
+        row = re.match(r"\| `(?:ops\.)?(\w+)`: ([\w ,]+) \|(.*)\|$", line)
+        if row is not None:
+            cells = [cell.strip().split("; ") for cell in row[3].split("|")]
+            for direction, counts in zip(("forward", "backward"), zip(*cells, strict=True), strict=False):
+                yield Row({"Noise": "philox"}.get(row[1], row[1]), row[2], direction, counts)
 
 
 def table_cases() -> Iterator[tuple[str, Case]]:
@@ -79,23 +81,23 @@ def table_cases() -> Iterator[tuple[str, Case]]:
 
 
 def counted(
-    call: Callable[..., Any], inputs: operators.Inputs, arguments: dict[str, Any],
+    forward: Callable[..., Any], call: Call, arguments: dict[str, Any],
     counting: Callable[[Traffic], AbstractContextManager[None]],
 ) -> list[Traffic]:  # fmt: skip
     """Of the forward and, if there is one, of the backward pass."""
     passes = [Traffic()]
     with counting(passes[0]), passes[0]:
-        result = call(**arguments)
-    if inputs.wrt:
-        outer = torch.ones_like(result) if inputs.outer is None else inputs.outer
+        result = forward(**arguments)
+    if call.wrt:
+        outer = torch.ones_like(result) if call.outer is None else call.outer
         passes.append(Traffic())
         with counting(passes[1]), passes[1]:
-            torch.autograd.grad(result, [arguments[name] for name in inputs.wrt], outer)
+            torch.autograd.grad(result, [arguments[name] for name in call.wrt], outer)
     return passes
 
 
 def cuda_column(case: Case, direction: int) -> str:
-    host = HOSTS.get(case.op, (f"{case.op}.cu", f"{case.op}_forward", f"{case.op}_backward"))
+    host = HOSTS.get(case.op, (case.op, "forward", "backward"))
     launched = cuda_launches(host[0], host[1 + direction])
     if launched is None:
         return "-"
@@ -106,15 +108,14 @@ def rows_of_case(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> Iter
     elements = torch.Size(case.shape).numel()
     eager, fused = [], []
     for dtype in (torch.float32, torch.bfloat16):
-        inputs = operators.make_inputs(case, dtype, torch.device("cpu"))
-        eager.append(counted(operators.unfused(case), inputs, inputs.unfused, lambda _: nullcontext()))
+        inputs = make_inputs(case, dtype, torch.device("cpu"))
+        call = inputs.call
+        eager.append(counted(unfused(case), call, inputs.unfused, lambda _: nullcontext()))
         with use_backend("triton"):
             if case.op == "reward_pixels":  # its first call makes tables that are kept
-                operators.step(operators.fused(case), inputs.fused, inputs.wrt, inputs.outer)
+                call.run()
             fused.append(
-                counted(
-                    operators.fused(case), inputs, inputs.fused, lambda traffic: triton_traffic(traffic, monkeypatch)
-                )
+                counted(call.forward, call, call.arguments, lambda traffic: triton_traffic(traffic, monkeypatch))
             )
     for direction, passes in enumerate(zip(*eager, *fused, strict=True)):
         launches = [str(traffic.launches) for traffic in passes]
@@ -134,11 +135,17 @@ def test_table_of_launches_and_bytes(name: str, case: Case, monkeypatch: pytest.
     # Few programs: the interpreter runs them one by one.
     monkeypatch.setattr(reward_pixels, "ROWS_TILE", (64, 128))
     monkeypatch.setattr(reward_pixels, "COLUMNS_TILE", (64, 128))
-    monkeypatch.setattr(operators, "REWARD_SIZE", PIXELS)
-    monkeypatch.setattr(operators, "GROUPS", GROUPS)
-    on_page = [row for row in rows_of_page() if (row.op, row.case) == (case.op, name)]
-    assert on_page == list(rows_of_case(name, case, monkeypatch))
+    monkeypatch.setattr(cases, "REWARD_SIZE", PIXELS)
+    monkeypatch.setattr(cases, "GROUPS", GROUPS)
+    in_file = [row for row in rows_of_file() if (row.op, row.case) == (case.op, name)]
+    assert in_file == list(rows_of_case(name, case, monkeypatch))
 
 
 def test_tables_hold_no_other_case() -> None:
-    assert {(row.op, row.case) for row in rows_of_page()} == {(case.op, name) for name, case in table_cases()}
+    assert {(row.op, row.case) for row in rows_of_file()} == {(case.op, name) for name, case in table_cases()}
+
+
+def test_the_page_shows_what_the_file_holds() -> None:
+    shown = list(rows_of_page())
+    assert set(shown) <= set(rows_of_file())
+    assert {row.op for row in shown} == {row.op for row in rows_of_file()}

@@ -14,9 +14,8 @@ import torch
 
 from diffpp_fast.errors import CheckpointError
 from diffpp_fast.training import durable
-from diffpp_fast.training.checkpoint import Checkpoints, read_tensors, write_tensors
+from diffpp_fast.training.checkpoint import Checkpoints, open_role, read_tensors, write_tensors
 from diffpp_fast.training.distributed import World
-from diffpp_fast.training.engines.files import TensorReader
 from diffpp_fast.training.publish import MANIFEST, find_damage, tidy
 
 ALONE = World.alone("cpu")
@@ -94,7 +93,7 @@ def test_a_copy_that_is_cut_off_leaves_the_old_or_the_new(tmp_path: Path, monkey
     no_rename = fail(errno.EPERM, lambda path, *_: Path(path).is_dir())(os.rename)
     for stop in range(100):
         monkeypatch.setattr(os, "rename", no_rename)
-        copied = []
+        copied: list[Any] = []
 
         def copy(
             source: Path, to: Path, *, stop: int = stop, copied: list[Path] = copied, whole: Any = shutil.copyfile
@@ -129,10 +128,13 @@ def test_files_that_can_not_be_mapped_are_read(
         raise OSError("No such device (os error 19)")  # as safetensors has it, without a number
 
     monkeypatch.setattr(durable, "safe_open", unmapped)
-    assert torch.equal(read_tensors(folder / "generator.safetensors")["weight"], expected["weight"])
-    reader = TensorReader(folder, "generator")
-    assert "weight" in reader and torch.equal(reader.whole("weight"), expected["weight"])
-    assert reader.elements("weight", (3, 2), 1, 3).tolist() == [1.0, 2.0, 3.0]
+    with durable.open_tensors(folder / "generator.safetensors") as file:
+        assert torch.equal(file.get_tensor("weight"), expected["weight"]) and list(file.keys()) == list(expected)
+        assert file.get_slice("weight")[1:2].tolist() == expected["weight"][1:2].tolist()
+    # A checkpoint's tensors are read without mapping their file.
+    stored = open_role(folder, "generator")
+    assert torch.equal(stored["weight"], expected["weight"])
+    assert stored.elements("weight", 1, 3).tolist() == [1.0, 2.0, 3.0]
     assert sum("can't be mapped into memory" in record.getMessage() for record in caplog.records) == 1
 
 

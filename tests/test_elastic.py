@@ -13,7 +13,7 @@ import tiny
 import torch
 
 from diffpp_fast.training import Trainer, load_config
-from diffpp_fast.training.weights import read_role
+from diffpp_fast.training.checkpoint import read_role
 
 #: A large eps: with the usual one Adam's first updates are sign(g), which magnifies rounding. Clips that bite, and
 #: steps large enough for a difference to show.

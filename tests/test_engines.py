@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -21,14 +23,20 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffpp_fast.errors import CheckpointError, ConfigurationError
+from diffpp_fast.tensor_files import StoredTensors, TensorWriter
 from diffpp_fast.training import config
 from diffpp_fast.training.distributed import World
-from diffpp_fast.training.engines import PlainEngine
+from diffpp_fast.training.engines import PlainEngine, zero
 from diffpp_fast.training.engines.deepspeed import zero_config
-from diffpp_fast.training.engines.files import TensorReader, TensorWriter
-from diffpp_fast.training.engines.optimizers import OptimizerState, make_optimizer
-from diffpp_fast.training.engines.quantisation import CHUNK, dequantise, quantise
-from diffpp_fast.training.engines.schedules import learning_rate, updates_of
+from diffpp_fast.training.engines.optimizers import (
+    CHUNK,
+    OptimizerState,
+    dequantise,
+    learning_rate,
+    make_optimizer,
+    quantise,
+    updates_of,
+)
 from diffpp_fast.training.engines.shards import Fragment, receivers
 
 WORKER = str(Path(__file__).parent / "engine_worker.py")
@@ -256,7 +264,7 @@ def test_adamw_reads_what_8_bits_wrote(tmp_path: Path) -> None:
 
 def test_files_that_can_not_be_read_are_named(tmp_path: Path) -> None:
     engine = plain()
-    with pytest.raises(CheckpointError, match=r"generator.safetensors: it is missing"):
+    with pytest.raises(CheckpointError, match=r"holds no weights of generator$"):
         engine.read(tmp_path)
     engine.write(tmp_path)
     with pytest.raises(CheckpointError, match=r"generator has first.weight in shape \[7, 5\], not \[3, 3\]"):
@@ -264,10 +272,10 @@ def test_files_that_can_not_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"generator holds no layer\.weight"):
         plain(network=Two(0)).read(tmp_path)
     (tmp_path / "generator.safetensors").rename(tmp_path / "generator-00002-of-00003.safetensors")
-    with pytest.raises(CheckpointError, match="only 1 of its parts are there"):
+    with pytest.raises(CheckpointError, match="parts of generator are missing, there are only generator-00002"):
         engine.read(tmp_path)
     (tmp_path / "generator.safetensors").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match=r"generator.safetensors can't be read"):
+    with pytest.raises(CheckpointError, match=r"generator.safetensors can't be read as safetensors"):
         engine.read(tmp_path)
 
 
@@ -283,11 +291,11 @@ def test_a_file_is_written_and_read_in_pieces(tmp_path: Path) -> None:
         for tensor in tensors.values():
             writer.write(tensor)
     assert_equal(load_file(tmp_path / "all.safetensors"), tensors)
-    reader = TensorReader(tmp_path, "all")
+    stored = StoredTensors([tmp_path / "all.safetensors"])
     for start, count in ((0, 42), (5, 1), (6, 6), (7, 23), (41, 1), (3, 0)):
-        part = reader.elements("matrix", (7, 3, 2), start, count)
+        part = stored.elements("matrix", start, count)
         assert torch.equal(part, tensors["matrix"].flatten()[start : start + count])
-    assert torch.equal(reader.elements("vector", (11,), 4, 5), tensors["vector"][4:9])
+    assert torch.equal(stored.elements("vector", 4, 5), tensors["vector"][4:9])
 
 
 def test_writers_share_the_bytes_in_order() -> None:
@@ -392,6 +400,25 @@ def check_on_two_processes(folder: Path, kinds: tuple[str, ...]) -> None:
     for path in pairs:
         assert_near(load_file(path), numbers(fake), 1e-6)
         assert_near(load_file(path.with_name(path.name.replace(".fake", ""))), numbers(generator), 1e-6)
+
+
+def test_deepspeeds_private_names_are_named_and_are_there() -> None:
+    """The one file that uses them lists them all, and a DeepSpeed without one of them is told of in a sentence."""
+    source = Path(zero.__file__).read_text()
+    listed = {name for names in zero.PRIVATE.values() for name in names}
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Attribute | ast.Name)
+        and ast.unparse(node.value)
+        in ("optimizer", "self._optimizer", "self._engine", "weight", "place", "mapping", "deepspeed.ops")
+    }
+    public = {"optimizer", "param_groups", "shape"}
+    assert used - public == listed - {"all_gather"}
+    others = [path for path in Path(zero.__file__).parent.glob("*.py") if path != Path(zero.__file__)]
+    assert not re.search(r"_deepspeed\.(optimizer|_)|__compatible_ops__", "".join(path.read_text() for path in others))
+    processes.run(["-W", "ignore", WORKER, "private"], 1)
 
 
 def test_two_processes_equal_one_and_read_each_other(tmp_path: Path) -> None:

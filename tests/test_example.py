@@ -91,6 +91,6 @@ def test_sentence_encoder_computes_each_prompt_once() -> None:
     first = encode(["a pear", "a pear", "a plum"])
     assert first.shape == (3, 384) and torch.equal(first[0], first[1])
     torch.testing.assert_close(first.norm(dim=1), torch.ones(3))
-    encode.encode = None  # type: ignore[assignment]
+    encode.encode = None
     assert torch.equal(encode(["a plum"])[0], first[2])
     sentence_encoder.cache_clear()

@@ -17,11 +17,10 @@ from diffpp_fast.cli.main import main
 from diffpp_fast.networks import OneStepGenerator, load_denoiser, load_schedule
 from diffpp_fast.training import CheckpointError, Config, ConfigurationError, Trainer, load_config
 from diffpp_fast.training.build import Sampler, build_sampler
-from diffpp_fast.training.checkpoint import read_tensors
+from diffpp_fast.training.checkpoint import read_role, read_tensors
 from diffpp_fast.training.export import export_generator, export_pipeline, find_weights
 from diffpp_fast.training.exported import Exported
 from diffpp_fast.training.state import read_record
-from diffpp_fast.training.weights import read_role
 
 CPU = torch.device("cpu")
 PROMPT = "a red apple"

@@ -15,9 +15,10 @@ import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from benchmarks import blocks
+from benchmarks.__main__ import main
+from benchmarks.memory import saved_bytes
 from diffpp_fast import networks
-from diffpp_fast.bench import blocks
-from diffpp_fast.bench.blocks import saved_bytes
 
 F64 = torch.float64
 
@@ -351,7 +352,7 @@ def test_parameters_are_read_in_their_modules_forward_only(monkeypatch: pytest.M
         network, inputs = build(name), NETWORKS[name][1]()
         expected = step(network, inputs)
         networks.fuse(network)
-        whole = {}
+        whole: dict[str, Any] = {}
 
         def gather(part: nn.Module, args: Any, whole: dict[Any, Tensor] = whole) -> None:
             for parameter in part.parameters(recurse=False):
@@ -487,12 +488,11 @@ def test_the_command_that_measures(capsys: pytest.CaptureFixture[str], monkeypat
     case = blocks.BlockCase("gate", lambda: GEGLU(8, 16), ((1, 4, 8),))
     monkeypatch.setattr(blocks, "cases", lambda: [case])
     threads = str(torch.get_num_threads())
-    assert blocks.main(["--device", "cpu", "--min-time", "0.001", "--threads", threads]) == 0
-    *_, row = capsys.readouterr().out.splitlines()
-    assert row.startswith("| gate | float32 |")
+    assert main(["blocks", "--device", "cpu", "--min-time", "0.001", "--threads", threads]) == 0
+    assert "\n| gate | float32 |" in capsys.readouterr().out
     monkeypatch.setattr(networks, "fuse", lambda module: module.proj.weight.data.mul_(1.01))
     with pytest.raises(AssertionError, match="gate: fusing changes the output by"):
-        blocks.main(["--device", "cpu"])
+        main(["blocks", "--device", "cpu"])
 
 
 @pytest.mark.parametrize("name", ["sd15", "pixart", "vae"])

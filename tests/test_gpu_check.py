@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import gpu_gate
 import pytest
+import test_gpu
 import torch
+from gpu_gate import Checks, failure, judge
 from torch import Tensor
 
+from benchmarks import gpu_check, gpu_session, variants
+from benchmarks.gpu_check import main
+from benchmarks.gpu_session import Ended, Session, State, digest, run_limited
 from diffpp_fast import backends
-from diffpp_fast.bench import gpu_check, gpu_gate, variants
-from diffpp_fast.bench.gpu_check import main
-from diffpp_fast.bench.gpu_gate import Checks, failure, judge
-from diffpp_fast.bench.gpu_jobs import Job, State, digest, run_jobs
 from diffpp_fast.kernels import dispatch
 
 CPU = torch.device("cpu")
@@ -106,27 +110,27 @@ def test_compiled_in_one_graph(op: str) -> None:
 # Processes
 
 
-def python(name: str, code: str, limit: float = 30.0) -> Job:
-    return Job(name, [sys.executable, "-c", code], limit, {"SHOWN": "yes", "HOME": None})
+def python(code: str, limit: float = 30.0) -> Ended:
+    return run_limited([sys.executable, "-c", code], limit, {"SHOWN": "yes", "HOME": None})
 
 
-def test_jobs_end_fail_and_are_stopped() -> None:
-    jobs = [
-        python("shows", "import os; print(os.environ['SHOWN'], 'HOME' in os.environ)"),
-        python("fails", "import sys; print('some'); print('reason'); sys.exit(3)"),
-        python("hangs", "import time; time.sleep(60)", limit=1.0),
-    ]
+def test_processes_end_fail_and_are_stopped() -> None:
+    shown = python("import os; print(os.environ['SHOWN'], 'HOME' in os.environ)")
+    assert (shown.code, shown.output) == (0, "yes False\n")
+    assert python("import sys; print('some'); print('reason'); sys.exit(3)").why == "exit code 3: reason"
     began = time.monotonic()
-    ended = {each.job.name: each for each in run_jobs(jobs, 3, began + 30.0)}
+    hangs = python("import subprocess; subprocess.run(['sleep', '60'])", limit=1.0)
+    assert hangs.code is None and hangs.why.startswith("no end within 1 s")
     assert time.monotonic() - began < 20.0
-    assert (ended["shows"].code, ended["shows"].output) == (0, "yes False\n")
-    assert ended["fails"].why == "exit code 3: reason"
-    assert ended["hangs"].code is None and ended["hangs"].why.startswith("no end within 1 s")
 
 
-def test_after_the_deadline_nothing_is_started(tmp_path: Path) -> None:
-    assert list(run_jobs([python("late", f"open({str(tmp_path / 'made')!r}, 'w')")], 1, time.monotonic())) == []
-    assert not (tmp_path / "made").exists()
+def test_what_other_threads_have_started_is_stopped() -> None:
+    with ThreadPoolExecutor() as pool:
+        future = pool.submit(python, "import time; time.sleep(60)", 50.0)
+        while not gpu_session._running:
+            time.sleep(0.05)
+        gpu_session.stop_all()
+        assert future.result().code == -signal.SIGKILL
 
 
 def test_the_state_survives_a_torn_end(tmp_path: Path) -> None:
@@ -149,14 +153,21 @@ def test_the_digest_tells_machines_apart() -> None:
 # Rehearsal
 
 
+def rehearse(out: Path, *options: str) -> str:
+    """Return what a rehearsal says, which has to end well."""
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--rehearse", "--out", str(out), *options]
+    done = subprocess.run(command, cwd=gpu_session.ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
-def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rehearsal(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    arguments = ["--rehearse", "--ops", "philox,add_noise", "--out", str(tmp_path), "--seconds", "200"]
-    assert main(arguments) == 0
-    said = capsys.readouterr().out
-    table = said[said.index("op         backend") :].splitlines()
-    assert [line.split()[:4] for line in table[1:5]] == [
+    options = ("--ops", "philox,add_noise", "--seconds", "200")
+    said = rehearse(tmp_path, *options)
+    table = [line.split() for line in said[said.rindex("op         backend") :].splitlines()]
+    assert [line[:4] for line in table[1:5]] == [
         [op, backend, "right", "1"] for op in ("philox", "add_noise") for backend in ("triton", "cpu")
     ]
     files = {path.name for path in tmp_path.iterdir()}
@@ -164,26 +175,46 @@ def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len(files) <= 8
     # A second call has nothing left to check or measure.
     began = time.monotonic()
-    assert main([*arguments, "--seconds", "100"]) == 0
-    assert "gate" not in capsys.readouterr().out
-    assert time.monotonic() - began < 30.0
+    again = rehearse(tmp_path, *options)
+    assert "triton: right" not in again and "cases to go" not in again
+    assert time.monotonic() - began < 60.0
 
 
 def test_a_rehearsal_builds_csrc_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = SimpleNamespace(rehearse=True, steps_only=False, seconds=9.0, ops=["add_noise"], out=tmp_path)
-    session = gpu_check.Session(arguments)  # type: ignore[arg-type]
-    assert gpu_check._build(session) == []
-    monkeypatch.setattr(gpu_check.native, "unavailable", lambda: "csrc was not compiled")
-    (job,) = gpu_check._build(session)
-    assert job.command[-2:] == ["build_ext", "--inplace"] and job.environment["DIFFPP_FAST_CUDA"] == "0"
+    session = Session(rehearse=True, ops=["add_noise"], out=tmp_path)
+    assert test_gpu.build(session) is None
+    monkeypatch.setattr(test_gpu.backends.native, "unavailable", lambda: "csrc was not compiled")
+    check = test_gpu.build(session)
+    assert check is not None
+    assert check.command[-2:] == ["build_ext", "--inplace"] and check.environment["DIFFPP_FAST_CUDA"] == "0"
 
 
-def test_time_that_is_over_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--rehearse", "--ops", "add_noise", "--out", str(tmp_path), "--seconds", "0"]) == 0
+def test_a_check_that_dies_is_a_crash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    session = Session(rehearse=True, ops=["add_noise"], out=tmp_path)
+    (check, *_) = test_gpu.gates(session)
+    test_gpu.note_verdicts(session, check, Ended(-11, "some\nSegmentation fault", 9.0))
+    assert "add_noise, triton: CRASHED" in capsys.readouterr().out
+    assert gpu_check._report(session, False) == 1
     said = capsys.readouterr().out
+    assert "WRONG: add_noise, triton: exit code -11: Segmentation fault" in said
+    assert gpu_check._is_fatal(session.state.read(), "add_noise", "triton")
+    # Another call does not check it again.
+    assert [each.name for each in test_gpu.gates(session)] == ["gate cpu add_noise", "gate reference add_noise"]
+
+
+def test_time_that_is_over_is_said(tmp_path: Path) -> None:
+    said = rehearse(tmp_path, "--ops", "add_noise", "--seconds", "0")
     assert "left out, the time was over" in said and "add_noise on triton" in said
     # Whole steps need diffusers.
-    assert f"0 failures, {4 if gpu_check._missing(*gpu_check.STEPS_NEED) else 5} left out" in said
+    assert f"0 failures, {4 if gpu_check._missing(*gpu_check.NETWORKS) else 5} left out" in said
+
+
+def test_without_pytest_it_says_what_to_carry(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "_missing", lambda *packages: list(packages))
+    assert main(["--rehearse"]) == 2
+    assert "pip install --target FOLDER pytest" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

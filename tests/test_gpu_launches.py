@@ -10,12 +10,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import gpu_gate
 import pytest
 import torch
+from gpu_gate import Checks, judge
 
-from diffpp_fast.bench import gpu_gate, variants
-from diffpp_fast.bench.gpu_gate import Checks, judge
-from diffpp_fast.bench.operators import step
+from benchmarks import variants
 from diffpp_fast.kernels import dispatch
 from diffpp_fast.ops import triton
 
@@ -111,8 +111,7 @@ def test_every_path_to_a_launch_of_triton_is_a_case(path: Path, monkeypatch: pyt
     from triton.runtime.interpreter import InterpretedFunction
 
     def once(variant: variants.Variant, device: torch.device, graph: bool) -> None:
-        inputs = variants.make(variant, device)
-        step(variants.forward(variant), inputs.fused, inputs.wrt, inputs.outer)
+        variants.make(variant, device).run()
 
     monkeypatch.setattr(InterpretedFunction, "run", lambda *arguments, **options: None)
     monkeypatch.setattr(gpu_gate, "failure", once)

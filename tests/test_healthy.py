@@ -130,7 +130,7 @@ def test_an_error_comes_after_a_checkpoint_and_the_run_goes_on_to_the_same_bits(
 
     straight = run("straight")
     monkeypatch.setenv("REWARD_FAILS", "1")
-    with pytest.raises(RuntimeError, match="the reward's server is gone"):
+    with pytest.raises(ConfigurationError, match="RuntimeError: the reward's server is gone"):
         run("run")
     assert "an error ends the run; its state was saved" in caplog.text
     state = json.loads((tmp_path / "run" / "checkpoints" / "step_000002" / "state.json").read_text())

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from diffpp_fast.cli.main import main
 from diffpp_fast.methods import Batch, StepOutput
 from diffpp_fast.training import CheckpointError, Config, ConfigurationError, NonFiniteError, Trainer, load_config
+from diffpp_fast.training.build.agreement import idle_sentences, refuse_misfits
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.inputs import digest_of, refuse_unequal_inputs
 
@@ -53,7 +54,7 @@ def copy(project: Path, tmp_path: Path) -> Callable[[str], Path]:
         shutil.copy2(*kept[-1])
         return kept[-1][0]
 
-    yield keep  # type: ignore[misc]
+    yield keep
     for original, saved in kept:
         shutil.copy2(saved, original)
 
@@ -145,6 +146,32 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(
     assert Trainer(config_of(project, output, "training.steps=2"), resume="latest").run().step == 2
     assert "is of an earlier version" in caplog.text
     assert "inputs" in json.loads((tmp_path / "old" / "checkpoints" / "step_000002" / "state.json").read_text())
+
+
+def test_a_project_that_has_moved_goes_on(project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By the place of its files in it, and by their content."""
+    moved = shutil.copytree(project.parent, tmp_path / "moved") / project.name
+    changed = [f"output={moved.parent / 'run'}", "training.steps=1"]
+    assert Trainer(config_of(moved, *changed), resume="latest").step == 1
+    shutil.copytree(moved.parent / "weights" / "reference", moved.parent / "other")
+    with pytest.raises(CheckpointError, match=r"models\.reference\.path was .*, is .*/moved/other'"):
+        Trainer(config_of(moved, *changed, f"models.reference.path={moved.parent / 'other'}"), resume="latest")
+    change_weights(moved.parent / "weights" / "reference" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"the content of models\.reference"):
+        Trainer(config_of(moved, *changed), resume="latest")
+
+
+def test_keys_without_effect_are_told_of(project: Path) -> None:
+    unguided = ["method.guidance_scale=1", "models.negative_prompt=a fog", "method.guidance_rescale=0.5"]
+    said = idle_sentences(config_of(project, *unguided))
+    assert [sentence.partition(" has no effect: ")[0] for sentence in said] == [
+        "models.negative_prompt",
+        "method.guidance_rescale",
+    ]
+    assert len(idle_sentences(config_of(project, *unguided, "method.prompt_dropout=0.1"))) == 1
+    assert idle_sentences(config_of(project, *unguided[1:], "method.guidance_scale=2")) == []
+    with pytest.raises(ConfigurationError, match=r"models\.size_conditions has no effect: .* Remove it"):
+        refuse_misfits(config_of(project, "models.size_conditions={target: [512, 512]}"))
 
 
 def test_an_unknown_input_is_named(project: Path) -> None:

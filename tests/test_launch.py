@@ -9,7 +9,7 @@ import processes
 import pytest
 
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.training.launch import Place, find_place, job_of, launch_variables
+from diffpp_fast.training.launch import ProcessPlace, find_place, job_of, launch_variables
 
 SLURM = {
     "SLURM_JOB_ID": "4711",
@@ -26,24 +26,24 @@ TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "1
 @pytest.mark.parametrize(
     ("environment", "place"),
     [
-        ({}, Place(0, 1, 0)),
-        ({"WORLD_SIZE": "1"}, Place(0, 1, 0)),
-        (TORCHRUN, Place(1, 2, 1)),
+        ({}, ProcessPlace(0, 1, 0)),
+        ({"WORLD_SIZE": "1"}, ProcessPlace(0, 1, 0)),
+        (TORCHRUN, ProcessPlace(1, 2, 1)),
         # torchrun within srun: srun's tasks are machines.
-        (SLURM | TORCHRUN, Place(1, 2, 1)),
-        (SLURM, Place(5, 8, 1, "Slurm's srun")),
-        (SLURM | {"SLURM_GPUS_PER_TASK": "1"}, Place(5, 8, 0, "Slurm's srun")),
+        (SLURM | TORCHRUN, ProcessPlace(1, 2, 1)),
+        (SLURM, ProcessPlace(5, 8, 1, "Slurm's srun")),
+        (SLURM | {"SLURM_GPUS_PER_TASK": "1"}, ProcessPlace(5, 8, 0, "Slurm's srun")),
         # A step of one task in a job of eight, a batch script that asked for no number of tasks, a shell of salloc.
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Place(0, 1, 0)),
-        ({"SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}, Place(0, 1, 0)),
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, Place(0, 1, 0)),
-        (SLURM | {"RANK": "0", "WORLD_SIZE": "1"}, Place(0, 1, 0)),
-        (OPEN_MPI, Place(1, 2, 1, "Open MPI")),
-        ({"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}, Place(3, 4, 1, "an MPI launcher")),
-        ({"PMI_RANK": "0", "PMI_SIZE": "1"}, Place(0, 1, 0)),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, ProcessPlace(0, 1, 0)),
+        ({"SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}, ProcessPlace(0, 1, 0)),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, ProcessPlace(0, 1, 0)),
+        (SLURM | {"RANK": "0", "WORLD_SIZE": "1"}, ProcessPlace(0, 1, 0)),
+        (OPEN_MPI, ProcessPlace(1, 2, 1, "Open MPI")),
+        ({"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}, ProcessPlace(3, 4, 1, "an MPI launcher")),
+        ({"PMI_RANK": "0", "PMI_SIZE": "1"}, ProcessPlace(0, 1, 0)),
     ],
 )
-def test_a_process_knows_its_place(environment: dict[str, str], place: Place) -> None:
+def test_a_process_knows_its_place(environment: dict[str, str], place: ProcessPlace) -> None:
     assert find_place(environment) == place
 
 

@@ -12,7 +12,7 @@ import torch
 
 from diffpp_fast.methods import Batch
 from diffpp_fast.networks import Denoiser
-from diffpp_fast.networks.lora import Adapted, Adapters, layers_of, merged_weight
+from diffpp_fast.networks.lora import Adapters, layers_of, merged_weight
 from diffpp_fast.training import CheckpointError, Config, ConfigurationError, Trainer, load_config
 from diffpp_fast.training.build import Run, build_run
 from diffpp_fast.training.checkpoint import read_tensors
@@ -96,7 +96,9 @@ def test_each_role_computes_with_its_own_adapter() -> None:
     adapters, parameters = adapters_on(network, "generator", "fake")
     for name in parameters:
         randomise(parameters[name])
-    generator, fake, reference = (Adapted(Denoiser(network), adapters, name) for name in ("generator", "fake", None))
+    generator, fake, reference = (
+        Denoiser(network, adapters=adapters, adapter=name) for name in ("generator", "fake", None)
+    )
     outputs = generator(*x), fake(*x)
     assert torch.equal(reference(*x), plain) and not torch.equal(outputs[0], outputs[1])
     assert (outputs[0] - plain).abs().max() > 1e-3
@@ -123,9 +125,9 @@ def test_checkpointing_needs_the_role_in_the_backward_pass(build) -> None:  # ty
             torch.nn.init.normal_(network.proj_out.weight, std=0.3)
         if way != "kept":
             network.enable_gradient_checkpointing()
-        loss = Adapted(Denoiser(network), adapters, "generator")(*x).square().sum()
+        loss = Denoiser(network, adapters=adapters, adapter="generator")(*x).square().sum()
         with torch.no_grad():
-            Adapted(Denoiser(network), adapters, "fake")(*x)
+            Denoiser(network, adapters=adapters, adapter="fake")(*x)
         with adapters.active("generator" if way != "recomputed as another" else None):
             if way == "recomputed as another":
                 # torch finds that other tensors are recomputed than were kept.
@@ -154,7 +156,7 @@ def test_merged_weights_compute_the_same(build) -> None:  # type: ignore[no-unty
         "encoder_hidden_states": states,
         **({"added_cond_kwargs": added} if build is tiny.sdxl_unet else {}),
     }
-    adapted = Adapted(Denoiser(network), adapters, "generator")(x_t, t, conditioning)
+    adapted = Denoiser(network, adapters=adapters, adapter="generator")(x_t, t, conditioning)
     merged = {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in network.state_dict().items()
@@ -196,10 +198,25 @@ def test_roles_share_one_copy_and_gradient_goes_to_their_own_adapters(config_of)
         for other in (generator, fake):
             ups = [weight.grad for name, weight in other.parameters.items() if ".lora_B." in name]
             assert all((gradient is not None) == (other is role) for gradient in ups)
-            assert other is not role or all(gradient.abs().max() > 0 for gradient in ups)  # type: ignore[union-attr]
+            assert other is not role or all(gradient.abs().max() > 0 for gradient in ups)
         for weight in generator.network.parameters():
             assert weight.requires_grad or weight.grad is None
             weight.grad = None
+
+
+def wrappers(outer: Any) -> list[str]:
+    """The classes around one of diffusers' networks, the outermost first."""
+    inner = getattr(outer, "network", None) or getattr(outer, "vae", None)
+    return [] if type(outer).__module__.startswith("diffusers") else [type(outer).__name__, *wrappers(inner)]
+
+
+def test_wrappers_around_a_network_are_at_most_two_deep(config_of) -> None:  # type: ignore[no-untyped-def]
+    for settings in ((), (*BOTH, "precision=bfloat16")):
+        run = build_run(config_of(*settings), World.alone("cpu"), Phases(torch.device("cpu")))
+        method: Any = run.method
+        assert wrappers(method.generator) == ["OneStepGenerator", "Denoiser"]
+        assert wrappers(method.fake) == wrappers(method.reference) == ["Denoiser"]
+        assert wrappers(run.sampler.decoder) == ["FrozenDecoder"]
 
 
 def test_adapters_on_other_weights_have_a_copy_of_their_own(config_of, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -248,7 +265,7 @@ def test_a_run_trains_adapters_alone_and_resumes_to_the_same_bits(config_of) -> 
 
 
 def test_a_checkpoint_of_adapters_is_refused_by_another_kind_of_run(config_of) -> None:  # type: ignore[no-untyped-def]
-    from diffpp_fast.training.weights import load_role
+    from diffpp_fast.training.checkpoint import load_role
 
     run = build_run(config_of(*BOTH), World.alone("cpu"), Phases(torch.device("cpu")))
     tensors = {name: weight.detach() for name, weight in run.sampler.trained.parameters.items()}

@@ -40,7 +40,7 @@ def test_gradient_by_x0_is_the_papers(prediction_type: str, weighting: str) -> N
         reward=quadratic_reward,
         reward_scale=reward_scale,
         guidance_scale=guidance,
-        weighting=weight_of if weighting == "function" else weighting,  # type: ignore[arg-type]
+        weighting=weight_of if weighting == "function" else weighting,
         t_range=(100, 900),
     )
     method.generator_loss(batch).loss.backward()
@@ -155,7 +155,7 @@ def test_fake_loss_is_weighted_denoising(weighting: str) -> None:
         fake,
         Convolution(2),
         schedule,
-        fake_weighting=(lambda t: 1.0 + t.float()) if weighting == "function" else weighting,  # type: ignore[arg-type]
+        fake_weighting=(lambda t: 1.0 + t.float()) if weighting == "function" else weighting,
     )
     loss = method.fake_loss(batch).loss
 
@@ -196,7 +196,7 @@ def test_gaussian_reaches_the_analytic_optimum(weighting: str, guidance: float) 
         reward=lambda x0, c: x0 @ v,
         reward_scale=reward_scale,
         guidance_scale=guidance,
-        weighting=weighting,  # type: ignore[arg-type]
+        weighting=weighting,
     )
     train_gaussians(method, theta, fake, cond_mean)
 
@@ -260,7 +260,7 @@ def test_wrong_options_are_refused_by_name(options: dict, message: str) -> None:
 )
 def test_wrong_rewards_are_refused(reward: object, message: str) -> None:
     networks = Convolution(0), Convolution(1), Convolution(2)
-    method = DiffInstructPP(*networks, SCHEDULES["epsilon"], reward=reward, reward_scale=1.0)  # type: ignore[arg-type]
+    method = DiffInstructPP(*networks, SCHEDULES["epsilon"], reward=reward, reward_scale=1.0)
     with pytest.raises((TypeError, ValueError), match=message):
         method.generator_loss(batch_of())
 

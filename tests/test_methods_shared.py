@@ -32,7 +32,7 @@ def made(name: str, *networks: Any, **changes: Any) -> Any:
 def test_each_loss_reaches_one_network_only(name: str) -> None:
     generator, fake, reference = (Convolution(seed) for seed in range(3))
     method = made(name, generator, fake, reference)
-    fired = []
+    fired: list[Any] = []
     for weight in (fake.weight, reference.weight):
         weight.register_post_accumulate_grad_hook(fired.append)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -94,10 +94,14 @@ def test_distributions_that_make_no_sense_are_refused(make: Any, message: str) -
 
 
 def test_configurations_know_every_distribution() -> None:
-    from diffpp_fast.training.config import DISTRIBUTION_KEYS
+    from diffpp_fast.training.config import NormalTimes, ShiftedTimes, UniformTimes
 
-    fields = {name: tuple(getattr(kind, "__dataclass_fields__", ())) for name, kind in DISTRIBUTIONS.items()}
-    assert fields == dict(DISTRIBUTION_KEYS)
+    known = {
+        name: {key for key in section.model_fields if key != "name"}
+        for section in (UniformTimes, NormalTimes, ShiftedTimes)
+        for name in get_args(section.model_fields["name"].annotation)
+    }
+    assert known == {name: set(getattr(kind, "__dataclass_fields__", ())) for name, kind in DISTRIBUTIONS.items()}
 
 
 def test_the_ta_has_times_of_its_own() -> None:
@@ -117,9 +121,9 @@ def test_the_ta_has_times_of_its_own() -> None:
         ({"fake_time_distribution": Uniform()}, (100, 300, None)),
         ({"fake_t_range": (0, 900), "fake_time_distribution": LogitNormal(0.0, 1.0)}, (0, 900, LogitNormal(0.0, 1.0))),
     ):
-        method = DiffInstruct(Convolution(0), fake, Convolution(2), SCHEDULE, **plain, **options)  # type: ignore[arg-type]
+        method = DiffInstruct(Convolution(0), fake, Convolution(2), SCHEDULE, **plain, **options)
         method.fake_loss(batch)
-        expected = Times("fake_t_range", SCHEDULE, of_fake[:2], of_fake[2])  # type: ignore[index,misc]
+        expected = Times("fake_t_range", SCHEDULE, of_fake[:2], of_fake[2])
         assert torch.equal(asked["fake"], expected.draw(noise))
         method.generator_loss(batch)
         assert torch.equal(asked["fake"], Times("t_range", SCHEDULE, (100, 300), Shifted(3.0)).draw(noise))

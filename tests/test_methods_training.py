@@ -6,6 +6,7 @@ import inspect
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import processes
 import pytest
@@ -20,10 +21,9 @@ from diffpp_fast.methods import METHODS
 from diffpp_fast.methods import Method as MethodClass
 from diffpp_fast.methods.method import Options
 from diffpp_fast.training import Config, ConfigurationError, Trainer, dump_config, load_config
-from diffpp_fast.training.config import METHOD_KEYS, Method
+from diffpp_fast.training.checkpoint import read_role
 from diffpp_fast.training.prompts import open_prompts
 from diffpp_fast.training.state import refuse_other_run
-from diffpp_fast.training.weights import read_role
 
 #: What the constructors take that is no key of the section `method`.
 OF_OTHER_SECTIONS = {"self", "generator", "fake", "reference", "schedule", "reward", "reward_scale", "reward_clip"}
@@ -80,18 +80,20 @@ def log(config: Config) -> list[dict[str, float]]:
     return [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
 
 
+SECTIONS = {
+    name: section
+    for section in get_args(Config.model_fields["method"].annotation)
+    for name in get_args(section.model_fields["name"].annotation)
+}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_keys_and_defaults_are_those_of_the_class(name: str) -> None:
     # What all take alike stands in the class that they share.
     parameters = {**inspect.signature(MethodClass).parameters, **inspect.signature(METHODS[name]).parameters}
     taken = {key: value.default for key, value in parameters.items() if key not in OF_OTHER_SECTIONS | OF_PYTHON_ALONE}
-    assert METHODS.keys() == METHOD_KEYS.keys()
-    section = Method.model_validate({"name": name})
-    assert section.model_dump(exclude={"name"}, exclude_none=True) == {
-        key: default for key, default in taken.items() if default is not None
-    }
-    others = Method.model_fields.keys() - taken.keys() - {"name"}
-    assert all(getattr(section, key) is None for key in others)
+    assert METHODS.keys() == SECTIONS.keys()
+    assert SECTIONS[name](name=name).model_dump(exclude={"name"}) == taken
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -99,7 +101,23 @@ def test_a_configuration_with_all_defaults_written_out_is_the_same(project: Path
     config = load_config(project, of(name))
     (tmp_path / "copy.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "copy.yaml") == config
-    assert set(METHOD_KEYS[name]) <= yaml.safe_load(dump_config(config))["method"].keys()
+    assert SECTIONS[name].model_fields.keys() == yaml.safe_load(dump_config(config))["method"].keys()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_files_with_the_keys_of_all_methods_are_read(project: Path, tmp_path: Path, name: str) -> None:
+    """As earlier versions have saved them: null for those that the method doesn't have."""
+    config = load_config(project, [*of(name), "method.time_distribution={name: shifted, shift: 3}"])
+    saved = yaml.safe_load(dump_config(config))
+    others = {key: None for section in SECTIONS.values() for key in section.model_fields}
+    saved["method"] = {**others, **saved["method"]}
+    saved["method"]["time_distribution"] |= {"mean": None, "std": None}
+    (tmp_path / "saved.yaml").write_text(yaml.safe_dump(saved))
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_a_null_leaves_a_key_of_a_method_open(project: Path) -> None:
+    assert load_config(project, ["method.weighting=null"]) == load_config(project)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +129,7 @@ def test_a_configuration_with_all_defaults_written_out_is_the_same(project: Path
         ("sim", "method.guidance=outside", "guidance belongs to diff_instruct_star, not to sim"),
         ("dmd2", "method.guidance_t_range=[0, 9]", "guidance_t_range belongs to decoupled_dmd, not to dmd2"),
         ("diff_instruct", "method.fake_guidance_scale=2", "fake_guidance_scale belongs to sid"),
-        ("sim", "method.weighting=unit", "weighting of sim should be x0 or score, got 'unit'"),
+        ("sim", "method.weighting=unit", "method.weighting should be 'x0' or 'score', got 'unit'"),
         ("sim", "method.normalizer=batch", "normalizer belongs to dmd2, not to sim"),
         ("sim", "method.guidance_rescale=2", "method.guidance_rescale should be less than or equal to 1"),
         ("sid", "method.prompt_dropout=1", "method.prompt_dropout should be less than 1"),
@@ -120,11 +138,11 @@ def test_a_configuration_with_all_defaults_written_out_is_the_same(project: Path
             "method.time_distribution={name: normal}",
             "method.time_distribution.name should be 'uniform',",
         ),
-        ("sim", "method.time_distribution={name: shifted}", "the time distribution shifted needs shift"),
+        ("sim", "method.time_distribution={name: shifted}", "the key method.time_distribution.shift is missing"),
         (
             "sim",
             "method.fake_time_distribution={name: shifted, shift: 3, std: 1}",
-            "the time distribution shifted takes shift: remove std",
+            "method.fake_time_distribution: std belongs to log_normal and logit_normal, not to shifted: remove it",
         ),
         ("sim", "models.negative_prompt=''", "models.negative_prompt should have at least 1 character"),
         ("sim", "method.huber_c=0", "method.huber_c should be greater than 0"),

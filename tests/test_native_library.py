@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+import re
 import resource
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from diffpp_fast.bench.cases import all_cases
-from diffpp_fast.bench.operators import fused, make_inputs, step
-from diffpp_fast.bench.selftest import small
+from benchmarks.cases import all_cases, make_inputs, small
 from diffpp_fast.kernels import dispatch, native
+
+CSRC = Path(__file__).parent.parent / "csrc"
+
+
+def read_with(*sources: Path) -> set[Path]:
+    """Return the files of csrc that the sources are made of: themselves and what they include."""
+    found: set[Path] = set()
+    waiting = list(sources)
+    while waiting:
+        path = waiting.pop().resolve()
+        if path not in found:
+            found.add(path)
+            waiting += [path.parent / name for name in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)]
+    return found
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in CSRC.glob("*/binding.cpp")))
+def test_an_operator_is_read_from_few_files(folder: str) -> None:
+    binding, cpu, gpu = (CSRC / folder / name for name in ("binding.cpp", "cpu.cpp", "cuda.cu"))
+    sources = [path for path in (binding, cpu, gpu) if path.exists()]
+    assert len(read_with(*sources)) <= 9
+    # Kernels know neither torch nor those for the other device.
+    for kernels in sources[1:]:
+        assert CSRC / "common/binding.h" not in read_with(kernels)
+    for kernels in sources[2:]:
+        assert not read_with(kernels) & {CSRC / "common/cpu.h", CSRC / "common/cpu_noise.h"}
 
 
 def test_every_operator_has_a_compiled_kernel() -> None:
@@ -33,17 +60,17 @@ def test_no_schema_takes_a_string(cpu_backend: Any) -> None:
 def test_calls_leak_no_memory(cpu_backend: Any) -> None:
     """Every operator, called often on small tensors, leaves the process as large as it was."""
     cases = {small(case) for case in all_cases()}
-    steps = [(fused(case), make_inputs(case, torch.float32, torch.device("cpu"))) for case in sorted(cases)]
+    calls = [make_inputs(case, torch.float32, torch.device("cpu")).call for case in sorted(cases)]
 
     def call(times: int) -> int:
         for _ in range(times):
-            for forward, inputs in steps:
-                step(forward, inputs.fused, inputs.wrt, inputs.outer)
+            for each in calls:
+                each.run()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
 
     sizes = [call(times) for times in (100, 200, 200, 200)]
     # Allocators grow now and then; a leak grows every time. A string or a small tensor lost per call would take more.
-    assert min(after - before for before, after in pairwise(sizes)) < 200 * len(steps) * 16 / 1024
+    assert min(after - before for before, after in pairwise(sizes)) < 200 * len(calls) * 16 / 1024
 
 
 @pytest.mark.parametrize("op", dispatch.OPS)
@@ -53,8 +80,8 @@ def test_expanded_inputs(op: str, cpu_backend: Any) -> None:
         case = case._replace(shape=(2, *case.shape[1:]))
         expanded: dict[str, Any] = {}
         copied: dict[str, Any] = {}
-        inputs = make_inputs(case, torch.float32, torch.device("cpu"))
-        for name, value in inputs.fused.items():
+        given = make_inputs(case, torch.float32, torch.device("cpu")).call
+        for name, value in given.arguments.items():
             if isinstance(value, torch.Tensor) and value.dim() > 1:
                 once = value.detach()[:1].clone()
                 expanded[name] = once.requires_grad_(value.requires_grad).expand_as(value)
@@ -62,8 +89,8 @@ def test_expanded_inputs(op: str, cpu_backend: Any) -> None:
             else:
                 expanded[name] = copied[name] = value
         for actual, expected in zip(
-            step(fused(case), expanded, inputs.wrt, inputs.outer),
-            step(fused(case), copied, inputs.wrt, inputs.outer),
+            replace(given, arguments=expanded).run(),
+            replace(given, arguments=copied).run(),
             strict=True,
         ):
             assert torch.equal(actual, expected), case.name

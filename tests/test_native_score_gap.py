@@ -190,6 +190,10 @@ def test_the_binding_itself_refuses_what_it_does_not_serve(cpu_backend: Any) -> 
     for arguments, message in (
         ((fake.int(), cond, None, 1.0, 1.0, None, False, *unknown), "score_gap: fake must be float32, bfloat16"),
         ((fake, cond.double(), None, 1.0, 1.0, None, False, *unknown), "score_gap: cond is Double, the tensors before"),
+        (
+            (fake[:, :0], cond[:, :0], None, 1.0, 1.0, None, False, *unknown),
+            "score_gap: a sample of fake has no elements",
+        ),
         ((fake, cond, uncond[:1], 1.0, 1.0, None, False, *unknown), "score_gap: uncond must have the shape"),
         ((fake, cond, None, 1.0, 1.0, alpha[:1], False, *unknown), r"score_gap: scales must have shape \[B\] = \[2\]"),
         ((fake, cond, None, 1.0, 1.0, None, True, *unknown), "score_gap: mean_abs needs the target"),

@@ -57,13 +57,13 @@ def test_one_step_generator_reads_x0_out_of_an_exact_prediction(prediction_type:
         assert t.tolist() == [timestep, timestep] and t.dtype == torch.int64 and c == "prompt"
         return exact
 
-    generator = OneStepGenerator(network, schedule, timestep=timestep, input_scale=0.5)  # type: ignore[arg-type]
+    generator = OneStepGenerator(network, schedule, timestep=timestep, input_scale=0.5)
     torch.testing.assert_close(generator(x_t / 0.5, "prompt"), x0, rtol=1e-4, atol=1e-5)
 
 
 def test_one_step_generator_scales_its_input_by_sigma_by_default() -> None:
     schedule = SCHEDULES["sample"]
-    generator = OneStepGenerator(lambda x, t, c: x, schedule, timestep=10)  # type: ignore[arg-type]
+    generator = OneStepGenerator(lambda x, t, c: x, schedule, timestep=10)
     z = torch.randn(3, 4, 2, 2)
     torch.testing.assert_close(generator(z), schedule.sigmas[10].float() * z)
 

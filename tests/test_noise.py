@@ -178,3 +178,12 @@ def test_errors_name_what_is_wrong() -> None:
         noise.normal((2**20, 2**14))
     with pytest.raises(TypeError, match="floating-point"):
         noise.normal((3,), dtype=torch.int64)
+
+
+def test_no_stream_of_the_package_is_one_of_the_users() -> None:
+    from diffpp_fast.methods import base
+    from diffpp_fast.noise import USER_STREAMS
+
+    streams = {name: value for name, value in vars(base).items() if name.isupper() and isinstance(value, int)}
+    assert len(set(streams.values())) == len(streams) == 10
+    assert not [name for name, value in streams.items() if value in USER_STREAMS]

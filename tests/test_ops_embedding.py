@@ -3,7 +3,7 @@
 What else a loop may do with them has its own tests: a tensor as noise and one drawn from its address, with all pairs
 of options, in test_gpu_check.py (and `test_noise_is_drawn_from_its_address` of every operator); torch.compile with
 fullgraph=True in test_native_*.py for the CPU and test_triton_device.py for Triton; replay of a captured CUDA graph,
-and autocast on a GPU, for all pairs of options in `make gpu-check` (bench/gpu_gate.py).
+and autocast on a GPU, for all pairs of options in `make gpu-check` (gpu_gate.py).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import fsdp_worker
 import processes
 import pytest
 import torch
+from gpu_gate import under_autocast
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import variants
+from benchmarks.variants import Variant
 from diffpp_fast import Noise, NoiseSchedule, ops, use_backend
-from diffpp_fast.bench import variants
-from diffpp_fast.bench.gpu_gate import under_autocast
-from diffpp_fast.bench.operators import step
-from diffpp_fast.bench.variants import Variant
 from diffpp_fast.kernels import dispatch
+from diffpp_fast.selftest import step
 
 PACKAGE = Path(dispatch.__file__).parent.parent
 #: Names whose call makes the host wait for the device, or reads a tensor's values.
@@ -47,24 +47,22 @@ def representative(op: str, dtype: torch.dtype, drawn: bool) -> Variant:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_autocast_changes_no_bit(op: str, dtype: torch.dtype, backend: str) -> None:
-    variant = representative(op, dtype, drawn=True)
-    inputs = variants.make(variant, torch.empty(0).device)
-    plain = step(variants.forward(variant), inputs.fused, inputs.wrt, inputs.outer)
-    assert len(plain) >= 1 + len(inputs.wrt)
-    assert under_autocast(variant, inputs, plain) is None
+    call = variants.make(representative(op, dtype, drawn=True), torch.empty(0).device)
+    plain = call.run()
+    assert len(plain) >= 1 + len(call.wrt)
+    assert under_autocast(call, plain) is None
 
 
 def test_what_autocast_changes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     variant = representative("ada_layer_norm", torch.float32, drawn=False)
-    inputs = variants.make(variant, torch.device("cpu"))
+    call = variants.make(variant, torch.device("cpu"))
     for spoiled, message in (
         (lambda x, scale, shift: x @ torch.eye(x.shape[-1]), "is torch.bfloat16 instead of torch.float32"),
         (lambda x, scale, shift: (x @ torch.eye(x.shape[-1])).float() + scale + shift, "other bits than eager"),
     ):
         monkeypatch.setattr(ops, "ada_layer_norm", spoiled)
-        partial = dataclasses.replace(inputs, wrt=())
-        (plain,) = step(spoiled, inputs.fused, (), None)
-        assert message in str(under_autocast(variant, partial, (plain,)))
+        partial = dataclasses.replace(call, wrt=(), outer=None)
+        assert message in str(under_autocast(partial, partial.run()))
 
 
 def test_a_step_under_autocast_has_the_gradients_of_one_that_casts_by_hand(backend: str) -> None:
@@ -88,12 +86,12 @@ def test_a_step_under_autocast_has_the_gradients_of_one_that_casts_by_hand(backe
 @pytest.mark.parametrize("op", [op for op in dispatch.OPS if op not in ("philox", "score_gap")])  # without a gradient
 def test_recomputed_in_the_backward_pass_it_is_the_same(op: str, backend: str) -> None:
     variant = representative(op, torch.float32, drawn=True)
-    forward, inputs = variants.forward(variant), variants.make(variant, torch.empty(0).device)
+    call = variants.make(variant, torch.empty(0).device)
 
     def recomputed(**arguments: Any) -> Any:
-        return checkpoint(forward, use_reentrant=False, **arguments)
+        return checkpoint(call.forward, use_reentrant=False, **arguments)
 
-    plain, again = (step(call, inputs.fused, inputs.wrt, inputs.outer) for call in (forward, recomputed))
+    plain, again = (step(each, call.arguments, call.wrt, call.outer) for each in (call.forward, recomputed))
     assert all(torch.equal(*pair) for pair in zip(plain, again, strict=True))
 
 
@@ -106,9 +104,7 @@ def test_no_value_is_read_back_from_the_device(op: str, drawn: bool) -> None:
     variant = representative(op, torch.bfloat16, drawn)
     on_cpu, on_meta = (variants.make(variant, torch.device(device)) for device in ("cpu", "meta"))
     with use_backend("reference"):
-        expected, actual = (
-            step(variants.forward(variant), each.fused, each.wrt, each.outer) for each in (on_cpu, on_meta)
-        )
+        expected, actual = on_cpu.run(), on_meta.run()
     for ours, plain in zip(actual, expected, strict=True):
         assert ours.is_meta and (ours.shape, ours.dtype, ours.stride()) == (plain.shape, plain.dtype, plain.stride())
 

@@ -22,7 +22,7 @@ from diffpp_fast.training.export import refuse_foreign_folder
 from diffpp_fast.training.grids import write_png
 from diffpp_fast.training.lock import LOCK
 from diffpp_fast.training.output import MARK, claim_output, lock_target
-from diffpp_fast.training.resume import open_checkpoint
+from diffpp_fast.training.state import open_checkpoint
 
 QUIET = ("training.grid_every=null", "rewards.held_out=null", "training.baseline_steps=null")
 ALONE = World.alone("cpu")

@@ -67,9 +67,16 @@ def test_the_sdist_makes_a_wheel_that_works(tmp_path: Path) -> None:
     for name in (NATIVE + "_library.so", "diffpp_fast/py.typed", "diffpp_fast/report/page.html.jinja"):
         assert name in names
     assert any(name.startswith(NATIVE + "_host.") for name in names)
-    assert not [name for name in names if name.startswith(("tests/", "csrc/", "examples/"))]
+    assert not [name for name in names if name.startswith(("tests/", "csrc/", "examples/", "benchmarks/"))]
     assert "linux" not in sys.platform or "none-any" not in built.name
     assert try_out(built, tmp_path / "installed") == "cpu None"
+
+
+def test_the_wheel_holds_the_package_alone(tmp_path: Path) -> None:
+    built, _ = wheel(checkout(tmp_path / "source"), tmp_path / "wheel", DIFFPP_FAST_BUILD="0")
+    with zipfile.ZipFile(built) as archive:
+        rooms = {name.split("/")[0] for name in archive.namelist()}
+    assert {room.partition("-")[0] for room in rooms} == {"diffpp_fast"}, rooms
 
 
 @pytest.mark.slow

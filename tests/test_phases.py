@@ -15,8 +15,7 @@ from diffpp_fast.training import load_config
 from diffpp_fast.training import phases as module
 from diffpp_fast.training.build import build_run
 from diffpp_fast.training.distributed import World
-from diffpp_fast.training.memory import Memory
-from diffpp_fast.training.phases import Phases, Timed
+from diffpp_fast.training.phases import Memory, Phases, Timed
 
 
 class Clock:
@@ -99,6 +98,33 @@ def test_a_taking_begins_anew_and_loses_nothing(phases: Phases, clock: Clock) ->
     assert phases.take() == pytest.approx({"loss": 2, "other": 4})
     clock.work(8)
     assert phases.take() == pytest.approx({"other": 8})
+
+
+def test_of_a_whole_phase_what_is_inside_is_no_other(phases: Phases, clock: Clock) -> None:
+    with phases("grid", whole=True):
+        clock.work(1)
+        with phases("decode"):
+            clock.work(2)
+    with phases("decode"):
+        clock.work(4)
+    assert phases.take() == pytest.approx({"grid": 3, "decode": 4, "other": 0})
+
+
+def test_a_module_is_timed_in_place_also_when_it_fails(phases: Phases, clock: Clock) -> None:
+    class Network(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            clock.work(3)
+            if len(x) == 0:
+                raise ValueError("nothing")
+            return 2 * x
+
+    network = Network()
+    assert phases.wrap(network, "reference") is network
+    assert torch.equal(network(torch.ones(1)), torch.tensor([2.0]))
+    with pytest.raises(ValueError, match="nothing"):
+        network(torch.ones(0))
+    clock.work(1)
+    assert phases.take() == pytest.approx({"reference": 6, "other": 1})
 
 
 def test_an_error_closes_its_phases(phases: Phases, clock: Clock) -> None:

@@ -12,22 +12,20 @@ import processes
 import pytest
 import tiny
 import torch
+from planning_check import measure_states
 
 from diffpp_fast.cli.main import main
 from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.methods import METHODS
 from diffpp_fast.networks import FrozenDecoder, fuse
-from diffpp_fast.training.loading import load_config
-from diffpp_fast.training.planning import Lora, Setup, Trained, Zero, make_plan
-from diffpp_fast.training.planning.check import measure_states
-from diffpp_fast.training.planning.from_config import setup_of
-from diffpp_fast.training.planning.gpu_semantics import GpuSemantics
-from diffpp_fast.training.planning.gpus import GPUS, Gpu
-from diffpp_fast.training.planning.ledger import Ledger
-from diffpp_fast.training.planning.models import KNOWN, Models, known, on_meta, parameters_of
-from diffpp_fast.training.planning.operations import Operations
-from diffpp_fast.training.planning.rewards import Towers
+from diffpp_fast.training.config import Zero
+from diffpp_fast.training.loading import load_config, with_keys
+from diffpp_fast.training.planning import GPUS, KNOWN, PlannedRun, known_config, make_plan, run_of, savings
+from diffpp_fast.training.planning.architectures import Towers, on_meta, parameters_of, towers_of
+from diffpp_fast.training.planning.counting import Counted, GpuKernels, Ledger, NetworkSize
+from diffpp_fast.training.planning.plan import count_run
 from diffpp_fast.training.planning.states import frozen_state, optimizer_bytes, trained_state
-from diffpp_fast.training.planning.step import Counted, Size, count
+from diffpp_fast.training.planning.timing import Gpu
 
 H100 = GPUS["h100"]
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
@@ -43,14 +41,34 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def small(project: Path) -> Setup:
-    return replace(setup_of(load_config(project)), rewards=Towers())
+def small(project: Path) -> PlannedRun:
+    return run_of(load_config(project, ["rewards.optimised.factory=diffpp_fast.rewards:mixture"]))
+
+
+def changed(run: PlannedRun, gpus: int = 1, **keys: Any) -> PlannedRun:
+    """Return the run with other values for keys, in whose names two underscores stand for a dot."""
+    config = with_keys(run.config, {name.replace("__", "."): value for name, value in keys.items()})
+    return replace(run, config=config, gpus=gpus)
+
+
+def by(run: PlannedRun, method: str, **keys: Any) -> PlannedRun:
+    """Return the run by another method, which is guided."""
+    takes_reward = METHODS[method].takes_reward
+    others = {} if takes_reward else {"rewards.optimised": None}
+    return replace(
+        run, config=with_keys(run.config, {"method": {"name": method, "guidance_scale": 2.0, **keys}, **others})
+    )
+
+
+def known(name: str, **keys: Any) -> PlannedRun:
+    return changed(PlannedRun(known_config(name, {}), KNOWN[name]), **keys)
 
 
 @pytest.fixture(scope="module")
 def sd15() -> Counted:
     """One image of Stable Diffusion 1.5 through both updates."""
-    return count(Setup(known("sd15"), micro_batch=1, rewards=Towers(("pickscore",))))
+    reward = {"factory": "diffpp_fast.rewards:pickscore", "scale": 1.0}
+    return count_run(known("sd15", training__micro_batch=1, rewards__optimised=reward))
 
 
 def operations(counted: Counted, update: str, *names: str) -> float:
@@ -72,7 +90,7 @@ def operations(counted: Counted, update: str, *names: str) -> float:
     ],
 )
 def test_known_models_have_their_true_sizes(name: str, denoiser: int, text: list[int]) -> None:
-    models = known(name)
+    models = KNOWN[name]
     assert parameters_of(on_meta(models.reference)) == denoiser
     assert [parameters_of(on_meta(recipe)) for recipe, _ in models.text_encoders] == text
     assert models.decoder is not None
@@ -84,13 +102,11 @@ def test_rewards_have_their_true_sizes(sd15: Counted) -> None:
     assert sd15.reward_bytes == 4 * (986_109_441 - 1)
 
 
-def test_unknown_names_are_refused() -> None:
+def test_what_can_not_be_planned_is_refused(small: PlannedRun) -> None:
     with pytest.raises(ConfigurationError, match="sd15, sdxl, pixart"):
-        known("sd21")
-    with pytest.raises(ConfigurationError, match="known: pickscore"):
-        Towers(("beauty",))
+        known_config("sd21", {})
     with pytest.raises(ConfigurationError, match="multiple of 3"):
-        Setup(KNOWN["sd15"], gpus=3, global_batch=8)
+        replace(small, gpus=3)
 
 
 # Operations
@@ -107,10 +123,10 @@ def test_the_frozen_decoder_saves_operations(sd15: Counted) -> None:
     """diffusers' decode takes 2.5 TFLOP, and its reward path 5.7 with ViT-H/14 both ways; ours enlarges for less."""
     recipe = KNOWN["sd15"].decoder
     assert recipe is not None
-    eager, counting = on_meta(recipe), Operations()
-    with GpuSemantics().active(), counting:
+    eager, counting = on_meta(recipe), Ledger()
+    with GpuKernels().active(), counting:
         eager.decode(torch.empty(1, 4, 64, 64, device="meta"))
-    decode = counting.by_dtype[FLOAT32] / 1e12
+    decode = counting.operations[FLOAT32] / 1e12
     assert decode == pytest.approx(2.5, abs=0.05)
     tower = 2 * operations(sd15, "generator", "reward")
     assert 2 * decode + tower == pytest.approx(5.7, abs=0.1)
@@ -130,7 +146,7 @@ def test_operations_know_their_dtype(sd15: Counted) -> None:
 
 @pytest.mark.slow
 def test_operations_of_stable_diffusion_xl() -> None:
-    counted = count(Setup(known("sdxl"), micro_batch=1, rewards=Towers(("hpsv2.1",))))
+    counted = count_run(known("sdxl", training__micro_batch=1))
     step = operations(counted, "generator", "generator", "fake", "reference", "generator backward")
     assert step == pytest.approx(40.5, rel=0.03)
 
@@ -140,7 +156,7 @@ def test_operations_of_stable_diffusion_xl() -> None:
 
 def kept_on_meta(network: Any, autocast: bool = False) -> tuple[int, int]:
     """Bytes that a forward pass leaves alive, by the ledger and by the saved tensors."""
-    ledger, semantics, saved = Ledger(), GpuSemantics(), {}
+    ledger, gpu, saved = Ledger(), GpuKernels(), {}
     own = {p.untyped_storage()._cdata for p in (*network.parameters(), *network.buffers())}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -154,7 +170,7 @@ def kept_on_meta(network: Any, autocast: bool = False) -> tuple[int, int]:
     text = torch.empty(2, 8, tiny.TEXT_WIDTH, device="meta")
     inputs = {x.untyped_storage()._cdata, t.untyped_storage()._cdata, text.untyped_storage()._cdata}
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with semantics.active(), ledger, hooks, semantics.autocast(autocast):
+    with gpu.active(), ledger, hooks, gpu.autocast(autocast):
         prediction = network(x, t, text, return_dict=False)[0]
     by_hooks = sum(storage.nbytes() for key, storage in saved.items() if key not in inputs)
     return ledger.alive.total() - prediction.nbytes, by_hooks
@@ -171,14 +187,14 @@ def test_what_is_alive_is_what_autograd_saved(fused: bool, autocast: bool) -> No
 
 
 def test_meta_keeps_what_the_cpu_keeps() -> None:
-    from diffpp_fast.bench.memory import kept_bytes
+    from benchmarks.memory import kept_bytes
 
     vae = tiny.vae()
     latents = torch.zeros(2, *tiny.LATENT)
     kept = kept_bytes(FrozenDecoder(vae), latents, vae)
     decoder, ledger = FrozenDecoder(on_meta(tiny.vae)), Ledger()
     x = torch.empty(latents.shape, device="meta", requires_grad=True)
-    with GpuSemantics().active(), ledger:
+    with GpuKernels().active(), ledger:
         images = decoder(x)
     assert ledger.alive.total() - images.nbytes == pytest.approx(kept, rel=0.01)
 
@@ -188,26 +204,26 @@ def test_autocast_copies_trained_weights_once_for_the_graph() -> None:
     matrices = sum(parameter.numel() for parameter in network.parameters() if parameter.dim() > 1)
     trained, _ = kept_on_meta(network, autocast=True)
     network.requires_grad_(False)
-    ledger, semantics = Ledger(), GpuSemantics()
+    ledger, gpu = Ledger(), GpuKernels()
     x, t = torch.empty(2, *tiny.LATENT, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
-    with semantics.active(), ledger, semantics.autocast(True):
+    with gpu.active(), ledger, gpu.autocast(True):
         network(x, t, torch.empty(2, 8, tiny.TEXT_WIDTH, device="meta"))
     assert ledger.alive.total() == 0
     assert trained > 2 * matrices
 
 
 @pytest.mark.parametrize("method", ["sid", "sim", "diff_instruct_star"])
-def test_methods_that_differentiate_networks_pay_for_two_backward_passes(small: Setup, method: str) -> None:
+def test_methods_that_differentiate_networks_pay_for_two_backward_passes(small: PlannedRun, method: str) -> None:
     """A backward pass by the inputs alone costs a forward pass, and what autograd keeps for it is alive meanwhile."""
-    low = replace(small, precision="bfloat16", reference_dtype=None, decoder_dtype=None)
-    plain, counted = (count(replace(low, method=name)) for name in ("dmd2", method))
+    low = changed(small, precision="bfloat16")
+    plain, counted = (count_run(by(low, name)) for name in ("dmd2", method))
     for network in ("reference", "fake"):
         once, back = operations(counted, "generator", network), operations(counted, "generator", f"{network} backward")
         assert once == operations(plain, "generator", network) and back == pytest.approx(once, rel=0.05)
     assert operations(counted, "fake", "fake backward") == operations(plain, "fake", "fake backward")
     peaks = [max(phase.peak for phase in each.phases if phase.update == "generator") for each in (plain, counted)]
     assert peaks[1] > 2 * peaks[0]
-    checkpointed = count(replace(low, method=method, activation_checkpointing=True))
+    checkpointed = count_run(changed(by(low, method), training__activation_checkpointing=True))
     recomputed = [phase for phase in checkpointed.phases if phase.name in ("reference backward", "fake backward")]
     assert len(recomputed) == 3
     for phase in recomputed:
@@ -217,11 +233,11 @@ def test_methods_that_differentiate_networks_pay_for_two_backward_passes(small: 
     )
 
 
-def test_every_call_of_a_network_is_counted(small: Setup) -> None:
-    calls = {name: count(replace(small, method=name, **options)) for name, options in CALLS.items()}
+def test_every_call_of_a_network_is_counted(small: PlannedRun) -> None:
+    calls = {name: count_run(by(small, name, **options)) for name, options in CALLS.items()}
     once = operations(calls["dmd2"], "generator", "reference") / 2
     assert operations(calls["decoupled_dmd"], "generator", "reference") == pytest.approx(3 * once)
-    assert replace(small, method="decoupled_dmd").reference_calls == 3 and small.reference_calls == 2
+    assert by(small, "decoupled_dmd").reference_calls == 3 and small.reference_calls == 2
     for update in ("generator", "fake"):
         assert operations(calls["sid"], update, "fake") == pytest.approx(2 * operations(calls["dmd2"], update, "fake"))
     outside = calls["diff_instruct_star"]
@@ -231,20 +247,35 @@ def test_every_call_of_a_network_is_counted(small: Setup) -> None:
 CALLS: dict[str, dict[str, Any]] = {
     "dmd2": {},
     "decoupled_dmd": {},
-    "sid": {"fake_guided": True},
-    "diff_instruct_star": {"guidance_outside": True},
+    "sid": {"fake_guidance_scale": 2.0},
+    "diff_instruct_star": {"guidance": "outside"},
 }
 
 
-def test_everything_is_freed_between_updates(small: Setup) -> None:
-    count(small)  # the schedule makes its tables when it is first asked for them, and keeps them
-    counted = count(small)
+def test_a_mean_over_the_update_asks_generator_and_reference_once_more(small: PlannedRun) -> None:
+    """But not where one process computes the update in one piece."""
+    run = by(small, "dmd2", normalizer="batch")
+    parts = changed(run, training__micro_batch=2)
+    assert not run.normalizes_apart and parts.normalizes_apart and changed(run, gpus=2).normalizes_apart
+    assert parts.reference_calls == 4
+    counted, whole = count_run(parts), count_run(run)
+    for network in ("generator", "reference"):
+        once = operations(counted, "generator", network)
+        assert operations(counted, "generator", f"{network} for the normalizer") == once
+        assert operations(whole, "generator", network) == pytest.approx(2 * once)
+    assert not any("normalizer" in phase.name for phase in whole.phases)
+
+
+def test_everything_is_freed_between_updates(small: PlannedRun) -> None:
+    count_run(small)  # the schedule makes its tables when it is first asked for them, and keeps them
+    counted = count_run(changed(small, seed=7))
     first = next(phase for phase in counted.phases if phase.update == "generator")
     assert set(first.at_peak) == {"generator"}
 
 
-def test_checkpointing_keeps_less_and_computes_more(small: Setup) -> None:
-    plain, both = count(small), count(replace(small, activation_checkpointing=True, decoder_checkpoint=True))
+def test_checkpointing_keeps_less_and_computes_more(small: PlannedRun) -> None:
+    keys = {"training__activation_checkpointing": True, "models__decoder__checkpoint": True}
+    plain, both = count_run(small), count_run(changed(small, **keys))
 
     def decoder_kept(counted: Counted) -> int:
         phase = next(phase for phase in counted.phases if phase.name == "reward")
@@ -275,9 +306,9 @@ def test_zero_holds_what_is_planned(tmp_path: Path) -> None:
     output, _ = processes.run([str(script)], size=2)
     found = json.loads(output.partition("SIZES ")[2].splitlines()[0])
     network = tiny.unet()
-    size = Size(tuple(parameter.numel() for parameter in network.parameters()), 0)
+    size = NetworkSize(tuple(parameter.numel() for parameter in network.parameters()), 0)
     for stage, held in found.items():
-        state = trained_state(size, Trained(zero=Zero(int(stage), overlap=False)), gpus=2, low=True)
+        state = trained_state(size, Zero(stage=int(stage), overlap=False), gpus=2, low=True)
         # Nothing is whole all the time there, and everything is small enough to be so here.
         persistent = 2 * sum(size.trained) if stage == "3" else 0
         planned = {
@@ -290,9 +321,9 @@ def test_zero_holds_what_is_planned(tmp_path: Path) -> None:
 
 
 def test_partitions_are_padded() -> None:
-    zero = Trained(zero=Zero(2))
-    assert trained_state(Size((7, 4), 0), zero, gpus=4, low=True).master == 4 * 4  # 11 to 16
-    assert trained_state(Size((7, 4), 0), Trained(zero=Zero(3)), gpus=4, low=True).master == 4 * (2 + 1)
+    size = NetworkSize((7, 4), 0)
+    assert trained_state(size, Zero(stage=2), gpus=4, low=True).master == 4 * 4  # 11 to 16
+    assert trained_state(size, Zero(stage=3), gpus=4, low=True).master == 4 * (2 + 1)
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit"])
@@ -310,16 +341,17 @@ def test_eight_bit_moments(name: str) -> None:
 
 
 def test_more_stages_hold_less() -> None:
-    size = Size((200_000,) * 50, 0)
-    states = [trained_state(size, Trained(ema=True, zero=Zero(stage)), gpus=8, low=True) for stage in range(4)]
+    size = NetworkSize((200_000,) * 50, 0)
+    states = [trained_state(size, Zero(stage=stage), gpus=8, low=True, ema=True) for stage in (0, 1, 2, 3)]
     sums = [state.resident + state.gradients for state in states]
     assert sums == sorted(sums, reverse=True) and sums[3] < sums[0] / 6
 
 
 def test_what_is_offloaded_is_on_the_host() -> None:
-    size = Size((200_000,) * 50, 0)
-    here = trained_state(size, Trained(ema=True, zero=Zero(3)), gpus=8, low=True)
-    away = trained_state(size, Trained(ema=True, zero=Zero(3, "cpu", "cpu")), gpus=8, low=True)
+    size = NetworkSize((200_000,) * 50, 0)
+    here = trained_state(size, Zero(stage=3), gpus=8, low=True, ema=True)
+    zero = Zero(stage=3, offload_optimizer="cpu", offload_parameters="cpu")
+    away = trained_state(size, zero, gpus=8, low=True, ema=True)
     assert away.resident == 0
     assert away.host == here.resident + here.gradients
     assert frozen_state(1000, 2, "shard", 8).weights == frozen_state(1000, 2, "offload", 8).host == 250
@@ -328,15 +360,14 @@ def test_what_is_offloaded_is_on_the_host() -> None:
 # Plans
 
 
-def test_the_peak_is_the_fullest_phase(small: Setup) -> None:
+def test_the_peak_is_the_fullest_phase(small: PlannedRun) -> None:
     plan = make_plan(small, H100)
     assert plan.total == max(alive for _, alive in plan.phases)
     assert plan.spare == 80 * 2**30 - plan.reserve - plan.total
 
 
-def test_adapters_share_the_backbone(small: Setup) -> None:
-    lora = Trained(lora=Lora(4))
-    plan = make_plan(replace(small, generator=lora, fake=lora), H100)
+def test_adapters_share_the_backbone(small: PlannedRun) -> None:
+    plan = make_plan(changed(small, models__generator__lora={"rank": 4}, models__fake__lora={"rank": 4}), H100)
     full = make_plan(small, H100)
     # The tiny generator's folder is another than the reference's; the fake's is the same.
     assert plan.memory["fake"]["weights"] == 4 * sum(plan.counted.sizes["fake"].trained)
@@ -344,28 +375,26 @@ def test_adapters_share_the_backbone(small: Setup) -> None:
     assert plan.memory["generator"]["optimizer"] < full.memory["generator"]["optimizer"] / 4
 
 
-def test_what_to_change_first_saves_what_it_says(small: Setup) -> None:
-    from diffpp_fast.training.planning.advice import changes
-
+def test_what_to_change_first_saves_what_it_says(small: PlannedRun) -> None:
     crowded = Gpu("small", make_plan(small, H100).total / 2**30, 1, 1, 1, 1, "none")
     plan = make_plan(small, crowded)
     assert plan.spare < 0
-    found = changes(plan)
+    found = savings(plan)
     assert {"training.micro_batch=2", "training.activation_checkpointing=true"} & {change.keys for change in found}
     assert [change.saves for change in found] == sorted((change.saves for change in found), reverse=True)
     for change in found:
-        assert plan.total - make_plan(change.setup, crowded).total == change.saves > 0
+        assert plan.total - make_plan(change.run, crowded).total == change.saves > 0
 
 
-def test_time_follows_operations_bytes_and_links(small: Setup) -> None:
+def test_time_follows_operations_bytes_and_links(small: PlannedRun) -> None:
     one = make_plan(small, H100)
     assert one.time.communication == 0
     assert make_plan(small, H100, efficiency=0.2).time.compute == pytest.approx(2 * one.time.compute)
-    rounds = make_plan(replace(small, fake_rounds=5), H100)
+    rounds = make_plan(changed(small, method__fake_rounds=5), H100)
     assert one.time.compute < rounds.time.compute < 5 * one.time.compute
-    spread = {"gpus": 4, "global_batch": 4, "micro_batch": 1}
+    spread = {"training__global_batch": 4, "training__micro_batch": 1}
     stages = [
-        make_plan(replace(small, **spread, generator=Trained(zero=Zero(s)), fake=Trained(zero=Zero(s))), H100)
+        make_plan(changed(small, gpus=4, **spread, distributed={"generator": {"stage": s}, "fake": {"stage": s}}), H100)
         for s in (2, 3)
     ]
     elements = sum(sum(one.counted.sizes[role].trained) for role in ("generator", "fake"))
@@ -419,7 +448,7 @@ def test_wrong_options_are_sentences(
 def test_a_folder_without_configuration_is_named(project: Path) -> None:
     config = load_config(project, [f"models.reference.path={project.parent}/nowhere"])
     with pytest.raises(ConfigurationError, match=r"models\.reference"):
-        setup_of(config)
+        run_of(config)
 
 
 def test_rewards_of_the_package_are_known(project: Path) -> None:
@@ -427,28 +456,35 @@ def test_rewards_of_the_package_are_known(project: Path) -> None:
         "rewards.optimised.factory=diffpp_fast.rewards:mixture",
         "rewards.optimised.arguments={rewards: {clip: {weight: 1}, mine: {weight: 1, reward: 'mine.py:score'}}}",
     ]
-    towers = setup_of(load_config(project, overrides)).rewards
-    assert towers == Towers(("clip",), unknown=("mine.py:score",))
+    reward = load_config(project, overrides).rewards.optimised
+    assert reward is not None
+    assert towers_of(reward) == Towers(("clip",), unknown=("mine.py:score",))
 
 
-def test_every_part_of_the_setup_comes_from_the_configuration(project: Path) -> None:
-    overrides = ["training.global_batch=8", "training.micro_batch=2", "method.fake_rounds=3", "precision=bfloat16"]
-    setup = setup_of(load_config(project, [*overrides, "models.decoder.checkpoint=true"]), gpus=2)
-    assert (setup.rounds, setup.micro, setup.fake_rounds, setup.precision) == (2, 2, 3, "bfloat16")
-    assert setup.decoder_checkpoint and setup.guided and setup.generator.ema and not setup.fake.ema
-    assert isinstance(setup.models, Models) and setup.models.masked
-    assert setup.method == "diff_instruct_pp" and not setup.fake_guided and not setup.guidance_outside
-    sid = ["method.name=sid", "method.fake_guidance_scale=2", "rewards.optimised=null"]
-    setup = setup_of(load_config(project, sid))
-    assert (setup.method, setup.fake_guided, setup.fake_rounds) == ("sid", True, 1)
-    star = setup_of(load_config(project, ["method.name=diff_instruct_star", "method.guidance=outside"]))
-    assert star.method == "diff_instruct_star" and star.guidance_outside
+def test_a_plan_says_that_it_is_for_a_gpu(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(project), "device=cpu", "--gpu", "l40s"]) == 0
+    assert "device is cpu, of which nothing is known here: this is the plan for a GPU, L40S." in capsys.readouterr().out
+
+
+def test_every_part_of_the_run_comes_from_the_configuration(project: Path) -> None:
+    overrides = ["training.global_batch=8", "training.micro_batch=2", "precision=bfloat16", "distributed.fake.stage=1"]
+    run = run_of(load_config(project, overrides), gpus=2)
+    assert (run.rounds, run.micro, run.dtype) == (2, 2, BFLOAT16)
+    assert run.architectures.masked and run.averages("generator") and not run.averages("fake")
+    assert (run.zero("generator").stage, run.zero("fake").stage) == (2, 1)
+    assert {run_of(run.config.model_copy(update={"precision": "float32"})).zero(role).stage for role in ROLES} == {0}
+
+
+ROLES = ("generator", "fake")
 
 
 @pytest.mark.slow
 def test_the_example_of_the_docs_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "planning.md").read_text()
+    root = Path(__file__).parents[1]
+    page = (root / "docs/planning.md").read_text()
     (found,) = re.findall(r"```bash\ndiffpp-fast (plan [^\n]*)\n```\n\n```text\n(.*?)\n```", page, flags=re.DOTALL)
-    command, printed = found
+    command, shown = found
     assert main(command.split()) == 0
-    assert [line.rstrip() for line in capsys.readouterr().out.strip().splitlines()] == printed.splitlines()
+    printed = [line.rstrip() for line in capsys.readouterr().out.strip().splitlines()]
+    assert printed == (root / "benchmarks/results/plan-sd15-8x-a100-80.txt").read_text().splitlines()
+    assert printed[: len(shown.splitlines())] == shown.splitlines()

@@ -55,7 +55,8 @@ def test_a_bfloat16_networks_last_layer_neither_sums_nor_returns_bfloat16(kind: 
 
     low = Denoiser(network if how == "autocast" else network.bfloat16())
     fuse(network)
-    layer, seen = network.get_submodule(NETWORKS[kind][1]), {}
+    seen: dict[str, Any] = {}
+    layer = network.get_submodule(NETWORKS[kind][1])
     layer.register_forward_hook(lambda module, args, output: seen.update(input=args[0], output=output))
     conditioning["encoder_hidden_states"] = conditioning["encoder_hidden_states"].bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
@@ -66,7 +67,7 @@ def test_a_bfloat16_networks_last_layer_neither_sums_nor_returns_bfloat16(kind: 
     double = nn.Module.double(copy.deepcopy(layer.bfloat16()))
     by_hand = double(seen["input"].double())
     assert float((seen["output"] - by_hand).norm() / by_hand.norm()) < 1e-6
-    rounded = OneStepGenerator(lambda *args: prediction.bfloat16(), stable_diffusion())(z)  # type: ignore[arg-type]
+    rounded = OneStepGenerator(lambda *args: prediction.bfloat16(), stable_diffusion())(z)
     errors = [float((of - expected).square().sum()) for of in (x0, rounded)]
     assert errors[0] < errors[1]
 

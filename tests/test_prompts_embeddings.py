@@ -19,11 +19,10 @@ from diffpp_fast.cli.main import main
 from diffpp_fast.networks import Conditioning
 from diffpp_fast.training import Config, ConfigurationError, Trainer, load_config
 from diffpp_fast.training.build import text
-from diffpp_fast.training.build.embeddings import open_embeddings
-from diffpp_fast.training.build.text import TextFacts, load_text
+from diffpp_fast.training.build.text import TextFacts, load_text, open_embeddings
 from diffpp_fast.training.checkpoint import read_tensors
-from diffpp_fast.training.prompts import EmbeddingCache, PromptSource, embed, fingerprint, open_prompts
-from diffpp_fast.training.prompts.embedding_files import read_manifest
+from diffpp_fast.training.prompts import EmbeddingCache, PromptSource, embed, open_prompts
+from diffpp_fast.training.prompts.embeddings import read_manifest
 
 CPU = torch.device("cpu")
 GRID = ["a green apple", "a red sun"]
@@ -217,7 +216,7 @@ def test_weights_that_have_not_changed_are_not_read_again(
     def refuse(file: Any) -> str:
         raise AssertionError(f"{file} was read")
 
-    monkeypatch.setattr(fingerprint, "_sha256", refuse)
+    monkeypatch.setattr(embed, "_sha256", refuse)
     cache_of(cached(project))
     cache_of(cached(copy))
 

@@ -10,10 +10,8 @@ import pytest
 import yaml
 
 from diffpp_fast.training import load_config
-from diffpp_fast.training.planning.from_config import setup_of
-from diffpp_fast.training.planning.gpus import gpu
-from diffpp_fast.training.planning.models import KNOWN, on_meta
-from diffpp_fast.training.planning.plan import make_plan
+from diffpp_fast.training.planning import GPUS, KNOWN, make_plan, run_of
+from diffpp_fast.training.planning.architectures import on_meta
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 PIPELINES = {
@@ -104,5 +102,5 @@ def test_it_fits(name: str, bases: dict[str, Path]) -> None:
     if model == "pixart" or machine == "1x24gb":  # as their files say
         (bases[model] / "embeddings").mkdir(exist_ok=True)
         changes.append(f"prompts.embeddings={bases[model] / 'embeddings'}")
-    plan = make_plan(setup_of(load_config(CONFIGS / f"{name}.yaml", changes), gpus), gpu(kind))
+    plan = make_plan(run_of(load_config(CONFIGS / f"{name}.yaml", changes), gpus), GPUS[kind])
     assert plan.spare > 0, f"{name} lacks {-plan.spare / 2**30:.1f} GiB"

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from diffpp_fast import rewards
+from diffpp_fast.cli.main import main
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.methods import Batch
+from diffpp_fast.methods.base import SampleGradient
 from diffpp_fast.methods.reward_term import RewardTerm
 from diffpp_fast.networks import Conditioning
 from diffpp_fast.training import Trainer, config, load_config
 from diffpp_fast.training.baseline import Baseline
 from diffpp_fast.training.checkpoint import read_tensors
 from diffpp_fast.training.distributed import World
-from diffpp_fast.training.reward_watch import RewardWatch
-from diffpp_fast.training.rewards import LatentReward, load_scorer
-from diffpp_fast.training.scorer_state import modules_of, sources_of, tensors_of
+from diffpp_fast.training.faults import RewardWatch
+from diffpp_fast.training.rewards import LatentReward, load_scorer, modules_of, sources_of, tensors_of
 
 # A large eps: with the usual one Adam's first updates are sign(g), which magnifies rounding.
 QUIET = (
@@ -95,10 +96,11 @@ def test_micro_batches_change_memory_only(train, name: str, arguments: dict[str,
 def test_a_constant_reward_has_gradient_0_and_is_noticed() -> None:
     x0 = images().requires_grad_()
     reward = latent_reward(lambda images, prompts: torch.zeros(len(images)))
-    (gradient,) = torch.autograd.grad(reward(x0, Conditioning(PROMPTS, {})).sum(), x0)
-    assert not gradient.any() and not reward.has_gradient
+    (gradient,) = torch.autograd.grad(reward(x0, Conditioning(PROMPTS, {})).values.sum(), x0)
+    assert not gradient.any() and not reward(x0, Conditioning(PROMPTS, {})).differentiable
     reward.scorer = in_place
-    assert reward(x0, Conditioning(PROMPTS, {})).requires_grad and reward.has_gradient
+    output = reward(x0, Conditioning(PROMPTS, {}))
+    assert output.values.requires_grad and output.differentiable
 
 
 # -- what is not finite ------------------------------------------------------------------------------------------------
@@ -114,12 +116,12 @@ def test_the_reward_gradient_of_a_sample_that_has_none_is_left_out() -> None:
             x0.mean((1, 2, 3)) * torch.tensor([math.nan, 1.0, 1.0]) + (x0[:, 0, 0, 0] * torch.tensor([1, 0, 1])).sqrt()
         )
 
-    metrics: dict[str, Tensor] = {}
-    got = RewardTerm(undefined, 2.0, clip=1e9).subtract(gradient, batch, x0.abs(), metrics)
+    got, metrics, told = RewardTerm(undefined, 2.0, clip=1e9).subtract(SampleGradient(gradient, {}), batch, x0.abs())
+    assert told is not None and told.values.isfinite().tolist() == [False, True, True]
     assert torch.equal(got[:2], gradient[:2]) and got.isfinite().all() and not torch.equal(got[2], gradient[2])
     assert metrics["reward_undefined"] == pytest.approx(2 / 3)
     assert all(value.isfinite() for value in metrics.values())
-    alone = RewardTerm(undefined, 2.0).subtract(gradient, batch, x0.abs(), {})
+    alone = RewardTerm(undefined, 2.0).subtract(SampleGradient(gradient, {}), batch, x0.abs()).gradient
     torch.testing.assert_close(got, alone)
 
 
@@ -154,25 +156,21 @@ def test_the_watch_names_samples_again_when_they_are_ten_times_as_many() -> None
 
     def watch(before: dict[str, Any]) -> RewardWatch:
         prompts_of = lambda numbers: [f"prompt {number}" for number in numbers.tolist()]  # noqa: E731
-        return RewardWatch(
-            latent_reward(in_place), True, World.alone("cpu"), prompts_of, lambda _, text: said.append(text), before
-        )
+        return RewardWatch("mine", True, World.alone("cpu"), prompts_of, lambda _, text: said.append(text), before)
 
-    def log(watch: RewardWatch, *given: list[float], share: float = 0.0) -> str:
+    def log(watch: RewardWatch, *given: list[float], share: float = 0.0, differentiable: bool = True) -> str:
         said.clear()
         for first in range(len(given)):
-            watch.note(8 * (first + 1))
+            watch.note(8 * (first + 1), differentiable)
         watch.judge("generator/reward", torch.tensor(given))
         watch.judge_log({"generator/reward_undefined": share}, 1, first=True, enough=False)
         return " ".join(said)
 
     one = watch({})
     # The reward is fine, its gradient is not; and so far nobody has seen a graph.
-    text = log(one, [1.0, 2.0], share=0.5)
+    text = log(one, [1.0, 2.0], share=0.5, differentiable=False)
     assert "the gradient of mine is not finite for 50.00% of the last samples" in text
     assert "mine has no gradient by the images for any sample so far" in text
-    assert one.reward is not None
-    one.reward.has_gradient = True
     text = log(one, [1.0, math.nan], [math.inf, 2.0], share=0.5)
     assert text.startswith("mine is not finite for 2 of the last 4 samples, 2 so far: sample 9 'prompt 9', sample 16 ")
     again = watch(json.loads(json.dumps(one.record())))
@@ -233,14 +231,16 @@ def test_a_scorer_may_use_its_result_again() -> None:
     def score(images: Tensor, prompts: object) -> Tensor:
         return result.copy_(images.mean((1, 2, 3)))
 
-    reward, mixture = latent_reward(score), latent_reward(rewards.Mixture({"part": (score, 1.0)}))
     parts = images(4).split(2)
-    for part in parts:
-        reward(part, Conditioning(PROMPTS, {}))
-        mixture(part, Conditioning(PROMPTS, {}))
-    expected = torch.cat([part.mean((1, 2, 3)) for part in parts])
-    assert torch.equal(reward.take_given(), expected)
-    assert torch.equal(mixture.take_parts()["part"], expected)
+    expected = [part.mean((1, 2, 3)) for part in parts]
+    for scorer in (score, rewards.Mixture({"part": (score, 1.0)})):
+        term = RewardTerm(latent_reward(scorer), 0.0)
+        none = SampleGradient(torch.zeros(2, 3, 4, 4), {})
+        batches = [Batch(torch.arange(2), Conditioning(PROMPTS, {})) for _ in parts]
+        given = [term.subtract(none, batch, part).rewards for batch, part in zip(batches, parts, strict=True)]
+        for output, values in zip(given, expected, strict=True):
+            assert output is not None and torch.equal(output.values, values)
+            assert all(torch.equal(part, values) for part in output.parts.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int64])
@@ -248,10 +248,30 @@ def test_scores_of_any_dtype_and_expanded_ones_serve(dtype: torch.dtype) -> None
     x0 = images().requires_grad_()
     for scorer in (lambda i, p: i.mean((1, 2, 3)).to(dtype), lambda i, p: i.mean().to(dtype).expand(len(p))):
         reward = latent_reward(scorer)
-        values = reward(x0, Conditioning(PROMPTS, {}))
+        values = reward(x0, Conditioning(PROMPTS, {})).values
         (gradient,) = torch.autograd.grad(values.sum(), x0)
         assert gradient.isfinite().all() and gradient.any() == dtype.is_floating_point
-        assert reward.take_given().dtype == torch.float32
+        term = RewardTerm(reward, 1.0)
+        batch = Batch(torch.arange(2), Conditioning(PROMPTS, {}))
+        told = term.subtract(SampleGradient(torch.zeros(2, 3, 4, 4), {}), batch, x0).rewards
+        assert told is not None and told.values.dtype == torch.float32
+
+
+def test_a_scorer_that_fails_is_a_sentence_without_control_characters(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = """
+def make():
+    def score(images, prompts):
+        raise KeyError('\\x1b[31m' + prompts[0])
+    return score
+"""
+    (project.parent / "failing.py").write_text(code)
+    factory = f"rewards.optimised={{factory: {project.parent}/failing.py:make, scale: 1}}"
+    assert main(["train", str(project), *NO_GRID, factory, f"output={project.parent / 'failing'}"]) == 2
+    said = capsys.readouterr().err
+    assert "failing.py:make): KeyError: " in said and "failing.py, line 4)" in said
+    assert "Traceback" not in said and "\x1b" not in said
 
 
 # -- the rest of the process -------------------------------------------------------------------------------------------
@@ -267,7 +287,7 @@ def test_what_a_scorer_changes_for_the_whole_process_is_put_back(caplog: pytest.
     threads = torch.get_num_threads()
     mixture = rewards.Mixture({"rude": (rude, 1.0), "polite": (lambda i, p: i.square().mean((1, 2, 3)), 1.0)})
     for scorer in (rude, mixture):
-        assert latent_reward(scorer)(images().requires_grad_(), Conditioning(PROMPTS, {})).requires_grad
+        assert latent_reward(scorer)(images().requires_grad_(), Conditioning(PROMPTS, {})).values.requires_grad
         assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
         assert torch.get_num_threads() == threads
     assert "mine changes PyTorch's default dtype, which has been put back" in caplog.text
@@ -316,7 +336,7 @@ def helper(images):
     return HEAD(images.mean((2, 3)))[:, 0]
 """
     (tmp_path / "closure.py").write_text(code)
-    scorer = load_scorer("key", config.Reward(factory=f"{tmp_path}/closure.py:make"), torch.device("cpu"))
+    scorer = load_scorer("key", config.RewardSection(factory=f"{tmp_path}/closure.py:make"), torch.device("cpu"))
     (head,) = modules_of(scorer)
     assert not head.training and not any(weight.requires_grad for weight in head.parameters())
     assert sorted(tensors_of(scorer)) == ["0.0.bias", "0.0.weight"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffpp_fast.training.callbacks import JsonLines
-from diffpp_fast.training.watch import Change, Watch, standard_rules
+from diffpp_fast.training.watch import LevelChange, Watch, standard_rules
 
 Scalars = dict[str, float]
 #: What changes in a log as a function of its number.
@@ -142,7 +142,7 @@ def test_an_episode_ends_and_another_one_begins() -> None:
 
 
 def test_what_is_missing_or_not_finite_is_passed_over() -> None:
-    rule = Change("fake-diverging", "fake/loss", factor=3.0, advice="")
+    rule = LevelChange("fake-diverging", "fake/loss", factor=3.0, advice="")
     watch = Watch(lambda *warning: pytest.fail(str(warning)), rules=[rule])
     for scalars in ({}, {"fake/loss": math.nan}, {"fake/loss": math.inf}, {"generator/loss": 1e9}):
         for step in range(30):

@@ -55,7 +55,8 @@ def change(folder: Path, stem: str, edit: Callable[[dict[str, torch.Tensor]], An
 def shard(folder: Path, stem: str, variant: str = "") -> dict[str, str]:
     """Cuts a folder's weights into two files and an index; returns its map."""
     file = folder / f"{stem}.safetensors"
-    tensors, names = load_file(file), {}
+    tensors = load_file(file)
+    names: dict[str, str] = {}
     file.unlink()
     for number, keys in enumerate((list(tensors)[::2], list(tensors)[1::2]), 1):
         name = f"{stem}{variant}-0000{number}-of-00002.safetensors"
@@ -309,8 +310,8 @@ def test_one_of_a_files_networks_is_found_or_chosen(pipeline: Path, tmp_path: Pa
     save_file({**whole, **more}, tmp_path / "two.safetensors")
     arguments = {"configuration": str(pipeline / "unet")}
     with pytest.raises(ValueError, match=r"choose one of fake\.net, student\.net with the key state_dict"):
-        load_denoiser(str(tmp_path / "two.safetensors"), **arguments)  # type: ignore[arg-type]
-    chosen = load_denoiser(str(tmp_path / "two.safetensors"), state_dict="fake.net", **arguments)  # type: ignore[arg-type]
+        load_denoiser(str(tmp_path / "two.safetensors"), **arguments)
+    chosen = load_denoiser(str(tmp_path / "two.safetensors"), state_dict="fake.net", **arguments)
     assert torch.equal(chosen.network.state_dict()["conv_in.weight"], tensors["conv_in.weight"] + 1)
 
 
@@ -348,7 +349,7 @@ def test_a_stream_is_what_safetensors_writes_and_keeps_one_tensor(tmp_path: Path
         return copy
 
     planned = {
-        name: Planned(tensor.dtype, tuple(tensor.shape), lambda name=name: make(name))  # type: ignore[misc]
+        name: Planned(tensor.dtype, tuple(tensor.shape), lambda name=name: make(name))
         for name, tensor in tensors.items()
     }
     write_tensors(tmp_path / "a.safetensors", planned)

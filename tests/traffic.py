@@ -1,4 +1,4 @@
-"""Launches and bytes of a call: plain torch, Triton's kernels in the interpreter, the host code of csrc/cuda."""
+"""Launches and bytes of a call: plain torch, Triton's kernels in the interpreter, the host code of csrc."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-CUDA = Path(__file__).parent.parent / "csrc/cuda"
+CSRC = Path(__file__).parent.parent / "csrc"
 #: Operators of ATen that run no kernel, besides views.
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "promote_types"}
 
@@ -85,14 +85,14 @@ def triton_traffic(traffic: Traffic, monkeypatch: pytest.MonkeyPatch) -> Iterato
         yield
 
 
-def cuda_launches(file: str, function: str) -> list[str] | None:
-    """The kernels on that path through a host function of csrc/cuda which launches most; None where the file is not."""
-    path = CUDA / file
+def cuda_launches(op: str, function: str) -> list[str] | None:
+    """Return the kernels on that path through a host function which launches most; None where no kernel is for GPUs."""
+    path = CSRC / op / "cuda.cu"
     if not path.exists():
         return None
     source = re.sub(r"//.*", "", path.read_text())
     found = re.search(rf"^void {function}\([^{{;]*\{{", source, re.MULTILINE)
-    assert found is not None, f"{file} has no function {function}"
+    assert found is not None, f"{path} has no function {function}"
     launched, _ = _HostCode(source, found.end()).block()
     return launched
 

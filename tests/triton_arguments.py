@@ -1,12 +1,12 @@
-"""Prints the cases of Triton's kernels that do not compile, one a line: `diffpp_fast.bench.gpu_arguments`, and shapes.
+"""Prints the cases of Triton's kernels that do not compile, one a line: `benchmarks.gpu_build`, and shapes.
 
 A process of its own, in which Triton is a compiler and not the interpreter.
 """
 
 import torch
 
+from benchmarks.gpu_build import lowering, refused
 from diffpp_fast import ops
-from diffpp_fast.bench.gpu_arguments import lowering, refused
 from diffpp_fast.kernels import dispatch
 
 #: Groups of one channel, of one pixel, and of one of each.

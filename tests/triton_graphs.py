@@ -6,11 +6,10 @@ interpreter and for `make gpu-check`.
 
 import torch
 import torch.utils._triton
+from gpu_gate import to_compile, traced
 
-from diffpp_fast.bench import variants
-from diffpp_fast.bench.gpu_build import CPU, compiling
-from diffpp_fast.bench.gpu_gate import to_compile, traced
-from diffpp_fast.bench.operators import step
+from benchmarks import variants
+from benchmarks.gpu_build import CPU, compiling
 from diffpp_fast.kernels import dispatch
 
 # Without a GPU Dynamo takes Triton's kernels for any other Python.
@@ -18,10 +17,9 @@ torch.utils._triton.has_triton = lambda *_: True
 
 
 def graphs(variant: variants.Variant) -> int:
-    _, compiled, counter, inputs, arguments = traced(variant, CPU, "aot_eager")
-    for named in arguments:
-        step(compiled, named, inputs.wrt, inputs.outer)
-    return counter.frame_count
+    each = traced(variant, CPU, "aot_eager")
+    list(each.steps(each.compiled))
+    return int(each.counter.frame_count)
 
 
 with compiling(90):

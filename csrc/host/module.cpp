@@ -1,11 +1,11 @@
 // The host module: what tests, users and `diffpp-fast doctor` ask of the build, without torch.
 #include <pybind11/pybind11.h>
 
-#include "../cpu/filter.h"
-#include "../cpu/isa.h"
-#include "../cpu/noise.h"
+#include "../noise/arguments.h"
+#include "../reward_pixels/tables.h"
 
 namespace py = pybind11;
+namespace resizing = diffpp::reward_pixels;
 
 namespace {
 
@@ -15,13 +15,14 @@ py::tuple philox4x32(const py::tuple& counter, const py::tuple& key) {
     throw py::value_error("philox4x32: counter must have 4 words and key 2");
   const auto word = [](const py::handle& value) { return static_cast<uint64_t>(value.cast<uint32_t>()); };
   uint32_t words[4];
-  const diffpp::PhiloxBlock block{
-      word(counter[0]),
-      static_cast<uint32_t>(word(counter[1])),
-      word(counter[2]) | word(counter[3]) << 32,
-      word(key[0]) | word(key[1]) << 32,
-      words};
-  diffpp::philox_block_kernel()(block, 0, 1);
+  const diffpp::noise::Block block{
+      .index = word(counter[0]),
+      .stream = static_cast<uint32_t>(word(counter[1])),
+      .sample = word(counter[2]) | word(counter[3]) << 32,
+      .seed = word(key[0]) | word(key[1]) << 32,
+      .words = words};
+  // One block needs no threads.
+  diffpp::noise::cpu::philox_block(block, diffpp::Pool{});
   return py::make_tuple(words[0], words[1], words[2], words[3]);
 }
 
@@ -43,13 +44,13 @@ py::dict build_facts() {
 py::tuple axis_table(
     int64_t in_size, int64_t other_in_size, int64_t size, const std::string& fit, const std::string& filter,
     bool antialias) {
-  const auto chosen_fit = diffpp::fit_named(fit);
-  const auto chosen_filter = diffpp::filter_named(filter);
+  const auto chosen_fit = resizing::fit_named(fit);
+  const auto chosen_filter = resizing::filter_named(filter);
   if (!chosen_fit) throw py::value_error("axis_table: unknown fit '" + fit + "'; known: crop, pad, stretch");
   if (!chosen_filter) throw py::value_error("axis_table: unknown filter '" + filter + "'; known: bilinear, bicubic");
   if (in_size < 1 || other_in_size < 1 || size < 1) throw py::value_error("axis_table: sizes must be at least 1");
-  const diffpp::AxisTable table =
-      diffpp::axis_table(in_size, other_in_size, size, *chosen_fit, *chosen_filter, antialias);
+  const resizing::AxisTable table =
+      resizing::axis_table({in_size, other_in_size, size, *chosen_fit, *chosen_filter, antialias});
   py::list first, count, weights;
   for (int64_t o = 0; o < table.out; ++o) {
     py::list row;

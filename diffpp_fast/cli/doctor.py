@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from diffpp_fast.cli.options import Commands, add_command
 from diffpp_fast.terminal import say
 
 if TYPE_CHECKING:
@@ -31,8 +30,14 @@ PACKAGES = (
 )
 
 
-def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
-    add_command(commands, "doctor", run, help="show versions, devices and backends", description=DESCRIPTION)
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="show versions, devices and backends",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -70,7 +75,7 @@ def _print_build() -> None:
 
 def _print_operators(device: torch.device) -> list[str]:
     """Print a line per operator and a column per backend, the reasons below; return the failures of self-tests."""
-    from diffpp_fast.bench import selftest
+    from diffpp_fast import selftest
     from diffpp_fast.kernels import dispatch
 
     say(f"\nOperators on {device}, float32; requested backend: {dispatch.requested_backend()}\n")

@@ -42,15 +42,14 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from diffpp_fast.training.build.embeddings import embedding_facts, listed_grid_prompts
-    from diffpp_fast.training.build.text import load_text
+    from diffpp_fast.training.build.text import embedding_facts, listed_grid_prompts, load_text
     from diffpp_fast.training.distributed import choose_device
     from diffpp_fast.training.launch import find_place
     from diffpp_fast.training.loading import load_config
     from diffpp_fast.training.lock import LOCK, FolderLock
     from diffpp_fast.training.prompts import open_prompts
     from diffpp_fast.training.prompts.embed import EmbeddingWriter
-    from diffpp_fast.training.prompts.embedding_files import read_manifest
+    from diffpp_fast.training.prompts.embeddings import read_manifest
     from diffpp_fast.training.prompts.encoder import BATCH
 
     config = load_config(arguments.config, arguments.overrides)

@@ -60,7 +60,7 @@ def _export(out: Path, arguments: argparse.Namespace) -> int:
     import torch
 
     from diffpp_fast.training.export import export_generator, export_pipeline, find_weights, warn_of_changed_base
-    from diffpp_fast.training.one_step_scheduler import latents_scale
+    from diffpp_fast.training.exported import latents_scale
     from diffpp_fast.training.output import refuse_inputs
     from diffpp_fast.training.saved_config import load_saved_config, naming_moves
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from diffpp_fast import install
-from diffpp_fast.cli import bench, controls, doctor, embed, evaluate, export, plan, report, sample, train
+from diffpp_fast.cli import controls, doctor, embed, evaluate, export, plan, report, sample, train
 from diffpp_fast.cli.environment import check_environment
 from diffpp_fast.cli.quiet import drop_output, open_streams, silence_libraries
 from diffpp_fast.errors import UserError
@@ -30,7 +30,6 @@ Aligns one-step text-to-image generators with a reward (Diff-Instruct++), from p
   diffpp-fast sample --run runs/emoji "a red apple" --out apple.png
   diffpp-fast evaluate runs/emoji --prompts prompts.txt --metrics image_reward --output scores
   diffpp-fast export runs/emoji --out generator
-  diffpp-fast bench kernels
   diffpp-fast doctor
 """
 EPILOG = "`diffpp-fast COMMAND --help` tells more. The configuration is explained key by key in docs/training.md."
@@ -77,8 +76,11 @@ def _main(argv: Sequence[str] | None) -> int:
     # DeepSpeed's launcher puts this in front of a program's own arguments; LOCAL_RANK says the same.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (plan, embed, train, controls, report, sample, evaluate, export, bench, doctor):
+    for command in (plan, embed, train, controls, report, sample, evaluate, export, doctor):
         command.add_parser(commands)
+    # Other names are argparse's to refuse; this one was a command once.
+    if (sys.argv[1:] if argv is None else list(argv))[:1] == ["bench"]:
+        return _fail("bench is no command: measuring is `python -m benchmarks ...` in a clone of the repository")
     # A terminal whose encoding lacks a letter is shown its number.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

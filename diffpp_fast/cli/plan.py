@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from diffpp_fast.cli.quiet import hide_loading_bars
 
 if TYPE_CHECKING:
-    from diffpp_fast.training.planning.setup import Setup
+    from diffpp_fast.training.planning import PlannedRun
 
 DESCRIPTION = """\
 Says what a run would take before any weight is read: memory per GPU by role and kind, operations, and an estimate of
@@ -37,6 +37,16 @@ DEFAULTS = {
     "checkpointing": False,
     "decoder_checkpoint": False,
     "fake_rounds": 1,
+}
+#: The keys of a configuration that these options set.
+KEYS = {
+    "batch": "training.global_batch",
+    "micro_batch": "training.micro_batch",
+    "precision": "precision",
+    "reference": "distributed.reference",
+    "checkpointing": "training.activation_checkpointing",
+    "decoder_checkpoint": "models.decoder.checkpoint",
+    "fake_rounds": "method.fake_rounds",
 }
 
 
@@ -95,65 +105,66 @@ def run(arguments: argparse.Namespace) -> int:
         return print_plan_of(arguments)
     if arguments.config is not None:
         raise ConfigurationError(f"plan either {arguments.config} or --model {arguments.model}")
-    return _print(arguments, _setup(arguments))
+    return _print(arguments, _known_run(arguments))
 
 
 def print_plan_of(arguments: argparse.Namespace) -> int:
     """The plan of a configuration; 1 if it does not fit."""
     from diffpp_fast.training.loading import load_config
-    from diffpp_fast.training.planning.from_config import setup_of
+    from diffpp_fast.training.planning import run_of
 
-    return _print(arguments, setup_of(load_config(arguments.config, arguments.overrides), arguments.gpus))
-
-
-def _setup(arguments: argparse.Namespace) -> Setup:
-    from diffpp_fast.training.planning.models import known
-    from diffpp_fast.training.planning.rewards import Towers
-    from diffpp_fast.training.planning.setup import Lora, Setup, Trained, Zero
-
-    chosen = argparse.Namespace(
-        **{name: default if getattr(arguments, name) is None else getattr(arguments, name)
-           for name, default in DEFAULTS.items()}
-    )  # fmt: skip
-    stage = chosen.stage if chosen.stage is not None else (2 if arguments.gpus > 1 else 0)
-    trained = Trained(
-        optimizer=chosen.optimizer,
-        lora=None if chosen.lora is None else Lora(chosen.lora),
-        zero=Zero(stage) if stage or arguments.gpus > 1 else None,
-    )
-    return Setup(
-        models=known(arguments.model).at(chosen.latent),
-        generator=Trained(**{**vars(trained), "ema": True}),
-        fake=trained,
-        gpus=arguments.gpus,
-        global_batch=chosen.batch,
-        micro_batch=chosen.micro_batch,
-        precision=chosen.precision,
-        reference=chosen.reference,
-        activation_checkpointing=chosen.checkpointing,
-        decoder_checkpoint=chosen.decoder_checkpoint,
-        rewards=None if chosen.reward == "none" else Towers(tuple(chosen.reward.split(","))),
-        fake_rounds=chosen.fake_rounds,
-    )
+    return _print(arguments, run_of(load_config(arguments.config, arguments.overrides), arguments.gpus))
 
 
-def _print(arguments: argparse.Namespace, setup: Setup) -> int:
+def _known_run(arguments: argparse.Namespace) -> PlannedRun:
+    from diffpp_fast.training.planning import KNOWN, PlannedRun, known_config
+
+    chosen = {name: default if getattr(arguments, name) is None else getattr(arguments, name)
+              for name, default in DEFAULTS.items()}  # fmt: skip
+    changes = {key: chosen[name] for name, key in KEYS.items()}
+    stage = chosen["stage"] if chosen["stage"] is not None else (2 if arguments.gpus > 1 else 0)
+    changes["distributed.engine"] = "deepspeed" if stage or arguments.gpus > 1 else "auto"
+    for role in ("generator", "fake"):
+        changes[f"distributed.{role}.stage"] = stage
+        changes[f"optimizers.{role}.name"] = chosen["optimizer"]
+        changes[f"models.{role}.lora"] = None if chosen["lora"] is None else {"rank": chosen["lora"]}
+    if chosen["latent"] is not None:
+        changes["models.latent_shape"] = (4, chosen["latent"], chosen["latent"])
+    changes |= _reward(str(chosen["reward"]))
+    config = known_config(arguments.model, changes)
+    return PlannedRun(config, KNOWN[arguments.model], arguments.gpus)
+
+
+def _reward(names: str) -> dict[str, object]:
+    """The keys of a reward, or of several, by their names."""
+    from diffpp_fast.errors import ConfigurationError
+    from diffpp_fast.training.planning.architectures import TOWERS
+
+    if names == "none":
+        return {"method.name": "diff_instruct", "rewards.optimised": None}
+    for name in names.split(","):
+        if name not in TOWERS:
+            raise ConfigurationError(f"--reward: there is no {name!r}; known: {', '.join(TOWERS)}, none")
+    return {
+        "rewards.optimised.factory": "diffpp_fast.rewards:mixture",
+        "rewards.optimised.arguments": {"rewards": {name: {"weight": 1.0} for name in names.split(",")}},
+    }
+
+
+def _print(arguments: argparse.Namespace, run: PlannedRun) -> int:
     from rich.console import Console
 
-    from diffpp_fast.training.planning import timing
-    from diffpp_fast.training.planning.advice import changes
-    from diffpp_fast.training.planning.gpus import gpu
-    from diffpp_fast.training.planning.plan import make_plan
+    from diffpp_fast.training.planning import gpu_named, make_plan, savings, timing
     from diffpp_fast.training.planning.report import as_data, print_plan
 
     hide_loading_bars()
     plan = make_plan(
-        setup,
-        gpu(arguments.gpu),
+        run,
+        gpu_named(arguments.gpu),
         efficiency=arguments.efficiency or timing.EFFICIENCY,
         network=arguments.network or timing.NETWORK,
     )
-    advice = changes(plan) if plan.spare < 0 else []
+    advice = savings(plan) if plan.spare < 0 else []
     if arguments.json:
         print(json.dumps(as_data(plan, advice), indent=2))
     else:

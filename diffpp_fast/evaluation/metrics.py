@@ -12,7 +12,7 @@ import torch
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.rewards import ImageBatch, Mixture, Preprocessing, Reward, mixture
 from diffpp_fast.rewards.base import as_reward
-from diffpp_fast.training.config import Reward as Factory
+from diffpp_fast.training.config import RewardSection
 from diffpp_fast.training.rewards import load_scorer
 from diffpp_fast.training.yaml_files import YamlError, parse_value
 
@@ -93,7 +93,7 @@ class Scores:
             if together is not None and score.name in known:
                 self._rewards[score.name] = together[score.name]
             else:
-                factory = Factory(factory=score.factory, arguments=dict(score.arguments))
+                factory = RewardSection(factory=score.factory, arguments=dict(score.arguments))
                 self._rewards[score.name] = as_reward(load_scorer(f"metric {score.name}", factory, device))
 
     @property

@@ -19,15 +19,14 @@ from diffpp_fast.errors import CheckpointError, ConfigurationError
 from diffpp_fast.networks.loading import read_config
 from diffpp_fast.training.base_pipeline import fill_models
 from diffpp_fast.training.build import Sampler, build_sampler
+from diffpp_fast.training.checkpoint import load_role, read_role
 from diffpp_fast.training.config import Config
-from diffpp_fast.training.export import CALL, Weights, find_weights
+from diffpp_fast.training.export import CALL, SavedGenerator, find_weights
 from diffpp_fast.training.inputs import warn_of_changed_inputs
 from diffpp_fast.training.loading import load_config
 from diffpp_fast.training.publish import MANIFEST
-from diffpp_fast.training.resume import Which
 from diffpp_fast.training.saved_config import load_saved_config, naming_moves
-from diffpp_fast.training.state import read_record
-from diffpp_fast.training.weights import load_role, read_role
+from diffpp_fast.training.state import Which, read_record
 
 PIPELINE, NETWORK, SCHEDULE = "model_index.json", "config.json", "scheduler_config.json"
 
@@ -63,7 +62,7 @@ class ModelSource:
     name: str
     origin: str
     config: Config
-    weights: Weights | None = None
+    weights: SavedGenerator | None = None
 
     def load(self, device: torch.device) -> LoadedModel:
         """Load it. Raises ConfigurationError and CheckpointError for what can't be loaded or does not fit together."""
@@ -143,7 +142,7 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _find_in_run(path: Path | None, which: Which) -> Weights:
+def _find_in_run(path: Path | None, which: Which) -> SavedGenerator:
     if path is not None and (path / CALL).is_file():
         raise CheckpointError(f"{path} holds adapters alone: export the run without --no-merge, or name the run itself")
     if path is not None and not ((path / MANIFEST).is_file() or (path / "checkpoints").is_dir()):

@@ -1,6 +1,6 @@
 """Floor 4: the algorithms. They own no optimizer, no device and no process group, and take networks as callables."""
 
-from diffpp_fast.methods.base import Batch, StepOutput
+from diffpp_fast.methods.base import Batch, RewardOutput, StepOutput
 from diffpp_fast.methods.decoupled_dmd import DecoupledDMD
 from diffpp_fast.methods.diff_instruct import DiffInstruct, DiffInstructPP
 from diffpp_fast.methods.dmd import DMD2
@@ -19,6 +19,7 @@ __all__ = [
     "DiffInstructPP",
     "DiffInstructStar",
     "Method",
+    "RewardOutput",
     "SiD",
     "StepOutput",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,15 +17,15 @@ from diffpp_fast.precision import widen
 LATENT, DIFFUSION, TIMESTEP, PROMPT_ORDER, GENERATOR_ADAPTER, FAKE_ADAPTER = 0, 1, 2, 3, 4, 5
 #: Of methods that look at a sample at two noise levels, and at real latents.
 SECOND_TIMESTEP, SECOND_DIFFUSION, REAL_DIFFUSION = 6, 7, 8
-#: Whose prompts the TA's loss does without. Streams from 10 on are free for other uses.
+#: Whose prompts the TA's loss does without. `noise.USER_STREAMS` are the users'.
 PROMPT_DROPOUT = 9
 
 #: (z [B, *shape], conditioning) -> x0 [B, *shape]
 Generator = Callable[[torch.Tensor, Any], torch.Tensor]
 #: (x_t [B, *shape], t [B] int64, conditioning) -> the raw prediction [B, *shape]
 Denoiser = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
-#: (x0 [B, *shape], conditioning) -> one reward per sample [B]
-Reward = Callable[[torch.Tensor, Any], torch.Tensor]
+#: (x0 [B, *shape], conditioning) -> one reward per sample [B], alone or with what else there is to say of them
+Reward = Callable[[torch.Tensor, Any], "torch.Tensor | RewardOutput"]
 #: (x_t [B, *shape], t [B] int64, conditioning) -> one logit per sample [B], high for real latents
 Discriminator = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
 #: t [B] int64 -> one weight per sample [B]
@@ -63,14 +64,41 @@ class Batch:
         return Noise(self.seed, self.samples, stream=stream)
 
 
-class StepOutput(NamedTuple):
-    """A scalar to call `backward()` on, and scalars to log, detached and on the device.
+class RewardOutput(NamedTuple):
+    """The rewards of a batch, with what a reward may say of them besides.
 
-    Scalars are float32, or float64 where the samples are.
+    Attributes:
+        values: [B].
+        parts: what they are made of, by name, [B] each.
+        differentiable: whether they have a graph that leads to the samples. Values that are constant, for this batch or
+            for all, may come with one that is only formal.
+    """
+
+    values: torch.Tensor
+    parts: Mapping[str, torch.Tensor] = MappingProxyType({})
+    differentiable: bool = True
+
+
+class SampleGradient(NamedTuple):
+    """A method's gradient on each sample [B, ...], without graph, what to log of it, and the rewards if any."""
+
+    gradient: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+    rewards: RewardOutput | None = None
+
+
+class StepOutput(NamedTuple):
+    """A scalar to call `backward()` on, and what to log, detached and on the device.
+
+    Attributes:
+        loss: float32, or float64 where the samples are.
+        metrics: such scalars, by name.
+        rewards: of the batch's samples, float32, in a generator's step of a method that has a reward; else None.
     """
 
     loss: torch.Tensor
     metrics: Mapping[str, torch.Tensor]
+    rewards: RewardOutput | None = None
 
 
 class _InjectGradient(torch.autograd.Function):

@@ -18,6 +18,7 @@ from diffpp_fast.methods.base import (
     Batch,
     Denoiser,
     Generator,
+    SampleGradient,
     TimeFunction,
     norms,
 )
@@ -76,7 +77,7 @@ class DecoupledDMD(Method):
         return self.guidance_times.range
 
     @torch.no_grad()
-    def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:
         """sign k (cond - fake) / mean|r| at one level, plus sign k (w - 1)(cond - uncond) / mean|r| at another.
 
         r = cond - target, each time at the term's own level.
@@ -86,13 +87,13 @@ class DecoupledDMD(Method):
         matching = self._normalised(x0, at, self._ask(batch.conditioning, at), fake, 1.0)
         metrics = self._gap_metrics(matching.gap_sq, matching.gradient)
         if self.guidance_scale == 1.0:
-            return matching.gradient, metrics
+            return SampleGradient(matching.gradient, metrics)
         null = self._null(batch, "guidance_scale", self.guidance_scale)
         at = self._noised(batch, x0, times=self.guidance_times, streams=(SECOND_TIMESTEP, SECOND_DIFFUSION))
         cond, uncond = self._ask(batch.conditioning, at), self._ask(null, at)
         guidance = self._normalised(x0, at, cond, uncond, self.guidance_scale - 1.0).gradient
         metrics["guidance_gradient_norm"] = norms(guidance).mean()
-        return matching.gradient + guidance, metrics
+        return SampleGradient(matching.gradient + guidance, metrics)
 
     def _ask(self, conditioning: Any, at: Noised) -> torch.Tensor:
         return self._call("the reference", self.reference, at, conditioning)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from diffpp_fast import ops
-from diffpp_fast.methods.base import Batch, Denoiser, Generator, Reward, TimeFunction, check_choice
+from diffpp_fast.methods.base import Batch, Denoiser, Generator, Reward, SampleGradient, TimeFunction, check_choice
 from diffpp_fast.methods.method import FakeWeighting, Method, Options
 from diffpp_fast.methods.reward_term import RewardTerm
 from diffpp_fast.schedule import NoiseSchedule
@@ -69,7 +69,7 @@ class DiffInstruct(Method):
             self._refuse_large_gap_scale("weighting 'x0'", self.times)
 
     @torch.no_grad()
-    def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:
         """h d."""
         at = self._noised(batch, x0)
         fake = self._ask_fake(batch, at)
@@ -87,7 +87,7 @@ class DiffInstruct(Method):
             prediction_type=self.schedule.prediction_type,
             **target,
         )
-        return gap.gradient, self._gap_metrics(gap.gap_sq, gap.gradient)
+        return SampleGradient(gap.gradient, self._gap_metrics(gap.gap_sq, gap.gradient))
 
     def _scale(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         k = self.schedule.gap_scale(t)
@@ -139,7 +139,6 @@ class DiffInstructPP(DiffInstruct):
         )
         self.reward = RewardTerm(reward, reward_scale, reward_clip)
 
-    def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:
         """h d - reward_scale dr/dx0."""
-        gradient, metrics = super()._sample_gradient(batch, x0)
-        return self.reward.subtract(gradient, batch, x0, metrics), metrics
+        return self.reward.subtract(super()._sample_gradient(batch, x0), batch, x0)

@@ -21,6 +21,7 @@ from diffpp_fast.methods.base import (
     Denoiser,
     Discriminator,
     Generator,
+    SampleGradient,
     StepOutput,
     TimeFunction,
     norms,
@@ -141,12 +142,12 @@ class DMD2(Method):
         }
         return StepOutput(loss, {name: value.detach() for name, value in {"loss": loss, **metrics}.items()})
 
-    def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:
         """(X_fake - X_guided) / mean|x0 - X_guided|, and what pulls the discriminator's logits up."""
         gradient, gap_sq = self._matching_gradient(batch, x0)
         metrics = self._gap_metrics(gap_sq, gradient)
         if self.discriminator is None:
-            return gradient, metrics
+            return SampleGradient(gradient, metrics)
         losses, adversarial = gradient_through(
             (self.fake, self.discriminator),
             lambda x0: F.softplus(-self._logits(batch, x0, SECOND_DIFFUSION)),
@@ -155,7 +156,7 @@ class DMD2(Method):
         )
         adversarial = self.gan_weight * adversarial
         metrics.update(gan_loss=losses.mean(), gan_gradient_norm=norms(adversarial).mean())
-        return gradient + adversarial, metrics
+        return SampleGradient(gradient + adversarial, metrics)
 
     @torch.no_grad()
     def _matching_gradient(self, batch: Batch, x0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,6 +19,7 @@ from diffpp_fast.methods.base import (
     Batch,
     Denoiser,
     Generator,
+    SampleGradient,
     StepOutput,
     TimeFunction,
     check_choice,
@@ -176,11 +177,11 @@ class Method(ABC):
         """
         x0 = self._sample(batch)
         check_differentiable("the generator", x0, "its parameters")
-        gradient, metrics = self._sample_gradient(batch, x0.detach())
-        loss = inject_gradient(x0, gradient)
+        found = self._sample_gradient(batch, x0.detach())
+        loss = inject_gradient(x0, found.gradient)
         samples = x0.detach()
-        metrics.update(loss=loss.detach(), x0_mean=samples.mean(), x0_std=samples.std(correction=0))
-        return StepOutput(loss, metrics)
+        about = {"loss": loss.detach(), "x0_mean": samples.mean(), "x0_std": samples.std(correction=0)}
+        return StepOutput(loss, {**found.metrics, **about}, found.rewards)
 
     @property
     def normalizes_update(self) -> bool:
@@ -192,8 +193,8 @@ class Method(ABC):
         raise NotImplementedError(f"{type(self).__name__} takes no mean over an update")
 
     @abstractmethod
-    def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The gradient on each sample [B, ...], summed over elements and without graph, and what to log of it."""
+    def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:
+        """Return the gradient on each sample, summed over elements and without graph, and what to log of it."""
 
     def _sample(self, batch: Batch) -> torch.Tensor:
         z = batch.noise(LATENT).normal(batch.shape)

@@ -6,7 +6,16 @@ import math
 
 import torch
 
-from diffpp_fast.methods.base import Batch, Reward, finite_statistics, input_gradient, norms, per_sample
+from diffpp_fast.methods.base import (
+    Batch,
+    Reward,
+    RewardOutput,
+    SampleGradient,
+    finite_statistics,
+    input_gradient,
+    norms,
+    per_sample,
+)
 from diffpp_fast.methods.outputs import check_per_sample
 from diffpp_fast.precision import widen
 
@@ -21,7 +30,7 @@ class RewardTerm:
     nothing changes for the others. The share of such samples is logged as `reward_undefined`.
 
     Args:
-        reward: (x0, conditioning) -> [B], or None. Differentiated by x0 only.
+        reward: (x0, conditioning) -> [B] or a `RewardOutput`, or None. Differentiated by x0 only.
         scale: alpha_rew; a reward needs one. With 0.0 it is still evaluated and logged, without gradient.
         clip: the most that the norm of a sample's reward term may be, in norms of the gradient that it is subtracted
             from: a longer one is shortened, in its direction. None: as long as it is. By sample, so that it depends on
@@ -43,19 +52,22 @@ class RewardTerm:
         #: (reward [B], x0) -> d sum of rewards / dx0; a trainer that times the pass wraps it.
         self.differentiate = input_gradient
 
-    def subtract(
-        self, gradient: torch.Tensor, batch: Batch, x0: torch.Tensor, metrics: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """`gradient` [B, ...] without the reward's term; what there is to log goes to `metrics`."""
+    def subtract(self, given: SampleGradient, batch: Batch, x0: torch.Tensor) -> SampleGradient:
+        """Return a gradient less the reward's term, with the rewards and what there is to log of them."""
         if self.reward is None:
-            return gradient
+            return given
+        gradient, metrics = given.gradient, dict(given.metrics)
         optimised = self.scale != 0.0
         with torch.set_grad_enabled(optimised):
             x0 = x0.detach().requires_grad_(optimised)
-            reward = check_per_sample("the reward", self.reward(x0, batch.conditioning), x0)
+            output = self.reward(x0, batch.conditioning)
+            output = output if isinstance(output, RewardOutput) else RewardOutput(output)
+            reward = check_per_sample("the reward", output.values, x0)
         metrics["reward"], metrics["reward_std"] = finite_statistics(widen(reward.detach()))
+        # A reward may use its tensor again.
+        told = output._replace(values=reward.detach().to(torch.float32, copy=True))
         if not optimised:
-            return gradient
+            return SampleGradient(gradient, metrics, told)
         if not reward.requires_grad:
             raise ValueError("the reward has no gradient by x0: it must be differentiable, or reward_scale 0")
         term = self.scale * widen(self.differentiate(reward, x0))
@@ -70,7 +82,7 @@ class RewardTerm:
             metrics["reward_clipped"] = (share < 1.0).to(share.dtype).mean()
             # A sample without a reward gradient has nothing to shorten.
             term = term * per_sample(torch.where(lengths == 0.0, 1.0, share).clamp(max=1.0), term)
-        return gradient - term
+        return SampleGradient(gradient - term, metrics, told)
 
 
 def _cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from diffpp_fast import ops
-from diffpp_fast.methods.base import Batch, Denoiser, Generator, TimeFunction
+from diffpp_fast.methods.base import Batch, Denoiser, Generator, SampleGradient, TimeFunction
 from diffpp_fast.methods.method import FakeWeighting, Method, Noised, Options
 from diffpp_fast.methods.through_networks import gradient_through
 from diffpp_fast.schedule import NoiseSchedule
@@ -72,7 +72,7 @@ class SiD(Method):
         self.fake_guidance_scale = fake_guidance_scale
         self.sid_alpha = sid_alpha
 
-    def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:
         """The gradient of `ops.sid_loss` through both networks and the target."""
         gaps: list[torch.Tensor] = []
 
@@ -95,7 +95,7 @@ class SiD(Method):
             )
 
         losses, gradient = gradient_through((self.fake, self.reference), losses_of, x0, self.differentiate)
-        return gradient, {"divergence_loss": losses.mean(), **self._gap_metrics(gaps[0], gradient)}
+        return SampleGradient(gradient, {"divergence_loss": losses.mean(), **self._gap_metrics(gaps[0], gradient)})
 
     def _ask_fake(self, batch: Batch, at: Noised) -> torch.Tensor:
         cond = super()._ask_fake(batch, at)

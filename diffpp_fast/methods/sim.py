@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from diffpp_fast import ops
-from diffpp_fast.methods.base import Batch, Denoiser, Generator, Reward, TimeFunction, check_choice
+from diffpp_fast.methods.base import Batch, Denoiser, Generator, Reward, SampleGradient, TimeFunction, check_choice
 from diffpp_fast.methods.method import FakeWeighting, Method, Noised, Options
 from diffpp_fast.methods.reward_term import RewardTerm
 from diffpp_fast.methods.through_networks import gradient_through
@@ -76,13 +76,12 @@ class SIM(Method):
         self._check_weighting("weighting", weighting, self._weight, self.times)
         self._refuse_beyond_use(f"the loss of {type(self).__name__}", self._slope, self.times)
 
-    def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:
         """The gradient of w(t) `ops.sim_loss` through both networks and the target."""
-        gradient, metrics, _ = self._divergence(batch, x0)
-        return gradient, metrics
+        return self._divergence(batch, x0)[0]
 
-    def _divergence(self, batch: Batch, x0: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-        """That gradient, what to log of it, and the reference's output with the prompt."""
+    def _divergence(self, batch: Batch, x0: torch.Tensor) -> tuple[SampleGradient, torch.Tensor]:
+        """That gradient, and the reference's output with the prompt."""
         outputs: dict[str, torch.Tensor] = {}
 
         def losses_of(x0: torch.Tensor) -> torch.Tensor:
@@ -107,7 +106,7 @@ class SIM(Method):
 
         losses, gradient = gradient_through((self.fake, self.reference), losses_of, x0, self.differentiate)
         metrics = {"divergence_loss": losses.mean(), **self._gap_metrics(outputs["gap_sq"], gradient)}
-        return gradient, metrics, outputs["cond"]
+        return SampleGradient(gradient, metrics), outputs["cond"]
 
     def _weight(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """w(t)."""
@@ -175,12 +174,13 @@ class DiffInstructStar(SIM):
         self.outside_guidance_scale = guidance_scale if guidance == "outside" else 1.0
         self.reward = RewardTerm(reward, reward_scale, reward_clip)
 
-    def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:
         """SIM's gradient, less those of the two rewards."""
-        gradient, metrics, cond = self._divergence(batch, x0)
+        found, cond = self._divergence(batch, x0)
         if self.outside_guidance_scale != 1.0:
-            gradient = gradient - self._guidance_gradient(batch, self._noised(batch, x0), cond)
-        return self.reward.subtract(gradient, batch, x0, metrics), metrics
+            guidance = self._guidance_gradient(batch, self._noised(batch, x0), cond)
+            found = found._replace(gradient=found.gradient - guidance)
+        return self.reward.subtract(found, batch, x0)
 
     @torch.no_grad()
     def _guidance_gradient(self, batch: Batch, at: Noised, cond: torch.Tensor) -> torch.Tensor:

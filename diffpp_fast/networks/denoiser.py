@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,24 +10,48 @@ from torch import nn
 
 from diffpp_fast.networks.conditioning import network_arguments
 from diffpp_fast.networks.last_layer import widen_last_layer
+from diffpp_fast.networks.lora import Adapters
 from diffpp_fast.precision import autocast_dtype, widen
 
 
 class Denoiser(nn.Module):
-    """Calls a diffusers network and gives back its raw prediction, of the shape of x_t.
+    """Calls a diffusers network, as one of the roles that it serves, and gives back its raw prediction.
 
-    The prediction is float32 (float64 of a float64 network), whatever the network computes in: its last layer is
-    changed in place, see `last_layer`. Networks that also predict a variance (PixArt-alpha: 8 channels for 4) have it
-    cut off.
+    The prediction has the shape of x_t and is float32 (float64 of a float64 network), whatever the network computes in:
+    its last layer is changed in place, see `last_layer`. Networks that also predict a variance (PixArt-alpha: 8
+    channels for 4) have it cut off.
+
+    Args:
+        network: from diffusers; several denoisers may call one.
+        dtype: what autocast computes in, whatever the weights are; None: as autocast is where it is called.
+        adapters: of the network, where it has any.
+        adapter: the name of the one that is computed with; None: none of them.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        adapters: Adapters | None = None,
+        adapter: str | None = None,
+    ) -> None:
         super().__init__()
         widen_last_layer(network)
         self.network = network
+        self.dtype = dtype
+        self.adapters = adapters
+        self.adapter = adapter
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, conditioning: Any = None) -> torch.Tensor:
         """x_t [B, C, H, W], cast to the network's dtype unless autocast does that, and t [B] int64 -> [B, C, H, W]."""
-        x = x_t if autocast_dtype(x_t.device) else x_t.to(next(self.network.parameters()).dtype)
-        prediction = self.network(x, timestep=t, return_dict=False, **network_arguments(conditioning))[0]
-        return widen(prediction[:, : x_t.shape[1]])
+        role: AbstractContextManager[Any] = (
+            nullcontext() if self.adapters is None else self.adapters.active(self.adapter)
+        )
+        precision: AbstractContextManager[Any] = nullcontext()
+        if self.dtype is not None:
+            precision = torch.autocast(x_t.device.type, dtype=self.dtype)
+        with role, precision:
+            x = x_t if autocast_dtype(x_t.device) else x_t.to(next(self.network.parameters()).dtype)
+            prediction = self.network(x, timestep=t, return_dict=False, **network_arguments(conditioning))[0]
+            return widen(prediction[:, : x_t.shape[1]])

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-# By name: planning puts stand-ins for autocast into torch.nn.functional, and this layer is under none.
 from torch.nn.functional import conv2d, linear
 
 from diffpp_fast.precision import autocast_dtype

@@ -129,23 +129,3 @@ def merged_weight(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, sc
     """Return weight + scale B A, computed in float32, of a linear layer or a convolution."""
     update = scale * (up.float().flatten(1) @ down.float().flatten(1))
     return weight.float() + update.view_as(weight)
-
-
-class Adapted(nn.Module):
-    """A callable on a network with adapters that computes with one of them, or with none.
-
-    Args:
-        network: calls the network that has the adapters.
-        adapters: that network's.
-        name: of the adapter; None is the network without any.
-    """
-
-    def __init__(self, network: nn.Module, adapters: Adapters, name: str | None) -> None:
-        super().__init__()
-        self.network = network
-        self.adapters = adapters
-        self.name = name
-
-    def forward(self, *inputs: Any) -> torch.Tensor:
-        with self.adapters.active(self.name):
-            return self.network(*inputs)

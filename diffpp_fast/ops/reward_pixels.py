@@ -20,7 +20,7 @@ from diffpp_fast.ops import checks
 from diffpp_fast.ops.autograd import needs_gradient, recorded
 from diffpp_fast.plain import compute_dtype, stored_like
 
-# Kernels get positions in these; csrc has the same order.
+# Kernels get positions in these, which are those of the enumerations of csrc/reward_pixels/arguments.h.
 FILTERS = ("bilinear", "bicubic")
 FITS = ("crop", "pad", "stretch")
 CLAMPS = ("hard", "straight_through", "none")

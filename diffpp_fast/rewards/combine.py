@@ -83,9 +83,6 @@ class Mixture(Reward):
         rewards: name -> (reward, weight). Any (images, prompts) -> [B] is a reward. One of weight 0 is evaluated for
             the log, without gradient.
 
-    Attributes:
-        last: what `components` would have given for the last call, detached: for logs, without waiting for the device.
-
     Raises ValueError where there is no reward, a weight is not finite, or a name holds a dot or a slash.
     """
 
@@ -103,7 +100,6 @@ class Mixture(Reward):
         # A prefix, for a ModuleDict refuses names such as "type" that are attributes of its own.
         self._rewards = nn.ModuleDict({f"reward_{name}": as_reward(reward) for name, (reward, _) in rewards.items()})
         self.weights = {name: float(weight) for name, (_, weight) in rewards.items()}
-        self.last: dict[str, Tensor] = {}
         self.freeze()
 
     def __getitem__(self, name: str) -> Reward:
@@ -139,5 +135,4 @@ class Mixture(Reward):
             if weight != 0.0:
                 total = total + weight * list(stages.values())[-1]
         values["total"] = total
-        self.last = {name: value.detach() for name, value in values.items()}
         return values

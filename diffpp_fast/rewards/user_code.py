@@ -41,7 +41,7 @@ def call_factory(factory: str, arguments: Mapping[str, Any], key: str, folder: P
     if is_file and not path.is_file():
         raise ConfigurationError(f"{key}.factory: no such file: {folder / source}")
     with _beside(path.parent) if is_file else nullcontext():
-        with _explained(f"{key}.factory: {source}"):
+        with explained(f"{key}.factory: {source}"):
             module = _load(path) if is_file else _import(source, key)
         found = _defined(module, source, name, key)
         try:
@@ -51,7 +51,7 @@ def call_factory(factory: str, arguments: Mapping[str, Any], key: str, folder: P
             raise ConfigurationError(f"{said}: {error}") from None
         except ValueError:  # a class of a compiled module may tell nothing of its arguments
             pass
-        with _explained(f"{key}: {factory}"):
+        with explained(f"{key}: {factory}"):
             return found(**arguments)
 
 
@@ -129,7 +129,7 @@ def _beside(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def explained(what: str) -> Iterator[None]:
     """Says what failed, and where, if it is not one of the package's own errors."""
     try:
         yield
@@ -138,7 +138,9 @@ def _explained(what: str) -> Iterator[None]:
     except SyntaxError as error:
         raise ConfigurationError(f"{what}: {error.filename}, line {error.lineno}: {error.msg}") from error
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
+        places = traceback.extract_tb(error.__traceback__)
+        # What failed is told by the library; where, by the last line of somebody's own code.
+        last = next((place for place in reversed(places) if "site-packages" not in place.filename), places[-1])
         raise ConfigurationError(
             f"{what}: {type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
         ) from error

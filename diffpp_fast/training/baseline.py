@@ -1,9 +1,9 @@
-"""What latents should look like: mean and spread of what the frozen reference draws itself, in a few steps."""
+"""Mean and spread that latents should have: those of samples that the frozen reference draws itself, in a few steps."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from diffpp_fast.methods.base import LATENT, Batch, Denoiser
 from diffpp_fast.methods.guidance import guide
 from diffpp_fast.schedule import NoiseSchedule
+from diffpp_fast.training.config import Config
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Baseline:
         return cls(float(values.mean()), float(values.std(correction=0)), int((~finite).sum()))
 
     def scalars(self) -> dict[str, float]:
-        """As they are logged, next to the generator's."""
+        """Return them as they are logged, next to the generator's."""
         return {"reference/x0_mean": self.x0_mean, "reference/x0_std": self.x0_std}
 
 
@@ -87,8 +88,25 @@ def sample_reference(
     return x
 
 
+def baseline_facts(config: Config, steps: int, prompts: Sequence[str]) -> dict[str, Any]:
+    """Return all that a run's baseline depends on; it is not measured again while they stay."""
+    method, models = config.method, config.models
+    facts: dict[str, Any] = {
+        "reference": models.reference.path,
+        "guidance_scale": method.guidance_scale,
+        "steps": steps,
+        "seed": config.seed,
+        "prompts": list(prompts),
+    }
+    if method.guidance_rescale != 0.0:
+        facts["guidance_rescale"] = method.guidance_rescale
+    if models.negative_prompt is not None:
+        facts["negative_prompt"] = models.negative_prompt
+    return facts
+
+
 def read_baseline(path: Path, facts: Mapping[str, Any]) -> Baseline | None:
-    """What an earlier part of the run has measured, if that was of the same `facts`."""
+    """Return what an earlier part of the run has measured, if that was of the same `facts`."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         same = saved["facts"] == json.loads(json.dumps(dict(facts)))

@@ -17,7 +17,7 @@ from diffpp_fast.training.prompts import PromptOrder, PromptSource
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What is computed at a time.
+    """The samples that are computed at a time.
 
     Attributes:
         batch: for a method's loss, a mean over its samples.
@@ -52,7 +52,7 @@ class Batches:
 
     @property
     def is_whole(self) -> bool:
-        """Whether one process computes an update in one piece."""
+        """Tell whether one process computes an update in one piece."""
         return self.world.size == 1 and self.size <= self.micro_batch
 
     def prompts(self, numbers: torch.Tensor) -> list[str]:

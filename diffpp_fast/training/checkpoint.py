@@ -1,30 +1,27 @@
-"""The checkpoints of a run: which of them stay, and which one a run goes on from."""
+"""The checkpoints of a run: which of them stay, which one a run goes on from, and the weights in one."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
 from diffpp_fast.errors import CheckpointError
+from diffpp_fast.tensor_files import StoredTensors
 from diffpp_fast.training.config import KeepBest
 from diffpp_fast.training.distributed import World
-from diffpp_fast.training.durable import free_bytes, open_tensors
-from diffpp_fast.training.publish import (
-    find_damage,
-    leftovers,
-    publish,
-    read_manifest,
-    remove,
-    size_text,
-    tidy,
-)
+from diffpp_fast.training.durable import free_bytes
+from diffpp_fast.training.publish import find_damage, leftovers, publish, read_manifest, remove, size_text, tidy
+
+if TYPE_CHECKING:
+    from diffpp_fast.training.build import Trained
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +91,7 @@ class Checkpoints:
         self.world.barrier()
 
     def _first_whole(self, candidates: Sequence[Path]) -> Path | None:
-        # Of rank 0: on a network's file system others may still see an older state of the folder.
+        # Rank 0 decides: on a network's file system others may still see an older state of the folder.
         for place in range(self._of_main(len(candidates))):
             path = self.folder / f"step_{self._of_main(_step(candidates[place]) if self.world.is_main else 0):06d}"
             damage = find_shared_damage(path, self.world)
@@ -109,7 +106,7 @@ class Checkpoints:
         return int(self.world.sum(torch.tensor(number if self.world.is_main else 0)))
 
     def _ranked(self, paths: Sequence[Path], by: KeepBest) -> list[Path]:
-        """Those with a score, the best first. Of equal ones the first: the others repeat its score."""
+        """Sort those that have a score, the best first. Of equal ones the oldest leads: the others repeat its score."""
         sign = -1 if by.mode == "max" else 1
         scores = {path: _scores(path).get(by.metric) for path in paths}
         scored = [(sign * score, _step(path), path) for path, score in scores.items() if score is not None]
@@ -156,7 +153,7 @@ class Checkpoints:
 
 
 def find_shared_damage(path: Path, world: World) -> str | None:
-    """What is wrong with a checkpoint, the same in all processes, each of which reads a part of it (collective)."""
+    """Say what is wrong with a checkpoint, the same in all processes, each of which reads a part of it (collective)."""
     damage = find_damage(path, world.rank, world.size)
     return world.first_error(None if damage is None else CheckpointError(damage))
 
@@ -177,9 +174,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, on the CPU; copies, for the file is mapped and they would die with it."""
-    with open_tensors(path) as file:
-        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    """The tensors of a safetensors file, on the CPU."""
+    return dict(StoredTensors([path]))
 
 
 def _step(path: Path) -> int:
@@ -191,3 +187,71 @@ def _scores(path: Path) -> dict[str, float]:
         return read_scores(path)
     except ValueError:
         return {}
+
+
+class SavedGenerator(NamedTuple):
+    """A generator in a checkpoint: the folder, and which of its weights, `generator` or `generator_ema`."""
+
+    folder: Path
+    name: str
+
+    def __str__(self) -> str:
+        return str(self.folder / self.name)
+
+
+def find_role(folder: Path, name: str) -> list[Path]:
+    """The files `NAME.safetensors` or `NAME-00001-of-00004.safetensors` and so on; [] where there are none.
+
+    Raises CheckpointError where some of the parts are missing.
+    """
+    whole = folder / f"{name}.safetensors"
+    if whole.is_file():
+        return [whole]
+    parts = sorted(folder.glob(f"{name}-*-of-*.safetensors"))
+    counts = {re.fullmatch(r".*-\d+-of-(\d+)\.safetensors", part.name)[1] for part in parts}  # type: ignore[index]
+    if parts and (len(counts) > 1 or len(parts) != int(next(iter(counts)))):
+        raise CheckpointError(
+            f"{folder}: parts of {name} are missing, there are only {', '.join(part.name for part in parts)}"
+        )
+    return parts
+
+
+def open_role(folder: Path, name: str) -> StoredTensors:
+    """Return the tensors of `generator`, `generator_ema` or `fake`, each of which is read when it is asked for.
+
+    Raises CheckpointError where there are none, or not all.
+    """
+    files = find_role(folder, name)
+    if not files and not folder.is_dir():
+        raise CheckpointError(f"{folder} is gone: a run that goes on removes its oldest checkpoints. Start again")
+    if not files:
+        raise CheckpointError(f"{folder} holds no weights of {name}")
+    try:
+        return StoredTensors(files)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def read_role(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of `generator`, `generator_ema` or `fake`, on the CPU; raises like `open_role`."""
+    return dict(open_role(folder, name))
+
+
+@torch.no_grad()
+def load_role(trained: Trained, tensors: dict[str, torch.Tensor], source: Path) -> None:
+    """Copies a role's trained weights into its network.
+
+    Raises CheckpointError where names or shapes are not those of the network.
+    """
+    unknown = sorted(tensors.keys() ^ trained.parameters.keys())
+    if unknown:
+        raise CheckpointError(
+            f"{source}: the weights are not those of this {trained.role}, {len(unknown)} names differ, "
+            f"e.g. {unknown[0]}: is models.{trained.role}.lora what it was?"
+        )
+    for name, parameter in trained.parameters.items():
+        if tensors[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{source}: {name} has shape {list(tensors[name].shape)}, the {trained.role}'s {list(parameter.shape)}"
+            )
+        parameter.copy_(tensors[name])

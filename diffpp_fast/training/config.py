@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -18,10 +17,17 @@ LIMIT = 2**63
 Positive = Annotated[int, Field(gt=0, lt=LIMIT)]
 NotNegative = Annotated[int, Field(ge=0, lt=LIMIT)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Path = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
 Variant = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
+TimeRange = tuple[NotNegative, Positive]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "math", "flash", "cudnn", "efficient", "flash_attn", "xformers"]
+
+
+T = TypeVar("T")
+#: In a field's metadata: another value makes no other run, so that a checkpoint goes on with it.
+MAY_CHANGE = "may change on resume"
+MayChange = Annotated[T, MAY_CHANGE]
 
 
 class Section(BaseModel):
@@ -40,7 +46,7 @@ class Prompts(Section):
     format: Literal["auto", "text", "jsonl", "csv", "parquet", "dataset", "webdataset"] = "auto"
     #: Where in a table, or in a JSON object, the prompt stands; null: "prompt", and in WebDataset the .txt members
     #: where there are any.
-    column: Annotated[str, Field(min_length=1)] | None = None
+    column: Text | None = None
     #: A folder that `diffpp-fast embed` has written; the text encoder isn't loaded then.
     embeddings: str | None = None
 
@@ -50,10 +56,10 @@ class Folder(Section):
 
     #: A folder, relative to the configuration file; `package:NAME/sub/folder` inside an installed package; or a hub id
     #: `owner/name`, also with a folder in it, `owner/name/sub/folder`.
-    path: Path
+    path: Text
 
 
-class Weights(Folder):
+class WeightsSection(Folder):
     """A folder that holds weights."""
 
     #: Which of them: "fp16" are those in `....fp16.safetensors`; null: those without a name. `models.variant` is the
@@ -61,7 +67,7 @@ class Weights(Folder):
     variant: Variant | None = None
 
 
-class TextEncoder(Weights):
+class TextEncoderSection(WeightsSection):
     #: Where the tokenizer is; null: with the model.
     tokenizer: str | None = None
     #: Tokens per prompt; longer prompts are cut. null: 120 for PixArt's networks, else 77.
@@ -73,7 +79,7 @@ class TextEncoder(Weights):
     dtype: Dtype = "auto"
 
 
-class Frozen(Weights):
+class Frozen(WeightsSection):
     #: Of the weights and of what is computed with them; "auto" is the run's precision.
     dtype: Dtype = "auto"
 
@@ -88,37 +94,31 @@ class Lora(Section):
     targets: Annotated[list[str], Field(min_length=1)] = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-class Generator(Section):
-    """The one-step generator's initial weights, and how a single call of them makes a sample."""
+class Fake(Section):
+    """The teaching assistant's initial weights."""
 
     #: A folder as elsewhere, or a file with all weights of a network like the reference: `.safetensors`, or `.bin` and
     #: the like with tensors alone; null: the reference's weights.
-    path: Path | None = None
+    path: Text | None = None
     #: Which weights of a folder, as elsewhere.
     variant: Variant | None = None
     #: Which state dict of a file that holds several, e.g. "generator_ema"; null: the only one.
-    state_dict: Annotated[str, Field(min_length=1)] | None = None
+    state_dict: Text | None = None
+    #: null: all weights are trained.
+    lora: Lora | None = None
+
+
+class Generator(Fake):
+    """The one-step generator's initial weights, and how a single call of them makes a sample."""
+
     timestep: NotNegative = 625
     #: The network is fed this times z; "sigma" is the schedule's sigma at `timestep`.
     input_scale: Literal["sigma"] | float = "sigma"
-    #: null: all weights are trained.
-    lora: Lora | None = None
-
-
-class Fake(Section):
-    """The teaching assistant."""
-
-    #: Its initial weights, as the generator's; null: those of the reference.
-    path: Path | None = None
-    variant: Variant | None = None
-    state_dict: Annotated[str, Field(min_length=1)] | None = None
-    #: null: all weights are trained.
-    lora: Lora | None = None
 
 
 class Decoder(Frozen):
     #: Recompute the decode in the backward pass and keep nothing of it.
-    checkpoint: bool = False
+    checkpoint: MayChange[bool] = False
 
 
 class SizeConditions(Section):
@@ -135,12 +135,12 @@ class SizeConditions(Section):
 class Models(Section):
     #: A whole pipeline in diffusers' format: a folder or hub id with `model_index.json`. What the sections below leave
     #: open is taken from its subfolders, and stands in them once a configuration is loaded.
-    base: Path | None = None
+    base: MayChange[Text | None] = None
     #: Which weights of the base, e.g. "fp16": the default of the sections that it fills in.
     variant: Variant | None = None
-    text_encoder: TextEncoder
+    text_encoder: TextEncoderSection
     #: Stable Diffusion XL's second, with the pooled projection.
-    text_encoder_2: TextEncoder | None = None
+    text_encoder_2: TextEncoderSection | None = None
     scheduler: Folder
     #: The frozen diffusion model that is distilled.
     reference: Frozen
@@ -152,7 +152,7 @@ class Models(Section):
     #: unless the base says otherwise, and "encoded" for all others.
     empty_prompt: Literal["auto", "encoded", "zeros"] = "auto"
     #: What guidance leads away from in place of the empty prompt, whatever `empty_prompt` says; null: the empty prompt.
-    negative_prompt: Annotated[str, Field(min_length=1)] | None = None
+    negative_prompt: Text | None = None
     size_conditions: SizeConditions = SizeConditions()
     #: Channels, height and width of one latent; where it is left open, the reference's.
     latent_shape: tuple[Positive, Positive, Positive]
@@ -164,106 +164,97 @@ class Models(Section):
         return self
 
 
-MethodName = Literal["diff_instruct", "diff_instruct_pp", "dmd2", "decoupled_dmd", "sid", "sim", "diff_instruct_star"]
-
-#: What keys of the section `method` are by default where a method takes them and another does not, or another default.
-METHOD_KEYS: Mapping[str, Mapping[str, Any]] = {
-    "diff_instruct": {"fake_rounds": 1, "weighting": "x0"},
-    "diff_instruct_pp": {"fake_rounds": 1, "weighting": "x0"},
-    "dmd2": {"fake_rounds": 5, "normalizer": "sample"},
-    "decoupled_dmd": {"fake_rounds": 5, "guidance_t_range": None},
-    "sid": {"fake_rounds": 1, "fake_guidance_scale": 1.0, "sid_alpha": 1.0},
-    "sim": {"fake_rounds": 1, "weighting": "x0", "huber_c": 1.0},
-    "diff_instruct_star": {"fake_rounds": 1, "weighting": "x0", "huber_c": 1.0, "guidance": "inside"},
-}
+class UniformTimes(Section):
+    name: Literal["uniform"]
 
 
-#: What each distribution of times takes.
-DISTRIBUTION_KEYS: Mapping[str, tuple[str, ...]] = {
-    "uniform": (),
-    "log_normal": ("mean", "std"),
-    "logit_normal": ("mean", "std"),
-    "shifted": ("shift",),
-}
+class NormalTimes(Section):
+    name: Literal["log_normal", "logit_normal"]
+    mean: float
+    std: Annotated[float, Field(gt=0)]
 
 
-class TimeDistribution(Section):
-    """How often each diffusion time is drawn; `diffpp_fast.methods.times` has the formulas."""
-
-    name: Literal["uniform", "log_normal", "logit_normal", "shifted"]
-    #: From here on keys of some distributions, null for the others.
-    mean: float | None = None
-    std: Annotated[float, Field(gt=0)] | None = None
-    shift: Annotated[float, Field(gt=0)] | None = None
-
-    @model_validator(mode="after")
-    def _keys_fit(self) -> TimeDistribution:
-        own = DISTRIBUTION_KEYS[self.name]
-        for key in ("mean", "std", "shift"):
-            given = getattr(self, key) is not None
-            if given and key not in own:
-                takes = " and ".join(own) or "no other key"
-                raise ValueError(f"the time distribution {self.name} takes {takes}: remove {key}")
-            if not given and key in own:
-                raise ValueError(f"the time distribution {self.name} needs {key}")
-        return self
+class ShiftedTimes(Section):
+    name: Literal["shifted"]
+    shift: Annotated[float, Field(gt=0)]
 
 
-class Method(Section):
-    """Arguments of `diffpp_fast.methods`, where they are explained."""
+#: How often each diffusion time is drawn; `diffpp_fast.methods.times` has the formulas.
+TimesSection = Annotated[UniformTimes | NormalTimes | ShiftedTimes, Field(discriminator="name")]
 
-    name: MethodName
+
+class MethodSection(Section):
+    """Arguments that all of `diffpp_fast.methods` take, where they are explained."""
+
+    name: str
     guidance_scale: float = 1.0
     #: How much of the guided output's spread is brought back to that of the output with the prompt.
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
-    t_range: tuple[NotNegative, Positive] | None = None
+    t_range: TimeRange | None = None
     #: null: uniform.
-    time_distribution: TimeDistribution | None = None
+    time_distribution: TimesSection | None = None
     #: Of the fake score's loss; null: those of the generator's.
-    fake_t_range: tuple[NotNegative, Positive] | None = None
-    fake_time_distribution: TimeDistribution | None = None
-    #: 5 for dmd2 and decoupled_dmd.
+    fake_t_range: TimeRange | None = None
+    fake_time_distribution: TimesSection | None = None
     fake_rounds: Positive = 1
     fake_weighting: FakeWeighting = "prediction"
     #: The share of the samples in the fake score's loss that are made and seen without their prompt.
     prompt_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    #: From here on keys of some methods, null for the others.
-    weighting: Weighting | None = None
-    normalizer: Normalizer | None = None
-    sid_alpha: float | None = None
-    fake_guidance_scale: float | None = None
-    huber_c: Annotated[float, Field(gt=0)] | None = None
-    guidance: Guidance | None = None
-    guidance_t_range: tuple[NotNegative, Positive] | None = None
 
     @property
     def guided(self) -> bool:
         """Whether a network is called without prompt, too."""
-        return (self.guidance_scale, self.fake_guidance_scale or 1.0, self.prompt_dropout) != (1.0, 1.0, 0.0)
-
-    # Not before validation: the values would no longer count as JSON's, where a strict schema takes a list for a tuple.
-    @model_validator(mode="after")
-    def _fill_in(self) -> Method:
-        """The named method's defaults, in place of keys that are open."""
-        defaults = METHOD_KEYS[self.name]
-        open_keys = {key for key in defaults if key not in self.model_fields_set or getattr(self, key) is None}
-        return self.model_copy(update={key: defaults[key] for key in open_keys})
-
-    @model_validator(mode="after")
-    def _keys_fit(self) -> Method:
-        own = METHOD_KEYS[self.name]
-        others = {key for keys in METHOD_KEYS.values() for key in keys} - set(own)
-        for key in sorted(others):
-            if getattr(self, key) is not None:
-                owners = [name for name, keys in METHOD_KEYS.items() if key in keys]
-                raise ValueError(f"{key} belongs to {' and '.join(owners)}, not to {self.name}: remove it")
-        known = get_args(ScoreWeighting)
-        if METHODS[self.name].differentiates_networks and self.weighting not in (None, *known):
-            raise ValueError(f"weighting of {self.name} should be {' or '.join(known)}, got {self.weighting!r}")
-        return self
+        return (self.guidance_scale, self.prompt_dropout) != (1.0, 0.0)
 
 
-class Reward(Section):
+class DiffInstructSection(MethodSection):
+    name: Literal["diff_instruct", "diff_instruct_pp"]
+    weighting: Weighting = "x0"
+
+
+class DMD2Section(MethodSection):
+    name: Literal["dmd2"]
+    fake_rounds: Positive = 5
+    normalizer: Normalizer = "sample"
+
+
+class DecoupledDMDSection(MethodSection):
+    name: Literal["decoupled_dmd"]
+    fake_rounds: Positive = 5
+    #: null: `t_range`.
+    guidance_t_range: TimeRange | None = None
+
+
+class SiDSection(MethodSection):
+    name: Literal["sid"]
+    sid_alpha: float = 1.0
+    fake_guidance_scale: float = 1.0
+
+    @property
+    def guided(self) -> bool:
+        return super().guided or self.fake_guidance_scale != 1.0
+
+
+class ScoreSection(MethodSection):
+    """Arguments of the methods that compare scores by a pseudo-Huber distance."""
+
+    weighting: ScoreWeighting = "x0"
+    huber_c: Annotated[float, Field(gt=0)] = 1.0
+
+
+class SIMSection(ScoreSection):
+    name: Literal["sim"]
+
+
+class DiffInstructStarSection(ScoreSection):
+    name: Literal["diff_instruct_star"]
+    guidance: Guidance = "inside"
+
+
+AnyMethod = DiffInstructSection | DMD2Section | DecoupledDMDSection | SiDSection | SIMSection | DiffInstructStarSection
+
+
+class RewardSection(Section):
     #: `file.py:name` (relative to the configuration file) or `module:name`: called with `arguments`, it gives a scorer
     #: (images [B, 3, H, W] about [-1, 1], prompts: tuple of B strings) -> [B].
     factory: Annotated[str, Field(pattern=r"^.+:[A-Za-z_]\w*$")]
@@ -271,7 +262,7 @@ class Reward(Section):
     arguments: dict[str, Any] = {}
 
 
-class OptimisedReward(Reward):
+class OptimisedReward(RewardSection):
     #: alpha_rew. With 0 the reward is evaluated and logged, without gradient.
     scale: float
     #: The most that a sample's reward gradient may be, in norms of its score gradient; null: it is not clipped.
@@ -282,7 +273,7 @@ class Rewards(Section):
     #: Part of the generator's loss.
     optimised: OptimisedReward | None = None
     #: Evaluated on the grid's samples and logged, never differentiated.
-    held_out: Reward | None = None
+    held_out: MayChange[RewardSection | None] = None
 
 
 OptimizerName = Literal["adamw", "adamw_fused", "adamw8bit", "paged_adamw8bit", "lion8bit"]
@@ -400,7 +391,7 @@ class Distributed(Section):
         return self
 
 
-class Ema(Section):
+class EmaSection(Section):
     decay: Decay = 0.999
     #: Decay min(decay, (1 + n) / (10 + n)) after n updates, so that the initial weights are forgotten soon.
     warmup: bool = False
@@ -410,7 +401,7 @@ class KeepBest(Section):
     """Which checkpoints stay besides the newest ones: the best by a scalar of the log."""
 
     #: Its last value at or before a checkpoint's step is the checkpoint's score.
-    metric: Annotated[str, Field(min_length=1)]
+    metric: Text
     mode: Literal["max", "min"] = "max"
     #: How many.
     count: Positive = 1
@@ -418,44 +409,44 @@ class KeepBest(Section):
 
 class Training(Section):
     #: Updates of the generator.
-    steps: Positive
+    steps: MayChange[Positive]
     #: Samples of every update, of the generator and of the fake score.
     global_batch: Positive
     #: Samples that are computed at a time; null: all of them. Changes memory, not results.
-    micro_batch: Positive | None = None
+    micro_batch: MayChange[Positive | None] = None
     #: Rounds of the fake score before the generator's first step.
     fake_warmup: NotNegative = 0
-    log_every: Positive = 10
+    log_every: MayChange[Positive] = 10
     #: Steps between sample grids; null: none are drawn.
-    grid_every: Positive | None = None
-    checkpoint_every: Positive = 500
+    grid_every: MayChange[Positive | None] = None
+    checkpoint_every: MayChange[Positive] = 500
     #: How many checkpoints stay; the oldest go.
-    keep: Positive = 3
+    keep: MayChange[Positive] = 3
     #: Checkpoints that stay although they are old; null: none.
-    keep_best: KeepBest | None = None
+    keep_best: MayChange[KeepBest | None] = None
     #: The grid's prompts, or how many lines of the prompt file it takes from the top.
-    grid_prompts: Positive | Annotated[list[str], Field(min_length=1)] = 16
+    grid_prompts: MayChange[Positive | Annotated[list[str], Field(min_length=1)]] = 16
     #: Updates in a row that may be skipped because the gradient is not finite; more of them end the run.
-    skip_limit: NotNegative = 10
+    skip_limit: MayChange[NotNegative] = 10
     #: Threads of the CPU; null: what PyTorch takes by itself.
-    threads: Positive | None = None
+    threads: MayChange[Positive | None] = None
     #: Compute the blocks of generator and fake score again in the backward pass instead of keeping what they compute.
-    activation_checkpointing: bool = False
+    activation_checkpointing: MayChange[bool] = False
     #: torch.compile for generator, fake score and reference.
-    compile: bool = False
+    compile: MayChange[bool] = False
     #: Fused blocks in these three.
-    fuse: bool = True
+    fuse: MayChange[bool] = True
     #: The kernel that attends in them; null: PyTorch's choice.
-    attention: Attention | None = None
+    attention: MayChange[Attention | None] = None
     #: Steps in which the reference draws the grid's samples once, whose mean and spread are what to expect of latents;
     #: null: it does not, and the run is compared with its own start.
-    baseline_steps: Positive | None = 20
+    baseline_steps: MayChange[Positive | None] = 20
 
 
 class WandBSection(Section):
     """Weights & Biases."""
 
-    project: Annotated[str, Field(min_length=1)]
+    project: Text
     #: Of the run; null: W&B invents one.
     name: str | None = None
     #: Runs that belong together.
@@ -476,20 +467,21 @@ class Config(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     #: Where checkpoints, logs and grids go, relative to the working directory.
-    output: str
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    output: MayChange[str]
+    device: MayChange[Literal["auto", "cpu", "cuda"]] = "auto"
     #: "bfloat16" computes the networks under autocast; what is updated stays float32.
     precision: Literal["float32", "bfloat16"] = "float32"
-    prompts: Prompts
+    #: Their text may not change on resume, wherever it is read from.
+    prompts: MayChange[Prompts]
     models: Models
-    method: Method
+    method: Annotated[AnyMethod, Field(discriminator="name")]
     rewards: Rewards = Rewards()
     optimizers: Optimizers
-    distributed: Distributed = Distributed()
+    distributed: MayChange[Distributed] = Distributed()
     #: Moving average of the generator's weights; null: off.
-    ema: Ema | None = Ema()
+    ema: EmaSection | None = EmaSection()
     training: Training
-    logging: Logging = Logging()
+    logging: MayChange[Logging] = Logging()
 
     @field_validator("precision", mode="before")
     @classmethod

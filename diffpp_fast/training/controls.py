@@ -56,7 +56,7 @@ def controls_of(config: Config) -> list[Control]:
 
 
 def check_control(control: Control, prompts: PromptSource) -> bool | None:
-    """Whether this run is complete; None where its folder holds nothing of it yet. Reads files only.
+    """Tell whether this run is complete; None where its folder holds nothing of it yet. Reads files only.
 
     Raises CheckpointError where the folder holds another run, or none that could be told from another.
     """

@@ -1,4 +1,4 @@
-"""Who a process is among those that train together, and what they have to agree on."""
+"""The processes that train together: a process's place among them, and how they agree."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -25,7 +26,7 @@ TIMEOUT = timedelta(minutes=60)
 #: Processes that don't find each other for this long give up; before that they say whom they wait for.
 JOIN_TIMEOUT = timedelta(minutes=10)
 JOIN_SECONDS = 20.0
-#: Of an error that is passed on; a longer one is cut.
+#: The most bytes of an error that are passed on.
 MESSAGE_BYTES = 4096
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prints, draws and writes what is common to all."""
+        """Tell whether this process prints, draws and writes what is common to all."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -88,7 +89,7 @@ class World:
         self.any(False)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process (collective)."""
+        """Tell whether the flag is set in any process (collective)."""
         if self.size == 1:
             return flag
         flags = torch.tensor([int(flag)])
@@ -109,6 +110,27 @@ class World:
         dist.all_gather(received, sent)
         messages = [bytes(message.tolist()).rstrip(b"\0").decode(errors="replace") for message in received]
         return next(filter(None, messages), None)
+
+    @contextmanager
+    def together(
+        self,
+        explain: Callable[[str], Exception],
+        expected: type[Exception] | tuple[type[Exception], ...] = Exception,
+    ) -> Generator[None, None, None]:
+        """Raise in all processes what fails inside in one, so that none waits for it (collective).
+
+        Args:
+            explain: the message of the first one that failed -> what is raised.
+            expected: errors of other classes are raised as they are, in the process that has them.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except expected as found:
+            error = found
+        said = self.first_error(error)
+        if said is not None:
+            raise explain(said) from error
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the processes, a new tensor (collective)."""

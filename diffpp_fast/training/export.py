@@ -10,26 +10,22 @@ import torch
 from diffpp_fast.errors import CheckpointError, ConfigurationError
 from diffpp_fast.networks.loading import load_scheduler, read_config
 from diffpp_fast.training.build import Sampler, Trained, build_sampler
-from diffpp_fast.training.build.checks import naming
-from diffpp_fast.training.checkpoint import write_json
+from diffpp_fast.training.build.agreement import naming
+from diffpp_fast.training.checkpoint import SavedGenerator, find_role, load_role, read_role, write_json
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.distributed import World
-from diffpp_fast.training.exported import Exported
+from diffpp_fast.training.exported import Exported, copy_parts, one_step_scheduler, pipeline_files
 from diffpp_fast.training.inputs import warn_of_changed_inputs
-from diffpp_fast.training.one_step_scheduler import one_step_scheduler
 from diffpp_fast.training.output import CALL, added_files
-from diffpp_fast.training.pipeline_files import copy_parts, pipeline_files
 from diffpp_fast.training.publish import MANIFEST, publish
-from diffpp_fast.training.resume import Which, open_checkpoint
 from diffpp_fast.training.saved_config import load_saved_config, naming_moves
-from diffpp_fast.training.state import read_record
-from diffpp_fast.training.weights import Weights, find_role, load_role, read_role
+from diffpp_fast.training.state import Which, open_checkpoint, read_record
 
 
 def export_generator(
     folder: Path,
     config: Config,
-    generator: Weights | Trained,
+    generator: SavedGenerator | Trained,
     *,
     dtype: torch.dtype | None = None,
     merge: bool = True,
@@ -69,7 +65,7 @@ def export_generator(
 
 
 def export_pipeline(
-    folder: Path, config: Config, generator: Weights | Trained, *, dtype: torch.dtype | None = None
+    folder: Path, config: Config, generator: SavedGenerator | Trained, *, dtype: torch.dtype | None = None
 ) -> None:
     """Write the whole pipeline of `models.base` with the generator and a scheduler for one step in it.
 
@@ -101,7 +97,7 @@ def export_pipeline(
     publish(folder, write, World.alone("cpu"))
 
 
-def find_weights(source: Path | None, which: Which = "latest", *, raw: bool = False) -> Weights:
+def find_weights(source: Path | None, which: Which = "latest", *, raw: bool = False) -> SavedGenerator:
     """Choose what to sample from or to export: averaged weights where there are any, of an undamaged checkpoint.
 
     Args:
@@ -116,10 +112,10 @@ def find_weights(source: Path | None, which: Which = "latest", *, raw: bool = Fa
     if not (checkpoint / "state.json").is_file():
         raise CheckpointError(f"{source} is no checkpoint: name a run's output folder, or one of its checkpoints")
     averaged = not raw and bool(find_role(checkpoint, "generator_ema"))
-    return Weights(checkpoint, "generator_ema" if averaged else "generator")
+    return SavedGenerator(checkpoint, "generator_ema" if averaged else "generator")
 
 
-def load_sampler(weights: Weights, device: torch.device) -> tuple[Config, Sampler]:
+def load_sampler(weights: SavedGenerator, device: torch.device) -> tuple[Config, Sampler]:
     """The generator of a checkpoint with what surrounds it, and the configuration that it was saved with."""
     config = load_saved_config(weights.folder)
     with naming_moves(weights.folder):
@@ -129,7 +125,7 @@ def load_sampler(weights: Weights, device: torch.device) -> tuple[Config, Sample
     return config, sampler
 
 
-def warn_of_changed_base(weights: Weights, config: Config) -> None:
+def warn_of_changed_base(weights: SavedGenerator, config: Config) -> None:
     """Warn where the frozen weights below a generator's adapters are not those that it was trained on."""
     if config.models.generator.lora is not None:
         now = Exported(config, weights).inputs()

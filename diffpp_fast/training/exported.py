@@ -1,28 +1,28 @@
-"""A trained generator's tensors on their way into files, one at a time."""
+"""Files of an export: a trained generator tensor by tensor, the other parts of a pipeline, a one-step scheduler."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from diffpp_fast.errors import CheckpointError
-from diffpp_fast.networks.loading import build_network, open_denoiser, read_config
+from diffpp_fast.errors import CheckpointError, ConfigurationError
+from diffpp_fast.networks.loading import build_network, local_folder, open_denoiser, read_config
 from diffpp_fast.networks.lora import layers_of, merged_weight, settings_of
-from diffpp_fast.networks.weight_files import DIFFUSERS
+from diffpp_fast.networks.weight_files import DIFFUSERS, TRANSFORMERS, open_weights, patterns
 from diffpp_fast.tensor_files import Planned, first_not_finite, write_tensors
 from diffpp_fast.training.build import Trained
-from diffpp_fast.training.build.checks import naming
-from diffpp_fast.training.build.networks import configuration_of, stored_weights
-from diffpp_fast.training.build.precision import compute_dtype
+from diffpp_fast.training.build.agreement import naming
+from diffpp_fast.training.build.networks import compute_dtype, configuration_of, stored_weights
+from diffpp_fast.training.checkpoint import SavedGenerator, open_role
 from diffpp_fast.training.checkpoint import write_tensors as save_tensors
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.inputs import digest_of, public
-from diffpp_fast.training.weights import Weights, open_role
 
 
 class Cast(Mapping[str, Tensor]):
@@ -55,10 +55,10 @@ class Exported:
         CheckpointError: what was trained is not of this network.
     """
 
-    def __init__(self, config: Config, generator: Weights | Trained) -> None:
+    def __init__(self, config: Config, generator: SavedGenerator | Trained) -> None:
         self.lora = config.models.generator.lora
         self._trained: Mapping[str, Tensor]
-        if isinstance(generator, Weights):
+        if isinstance(generator, SavedGenerator):
             self._trained = open_role(*generator)
         else:
             self._trained = {name: weight.detach() for name, weight in generator.parameters.items()}
@@ -70,7 +70,7 @@ class Exported:
         self._network = network
         self._shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         self._layers = layers_of(self._trained, "generator")
-        self._refuse_others(str(generator) if isinstance(generator, Weights) else "the generator")
+        self._refuse_others(str(generator) if isinstance(generator, SavedGenerator) else "the generator")
 
     @property
     def part(self) -> str:
@@ -174,3 +174,92 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         f"{name} holds values that are NaN or infinite: the generator has diverged. Lower optimizers.generator.lr, or "
         "export an earlier checkpoint"
     )
+
+
+#: Configurations, tokenizers and vocabularies.
+SMALL_FILES = ("*.json", "*.txt", "*.model")
+
+
+def pipeline_files(base: str, variant: str | None, leave_out: Collection[str]) -> dict[str, Path]:
+    """Return the files of a pipeline's parts, by the name that each has in a copy, where no variant is named.
+
+    Args:
+        base: a folder or hub id with `model_index.json`.
+        variant: of the weights, where a part has it.
+        leave_out: names of parts.
+
+    Raises FileNotFoundError and ValueError for parts whose weights are not there, or damaged.
+    """
+    index = read_config(base, "model_index.json")
+    # A component that a pipeline does without is [null, null].
+    parts = {name: value[0] for name, value in index.items() if isinstance(value, list) and value[0] is not None}
+    wanted = {part: library for part, library in parts.items() if part not in leave_out}
+    weights = {name for stem in (DIFFUSERS, TRANSFORMERS) for each in {variant, None} for name in patterns(stem, each)}
+    folder = local_folder(base, [f"{part}/{name}" for part in wanted for name in (*SMALL_FILES, *weights)])
+    files: dict[str, Path] = {}
+    for part, library in wanted.items():
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(f"{folder} has no folder {part}, which its model_index.json names")
+        small = [path for pattern in SMALL_FILES for path in (folder / part).glob(pattern)]
+        files |= {f"{part}/{path.name}": path for path in small if ".safetensors.index" not in path.name}
+        if (folder / part / "config.json").is_file():
+            files |= {f"{part}/{name}": path for name, path in _weights(folder / part, library, variant).items()}
+    return files
+
+
+def copy_parts(files: Mapping[str, Path], target: Path) -> None:
+    """Copy files into a folder, under their names there."""
+    for name, path in files.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / name)
+
+
+def _weights(part: Path, library: str, variant: str | None) -> dict[str, Path]:
+    stem = TRANSFORMERS if library == "transformers" else DIFFUSERS
+    plain, plain_index, _ = patterns(stem, None)
+    single, index, _ = patterns(stem, variant)
+    if not (part / single).is_file() and not (part / index).is_file():
+        variant, single, index = None, plain, plain_index
+    tensors = open_weights(part, stem, variant, f"{library}.AutoModel")
+    if (part / single).is_file():
+        return {plain: part / single}
+    return {plain_index: part / index} | {place.path.name: place.path for place in tensors.places.values()}
+
+
+def one_step_scheduler(scheduler: Any, timestep: int, input_scale: float | Literal["sigma"]) -> Any:
+    """A scheduler whose single step is `networks.OneStepGenerator` with the same numbers, but for rounding.
+
+    Its schedule ends at `timestep`: `num_inference_steps=1` then asks the network there, and nowhere else. Euler's
+    latents are sigma / alpha z, which it divides by sqrt(1 + sigma^2 / alpha^2): the network gets sigma z. DDIM's are
+    z, and so is what the network gets. For any other scale the latents have to be given as `latents=input_scale * z`.
+
+    Args:
+        scheduler: from diffusers, with the betas of training.
+        timestep, input_scale: the generator's.
+
+    Raises ConfigurationError for a schedule without betas, as those of flow matching.
+    """
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler
+
+    betas = getattr(scheduler, "betas", None)
+    if betas is None or scheduler.config.get("prediction_type") == "flow_prediction":
+        raise ConfigurationError(
+            f"models.scheduler is a {type(scheduler).__name__} without betas, or of flow matching: "
+            "no scheduler of the families' pipelines makes a one-step call of its schedule"
+        )
+    settings = {
+        "num_train_timesteps": timestep + 1,
+        "trained_betas": betas[: timestep + 1].tolist(),
+        "prediction_type": scheduler.config.prediction_type,
+        "timestep_spacing": "trailing",
+        "steps_offset": 1,  # not used with this spacing; pipelines warn of any other
+    }
+    # Where alpha is 0 there is no sigma / alpha; sigma is 1 then.
+    if input_scale == "sigma" and scheduler.alphas_cumprod[timestep] > 0:
+        return EulerDiscreteScheduler(**settings)
+    return DDIMScheduler(**settings, clip_sample=False)
+
+
+def latents_scale(input_scale: float | Literal["sigma"]) -> float:
+    """By what the latents that a pipeline is given have to be multiplied; 1 where it may draw them itself."""
+    return 1.0 if input_scale == "sigma" else float(input_scale)

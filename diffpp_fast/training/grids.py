@@ -126,7 +126,7 @@ class Grid:
 
 
 def columns_of(count: int) -> int:
-    """As square as it gets, rather wide than high."""
+    """Return how many columns make a grid as square as it gets, rather wide than high."""
     return math.isqrt(count - 1) + 1
 
 

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 def digest_of(facts: Any, tensors: Mapping[str, torch.Tensor] | None = None) -> str:
-    """A digest of an input: of facts as JSON has them, and of tensors' names, dtypes, shapes and bytes.
+    """Return a digest of an input: of facts as JSON has them, and of tensors' names, dtypes, shapes and bytes.
 
     The tensors are taken as they lie in memory, by several threads, or are read one by one where a mapping is no dict:
     CRC-32 of each. That finds what has changed by accident, not what was forged.
@@ -61,7 +61,7 @@ def digest_of(facts: Any, tensors: Mapping[str, torch.Tensor] | None = None) -> 
 
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A `config.json` without what says where it came from and which version wrote it."""
+    """Return a `config.json` without what says where it came from and which version wrote it."""
     return {name: value for name, value in config.items() if not name.startswith("_") and not name.endswith("_version")}
 
 
@@ -72,12 +72,12 @@ def digest_of_tokenizer(tokenizer: Any) -> str:
 
 
 def digest_of_files(files: Sequence[Path]) -> list[str]:
-    """SHA-256 of each; raises OSError for one that can't be read."""
+    """Return the SHA-256 of each; raises OSError for one that can't be read."""
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 def refuse_unknown_inputs(names: Collection[str]) -> None:
-    """Raises ConfigurationError for what `--accept-changed` does not know."""
+    """Raise ConfigurationError for what `--accept-changed` does not know."""
     unknown = sorted(set(names) - set(INPUTS))
     if unknown:
         raise ConfigurationError(
@@ -86,7 +86,7 @@ def refuse_unknown_inputs(names: Collection[str]) -> None:
 
 
 def refuse_unequal_inputs(inputs: Mapping[str, str | None], world: World) -> None:
-    """Raises ConfigurationError in all processes where one has another input than rank 0: each reads its own files
+    """Raise ConfigurationError in all processes where one has another input than rank 0: each reads its own files
     (collective)."""
     mine = torch.tensor([int((digest or "0")[:12], 16) for digest in inputs.values()], dtype=torch.int64)
     of_main = world.sum(mine if world.is_main else torch.zeros_like(mine))
@@ -100,7 +100,7 @@ def refuse_unequal_inputs(inputs: Mapping[str, str | None], world: World) -> Non
 def refuse_changed_inputs(
     folder: Path, before: Mapping[str, str | None] | None, now: Mapping[str, str | None], accepted: Collection[str]
 ) -> None:
-    """Raises CheckpointError if a run's inputs are not those that its checkpoint was computed with.
+    """Raise CheckpointError if a run's inputs are not those that its checkpoint was computed with.
 
     Args:
         folder: of the checkpoint.
@@ -120,7 +120,7 @@ def refuse_changed_inputs(
     if refused:
         raise CheckpointError(
             f"{folder} was computed with other inputs: the content of {' and '.join(INPUTS[name] for name in refused)} "
-            "has changed, though not the path. Put back what was there; or go on with what is there now: "
+            "has changed. Put back what was there; or go on with what is there now: "
             f"--accept-changed {','.join(refused)}"
         )
 
@@ -128,13 +128,13 @@ def refuse_changed_inputs(
 def warn_of_changed_inputs(
     folder: Path, before: Mapping[str, str | None] | None, now: Mapping[str, str | None]
 ) -> None:
-    """Says where a generator is used with other networks around it than it was trained with."""
+    """Say where a generator is used with other networks around it than it was trained with."""
     for name in changes(before or {}, now):
         logger.warning("%s was trained with another %s than this: its content has changed since", folder, INPUTS[name])
 
 
 def changes(before: Mapping[str, str | None], now: Mapping[str, str | None]) -> list[str]:
-    """Names that both know, with another digest."""
+    """Return names that both know, with another digest."""
     return [name for name, digest in now.items() if None not in (digest, before.get(name)) and digest != before[name]]
 
 

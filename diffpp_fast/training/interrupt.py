@@ -79,7 +79,7 @@ class Interrupt:
             signal.raise_signal(number)
 
     def _say(self, sentence: str) -> None:
-        # Not through sys.stderr: a handler may run in the middle of a print, which does not bear another one.
+        # Not through sys.stderr: a handler may run in the middle of a print, and a second one then fails.
         with suppress(OSError):  # the terminal may be closed
             os.write(2, f"\n{sentence}\n".encode())
 

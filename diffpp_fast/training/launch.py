@@ -1,4 +1,4 @@
-"""Which of a run's processes this one is, by what its launcher has put into the environment."""
+"""The place of this process among a run's, by what its launcher has put into the environment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from diffpp_fast.errors import ConfigurationError
 
-#: What torchrun, the deepspeed launcher and most schedulers' wrappers set.
+#: Variables that torchrun, the deepspeed launcher and most schedulers' wrappers set.
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 #: Other launchers' names for rank, number of processes (the first that is set counts) and rank on the machine.
 FOREIGN = (
@@ -28,7 +28,7 @@ _added: set[str] = set()
 ALONE = "to train in this process alone, set RANK=0 WORLD_SIZE=1"
 
 
-class Place(NamedTuple):
+class ProcessPlace(NamedTuple):
     """A process among those of its launch.
 
     Attributes:
@@ -44,7 +44,7 @@ class Place(NamedTuple):
     launcher: str | None = None
 
 
-def find_place(environment: Mapping[str, str]) -> Place:
+def find_place(environment: Mapping[str, str]) -> ProcessPlace:
     """Return this process's place: by torch's variables where they are set, else by those of Slurm, MPI or Flux.
 
     Raises ConfigurationError for variables that are empty, no numbers, or there without those that belong to them.
@@ -56,7 +56,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
                 f"LOCAL_RANK is {environment['LOCAL_RANK']}, but RANK and WORLD_SIZE are not set: start the processes "
                 "with torchrun or the deepspeed launcher, or unset it"
             )
-        return foreign or Place(0, 1, 0)
+        return foreign or ProcessPlace(0, 1, 0)
     half = {"RANK", "WORLD_SIZE"} - environment.keys()
     if half and environment.get("WORLD_SIZE") != "1":
         (missing,) = half
@@ -71,10 +71,10 @@ def find_place(environment: Mapping[str, str]) -> Place:
             f"RANK is {rank} and WORLD_SIZE {size}, which no launcher sets (ranks count from 0): start the processes "
             "with torchrun or the deepspeed launcher, or unset these variables"
         )
-    return Place(rank, size, local_rank)
+    return ProcessPlace(rank, size, local_rank)
 
 
-def launch_variables(place: Place, environment: Mapping[str, str]) -> dict[str, str]:
+def launch_variables(place: ProcessPlace, environment: Mapping[str, str]) -> dict[str, str]:
     """Return torch's five variables for one of several processes.
 
     Where Slurm has started them, the address is the step's first machine, and the port follows from the job's number.
@@ -108,7 +108,7 @@ def is_launched() -> bool:
     return "LOCAL_RANK" in os.environ and "LOCAL_RANK" not in _added
 
 
-def pretend_launch(place: Place) -> None:
+def pretend_launch(place: ProcessPlace) -> None:
     """Set what DeepSpeed looks up in the environment all the time, where no launcher has; see `end_pretence`."""
     place_variables = {"RANK": place.rank, "WORLD_SIZE": place.size, "LOCAL_RANK": place.local_rank}
     for name, value in place_variables.items():
@@ -129,7 +129,7 @@ def job_of(environment: Mapping[str, str]) -> str | None:
     return next(named, None)
 
 
-def _foreign_place(environment: Mapping[str, str]) -> Place | None:
+def _foreign_place(environment: Mapping[str, str]) -> ProcessPlace | None:
     for launcher, rank_name, size_names, local_name in FOREIGN:
         if rank_name not in environment:
             continue
@@ -156,7 +156,7 @@ def _foreign_place(environment: Mapping[str, str]) -> Place | None:
             )
         # Where a task sees only GPUs of its own, the first one is its.
         local = 0 if environment.get("SLURM_GPUS_PER_TASK") == "1" else _number(environment, local_name, 0)
-        return Place(rank, size, local, launcher)
+        return ProcessPlace(rank, size, local, launcher)
     return None
 
 
@@ -177,7 +177,7 @@ def _slurm_address(environment: Mapping[str, str]) -> dict[str, str]:
     if "SLURM_PROCID" not in environment or not nodes or not job.isdecimal():
         return {}
     step = environment.get("SLURM_STEP_ID", "0")
-    # Of lists like gpu[004-006,010]-ib,cpu1 the first name.
+    # The first name of a list like gpu[004-006,010]-ib,cpu1.
     first = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
     assert first is not None
     port = 15000 + (7 * int(job) + (int(step) if step.isdecimal() else 0)) % 15000

@@ -6,17 +6,18 @@ import difflib
 import json
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks.loading import exists
 from diffpp_fast.training.base_pipeline import fill_models
-from diffpp_fast.training.config import Config
+from diffpp_fast.training.config import MAY_CHANGE, Config
 from diffpp_fast.training.yaml_files import YamlError, dump_yaml, is_quoted, parse_value, read_yaml
 from diffpp_fast.user_paths import user_path
 
@@ -27,7 +28,7 @@ NULLS = ("", "~", "null", "Null", "NULL")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a run's configuration.
+    """Read a run's configuration.
 
     Args:
         path: a YAML file. Relative paths of inputs in it are relative to its folder and come back absolute. The key
@@ -47,16 +48,46 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         given[key] = override[:SHOWN]
         _insert(data, key, value, override)
     fill_models(data, file)
+    return make_config(data, str(file), given)
+
+
+def make_config(data: dict[str, Any], source: str, given: Mapping[str, str] = types.MappingProxyType({})) -> Config:
+    """Return the configuration that nested mappings describe.
+
+    Args:
+        data: with absolute paths.
+        source, given: for messages: where they are from, and overrides by key that stand in them.
+
+    Raises ConfigurationError for an unknown key, a wrong type and parts that don't fit together.
+    """
+    _drop_null_keys_of_others(data, Config)
     try:
         # Through JSON, where a strict schema takes a list for a tuple.
         return Config.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        lines = [_explain(key, found, given, file) for key, found in _by_key(error).items()]
-        raise ConfigurationError("\n".join(lines)) from None
+        found: dict[str, list[ErrorDetails]] = {}  # a union has a problem for each of its members
+        for details in error.errors(include_url=False):
+            found.setdefault(_key_of(details), []).append(details)
+        raise ConfigurationError(
+            "\n".join(_explain(key, problems, given, source) for key, problems in found.items())
+        ) from None
+
+
+def with_keys(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Return a configuration with other values for some dotted keys; raises like `make_config`."""
+    data = config.model_dump(mode="json")
+    for key, value in changes.items():
+        _insert(data, key, value, key)
+    return make_config(data, ", ".join(changes))
+
+
+def may_change(key: str) -> bool:
+    """Return whether a dotted key may have another value where a run goes on from a checkpoint."""
+    return any(MAY_CHANGE in field.metadata for field in _fields_on_the_way(key))
 
 
 def dump_config(config: Config) -> str:
-    """The configuration with every default written out, as YAML that `load_config` reads."""
+    """Return the configuration with every default written out, as YAML that `load_config` reads."""
     return dump_yaml(config.model_dump(mode="json"))
 
 
@@ -124,7 +155,8 @@ def _parse_override(override: str) -> tuple[str, Any]:
 
 
 def _parse_value(key: str, text: str) -> Any:
-    annotation = _annotation(key)
+    way = _fields_on_the_way(key)
+    annotation = way[-1].annotation if len(way) == len(key.split(".")) else None
     if key == "prompts":
         # A section, or a path, which may begin with braces too.
         try:
@@ -136,7 +168,9 @@ def _parse_value(key: str, text: str) -> Any:
         annotation = str
     if not _is_text(annotation) or is_quoted(text):
         return parse_value(text)
-    return None if text in NULLS and _takes_null(annotation) else text
+    section, _, name = key.rpartition(".")
+    takes_null = type(None) in get_args(annotation) or name in _keys_of_some(_holder(section))
+    return None if text in NULLS and takes_null else text
 
 
 def _insert(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
@@ -153,7 +187,7 @@ def _insert(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
 
 
 def _anchor(data: dict[str, Any], folder: Path) -> None:
-    """Makes the input paths in a raw configuration absolute, in place; a path of prompts becomes a section."""
+    """Make the input paths in a raw configuration absolute, in place; a path of prompts becomes a section."""
     for section, key in ((data, "output"), (data.get("distributed"), "nvme_path")):
         if isinstance(section, dict) and isinstance(section.get(key), str):
             section[key] = _output_path(key, section[key])
@@ -207,37 +241,85 @@ def _model_path(path: str, folder: Path) -> str:
     return path if path.startswith("package:") or hub_id or not path else _absolute(path, folder)
 
 
-def _by_key(error: ValidationError) -> dict[str, list[ErrorDetails]]:
-    """The problems of each key: a union reports one per member, with the member's name at the end of the location."""
-    found: dict[str, list[ErrorDetails]] = {}
-    for details in error.errors(include_url=False):
-        location = list(details["loc"])
-        if details["type"] not in ("extra_forbidden", "missing") or isinstance(location[-1], int):
-            while location and not _known(location):
-                location.pop()
-        found.setdefault(".".join(map(str, location)), []).append(details)
-    return found
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a key may hold, seen through `| None` and unions."""
+    if get_origin(annotation) is Annotated:
+        return _sections(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [section for part in get_args(annotation) for section in _sections(part)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
 
 
-def _known(location: Sequence[int | str]) -> bool:
-    section: Any = Config
-    for name in location:
-        if not isinstance(name, str) or section is None or name not in section.model_fields:
-            return False
-        section = _section(section.model_fields[name].annotation)
-    return True
+def _members(annotation: Any) -> dict[str, type[BaseModel]]:
+    """The sections of a union by the names that choose them; empty for a single section."""
+    sections = _sections(annotation)
+    if len(sections) < 2:
+        return {}
+    return {name: section for section in sections for name in get_args(section.model_fields["name"].annotation)}
 
 
-def _annotation(key: str) -> Any:
-    """The type that the schema gives a dotted key; None where there is no such key."""
-    section: type[BaseModel] | None = Config
-    annotation: Any = None
+def _fields(annotation: Any) -> dict[str, FieldInfo]:
+    """The keys of a section, or of all members of a union."""
+    return {name: field for section in _sections(annotation) for name, field in section.model_fields.items()}
+
+
+def _keys_of_some(annotation: Any) -> set[str]:
+    """The keys that some members of a union have and others don't."""
+    members: list[set[str]] = [set(section.model_fields) for section in _sections(annotation)]
+    return set().union(*members) - members[0].intersection(*members) if members else set()
+
+
+def _fields_on_the_way(key: str) -> list[FieldInfo]:
+    """The fields that a dotted key leads through, as far as the schema goes."""
+    annotation: Any = Config
+    way: list[FieldInfo] = []
     for name in key.split("."):
-        if section is None or name not in section.model_fields:
-            return None
-        annotation = section.model_fields[name].annotation
-        section = _section(annotation)
-    return annotation
+        field = _fields(annotation).get(name)
+        if field is None:
+            break
+        way.append(field)
+        annotation = field.annotation
+    return way
+
+
+def _holder(key: str) -> Any:
+    """The type of the section with this dotted key."""
+    way = _fields_on_the_way(key)
+    return way[-1].annotation if key and way else Config
+
+
+def _drop_null_keys_of_others(data: Any, annotation: Any) -> None:
+    """Remove, in place, keys that are null and that not all members of a union have: nobody has given them.
+
+    A null leaves such a key open, and earlier versions wrote the keys of all members out.
+    """
+    if not isinstance(data, dict):
+        return
+    for name in _keys_of_some(annotation):
+        if data.get(name, ...) is None:
+            del data[name]
+    for name, field in _fields(annotation).items():
+        _drop_null_keys_of_others(data.get(name), field.annotation)
+
+
+def _key_of(details: ErrorDetails) -> str:
+    """The dotted key of a problem, without the names of a union's members and places in lists."""
+    annotation: Any = Config
+    names: list[str] = []
+    for place in details["loc"]:
+        if place in (fields := _fields(annotation)):
+            names.append(str(place))
+            annotation = fields[str(place)].annotation
+        elif place in (members := _members(annotation)):
+            annotation = members[str(place)]
+        elif isinstance(place, str) and details["type"] in ("extra_forbidden", "missing"):
+            names.append(place)
+            annotation = None
+        else:
+            break
+    if details["type"].startswith("union_tag"):
+        names.append("name")
+    return ".".join(names)
 
 
 def _is_text(annotation: Any) -> bool:
@@ -252,36 +334,46 @@ def _is_text(annotation: Any) -> bool:
     return annotation is str
 
 
-def _takes_null(annotation: Any) -> bool:
-    return type(None) in get_args(annotation)
-
-
-def _explain(key: str, found: list[ErrorDetails], given: Mapping[str, str], file: Path) -> str:
+def _explain(key: str, found: list[ErrorDetails], given: Mapping[str, str], origin: str) -> str:
     overriding = (override for name, override in given.items() if f"{key}.".startswith(f"{name}."))
-    source = next((f"command line, {override}" for override in overriding), str(file))
+    source = next((f"command line, {override}" for override in overriding), origin)
     first = found[0]
-    if first["type"] == "extra_forbidden":
-        return f"{source}: unknown key {key}{_suggest(key)}"
-    if first["type"] == "missing" and isinstance(first["loc"][-1], str):
+    kind, value = first["type"], first["input"]
+    if kind == "extra_forbidden":
+        return f"{source}: {_belongs_to(key, first['loc'])}"
+    if kind == "union_tag_not_found" or (kind == "missing" and isinstance(first["loc"][-1], str)):
         return f"{source}: the key {key} is missing"
-    if first["type"] == "value_error":
+    if kind == "value_error":
         section = f"{key}: " if key else ""
         return f"{source}: {section}{first['msg'].removeprefix('Value error, ')}"
+    if kind == "union_tag_invalid":
+        names, _, last = first["ctx"]["expected_tags"].rpartition(", ")
+        return f"{source}: {key} should be {names} or {last}, got {shorten(value['name'])}"
     wishes = [
         "should have more values" if details["type"] == "missing" else re.sub(r"^\w+ (?=should )", "", details["msg"])
         for details in found
     ]
     wish = " or ".join([wishes[0], *(other.removeprefix("should be ") for other in wishes[1:])])
     remedy = ""
-    if "valid string" in wish and isinstance(first["input"], int | float):
+    if "valid string" in wish and isinstance(value, int | float):
         remedy = ": write it in quotes"
     elif "valid boolean" in wish:
         remedy = ": write true or false"
-    return f"{source}: {key} {wish}, got {shorten(first['input'])}{remedy}"
+    return f"{source}: {key} {wish}, got {shorten(value)}{remedy}"
+
+
+def _belongs_to(key: str, location: Sequence[int | str]) -> str:
+    """A sentence about a key that its section does not have."""
+    parent, _, name = key.rpartition(".")
+    members = _members(_holder(parent))
+    owners = [member for member, section in members.items() if name in section.model_fields]
+    if owners:
+        return f"{parent}: {name} belongs to {' and '.join(owners)}, not to {location[-2]}: remove it"
+    return f"unknown key {key}{_suggest(key)}"
 
 
 def shorten(value: Any) -> str:
-    """A value as a message shows it: its beginning, where it is long."""
+    """Return a value as a message shows it: its beginning, where it is long."""
     shown = repr(value)
     return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
 
@@ -289,7 +381,7 @@ def shorten(value: Any) -> str:
 def _suggest(key: str) -> str:
     """The nearest known key: in the same section, else the name anywhere."""
     parent, _, name = key.rpartition(".")
-    known = list(_keys(Config))
+    known = list(known_keys())
     siblings = [other for other in known if other.rpartition(".")[0] == parent]
     for candidates in (siblings, known):
         names = {other.rpartition(".")[2]: other for other in reversed(candidates)}
@@ -299,19 +391,8 @@ def _suggest(key: str) -> str:
     return f": known here are {', '.join(other.rpartition('.')[2] for other in siblings)}" if siblings else ""
 
 
-def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+def known_keys(annotation: Any = Config, prefix: str = "") -> Iterator[str]:
     """All dotted keys of the schema, sections included."""
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        inner = _section(field.annotation)
-        if inner is not None:
-            keys.extend(_keys(inner, f"{prefix}{name}."))
-    return keys
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, seen through `| None`."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return next((section for part in get_args(annotation) if (section := _section(part))), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    for name, field in _fields(annotation).items():
+        yield prefix + name
+        yield from known_keys(field.annotation, f"{prefix}{name}.")

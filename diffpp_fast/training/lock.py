@@ -30,7 +30,7 @@ LOCK = ".lock"
 #: A holder shows that it is alive so often; one that has not done so for the second time is gone.
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 20.0
-#: What a lock's file says.
+#: The keys of a lock's file.
 KEYS = {"host", "boot", "processes", "pid", "start", "launcher", "job", "began", "command", "token", "beat"}
 #: Bytes of the command that are shown.
 COMMAND = 200
@@ -220,7 +220,7 @@ def _release(path: Path, record: dict[str, Any], stop: threading.Event, made: bo
 
 
 def _same_kernel(holder: dict[str, Any], record: dict[str, Any]) -> bool:
-    """Whether the holder's process number means here what it meant there."""
+    """Tell whether the holder's process number means here what it meant there."""
     if holder["boot"] is None or record["boot"] is None:  # no Linux
         return bool(holder["host"] == record["host"])
     return bool((holder["boot"], holder["processes"]) == (record["boot"], record["processes"]))
@@ -231,7 +231,7 @@ def _is(holder: dict[str, Any], record: dict[str, Any]) -> bool:
 
 
 def _is_silent(path: Path, holder: dict[str, Any]) -> bool:
-    """Whether the holder's heartbeat stands still."""
+    """Tell whether the holder's heartbeat stands still."""
     logger.info("%s: waiting %.0f s for a sign of life of %s", path.parent, SILENCE_SECONDS, _describe(holder))
     end = time.monotonic() + SILENCE_SECONDS
     while time.monotonic() < end:

@@ -66,7 +66,7 @@ class Means:
         """
         means, samples, own = self._sums, self._samples, dict(of_process or {})
         self._sums, self._samples = {}, {}
-        # What needs more than a sum has a row per process, empty but for the own one: then the sum is a gathering.
+        # Figures that need more than a sum have a row per process, which fills its own alone: the sum gathers them.
         local = [torch.stack(values).flatten() for values in samples.values()]
         local.append(torch.tensor(list(own.values()), dtype=torch.float32, device=world.device))
         rows = torch.zeros(world.size, sum(map(len, local)), device=world.device)

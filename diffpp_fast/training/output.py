@@ -40,18 +40,16 @@ def claim_output(config: Config, world: World, *, unlock: bool = False) -> Folde
     Raises ConfigurationError in all processes where another run writes there, or this one would replace what no run has
     written.
     """
-    lock, error = None, None
-    if world.is_main:
-        try:
-            lock = FolderLock(Path(config.output), unlock=unlock)
-            refuse_foreign_output(config)
-        except (UserError, OSError) as found:
-            error = found
-    said = world.first_error(error)
-    if said is not None:
+    lock = None
+    try:
+        with world.together(lambda said: ConfigurationError(f"output: {said}"), (UserError, OSError)):
+            if world.is_main:
+                lock = FolderLock(Path(config.output), unlock=unlock)
+                refuse_foreign_output(config)
+    except BaseException:
         if lock is not None:
             lock.release()
-        raise ConfigurationError(f"output: {said}") from error
+        raise
     return lock
 
 
@@ -89,7 +87,7 @@ def refuse_inputs(config: Config, written: list[Path]) -> None:
 
 
 def is_run(output: Path) -> bool:
-    """Return whether a run has written into this folder: it bears the mark, or what earlier versions left."""
+    """Return whether a run has written into this folder: it has the mark, or what earlier versions left."""
     sessions = read_sessions(output / "environment.json")
     saved = any(
         (path / MANIFEST).is_file() for path in output.glob("checkpoints/step_*") if (path / "state.json").is_file()
@@ -127,7 +125,7 @@ def write_config(config: Config) -> None:
 
 
 def _is_as_written(path: Path) -> bool:
-    """Whether something in a run's folder is of the kind that runs write."""
+    """Tell whether something in a run's folder is of the kind that runs write."""
     if path.name in FILES:
         return path.is_file() and not path.is_symlink()
     if path.name == "generator":

@@ -1,7 +1,9 @@
-"""Where a step's time goes, measured without waiting for the device in it."""
+"""The times of a step's parts, measured without waiting for the device in it, and the memory of a process."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,8 +11,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import nn
 
-#: What belongs to no phase.
+#: The name of the time that belongs to no phase.
 OTHER = "other"
 
 
@@ -33,23 +36,28 @@ class Phases:
     def __init__(self, device: torch.device) -> None:
         self._clock: _Clock | _Events = _Events(device) if device.type == "cuda" else _Clock()
         self._open = [OTHER]
+        self._whole = 0
         #: In order of time: where a stretch of it begins, and whose it is.
         self._marks: list[tuple[Any, str]] = [(self._clock.mark(), OTHER)]
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Inside, time is counted as `name`."""
-        self._open.append(name)
-        self._mark()
+    def __call__(self, name: str, *, whole: bool = False) -> Iterator[None]:
+        """Inside, time is counted as `name`; of a `whole` phase also that of those inside of it."""
+        self._begin(name)
+        self._whole += whole
         try:
             yield
         finally:
-            self._open.pop()
-            self._mark()
+            self._whole -= whole
+            self._end()
 
-    def wrap(self, function: Callable[..., Any], name: str) -> Timed:
-        """`function` as a phase of its own."""
-        return Timed(self, function, name)
+    def wrap(self, function: Callable[..., Any], name: str) -> Any:
+        """Make `function` a phase of its own: a module in place, which stays what it is, or a `Timed` in its place."""
+        if not isinstance(function, nn.Module):
+            return Timed(self, function, name)
+        function.register_forward_pre_hook(lambda *_: self._begin(name))
+        function.register_forward_hook(lambda *_: self._end(), always_call=True)
+        return function
 
     def take(self) -> dict[str, float]:
         """Seconds per name since the last taking (or the beginning), `other` included; waits for the device."""
@@ -61,6 +69,14 @@ class Phases:
             seconds[name] += self._clock.seconds(begin, end)
         self._clock.reuse([mark for mark, _ in marks[:-1]])
         return seconds
+
+    def _begin(self, name: str) -> None:
+        self._open.append(self._open[-1] if self._whole else name)
+        self._mark()
+
+    def _end(self) -> None:
+        self._open.pop()
+        self._mark()
 
     def _mark(self) -> None:
         self._marks.append((self._clock.mark(), self._open[-1]))
@@ -116,3 +132,30 @@ class _Events:
 
     def reuse(self, marks: list[torch.cuda.Event]) -> None:
         self.free += marks
+
+
+GIB = 2**30
+
+
+class Memory:
+    """Reads counters that are kept anyway: nothing waits for the device.
+
+    Args:
+        device: of the process; the CPU has no figures of its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def take(self) -> dict[str, float]:
+        """`memory/host_peak` since the process began; on CUDA also `memory/allocated`, `memory/reserved` now and
+        `memory/peak`, the most that was allocated since the last taking."""
+        # Linux counts in KiB, macOS in bytes.
+        unit = 1 if sys.platform == "darwin" else 1024
+        taken = {"memory/host_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
+        if self.device.type == "cuda":
+            taken["memory/allocated"] = torch.cuda.memory_allocated(self.device) / GIB
+            taken["memory/reserved"] = torch.cuda.memory_reserved(self.device) / GIB
+            taken["memory/peak"] = torch.cuda.max_memory_allocated(self.device) / GIB
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return taken

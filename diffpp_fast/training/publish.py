@@ -18,9 +18,9 @@ from diffpp_fast.training.durable import NO_RENAME, allow, discard, free_bytes, 
 
 #: The last file that is written: a folder with an undamaged one is complete.
 MANIFEST = "manifest.json"
-#: Of the manifest; to be raised when an older version could misread a newer folder.
+#: The manifest's version; to be raised when an older version could misread a newer folder.
 FORMAT = 1
-#: What a process found out about the files that it wrote, until rank 0 makes the manifest of it.
+#: A process's facts about the files that it wrote, until rank 0 makes the manifest of it.
 PART = ".part.json"
 READ_BYTES = 1 << 20
 #: Hashing and syncing leave the interpreter lock: while the disk takes one file in, others are hashed.
@@ -28,7 +28,7 @@ THREADS = 8
 
 
 class Failed(Exception):
-    """What all processes give up for; the message is that of the first one that failed."""
+    """The error for which all processes give up; its message is that of the first one that failed."""
 
 
 def publish(
@@ -74,7 +74,7 @@ def publish(
             raise
         raise CheckpointError(
             f"can't write {target}: {error}{_free_text(target)}. What was saved before is untouched: make room or "
-            "mend the cause, and go on with --resume latest"
+            "remove the cause, and go on with --resume latest"
         ) from error
 
 
@@ -154,7 +154,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def find_damage(path: Path, rank: int = 0, size: int = 1) -> str | None:
-    """What is wrong with a published folder by its manifest, or with a process's part of its files; None if nothing.
+    """Say what is wrong with a published folder by its manifest, or a process's part of its files; None if nothing.
 
     A file that the manifest does not list is damage, too: it is another folder's, and would be read in the place of, or
     besides, what belongs here. Hidden files are not looked at, for nothing reads them.

@@ -30,7 +30,7 @@ def load_saved_config(checkpoint: Path, overrides: Sequence[str] = ()) -> Config
 
 @contextmanager
 def naming_moves(checkpoint: Path) -> Iterator[None]:
-    """Adds to an error which folders of a checkpoint's configuration are not there, and how to say where they are."""
+    """Add to an error which folders of a checkpoint's configuration are not there, and how to say where they are."""
     try:
         yield
     except ConfigurationError as error:

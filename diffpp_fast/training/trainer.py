@@ -14,45 +14,41 @@ from typing import Any, NamedTuple
 import torch
 
 from diffpp_fast.errors import CheckpointError, ConfigurationError, NonFiniteError, UserError
-from diffpp_fast.methods import Batch, StepOutput
-from diffpp_fast.training.baseline import Baseline, measure_baseline, read_baseline, write_baseline
+from diffpp_fast.methods import Batch, RewardOutput, StepOutput
+from diffpp_fast.training.baseline import Baseline, baseline_facts, measure_baseline, read_baseline, write_baseline
 from diffpp_fast.training.batches import Batches, MicroBatch
 from diffpp_fast.training.build import build_run
-from diffpp_fast.training.build.embeddings import open_embeddings
+from diffpp_fast.training.build.text import open_embeddings
 from diffpp_fast.training.callbacks import Callback, Environment, describe_environment, standard_callbacks
-from diffpp_fast.training.checkpoint import Checkpoints, read_scores
-from diffpp_fast.training.config import Config, Ema
+from diffpp_fast.training.checkpoint import Checkpoints, SavedGenerator, read_scores
+from diffpp_fast.training.config import Config, EmaSection
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import Engine, make_engine
 from diffpp_fast.training.export import export_generator, refuse_foreign_folder
+from diffpp_fast.training.faults import RewardWatch, SkippedUpdates
 from diffpp_fast.training.grids import Grid, write_png
 from diffpp_fast.training.inputs import refuse_changed_inputs, refuse_unequal_inputs, refuse_unknown_inputs
 from diffpp_fast.training.interrupt import Interrupt
-from diffpp_fast.training.memory import Memory
 from diffpp_fast.training.metrics import Means
 from diffpp_fast.training.output import claim_output, write_config
-from diffpp_fast.training.phases import Phases
+from diffpp_fast.training.phases import Memory, Phases
 from diffpp_fast.training.prompts import open_prompts
-from diffpp_fast.training.resume import find_checkpoint
-from diffpp_fast.training.reward_watch import RewardWatch
-from diffpp_fast.training.skips import SkippedUpdates
-from diffpp_fast.training.state import Position, read_record, read_state, write_state
+from diffpp_fast.training.state import Position, find_checkpoint, read_record, read_state, write_state
 from diffpp_fast.training.watch import Watch
-from diffpp_fast.training.weights import Weights
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: after which step, and which signal stopped it before its last one, if one did."""
+    """The end of a run: after which step, and which signal stopped it before its last one, if one did."""
 
     step: int
     signal: int | None
 
 
 class _Mark(NamedTuple):
-    """Where a run was at a moment: seconds of the clock, step, next sample."""
+    """The place of a run at a moment: seconds of the clock, step, next sample."""
 
     time: float
     step: int
@@ -141,13 +137,17 @@ class Trainer:
         self._encode = self.phases.wrap(self.parts.sampler.encode, "prompts")
         self._means = Means()
         self._memory = Memory(self.world.device)
-        rows = before.get("skips", {})
-        self._skips = {engine.role: SkippedUpdates(self.world, *rows.get(engine.role, ())) for engine in self._engines}
+        reward, rows = self.parts.reward, before.get("skips", {})
+        name = None if reward is None else reward.name
+        self._skips = {
+            "generator": SkippedUpdates("generator", self.batches, name, *rows.get("generator", ())),
+            "fake": SkippedUpdates("fake", self.batches, None, *rows.get("fake", ())),
+        }
         #: Updates that were asked for, and of those that were not skipped, before this session.
         self._begun = {engine.role: (engine.updates, engine.applied) for engine in self._engines}
         optimised = config.rewards.optimised
         self._reward_watch = RewardWatch(
-            self.parts.reward,
+            name,
             optimised is not None and optimised.scale != 0.0,
             self.world,
             self.batches.prompts,
@@ -203,42 +203,26 @@ class Trainer:
     def _engines(self) -> tuple[Engine, Engine]:
         return self.generator, self.fake
 
-    def _make_engine(self, role: str, ema: Ema | None = None) -> Engine:
+    def _make_engine(self, role: str, ema: EmaSection | None = None) -> Engine:
         trained = self.parts.trained(role)
         return make_engine(role, trained.network, trained.parameters, self.config, self.world, ema)
 
     def _make_output(self) -> None:
-        error: OSError | None = None
-        if self.world.is_main:
-            try:
+        refused = f"output: can't write to {self.output}: "
+        with self.world.together(lambda said: ConfigurationError(refused + said), OSError):
+            if self.world.is_main:
                 write_config(self.config)
-            except OSError as found:
-                error = found
-        said = self.world.first_error(error)
-        if said is not None:
-            raise ConfigurationError(f"output: can't write to {self.output}: {said}")
 
     def _find_baseline(self) -> Baseline | None:
-        """What the reference's own samples are like: read from the output folder, or measured once (collective)."""
+        """Return what the reference's own samples are like: as the folder says, or measured once (collective)."""
         steps, method = self.config.training.baseline_steps, self.config.method
         if steps is None:
             return None
-        path = self.output / "baseline.json"
-        facts: dict[str, Any] = {
-            "reference": self.config.models.reference.path,
-            "guidance_scale": method.guidance_scale,
-            "steps": steps,
-            "seed": self.config.seed,
-            "prompts": self.grid.prompts,
-        }
-        if method.guidance_rescale != 0.0:
-            facts["guidance_rescale"] = method.guidance_rescale
-        if self.config.models.negative_prompt is not None:
-            facts["negative_prompt"] = self.config.models.negative_prompt
+        path, facts = self.output / "baseline.json", baseline_facts(self.config, steps, self.grid.prompts)
         found = read_baseline(path, facts)
         if not self.world.any(found is None):
             return found
-        with self.phases("baseline"):
+        with self.phases("baseline", whole=True):
             measured = measure_baseline(
                 self.parts.reference,
                 self.parts.sampler.schedule,
@@ -290,7 +274,7 @@ class Trainer:
                 continue
             since = " since it was resumed" if applied else ""
             raise NonFiniteError(
-                f"{self._explain(engine, self._skips[engine.role].row())}\nThe run has trained nothing{since}: none of "
+                f"{self._skips[engine.role].explain(self.step)}\nThe run has trained nothing{since}: none of "
                 f"the {asked - (asked_before if applied else 0)} updates of the {engine.role} was made, and so nothing "
                 "is exported."
             )
@@ -300,6 +284,7 @@ class Trainer:
         first = self.position.samples
         trained = self.parts.trained(engine.role)
         defined = torch.zeros((), device=self.world.device)
+        rewards: list[RewardOutput] = []
         for part in self._micro_batches(engine, first):
             with self.phases("loss"):
                 output = loss_of(part.batch)
@@ -310,9 +295,10 @@ class Trainer:
                     loss = loss * self._one_or_nan(defined)
             with self.phases("backward"), trained.active():
                 engine.backward(loss, last=part.last)
-            # Of the reward the whole batch's statistics are logged below.
+            # The reward's statistics over the whole batch are logged below.
             metrics = {name: value for name, value in output.metrics.items() if name not in ("reward", "reward_std")}
             self._means.add(metrics, prefix=engine.role, weight=part.weight)
+            rewards += [] if output.rewards is None else [output.rewards]
         with self.phases("optimizer"):
             self._whole = False
             norm = engine.step()
@@ -320,7 +306,7 @@ class Trainer:
             self._whole = True
         skipped = 1.0 - norm.isfinite().float()
         self._means.add({"gradient_norm": norm, "updates_skipped": skipped}, prefix=engine.role)
-        self._skips[engine.role].note(norm, first, self._note_rewards(engine, first))
+        self._skips[engine.role].note(norm, first, self._note_rewards(rewards, first))
 
     def _count(self, engine: Engine) -> None:
         """Brings the position behind an update."""
@@ -347,16 +333,16 @@ class Trainer:
             mean = self.world.sum(total) / self.batches.size
         return (replace(part, batch=replace(part.batch, normalizer=mean)) for part in parts())
 
-    def _note_rewards(self, engine: Engine, first: int) -> torch.Tensor | None:
-        """The rewards that this process's samples got in a generator's update, kept for the log."""
-        reward = self.parts.reward
-        if engine is not self.generator or reward is None:
+    def _note_rewards(self, given: Sequence[RewardOutput], first: int) -> torch.Tensor | None:
+        """Keeps for the log what this process's samples were given in an update; returns it, if they were."""
+        if not given:
             return None
-        rewards = reward.take_given()
+        rewards = torch.cat([part.values for part in given])
         self._means.add_samples("generator/reward", rewards)
-        for name, part in reward.take_parts().items():
+        for name in given[0].parts:
+            part = torch.cat([output.parts[name] for output in given])
             self._means.add_samples(f"generator/reward/{name}", part, spread=False)
-        self._reward_watch.note(first)
+        self._reward_watch.note(first, any(output.differentiable for output in given))
         return rewards
 
     def _log(self) -> None:
@@ -373,9 +359,8 @@ class Trainer:
         self._scores |= scalars
         self._tell("on_log", self.step, scalars)
         for engine in self._engines:
-            row = self._skips[engine.role].row()
-            if row > self.config.training.skip_limit:
-                raise NonFiniteError(self._explain(engine, row))
+            if self._skips[engine.role].row() > self.config.training.skip_limit:
+                raise NonFiniteError(self._skips[engine.role].explain(self.step))
         step, settings = self.position.step, self.config.training
         self._reward_watch.judge_log(scalars, step, first=step <= settings.log_every, enough=step > settings.skip_limit)
 
@@ -390,35 +375,17 @@ class Trainer:
     def _now(self) -> _Mark:
         return _Mark(time.monotonic(), self.step, self.position.samples)
 
-    def _explain(self, engine: Engine, row: int) -> str:
-        """Which updates were skipped, and on which prompts that began (collective)."""
-        skips = self._skips[engine.role]
-        first = skips.first_sample()
-        prompts = self.batches.prompts(self.batches.whole(first))
-        undefined = skips.undefined_rewards() if engine is self.generator else []
-        counted = "the last update was" if row == 1 else f"the last {row} updates were"
-        said = f"{engine.role}, after step {self.step}: {counted} skipped, for the gradient is not finite. "
-        if undefined and self.parts.reward is not None:
-            bad = [prompts[place] for place in undefined]
-            said += f"{self.parts.reward.name} is not finite for {len(bad)} of {len(prompts)} samples: {_some(bad)}"
-        else:
-            said += f"It began with samples {first} to {first + len(prompts) - 1}, prompts: {_some(prompts)}"
-        return f"{said}. No weight was changed by them."
-
     def _try_grid(self) -> None:
         """A grid that may fail: it only shows the run (collective)."""
-        error: Exception | None = None
         try:
-            self._draw_grid()
-        except Exception as found:
-            error = found
-        said = self.world.first_error(error)
-        if said is not None:
-            self._warn_once("grid", f"no sample grid at step {self.step}: {said}. The run goes on")
+            with self.world.together(RuntimeError):
+                self._draw_grid()
+        except RuntimeError as failed:
+            self._warn_once("grid", f"no sample grid at step {self.step}: {failed}. The run goes on")
 
     def _draw_grid(self) -> None:
         """Samples of the averaged generator at fixed prompts and latents, and what the rewards say of them."""
-        with self.phases("grid"), self.generator.averaged():
+        with self.phases("grid", whole=True), self.generator.averaged():
             pixels, scores, troubles = self.grid.draw()
         path = self.output / "grids" / f"step_{self.position.step:06d}.png"
         if self.world.is_main:
@@ -460,20 +427,14 @@ class Trainer:
 
     def _check_lock(self) -> None:
         """Raises CheckpointError in all processes where another run writes into the output folder by now."""
-        error: CheckpointError | None = None
-        try:
+        with self.world.together(CheckpointError, CheckpointError):
             if self._lock is not None:
                 self._lock.check()
-        except CheckpointError as found:
-            error = found
-        said = self.world.first_error(error)
-        if said is not None:
-            raise CheckpointError(said)
 
     def _record(self) -> dict[str, Any]:
         """Return the counts besides the position that a resumed run goes on from."""
         return {
-            "skips": {role: (skips.row(), skips.first_sample()) for role, skips in self._skips.items()},
+            "skips": {role: skips.record() for role, skips in self._skips.items()},
             **self._reward_watch.record(),
             "inputs": self.parts.inputs,
         }
@@ -493,21 +454,20 @@ class Trainer:
         (collective)."""
         assert self._saved_in is not None
         self._check_lock()
-        folder, error = self.output / "generator", None
-        if self.world.is_main:
-            weights = Weights(self._saved_in, "generator" if self.config.ema is None else "generator_ema")
-            try:
-                refuse_foreign_folder(folder)
-                export_generator(folder, self.config, weights)
-            except Exception as found:
-                error = found
-        said = self.world.first_error(error)
-        if said is not None:
-            command = shlex.join(["diffpp-fast", "export", str(self.output), "--out", "FOLDER"])
-            raise CheckpointError(
+        folder = self.output / "generator"
+        command = shlex.join(["diffpp-fast", "export", str(self.output), "--out", "FOLDER"])
+
+        def explain(said: str) -> CheckpointError:
+            return CheckpointError(
                 f"the run is complete and its last checkpoint is saved, but the generator can't be exported: {said}. "
                 f"To export it elsewhere:\n  {command}"
-            ) from error
+            )
+
+        with self.world.together(explain):
+            if self.world.is_main:
+                refuse_foreign_folder(folder)
+                name = "generator" if self.config.ema is None else "generator_ema"
+                export_generator(folder, self.config, SavedGenerator(self._saved_in, name))
 
     def _tell(self, event: str, *arguments: Any) -> None:
         """Tells the callbacks; of one that fails a warning is given once, for no log is worth a run.
@@ -532,9 +492,3 @@ class Trainer:
         if self.world.is_main and about not in self._told:
             self._told.add(about)
             logger.warning("%s", sentence)
-
-
-def _some(prompts: Sequence[str]) -> str:
-    """Enough of them to find the trouble."""
-    shown = ", ".join(repr(prompt) for prompt in prompts[:4])
-    return f"{shown} and {len(prompts) - 4} more" if len(prompts) > 4 else shown

@@ -94,7 +94,7 @@ class Rule(ABC):
 
 
 class Series:
-    """What rules need to know of one scalar's past."""
+    """One scalar's past, as rules look at it."""
 
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=NOISE + 1)
@@ -126,7 +126,7 @@ class Series:
         return median(islice(reversed(self._last), count))
 
 
-class Change(Rule):
+class LevelChange(Rule):
     """A positive scalar that has gone far from the lowest (or highest) level that it had.
 
     Args:
@@ -285,7 +285,7 @@ class UpdatesSkipped(Rule):
 def standard_rules() -> list[Rule]:
     """The rules of docs/monitoring.md, which gives reasons for the numbers."""
     rules: list[Rule] = [
-        Change(
+        LevelChange(
             "fake-diverging",
             "fake/loss",
             factor=3.0,
@@ -295,13 +295,13 @@ def standard_rules() -> list[Rule]:
     ]
     for role in ("generator", "fake"):
         rules += [
-            Change(
+            LevelChange(
                 f"{role}-gradient-exploding",
                 f"{role}/gradient_norm",
                 factor=10.0,
                 advice=f"Set or lower optimizers.{role}.clip, or lower optimizers.{role}.lr.",
             ),
-            Change(
+            LevelChange(
                 f"{role}-gradient-vanishing",
                 f"{role}/gradient_norm",
                 factor=0.01,
@@ -345,7 +345,7 @@ class _Grids:
 
     @property
     def noise(self) -> float:
-        """As `Series.noise`, by the standard deviation: of a handful of values the median deviation says too little."""
+        """The noise as in `Series`, by the standard deviation: a few values' median deviation says too little."""
         return stdev(after - before for before, after in pairwise(self.all[-NOISE:])) / math.sqrt(2)
 
 

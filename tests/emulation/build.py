@@ -16,13 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 COPIED = ("csrc", "diffpp_fast", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
-#: Takes the place of csrc/torch/cuda.h.
-CALLS = """#pragma once
-#include "../cuda/kernels.h"
-#define DIFFPP_ON_CUDA(tensor, launch, ...) (::diffpp::cuda::launch(__VA_ARGS__, nullptr), true)
-#define DIFFPP_FOR_CUDA(tensor, on_cuda, otherwise) (::diffpp::cuda::on_cuda)
-"""
-RUNTIME = """#include "emulation.h"
+RUNTIME = """#include "../emulation.h"
 // The launches so far, one a line.
 extern "C" __attribute__((visibility("default"))) const char* diffpp_launched() {
   static std::string lines;
@@ -112,8 +106,13 @@ def headers() -> str:
     return match[1].strip().strip('"')
 
 
+#: The files that `write` was told.
+WRITTEN: set[Path] = set()
+
+
 def write(path: Path, text: str) -> None:
-    """Leaves a file alone that has this text: what was compiled from it stays new."""
+    """Write a file, or leave it alone if it has this text: what was compiled from it stays new."""
+    WRITTEN.add(path)
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -124,28 +123,31 @@ def main() -> None:
         sys.exit("the emulated GPU needs CUDA's headers: no nvcc on the PATH")
     to = Path(sys.argv[1]).resolve()
     launches: list[str] = []
+    kept = set(to.glob("csrc/**/*.*"))
     for name in COPIED:
         for source in (path for path in [ROOT / name, *(ROOT / name).rglob("*")] if path.is_file()):
             if source.suffix in {".so", ".pyc"}:
                 continue
             path = to / source.relative_to(ROOT)
-            if source.suffix == ".py" or source.parent == ROOT or "csrc" not in source.parts:
+            if source.suffix == ".py" or "csrc" not in source.relative_to(ROOT).parts:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, path)
+                WRITTEN.add(path)
                 continue
             text = source.read_text()
-            if source.parent.name == "cuda":
-                text = rewritten(text, source.name, launches)
-            elif source.parent.name == "torch":
-                text = text.replace("is_cuda()", "is_cpu()")
-            write(path, CALLS if source.name == "cuda.h" else text)
-    write(to / "csrc/torch/emulation.h", (HERE / "emulation.h").read_text())
-    for source in (ROOT / "csrc/cuda").glob("*.cu"):
-        shim = f'#include "emulation.h"\n#include "../cuda/{source.name}"\n'
-        write(to / f"csrc/torch/cuda_{source.stem}.cpp", shim)
-    write(to / "csrc/torch/cuda_runtime.cpp", RUNTIME)
+            if source.suffix in {".cu", ".cuh"}:
+                text = rewritten(text, source.parent.name, launches)
+            # Without nvcc nothing is registered for GPUs: instead every tensor on the CPU is taken for one of theirs.
+            write(path, text.replace("kCuda && ", "").replace("is_cuda()", "is_cpu()"))
+    write(to / "csrc/emulation.h", (HERE / "emulation.h").read_text())
+    for source in (ROOT / "csrc").glob("*/cuda.cu"):
+        write(to / f"csrc/{source.parent.name}/cuda.cpp", '#include "../emulation.h"\n#include "cuda.cu"\n')
+    write(to / "csrc/common/cuda_runtime.cpp", RUNTIME)
+    # What an older tree has left there would be compiled, too.
+    for path in kept - WRITTEN:
+        path.unlink()
     write(to / "launches.txt", "\n".join(launches))
-    flags = f"-DDIFFPP_CUDA {headers()} -Wno-unknown-pragmas -Wno-attributes {os.environ.get('CXXFLAGS', '')}"
+    flags = f"{headers()} -Wno-unknown-pragmas -Wno-attributes {os.environ.get('CXXFLAGS', '')}"
     environment = os.environ | {"DIFFPP_FAST_CUDA": "0", "CXXFLAGS": flags}
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     raise SystemExit(subprocess.run(command, cwd=to, env=environment).returncode)

@@ -1,4 +1,4 @@
-// The part of CUDA's language that csrc/cuda uses, on one processor: every thread of a block is a fiber. Included before each
+// The part of CUDA's language that csrc's kernels for GPUs use, on one processor: every thread of a block is a fiber. Included before each
 // source; build.py has rewritten launches to `emulation::launch` and shared arrays to static ones.
 //
 // The order in which warps, lanes and blocks run is drawn anew at every turn, so that code which misses a barrier or relies on

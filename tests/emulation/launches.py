@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import variants
 from diffpp_fast import backends, use_backend
-from diffpp_fast.bench import variants
-from diffpp_fast.bench.operators import step
 from diffpp_fast.kernels import native
 
 with use_backend("cpu"):
@@ -20,8 +19,7 @@ with use_backend("cpu"):
             continue
         every, pairs = variants.ordered(op)
         for variant in every[:pairs]:
-            inputs = variants.make(variant, torch.device("cpu"))
-            step(variants.forward(variant), inputs.fused, inputs.wrt, inputs.outer)
+            variants.make(variant, torch.device("cpu")).run()
 library = ctypes.CDLL(str(native.LIBRARY))
 library.diffpp_launched.restype = ctypes.c_char_p
 launched = library.diffpp_launched().decode().splitlines()

@@ -29,9 +29,9 @@ class FrozenDecoder(nn.Module):
     and captured. A latent that is not finite gives an image that is not, without an error.
 
     Transforms:
-        Second derivatives by the latents are exact, as far as torch's attention has them. Forward mode and the
-        transforms of `torch.func` are exact; they recompute nothing, and raise RuntimeError for a derivative by a
-        weight.
+        Second derivatives by the latents are exact, as far as torch's attention has them, and so are gradients in
+        batches (`is_grads_batched`). Forward mode and the transforms of `torch.func` are exact; they recompute nothing,
+        and raise RuntimeError for a derivative by a weight.
 
     Args:
         vae: an `AutoencoderKL` (Stable Diffusion 1.5, XL and 3, PixArt) or an `AutoencoderTiny`. It is shared, not

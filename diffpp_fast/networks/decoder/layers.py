@@ -112,7 +112,7 @@ class _Convolution(Function):
         padding, dilation, groups = ctx.geometry
         if blocked is not None:
             grad = grad.masked_fill(blocked, 0.0)
-        grad = grad.contiguous(memory_format=ctx.layout)
+        grad = _laid_out(grad, ctx.layout)
         grad_x = None
         if needs_x:
             grad_x = F.conv_transpose2d(grad, weight.to(grad.dtype), None, 1, padding, 0, groups, dilation)
@@ -129,7 +129,7 @@ class _EnlargedConvolution(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, taps = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=ctx.layout)
+        grad = _laid_out(grad, ctx.layout)
         return F.conv2d(grad, _summed(weight, taps, grad.dtype), stride=2, padding=1), None, None, None
 
 
@@ -152,6 +152,12 @@ def _frozen(layer: Any, like: Tensor | None = None) -> tuple[Tensor, Tensor | No
         [layer.weight, layer.bias],
     )
     return (weight, bias) if like is None else (weight.to(like.dtype), _cast(bias, like))
+
+
+def _laid_out(grad: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A gradient in the layout of the forward pass; as it is under `is_grads_batched`, where torch hides the layout."""
+    batched = not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
+    return grad if batched else grad.contiguous(memory_format=memory_format)
 
 
 def _summed(weight: Tensor, taps: Tensor, dtype: torch.dtype) -> Tensor:

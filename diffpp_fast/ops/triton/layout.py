@@ -1,4 +1,4 @@
-"""How a call lays out its tensors, and what kernels compute of it: the twin of `Order` in csrc/torch/tensor.h."""
+"""How a call lays out its tensors, and what kernels compute of it: the twin of `Order` in csrc/common/binding.h."""
 
 import torch
 import triton

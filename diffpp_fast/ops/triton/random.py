@@ -1,4 +1,4 @@
-"""Addressed noise inside Triton kernels: the words and the formula of csrc/cpu/philox.h and csrc/cpu/math.h."""
+"""Addressed noise inside Triton kernels: the words and the formula of csrc/common/cpu_noise.h."""
 
 import triton
 import triton.language as tl

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from diffpp_fast import install
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks.conditioning import Conditioning
 from diffpp_fast.networks.decoder.frozen import STAGES
-from diffpp_fast.networks.inputs import FLOW, Inputs, inputs_of, is_pixart, with_defaults
+from diffpp_fast.networks.inputs import FLOW, Inputs, inputs_of, is_pixart, wants_sizes, with_defaults
 from diffpp_fast.networks.loading import diffusers_class, is_file, load_schedule, local_folder, read_config
-from diffpp_fast.training.build.checks import agree, naming
-from diffpp_fast.training.config import Config, Models, TextEncoder
+from diffpp_fast.training.config import Config, Models, SizeConditions, TextEncoderSection
+
+
+def agree(role: str, what: str, number: int, other: str, expected: int) -> None:
+    """Raise ConfigurationError where two networks don't fit together."""
+    if number != expected:
+        raise ConfigurationError(f"{role} has {number} {what}, {other} has {expected}")
+
+
+@contextmanager
+def naming(key: str, path: str | None = None) -> Iterator[None]:
+    """Name the configuration's key in the errors that come up inside."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        raise ConfigurationError(f"{key}: peft is not installed: {install.extra('lora')}") from None
+    except ConfigurationError:
+        raise
+    except (ValueError, OSError, RuntimeError) as error:
+        where = f"{key} ({path})" if path and path not in str(error) else key
+        hint = "; it was taken for a hub id, for there is no such folder" if _is_hub_id(path) else ""
+        raise ConfigurationError(f"{where}: {error}{hint}") from error
+
+
+def _is_hub_id(path: str | None) -> bool:
+    # Folders are absolute in a loaded configuration.
+    return path is not None and not path.startswith(("/", "package:"))
+
 
 #: A prompt's length in tokens, as the families' pipelines have it.
 CLIP_LENGTH, PIXART_LENGTH = 77, 120
@@ -44,6 +74,11 @@ def refuse_misfits(config: Config, text: TextFacts | None = None) -> None:
     """
     models = config.models
     inputs = refuse_denoisers(config)
+    if models.size_conditions != SizeConditions() and not _is_told_sizes(models):
+        raise ConfigurationError(
+            f"models.size_conditions has no effect: the network in models.reference ({models.reference.path}) is not "
+            "told sizes as those of Stable Diffusion XL and of PixArt at 1024 are. Remove it"
+        )
     if models.decoder is not None:
         _check_decoder(config)
     with naming("models.scheduler", models.scheduler.path):
@@ -61,6 +96,38 @@ def refuse_misfits(config: Config, text: TextFacts | None = None) -> None:
             agree(key, "channels of text", wanted.width, "models.text_encoder", text.width)
         if wanted.pooled is not None:
             agree(key, "channels of pooled text", wanted.pooled, "models.text_encoder_2", text.pooled_width or 0)
+
+
+def idle_keys(config: Config) -> list[str]:
+    """Return the keys, and sections, that change nothing in a run of the other keys."""
+    told_sizes = _is_told_sizes(config.models)
+    return [*_idle_without_guidance(config), *([] if told_sizes else ["models.size_conditions"])]
+
+
+def idle_sentences(config: Config) -> list[str]:
+    """Return a sentence for each key of guidance that a configuration gives without effect."""
+    given = {
+        "models.negative_prompt": config.models.negative_prompt is not None,
+        "models.empty_prompt": config.models.empty_prompt != "auto",
+        "method.guidance_rescale": config.method.guidance_rescale != 0.0,
+    }
+    return [f"{key} has no effect: {why}" for key, why in _idle_without_guidance(config).items() if given[key]]
+
+
+def _idle_without_guidance(config: Config) -> dict[str, str]:
+    """The keys that nothing reads for lack of guidance, each with the reason."""
+    idle = {}
+    if not config.method.guided:
+        why = "nothing is computed without prompt, for method.guidance_scale is 1 and method.prompt_dropout 0"
+        idle = {"models.negative_prompt": why, "models.empty_prompt": why}
+    if config.method.guidance_scale == 1.0:
+        idle["method.guidance_rescale"] = "method.guidance_scale is 1, so there is no guided output"
+    return idle
+
+
+def _is_told_sizes(models: Models) -> bool:
+    facts = _facts("models.reference", models.reference.path)
+    return facts.get("addition_embed_type") == "text_time" or wants_sizes(facts)
 
 
 def refuse_denoisers(config: Config) -> dict[str, Inputs]:
@@ -99,7 +166,7 @@ def takes_two_encoders(models: Models, facts: Mapping[str, Any]) -> bool:
     return two
 
 
-def text_length(section: TextEncoder, pixart: bool) -> int:
+def text_length(section: TextEncoderSection, pixart: bool) -> int:
     """Return how many tokens a prompt has."""
     return section.max_length or (PIXART_LENGTH if pixart else CLIP_LENGTH)
 
@@ -186,7 +253,7 @@ def text_facts(models: Models) -> TextFacts:
     return TextFacts(_text_settings(key, models.text_encoder, pixart=is_pixart(facts)).hidden_size)
 
 
-def _text_settings(key: str, section: TextEncoder, *, two: bool = False, pixart: bool = False) -> Any:
+def _text_settings(key: str, section: TextEncoderSection, *, two: bool = False, pixart: bool = False) -> Any:
     """The configuration of a text encoder, of which class and length are as they should be."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES as KNOWN

@@ -1,4 +1,4 @@
-"""The denoisers of a run: the frozen reference and the two roles that are trained, wholly or by LoRA adapters."""
+"""The denoisers of a run, trained wholly or by LoRA adapters, their precision, and what torch.compile makes of them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,104 @@ import torch
 from torch import nn
 
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.methods.base import FAKE_ADAPTER, GENERATOR_ADAPTER
+from diffpp_fast.methods.base import DIFFUSION, FAKE_ADAPTER, GENERATOR_ADAPTER, LATENT
 from diffpp_fast.networks import Denoiser, fuse, load_denoiser, set_attention
 from diffpp_fast.networks.loading import is_file, open_denoiser, read_config, refuse_stored, resolve
-from diffpp_fast.networks.lora import Adapted, Adapters
+from diffpp_fast.networks.lora import Adapters
 from diffpp_fast.networks.text import refuse_stored_text
 from diffpp_fast.networks.weight_files import holds_weights
-from diffpp_fast.training.build.checks import naming
-from diffpp_fast.training.build.compiled import refuse_known_faults
-from diffpp_fast.training.build.precision import compute_dtype, precise
-from diffpp_fast.training.config import Config, Lora, Models, TextEncoder, Weights
+from diffpp_fast.noise import Noise
+from diffpp_fast.training.build.agreement import naming
+from diffpp_fast.training.config import Config, Dtype, Lora, Models, TextEncoderSection, WeightsSection
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import place_reference
 from diffpp_fast.training.inputs import digest_of, public
+
+
+def compute_dtype(wanted: Dtype, config: Config) -> torch.dtype:
+    """Return the dtype of a configuration's key; "auto" is the run's precision."""
+    dtype: torch.dtype = getattr(torch, config.precision if wanted == "auto" else wanted)
+    return dtype
+
+
+def autocast_to(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype of the autocast under which a network computes in `dtype`; None: it needs none."""
+    return None if dtype == torch.float32 else dtype
+
+
+#: What rounding may change in a gradient, as a share of its norm, by the dtype that is computed in. Wrong gradients
+#: have been off by half of it and more.
+TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1}
+#: Gradients shorter than this share of the longest are rounding errors themselves, as that of a bias before a norm.
+NEGLIGIBLE = 1e-3
+
+
+def refuse_known_faults(network: Any, *, fused: bool, device: torch.device) -> None:
+    """Raise ConfigurationError where torch.compile is known to give wrong gradients.
+
+    Inductor's code for the CPU in torch 2.13: the gradient of diffusers' UNets by everything before their upsampling is
+    wrong, and loss and output are right. With fused blocks it is not.
+    """
+    upsamples = any(type(part).__name__ == "Upsample2D" for part in network.modules())
+    if device.type == "cpu" and torch.__version__.startswith("2.13.") and upsamples and not fused:
+        raise ConfigurationError(
+            f"training.compile: on a CPU torch {torch.__version__} compiles a {type(network).__name__} without fused "
+            "blocks to one with wrong gradients: use training.fuse=true, or training.compile=false"
+        )
+
+
+def check_gradients(
+    role: str,
+    denoise: Callable[..., torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+    conditioning: Any,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Compare a compiled network's gradients with those of the same network in eager mode, once.
+
+    It runs both forward and backward on one batch; what is compiled for it serves the run. Two gradients of the weights
+    are in memory meanwhile.
+
+    Args:
+        role: of the network, for the message.
+        denoise: (x_t, t, conditioning) -> prediction, of a network that was compiled by `nn.Module.compile`.
+        weights: what is differentiated, by name; empty: the samples are.
+        conditioning: of B samples.
+        shape: of a sample.
+        dtype: that the network computes in.
+        device: of the network.
+
+    Raises ConfigurationError where they differ by more than rounding.
+    """
+    numbers = torch.arange(len(conditioning), device=device)
+    x, direction = (Noise(0, numbers, stream=stream).normal(shape) for stream in (LATENT, DIFFUSION))
+    t = torch.full((len(conditioning),), 500, dtype=torch.int64, device=device)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        leaves = dict(weights) or {"the samples": x.detach().requires_grad_()}
+        with torch.enable_grad():
+            product = (denoise(leaves.get("the samples", x), t, conditioning) * direction).sum()
+        found = torch.autograd.grad(product, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(leaves, found, strict=True))
+
+    with torch.compiler.set_stance("force_eager"):
+        exact = gradients()
+    compiled = gradients()
+    floor = NEGLIGIBLE * max(float(gradient.norm()) for gradient in exact.values())
+    off = {}
+    for name, gradient in exact.items():
+        error = float((compiled[name] - gradient).norm()) / max(float(gradient.norm()), floor)
+        if not error <= TOLERANCE[dtype]:
+            off[name] = error
+    if off:
+        worst = max(off, key=lambda name: off[name])
+        raise ConfigurationError(
+            f"training.compile: as torch {torch.__version__} compiles the {role}, its gradients are wrong: {len(off)} "
+            f"of {len(exact)} tensors differ from eager's, {worst} by {off[worst]:.0%}. Use training.compile=false"
+        )
+
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +154,7 @@ class Trained:
     adapters: Adapters | None = None
 
     def active(self) -> AbstractContextManager[None]:
-        """Inside, the network computes as this role. To be held around the backward pass, too: under activation
+        """Inside, the network computes as this role. It belongs around the backward pass, too: under activation
         checkpointing it calls the network's blocks again."""
         return nullcontext() if self.adapters is None else self.adapters.active(self.role)
 
@@ -99,7 +184,7 @@ def refuse_weights(config: Config, *, download: bool = True) -> None:
     """
     models = config.models
 
-    def look(key: str, section: Stored | Weights, refuse: Callable[[str, str | None], None]) -> None:
+    def look(key: str, section: Stored | WeightsSection, refuse: Callable[[str, str | None], None]) -> None:
         with naming(key, section.path):
             if not is_file(section.path) and (download or holds_weights(Path(resolve(section.path)))):
                 refuse(section.path, section.variant)
@@ -114,7 +199,7 @@ def refuse_weights(config: Config, *, download: bool = True) -> None:
         look("models.decoder", models.decoder, refuse_stored)
     if config.prompts.embeddings is None:
         for name, section in models:
-            if isinstance(section, TextEncoder):
+            if isinstance(section, TextEncoderSection):
                 look(f"models.{name}", section, refuse_stored_text)
 
 
@@ -136,7 +221,7 @@ class Networks:
     def reference(self) -> nn.Module:
         """(x_t, t, conditioning) -> prediction: the frozen diffusion model."""
         denoiser, adapters = self._backbone(stored_weights(self.config.models, "reference"))
-        return Adapted(precise(denoiser, self._frozen_dtype, self.device), adapters, None)
+        return Denoiser(denoiser.network, dtype=autocast_to(self._frozen_dtype), adapters=adapters)
 
     def place_reference(self, world: World) -> None:
         """Spreads the reference over the processes as `distributed.reference` says (collective).
@@ -167,7 +252,7 @@ class Networks:
         denoiser.network.requires_grad_(True)
         dtype = compute_dtype("auto", self.config)
         parameters = dict(denoiser.network.named_parameters())
-        return Trained(role, denoiser.network, parameters, precise(denoiser, dtype, self.device))
+        return Trained(role, denoiser.network, parameters, Denoiser(denoiser.network, dtype=autocast_to(dtype)))
 
     def _adapted(self, role: str, stored: Stored, lora: Lora) -> Trained:
         denoiser, adapters = self._backbone(stored)
@@ -180,7 +265,8 @@ class Networks:
                 seed=self.config.seed,
                 stream=STREAMS[role],
             )
-        denoise = Adapted(precise(denoiser, self._frozen_dtype, self.device), adapters, role)
+        network, dtype = denoiser.network, autocast_to(self._frozen_dtype)
+        denoise = Denoiser(network, dtype=dtype, adapters=adapters, adapter=role)
         return Trained(role, denoiser.network, parameters, denoise, adapters)
 
     @property

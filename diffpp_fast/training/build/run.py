@@ -2,30 +2,86 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from diffpp_fast.methods import METHODS, Method
 from diffpp_fast.methods.through_networks import without_parameters
-from diffpp_fast.networks import Conditioning, OneStepGenerator, load_decoder
+from diffpp_fast.methods.times import DISTRIBUTIONS
+from diffpp_fast.networks import Conditioning, OneStepGenerator, load_decoder, load_schedule
 from diffpp_fast.networks.loading import read_config
 from diffpp_fast.schedule import NoiseSchedule
-from diffpp_fast.training.build.agreement import TextFacts, refuse_denoisers, refuse_misfits
-from diffpp_fast.training.build.checks import naming
-from diffpp_fast.training.build.compiled import check_gradients
-from diffpp_fast.training.build.networks import Networks, Trained, refuse_weights
-from diffpp_fast.training.build.precision import compute_dtype, precise
-from diffpp_fast.training.build.schedule import load_checked_schedule, load_run_schedule, make_generator, make_method
+from diffpp_fast.training.build.agreement import TextFacts, idle_sentences, naming, refuse_denoisers, refuse_misfits
+from diffpp_fast.training.build.networks import (
+    Networks,
+    Trained,
+    check_gradients,
+    compute_dtype,
+    refuse_weights,
+)
 from diffpp_fast.training.build.text import Text, open_text
-from diffpp_fast.training.config import Config, Decoder, Reward
+from diffpp_fast.training.config import Config, Decoder, RewardSection
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.inputs import digest_of, public
 from diffpp_fast.training.phases import Phases
 from diffpp_fast.training.prompts import EmbeddingCache, PromptSource
 from diffpp_fast.training.rewards import LatentReward, digest_of_reward, load_scorer
+
+
+def load_run_schedule(config: Config) -> NoiseSchedule:
+    """Load a run's noise schedule. Raises ConfigurationError for one that can't be read or is none."""
+    path = config.models.scheduler.path
+    with naming("models.scheduler", path):
+        return load_schedule(path)
+
+
+def load_checked_schedule(config: Config) -> NoiseSchedule:
+    """Load a run's noise schedule, and build generator and method on it without networks, so that no weight is read.
+
+    Raises ConfigurationError as `load_run_schedule`, and for settings that the schedule does not serve: times at which
+    alpha or sigma is 0, say.
+    """
+    schedule = load_run_schedule(config)
+    make_generator(config, nn.Identity(), schedule)
+    make_method(config, nn.Identity(), nn.Identity(), nn.Identity(), schedule, nn.Identity())
+    return schedule
+
+
+def make_generator(config: Config, network: nn.Module, schedule: NoiseSchedule) -> OneStepGenerator:
+    """Make a run's one-step generator of its network. Raises ConfigurationError as `load_checked_schedule`."""
+    settings = config.models.generator
+    with naming("models.generator"):
+        return OneStepGenerator(network, schedule, timestep=settings.timestep, input_scale=settings.input_scale)
+
+
+def make_method(
+    config: Config,
+    generator: Callable[..., Any],
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    schedule: NoiseSchedule,
+    reward: Callable[..., Any] | None,
+) -> Method:
+    """Make a run's method of its networks and its reward. Raises ConfigurationError as `load_checked_schedule`."""
+    settings = config.method
+    arguments: dict[str, Any] = settings.model_dump(exclude={"name"}, exclude_none=True)
+    for key in ("time_distribution", "fake_time_distribution"):
+        if key in arguments:
+            arguments[key] = DISTRIBUTIONS[arguments[key].pop("name")](**arguments[key])
+    optimised = config.rewards.optimised
+    if METHODS[settings.name].takes_reward:
+        assert optimised is not None  # the schema sees to it
+        arguments.update(reward=reward, reward_scale=optimised.scale, reward_clip=optimised.clip)
+    with naming("method"):
+        return METHODS[settings.name](generator, fake, reference, schedule, **arguments)
+
+
+logger = logging.getLogger(__name__)
 
 #: Weights of an autoencoder that no decoding asks for.
 ENCODING = ("vae.encoder.", "vae.quant_conv.")
@@ -53,7 +109,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Run:
-    """All that a training run computes with.
+    """The parts that a training run computes with.
 
     Attributes:
         sampler: the generator with what surrounds it.
@@ -79,7 +135,7 @@ class Run:
 
 
 def build_sampler(config: Config, device: torch.device) -> Sampler:
-    """Loads the generator, the text encoders and the decoder.
+    """Load the generator, the text encoders and the decoder.
 
     Raises ConfigurationError for what can't be loaded and for networks whose shapes don't agree.
     """
@@ -96,7 +152,7 @@ def build_run(
     embeddings: EmbeddingCache | None = None,
     prompts: PromptSource | None = None,
 ) -> Run:
-    """Loads everything that a training run needs (collective, for the reference may be spread).
+    """Load everything that a training run needs (collective, for the reference may be spread).
 
     Args:
         config: of the run.
@@ -110,6 +166,8 @@ def build_run(
     device = world.device
     refuse_misfits(config, None if embeddings is None else TextFacts.of(embeddings.null()))
     schedule = load_checked_schedule(config)
+    for sentence in idle_sentences(config) if world.is_main else ():
+        logger.warning("%s", sentence)
     refuse_weights(config)
     text = open_text(config.models, device, embeddings, prompts)
     networks = Networks(config, device)
@@ -141,7 +199,7 @@ def build_run(
 
 
 def build_trained(config: Config, role: str, device: torch.device) -> Trained:
-    """Loads the network of one role and nothing else; raises like `build_sampler`."""
+    """Load the network of one role and nothing else; raises like `build_sampler`."""
     refuse_denoisers(config)
     return Networks(config, device).trained(role)
 
@@ -157,8 +215,12 @@ def _build_sampler(
     decoder = None
     if models.decoder is not None:
         decoder = _load_decoder(config, models.decoder, device)
+        # Digests in checkpoints go by these names, as earlier versions had them.
+        prefix = "" if compute_dtype(models.decoder.dtype, config) == torch.float32 else "network."
         decoding = {
-            name: tensor for name, tensor in decoder.state_dict().items() if not any(part in name for part in ENCODING)
+            prefix + name: tensor
+            for name, tensor in decoder.state_dict().items()
+            if not any(part in name for part in ENCODING)
         }
         inputs["decoder"] = digest_of(public(read_config(models.decoder.path)), decoding)
     return Sampler(
@@ -174,7 +236,7 @@ def _build_sampler(
 def _check_compiled(
     config: Config, world: World, text: Text, generator: Trained, fake: Trained, reference: nn.Module
 ) -> None:
-    """Compares the gradients that the run takes through compiled networks with those of eager mode."""
+    """Compare the gradients that the run takes through compiled networks with those of eager mode."""
     conditioning = text.null().expand(config.training.micro_batch or config.training.global_batch // world.size)
     dtype, shape = compute_dtype("auto", config), config.models.latent_shape
     for part in (generator, fake):
@@ -190,11 +252,11 @@ def _load_decoder(config: Config, section: Decoder, device: torch.device) -> nn.
     dtype = compute_dtype(section.dtype, config)
     with naming("models.decoder", section.path):
         decoder = load_decoder(section.path, dtype=dtype, checkpoint=section.checkpoint, variant=section.variant)
-    return precise(decoder.to(device), dtype, device)
+    return decoder.to(device)
 
 
 def _load_reward(
-    key: str, reward: Reward | None, decoder: Callable[[torch.Tensor], torch.Tensor] | None, device: torch.device
+    key: str, reward: RewardSection | None, decoder: Callable[[torch.Tensor], torch.Tensor] | None, device: torch.device
 ) -> LatentReward | None:
     if reward is None:
         return None

@@ -1,9 +1,10 @@
-"""Prompts to conditioning, as the family of the reference wants it."""
+"""Prompts to conditioning, as the reference wants it: by text encoders, or from embeddings on the disk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +16,24 @@ from diffpp_fast.networks.inputs import is_pixart, wants_sizes
 from diffpp_fast.networks.loading import read_config
 from diffpp_fast.networks.text import load_text_model, load_tokenizer
 from diffpp_fast.training import config
-from diffpp_fast.training.build.agreement import CLIP_LENGTH, TextFacts, takes_two_encoders, text_facts, text_length
-from diffpp_fast.training.build.checks import naming
+from diffpp_fast.training.build.agreement import (
+    CLIP_LENGTH,
+    TextFacts,
+    naming,
+    takes_two_encoders,
+    text_facts,
+    text_length,
+)
+from diffpp_fast.training.config import Config, TextEncoderSection
 from diffpp_fast.training.inputs import digest_of, digest_of_tokenizer, public
 from diffpp_fast.training.prompts import EmbeddingCache, PromptEncoder, PromptSource
+from diffpp_fast.training.prompts.embed import Seen, encoder_facts, refuse_other_cache
+from diffpp_fast.training.prompts.embeddings import read_manifest
 
 
 @dataclass(frozen=True)
 class Text:
-    """What gives prompts their conditioning: encoders in memory, or embeddings on the disk.
+    """The source of prompts' conditioning: encoders in memory, or embeddings on the disk.
 
     Attributes:
         encode: B prompts -> their conditioning, on the device.
@@ -42,7 +52,7 @@ def open_text(
     embeddings: EmbeddingCache | None = None,
     prompts: PromptSource | None = None,
 ) -> Text:
-    """The text encoders of a run with these prompts, or the embeddings in their place; raises like `load_text`."""
+    """Load the text encoders of a run, or take embeddings in their place; raises like `load_text`."""
     if embeddings is not None:
         return Text(embeddings, embeddings.null, {"embeddings": embeddings.digest})
     encoder, _ = load_text(models)
@@ -52,7 +62,7 @@ def open_text(
 
 
 def load_text(models: config.Models) -> tuple[TextEncoder | DualTextEncoder, TextFacts]:
-    """The text encoders of a run; what their output holds follows from the reference's `config.json`.
+    """Load the text encoders of a run; what their output holds follows from the reference's `config.json`.
 
     Raises ConfigurationError for what can't be loaded, and like `text_facts`.
     """
@@ -68,7 +78,7 @@ def load_text(models: config.Models) -> tuple[TextEncoder | DualTextEncoder, Tex
 
 
 def conditioning_facts(models: config.Models) -> dict[str, Any]:
-    """What a prompt's conditioning depends on besides the text encoders: the family, and settings that enter it."""
+    """Return the facts that conditioning depends on besides text encoders: the family, and settings that enter it."""
     with naming("models.reference", models.reference.path):
         facts = read_config(models.reference.path)
     two = facts.get("addition_embed_type") == "text_time"
@@ -98,7 +108,7 @@ def _load_one(models: config.Models, facts: Mapping[str, Any]) -> TextEncoder:
     )
 
 
-def _load_encoder(key: str, section: config.TextEncoder, *, projection: bool = False) -> tuple[nn.Module, Any]:
+def _load_encoder(key: str, section: config.TextEncoderSection, *, projection: bool = False) -> tuple[nn.Module, Any]:
     with naming(key, section.path):
         model = load_text_model(section.path, _dtype(section), projection=projection, variant=section.variant)
     where = section.tokenizer or section.path
@@ -106,7 +116,7 @@ def _load_encoder(key: str, section: config.TextEncoder, *, projection: bool = F
         return model, load_tokenizer(where, model)
 
 
-def _load_two(models: config.Models, second: config.TextEncoder) -> DualTextEncoder:
+def _load_two(models: config.Models, second: config.TextEncoderSection) -> DualTextEncoder:
     first = models.text_encoder
     if first.mask_padding or second.mask_padding:
         raise ConfigurationError("models.text_encoder.mask_padding: Stable Diffusion XL attends to padding")
@@ -139,7 +149,7 @@ def _digests(models: config.Models, encoder: TextEncoder | DualTextEncoder) -> d
     return digests
 
 
-def _dtype(section: config.TextEncoder) -> torch.dtype:
+def _dtype(section: config.TextEncoderSection) -> torch.dtype:
     # A prompt is encoded once and kept: what float32 costs here is memory alone.
     dtype: torch.dtype = getattr(torch, "float32" if section.dtype == "auto" else section.dtype)
     return dtype
@@ -161,3 +171,53 @@ def _picture_size(models: config.Models) -> tuple[int, int]:
         scale = 2 ** (len(blocks) - 1) if blocks else scale
     _, height, width = models.latent_shape
     return scale * height, scale * width
+
+
+def open_embeddings(config: Config, prompts: PromptSource, device: torch.device) -> EmbeddingCache | None:
+    """Open the embeddings that a configuration names in `prompts.embeddings`; None where it names none.
+
+    Raises ConfigurationError for a cache of another encoder or of other prompts, for one that isn't complete, and for
+    one without the grid's prompts; the message says what differs.
+    """
+    if config.prompts.embeddings is None:
+        return None
+    folder = Path(config.prompts.embeddings)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ConfigurationError(f"prompts.embeddings: no embeddings in {folder}: write them with `diffpp-fast embed`")
+    refuse_other_cache(folder, manifest, embedding_facts(config, prompts, manifest["seen"]))
+    cache = EmbeddingCache(folder, manifest, device)
+    for prompt in listed_grid_prompts(config):
+        if not cache.holds(prompt):
+            raise ConfigurationError(
+                f"training.grid_prompts: {folder} holds no embedding of {prompt!r}: run `diffpp-fast embed` again, "
+                "which adds it"
+            )
+    return cache
+
+
+def embedding_facts(config: Config, prompts: PromptSource, seen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts that embeddings of these prompts depend on, as they stand in a cache's manifest.
+
+    Args:
+        config: whose text encoders they are.
+        prompts: of which they are made.
+        seen: from another manifest, what is known of files that may have stayed the same; they aren't read again.
+    """
+    reading: Seen = {}
+    encoder = conditioning_facts(config.models)
+    for name, section in config.models:
+        if isinstance(section, TextEncoderSection):
+            with naming(f"models.{name}", section.path):
+                encoder[name] = encoder_facts(section, seen, reading)
+    return {
+        "encoder": encoder,
+        "prompts": {"sha256": prompts.digest(), "count": len(prompts)},
+        "seen": reading,
+    }
+
+
+def listed_grid_prompts(config: Config) -> list[str]:
+    """Return the grid's prompts where the configuration lists them; others are among the run's own."""
+    wanted = config.training.grid_prompts
+    return wanted if isinstance(wanted, list) else []

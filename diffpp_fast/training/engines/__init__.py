@@ -6,15 +6,12 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from diffpp_fast.training.config import Config
-from diffpp_fast.training.config import Ema as EmaSettings
+from diffpp_fast.training.config import Config, EmaSection
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines.base import Engine
-from diffpp_fast.training.engines.deepspeed import DeepSpeedEngine
-from diffpp_fast.training.engines.plain import PlainEngine
-from diffpp_fast.training.engines.reference import place_reference
-from diffpp_fast.training.engines.replicated import ReplicatedEngine
-from diffpp_fast.training.engines.schedules import updates_of
+from diffpp_fast.training.engines.deepspeed import DeepSpeedEngine, place_reference
+from diffpp_fast.training.engines.optimizers import updates_of
+from diffpp_fast.training.engines.plain import PlainEngine, ReplicatedEngine
 
 __all__ = ["DeepSpeedEngine", "Engine", "PlainEngine", "ReplicatedEngine", "make_engine", "place_reference"]
 
@@ -25,7 +22,7 @@ def make_engine(
     parameters: Mapping[str, nn.Parameter],
     config: Config,
     world: World,
-    ema: EmaSettings | None = None,
+    ema: EmaSection | None = None,
 ) -> Engine:
     """The engine that a configuration asks for (collective).
 

@@ -1,4 +1,4 @@
-"""A trained network spread over processes by DeepSpeed's ZeRO, stages 1 to 3."""
+"""Networks spread over processes by DeepSpeed's ZeRO: trained ones, stages 1 to 3, and the frozen reference."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import nn
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.training import config
 from diffpp_fast.training.distributed import World
+from diffpp_fast.training.engines.base import NORM_FLOOR, Engine
 from diffpp_fast.training.engines.optimizers import make_optimizer
-from diffpp_fast.training.engines.sharded import NORM_FLOOR, ShardedEngine
 from diffpp_fast.training.engines.shards import Shards, start_together
-from diffpp_fast.training.engines.zero import Zero3Shards, Zero12Shards
-from diffpp_fast.training.launch import Place, pretend_launch
+from diffpp_fast.training.engines.zero import Zero3Shards, Zero12Shards, compile_nothing
+from diffpp_fast.training.launch import ProcessPlace, pretend_launch
 
 
 def import_deepspeed(world: World) -> Any:
@@ -40,8 +40,8 @@ def import_deepspeed(world: World) -> Any:
             "nothing, distributed.engine=plain does without"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    pretend_launch(Place(world.rank, world.size, world.local_rank))
+    compile_nothing(deepspeed)
+    pretend_launch(ProcessPlace(world.rank, world.size, world.local_rank))
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=world.rank, world_size=world.size)
@@ -66,7 +66,7 @@ def zero_config(zero: config.Zero, *, bfloat16: bool, clip: float | None, nvme_p
             if device == "nvme":
                 stage[key]["nvme_path"] = nvme_path
     return {
-        # What a micro-batch is, and which is an update's last, the trainer says.
+        # The trainer says what a micro-batch is, and which is an update's last.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         # Where this is not written, DeepSpeed clips at 1.
@@ -82,14 +82,14 @@ def zero_config(zero: config.Zero, *, bfloat16: bool, clip: float | None, nvme_p
     }
 
 
-class DeepSpeedEngine(ShardedEngine):
+class DeepSpeedEngine(Engine):
     """A trained network whose float32 weights, optimizer state and average are spread over the processes.
 
     With bfloat16 the network computes with a bfloat16 copy of the weights; they start as they were in float32. At the
     start the weights of rank 0 are everyone's. A weight that a loss does not reach is treated as having gradient 0,
     so that weight decay shrinks it.
 
-    Args: see `ShardedEngine`, and
+    Args: see `Engine`, and
         zero: stage, offloading and buckets.
         bfloat16: compute in bfloat16.
         nvme_path: a folder for what is offloaded to nvme.
@@ -105,7 +105,7 @@ class DeepSpeedEngine(ShardedEngine):
         settings: config.Optimizer,
         updates_in_all: int,
         world: World,
-        ema: config.Ema | None = None,
+        ema: config.EmaSection | None = None,
         *,
         zero: config.Zero,
         bfloat16: bool = False,
@@ -117,37 +117,39 @@ class DeepSpeedEngine(ShardedEngine):
                 "stage 3 spreads whole networks, and the rest of this one may serve another role. Use stage 2; the "
                 "weights that are trained are few"
             )
-        deepspeed = import_deepspeed(world)
         # DeepSpeed shortens gradients and never lengthens them: those to be of norm 1 come to it long, and are clipped.
         self._raise = 1.0 / NORM_FLOOR if settings.normalize else 1.0
-        start_together(parameters, world)
-        for parameter in parameters.values():
+        clip = 1.0 if settings.normalize else settings.clip
+        self._stage = zero.stage
+        self._config = zero_config(zero, bfloat16=bfloat16, clip=clip, nvme_path=nvme_path)
+        super().__init__(role, network, parameters, settings, updates_in_all, world, ema)
+
+    def _spread(self) -> tuple[Shards, torch.optim.Optimizer]:
+        deepspeed = import_deepspeed(self.world)
+        start_together(self.parameters, self.world)
+        for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        exact = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+        exact = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
         # Stage 3 gathers a module's weights when it is called; the other stages need to know of the weights only.
-        module = network if zero.stage == 3 else _Weights(parameters)
-        optimizer = make_optimizer(module.parameters(), settings)
+        module = self.network if self._stage == 3 else _Weights(self.parameters)
+        optimizer = make_optimizer(module.parameters(), self.settings)
         # Its bfloat16 optimizer prints how much memory it takes.
         with redirect_stdout(StringIO()):
             self._deepspeed, *_ = deepspeed.initialize(
-                model=module,
-                optimizer=optimizer,
-                config=zero_config(
-                    zero, bfloat16=bfloat16, clip=1.0 if settings.normalize else settings.clip, nvme_path=nvme_path
-                ),
-                dist_init_required=False,
+                model=module, optimizer=optimizer, config=self._config, dist_init_required=False
             )
-        shards_of = Zero3Shards if zero.stage == 3 else Zero12Shards
-        self._zero = shards = shards_of(self._deepspeed.optimizer, parameters, world)
-        _restore(shards, exact)
-        super().__init__(role, network, parameters, settings, updates_in_all, world, shards, optimizer, ema)
+        self._zero: Zero3Shards | Zero12Shards
+        if self._stage == 3:
+            self._zero = Zero3Shards(self._deepspeed, self.parameters, self.world)
+        else:
+            self._zero = Zero12Shards(self._deepspeed, optimizer, self.parameters, self.world)
+        _restore(self._zero, exact)
+        return self._zero, optimizer
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Adds a micro-batch's gradient; see `Engine.backward`."""
-        # The network is not called through DeepSpeed's engine, which would do these two things.
-        self._deepspeed.optimizer.clear_backward_seen_flag()
-        loss = loss * self._raise
-        loss.register_hook(lambda _: self._deepspeed._backward_prologue())
+        # The network is not called through DeepSpeed's engine: with LoRA it serves other roles, too.
+        loss = self._zero.watch(loss * self._raise)
         self._deepspeed.set_gradient_accumulation_boundary(last)
         self._deepspeed.backward(loss)
 
@@ -166,13 +168,51 @@ class DeepSpeedEngine(ShardedEngine):
         return norm
 
 
+def place_reference(network: nn.Module, settings: config.Distributed, world: World) -> nn.Module:
+    """Freezes a network and spreads it as `distributed.reference` says; it is called as before, under no_grad.
+
+    "replica" leaves a whole network in every process. "shard" keeps an equal part of each weight per process (ZeRO-3)
+    and gathers a module's weights while it computes; "offload" keeps these parts in host memory. All processes have to
+    call a spread network together, and its `state_dict()` is empty.
+
+    Args:
+        network: in the dtype that it computes in, on its device; it is changed in place.
+        settings: the section `distributed`.
+        world: the processes.
+
+    Returns the network. Raises ConfigurationError where DeepSpeed is needed and missing.
+    """
+    network.requires_grad_(False)
+    if settings.reference == "replica":
+        return network
+    deepspeed = import_deepspeed(world)
+    zero: dict[str, Any] = {"stage": 3}
+    if settings.reference == "offload":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    dtype = next(network.parameters()).dtype
+    deepspeed.initialize(
+        model=network,
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "zero_optimization": zero,
+        },
+        dist_init_required=False,
+    )
+    # The hooks that gather and drop weights are on the network itself.
+    return network
+
+
 class _Weights(nn.Module):
-    """Weights of a network, for DeepSpeed, which wants a module; it is never called."""
+    """Weights of a network as the module that DeepSpeed wants; called with a loss, it gives it back."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
         for number, parameter in enumerate(parameters.values()):
             self.register_parameter(str(number), parameter)
+
+    def forward(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss
 
 
 @torch.no_grad()

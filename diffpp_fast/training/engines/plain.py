@@ -1,44 +1,35 @@
-"""A trained network in one process."""
+"""A trained network in one process, or whole in each of several: ZeRO stage 0."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.training import config
-from diffpp_fast.training.distributed import World
+from diffpp_fast.training.engines.base import NORM_FLOOR, Engine
 from diffpp_fast.training.engines.optimizers import make_optimizer
-from diffpp_fast.training.engines.sharded import NORM_FLOOR, ShardedEngine
-from diffpp_fast.training.engines.shards import Shards
+from diffpp_fast.training.engines.shards import Shards, start_together
+
+#: Gradients that are reduced at a time, in bytes; a larger one goes alone.
+BUCKET_BYTES = 2**28
 
 
-class PlainEngine(ShardedEngine):
+class PlainEngine(Engine):
     """A trained network whose float32 weights are updated where they are used.
 
     Whether the gradient is finite decides on the device what an update does; with AdamW the processor never waits.
 
-    Args: see `ShardedEngine`. Raises ConfigurationError for several processes.
+    Args: see `Engine`. Raises ConfigurationError for several processes.
     """
 
-    def __init__(
-        self,
-        role: str,
-        network: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        settings: config.Optimizer,
-        updates_in_all: int,
-        world: World,
-        ema: config.Ema | None = None,
-    ) -> None:
-        self._join(world, parameters)
-        for parameter in parameters.values():
+    def _spread(self) -> tuple[Shards, torch.optim.Optimizer]:
+        self._join()
+        for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        optimizer = make_optimizer(parameters.values(), settings)
-        shards = Shards(parameters, world)
-        super().__init__(role, network, parameters, settings, updates_in_all, world, shards, optimizer, ema)
+        return Shards(self.parameters, self.world), make_optimizer(self.parameters.values(), self.settings)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Adds a micro-batch's gradient to what earlier ones left."""
@@ -71,12 +62,50 @@ class PlainEngine(ShardedEngine):
         self.updates += 1
         return norm
 
-    def _join(self, world: World, parameters: Mapping[str, nn.Parameter]) -> None:
-        if world.size > 1:
+    def _join(self) -> None:
+        if self.world.size > 1:
             raise ConfigurationError(
-                f"distributed.engine is plain, which is one process, but there are {world.size}: "
+                f"distributed.engine is plain, which is one process, but there are {self.world.size}: "
                 "use distributed.engine=deepspeed, or auto"
             )
 
     def _reduce(self, gradients: list[torch.Tensor]) -> None:
         """Nothing to average in one process."""
+
+
+class ReplicatedEngine(PlainEngine):
+    """The plain engine in each of several processes, on averaged gradients.
+
+    All processes then do the same with the same numbers, so that nothing else has to be exchanged. At the start the
+    weights of rank 0 are everyone's.
+
+    Args: see `Engine`.
+    """
+
+    def _join(self) -> None:
+        start_together(self.parameters, self.world)
+
+    @torch.no_grad()
+    def _reduce(self, gradients: list[torch.Tensor]) -> None:
+        if self.world.size == 1:
+            return
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+            dist.all_reduce(flat)
+            flat /= self.world.size
+            parts = flat.split([gradient.numel() for gradient in bucket])
+            for gradient, part in zip(bucket, parts, strict=True):
+                gradient.copy_(part.view(gradient.shape))
+
+
+def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket

@@ -1,30 +1,35 @@
-"""The plan: memory of one GPU at the moment when it is fullest, and the step's time."""
+"""The plan: memory of one GPU at the moment when it is fullest, the step's time, and what to change first."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any, NamedTuple
 
-from diffpp_fast.training.planning.gpus import Gpu
-from diffpp_fast.training.planning.setup import Setup, Trained, Zero
-from diffpp_fast.training.planning.states import State, frozen_state, trained_state
-from diffpp_fast.training.planning.step import Counted, Phase, count
-from diffpp_fast.training.planning.timing import EFFICIENCY, NETWORK, Time, estimate
-from diffpp_fast.training.prompts.encoder import CAPACITY
+from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.training.config import Config
+from diffpp_fast.training.loading import with_keys
+from diffpp_fast.training.planning.architectures import Architectures, architectures_of
+from diffpp_fast.training.planning.counting import Counted, Phase, count
+from diffpp_fast.training.planning.states import NetworkState, PlannedRun, states_of
+from diffpp_fast.training.planning.timing import EFFICIENCY, NETWORK, Gpu, StepTime, estimate
 
 ROLES = ("generator", "fake", "reference", "text encoder", "decoder", "reward")
 KINDS = ("weights", "master weights", "gradients", "optimizer", "EMA", "activations", "communication")
+TRAINED = ("generator", "fake")
 #: What CUDA, cuBLAS, cuDNN and NCCL take for themselves, and what is lost between blocks of the allocator: bytes, and a
 #: share of the GPU's memory. An assumption.
 RESERVE, RESERVED_SHARE = 1.5 * 2**30, 0.03
 #: The phase in which an optimizer works, after its backward pass.
 STEP = "optimizer"
+#: How many changes are told.
+MOST_CHANGES = 6
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run needs.
+class RunPlan:
+    """The memory and the time that a run needs.
 
     Attributes:
         memory: bytes on one GPU by role and kind, at the peak.
@@ -34,7 +39,7 @@ class Plan:
         reserve: bytes that are left to libraries and to fragmentation.
     """
 
-    setup: Setup
+    run: PlannedRun
     gpu: Gpu
     efficiency: float
     network: float
@@ -42,7 +47,7 @@ class Plan:
     peak: tuple[str, str]
     phases: tuple[tuple[Phase, int], ...]
     host: int
-    time: Time
+    time: StepTime
     counted: Counted
 
     @property
@@ -59,93 +64,64 @@ class Plan:
         return int(self.gpu.memory * 2**30) - self.reserve - self.total
 
 
-def make_plan(setup: Setup, gpu: Gpu, *, efficiency: float = EFFICIENCY, network: float = NETWORK) -> Plan:
-    """Counts a step on meta and adds what the engines hold.
+def run_of(config: Config, gpus: int = 1) -> PlannedRun:
+    """Return the run of a configuration on so many GPUs; raises like `architectures_of`."""
+    return PlannedRun(config, architectures_of(config), gpus)
+
+
+def make_plan(run: PlannedRun, gpu: Gpu, *, efficiency: float = EFFICIENCY, network: float = NETWORK) -> RunPlan:
+    """Count a step on meta and add what the engines hold.
 
     Args:
         efficiency: share of the GPU's peak that matrix products reach.
         network: GB/s per GPU between machines.
     """
-    counted = _counted(_as_counted(setup))
-    states = _states(setup, counted)
+    counted = count_run(run)
+    states = states_of(run, counted)
     resident = sum(state.resident for state in states.values())
-    moments = [(phase, resident + _of_update(states, phase)) for phase in _with_steps(counted.phases)]
+    phases = [*counted.phases, *(Phase(role, STEP, {}, {}) for role in reversed(TRAINED))]
+    moments = [
+        (phase, resident + sum(sum(_passing(role, state, phase).values()) for role, state in states.items()))
+        for phase in phases
+    ]
     peak, _ = max(moments, key=lambda moment: moment[1])
-    return Plan(
-        setup=setup,
+    return RunPlan(
+        run=run,
         gpu=gpu,
         efficiency=efficiency,
         network=network,
-        memory=_memory(states, peak),
+        memory={role: _kinds(role, states.get(role, NetworkState()), peak) for role in ROLES},
         peak=(peak.update, peak.name),
         phases=tuple(moments),
         host=sum(state.host for state in states.values()),
-        time=estimate(setup, counted, gpu, efficiency, network),
+        time=estimate(run, counted, gpu, efficiency, network),
         counted=counted,
     )
 
 
+def count_run(run: PlannedRun) -> Counted:
+    """Count one micro-batch; runs that differ in nothing that changes it are counted once, for it takes seconds."""
+    defaults = {f"optimizers.{role}": {"lr": 1e-6} for role in TRAINED} | {
+        "prompts": {"path": "prompts"},
+        "distributed": {},
+        "training.global_batch": run.micro * (1 + run.normalizes_apart),
+        "training.micro_batch": run.micro,
+        "method.fake_rounds": 1,
+        # They draw other times, at the same cost.
+        "method.time_distribution": None,
+        "method.fake_time_distribution": None,
+    }
+    low_weights = tuple(role for role in TRAINED if run.zero(role).stage > 0)
+    return _count(with_keys(run.config, defaults).model_dump_json(), run.architectures, low_weights)
+
+
 @lru_cache(maxsize=64)
-def _counted(setup: Setup) -> Counted:
-    return count(setup)
+def _count(config: str, architectures: Architectures, low_weights: tuple[str, ...]) -> Counted:
+    return count(Config.model_validate_json(config), architectures, low_weights=low_weights)
 
 
-def _as_counted(setup: Setup) -> Setup:
-    """The same run for the count, without what does not change it: a count takes seconds."""
-
-    def plain(trained: Trained) -> Trained:
-        return Trained(lora=trained.lora, zero=Zero(1) if _is_spread(trained) else None)
-
-    return replace(
-        setup,
-        generator=plain(setup.generator),
-        fake=plain(setup.fake),
-        gpus=1,
-        global_batch=setup.micro,
-        micro_batch=setup.micro,
-        reference="replica",
-        text_resident=True,
-        fake_rounds=1,
-    )
-
-
-def _is_spread(trained: Trained) -> bool:
-    """The network computes with weights of the run's precision, not with float32 ones under autocast."""
-    return trained.zero is not None and trained.zero.stage > 0
-
-
-def _states(setup: Setup, counted: Counted) -> dict[str, State]:
-    sizes, models, low = counted.sizes, setup.models, setup.precision == "bfloat16"
-    width = (setup.reference_dtype or setup.dtype).itemsize
-    states: dict[str, State] = {}
-    held = {models.backbones[2]}  # the reference's frozen weights
-    for role, backbone in zip(("generator", "fake"), models.backbones, strict=False):
-        trained: Trained = getattr(setup, role)
-        # Adapters on weights that another role holds already add nothing but themselves.
-        shared = trained.lora is not None and backbone in held
-        if trained.lora is not None:
-            held.add(backbone)
-        states[role] = trained_state(
-            sizes[role], trained, setup.gpus, low, frozen=0 if shared else None, frozen_width=width
-        )
-    states["reference"] = frozen_state(sizes["reference"].elements, width, setup.reference, setup.gpus)
-    states["text encoder"] = State(weights=counted.text_bytes, kept=CAPACITY) if setup.text_resident else State()
-    states["decoder"] = State(weights=(setup.decoder_dtype or setup.dtype).itemsize * sizes["decoder"].elements)
-    states["reward"] = State(weights=counted.reward_bytes)
-    return states
-
-
-def _with_steps(phases: tuple[Phase, ...]) -> list[Phase]:
-    return [*phases, *(Phase(role, STEP, {}, {}) for role in ("fake", "generator"))]
-
-
-def _of_update(states: Mapping[str, State], phase: Phase) -> int:
-    """Bytes of a phase beyond what is there all the time."""
-    return sum(sum(_passing(role, state, phase).values()) for role, state in states.items())
-
-
-def _passing(role: str, state: State, phase: Phase) -> dict[str, int]:
-    """What a role holds in a phase only, by kind.
+def _passing(role: str, state: NetworkState, phase: Phase) -> dict[str, int]:
+    """Return the bytes that a role holds in a phase only, by kind.
 
     An update's gradients are there from its first backward pass to its end: with several micro-batches in all of its
     phases, so they are counted in all of them.
@@ -159,16 +135,65 @@ def _passing(role: str, state: State, phase: Phase) -> dict[str, int]:
     }
 
 
-def _memory(states: Mapping[str, State], peak: Phase) -> dict[str, dict[str, int]]:
-    memory = {}
-    for role in ROLES:
-        state = states[role]
-        lasting = {
-            "weights": state.weights,
-            "master weights": state.master,
-            "optimizer": state.optimizer,
-            "EMA": state.ema,
-        }
-        kinds = {**lasting, **_passing(role, state, peak)}
-        memory[role] = {kind: kinds[kind] for kind in KINDS}
-    return memory
+def _kinds(role: str, state: NetworkState, peak: Phase) -> dict[str, int]:
+    lasting = {
+        "weights": state.weights,
+        "master weights": state.master,
+        "optimizer": state.optimizer,
+        "EMA": state.ema,
+    }
+    kinds = {**lasting, **_passing(role, state, peak)}
+    return {kind: kinds[kind] for kind in KINDS}
+
+
+class Saving(NamedTuple):
+    """A change of the configuration, and the bytes that a GPU has more by it."""
+
+    keys: str
+    saves: int
+    run: PlannedRun
+
+
+def savings(plan: RunPlan) -> list[Saving]:
+    """Return changes that save memory, each tried alone, those that save most first."""
+    found = []
+    for said, keys in _candidates(plan.run):
+        try:
+            run = replace(plan.run, config=with_keys(plan.run.config, keys))
+        except ConfigurationError:  # the method, say, does not do with it
+            continue
+        other = make_plan(run, plan.gpu, efficiency=plan.efficiency, network=plan.network)
+        if plan.total > other.total:
+            found.append(Saving(said, plan.total - other.total, run))
+    return sorted(found, key=lambda saving: saving.saves, reverse=True)[:MOST_CHANGES]
+
+
+def _candidates(run: PlannedRun) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Changes as they are told, and as values by key."""
+    config = run.config
+    zeros = {role: run.zero(role) for role in TRAINED}
+    stage = max(zero.stage for zero in zeros.values())
+    whole = all(getattr(config.models, role).lora is None for role in TRAINED)
+
+    def of_both(section: str, key: str, value: Any) -> tuple[str, dict[str, Any]]:
+        return f"{section}.*.{key}={value}", {f"{section}.{role}.{key}": value for role in TRAINED}
+
+    if run.micro > 1:
+        yield f"training.micro_batch={run.micro // 2}", {"training.micro_batch": run.micro // 2}
+    if not config.training.activation_checkpointing:
+        yield "training.activation_checkpointing=true", {"training.activation_checkpointing": True}
+    if config.rewards.optimised is not None and not (config.models.decoder and config.models.decoder.checkpoint):
+        yield "models.decoder.checkpoint=true", {"models.decoder.checkpoint": True}
+    if config.precision == "float32":
+        yield "precision=bfloat16", {"precision": "bfloat16"}
+    if config.prompts.embeddings is None:
+        yield "prompts.embeddings=FOLDER", {"prompts.embeddings": "FOLDER"}
+    if config.distributed.reference == "replica":
+        place = "shard" if run.gpus > 1 else "offload"
+        yield f"distributed.reference={place}", {"distributed.reference": place}
+    if all(run.optimizer(role) in ("adamw", "adamw_fused") for role in TRAINED):
+        yield of_both("optimizers", "name", "adamw8bit")
+    if run.gpus > 1 and stage < 3 and whole:
+        yield of_both("distributed", "stage", stage + 1)
+    if all(zero.stage and zero.offload_optimizer == "none" for zero in zeros.values()):
+        yield of_both("distributed", "offload_optimizer", "cpu")

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffpp_fast.terminal import printable
+from diffpp_fast.training.build.agreement import idle_sentences
 from diffpp_fast.training.planning import timing
-from diffpp_fast.training.planning.advice import Change
-from diffpp_fast.training.planning.plan import KINDS, ROLES, STEP, Plan
+from diffpp_fast.training.planning.architectures import towers_of
+from diffpp_fast.training.planning.plan import KINDS, ROLES, STEP, TRAINED, RunPlan, Saving
+from diffpp_fast.training.planning.states import PlannedRun
 from diffpp_fast.training.prompts.encoder import CAPACITY
 
 if TYPE_CHECKING:
@@ -21,18 +23,23 @@ GIB = 2**30
 PROCESS = 0.6 * GIB
 
 
-def verdict(plan: Plan) -> str:
-    """Whether it fits, and by how much."""
+def verdict(plan: RunPlan) -> str:
+    """Say whether it fits, and by how much."""
     where = f"fits in {plan.gpu.memory:g} GiB ({plan.gpu.name})"
     if plan.spare >= 0:
         return f"{where}: yes, {plan.spare / GIB:.1f} GiB to spare"
     return f"{where}: no, {-plan.spare / GIB:.1f} GiB too much"
 
 
-def assumptions(plan: Plan) -> list[str]:
-    """What the numbers rest on, in sentences."""
-    setup, time = plan.setup, plan.time
-    said = [
+def assumptions(plan: RunPlan) -> list[str]:
+    """Return what the numbers rest on, in sentences."""
+    run, time = plan.run, plan.time
+    config, stages = run.config, [run.zero(role).stage for role in TRAINED]
+    said = []
+    if config.device == "cpu":
+        said.append(f"device is cpu, of which nothing is known here: this is the plan for a GPU, {plan.gpu.name}.")
+    said += [f"{sentence}." for sentence in idle_sentences(config)]
+    said += [
         "Activations and operations were counted by running the method on networks without numbers (meta); weights, "
         "gradients, optimizer and average follow from the sizes of tensors.",
         f"{plan.reserve / GIB:.1f} GiB are left to CUDA's context, its libraries' workspaces and fragmentation.",
@@ -40,23 +47,24 @@ def assumptions(plan: Plan) -> list[str]:
         f"{plan.gpu.float32:g} in float32 without TF32), memory and links at "
         f"{timing.BANDWIDTH:g} of the datasheet, nothing at the same time as anything else.",
     ]
-    if setup.gpus > timing.GPUS_OF_A_MACHINE:
+    if run.gpus > timing.GPUS_OF_A_MACHINE:
         said.append(f"Between machines of {timing.GPUS_OF_A_MACHINE} GPUs each sends {plan.network:g} GB/s.")
-    if time.sent and any(zero is not None and zero.stage == 3 for zero in _zeros(plan)):
+    if time.sent and 3 in stages:
         said.append("Stage 3 is counted with as many whole weights as DeepSpeed lets live at once.")
-    if setup.precision == "bfloat16" and any(zero is None or zero.stage == 0 for zero in _zeros(plan)):
+    if config.precision == "bfloat16" and 0 in stages:
         said.append(
             "Autocast copies float32 weights to bfloat16 in every call, and a backward pass keeps the copies: they are "
             "part of the activations, and do not grow with the batch."
         )
-    if setup.models.text_encoders:
-        kept = f", up to {CAPACITY / GIB:.2f} GiB of encodings" if setup.text_resident else ""
+    if run.architectures.text_encoders:
+        kept = f", up to {CAPACITY / GIB:.2f} GiB of encodings" if config.prompts.embeddings is None else ""
         said.append(f"Prompts are encoded once and kept{kept}: text encoders take memory and no time.")
     said.append(
         f"The process itself takes about {PROCESS / GIB:.1f} GiB of host memory for interpreter and libraries, "
         "and more with CUDA."
     )
-    unknown = [name for towers in (setup.rewards, setup.held_out) if towers is not None for name in towers.unknown]
+    rewards = [reward for reward in (config.rewards.optimised, config.rewards.held_out) if reward is not None]
+    unknown = [name for reward in rewards for name in towers_of(reward).unknown]
     if unknown:
         said.append(
             f"Not counted, because only loading them would tell: {', '.join(unknown)}. Their decoder is counted."
@@ -64,8 +72,8 @@ def assumptions(plan: Plan) -> list[str]:
     return said
 
 
-def print_plan(plan: Plan, advice: list[Change], console: Console) -> None:
-    """Tables on a terminal, plain columns elsewhere."""
+def print_plan(plan: RunPlan, advice: list[Saving], console: Console) -> None:
+    """Print tables on a terminal, plain columns elsewhere."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -75,15 +83,15 @@ def print_plan(plan: Plan, advice: list[Change], console: Console) -> None:
             made.add_column(column, justify="left" if number == 0 else "right")
         return made
 
-    setup = plan.setup
-    name = escape(printable(setup.models.name))
+    run, config = plan.run, plan.run.config
+    name = escape(printable(run.architectures.name))
     console.print(
-        f"[bold]{name}[/bold], latents {' x '.join(map(str, setup.models.latent_shape))}, "
-        f"{setup.gpus} x {plan.gpu.name}, {setup.precision}"
+        f"[bold]{name}[/bold], latents {' x '.join(map(str, config.models.latent_shape))}, "
+        f"{run.gpus} x {plan.gpu.name}, {config.precision}"
     )
     console.print(
-        f"{setup.global_batch} samples an update: on each GPU {setup.rounds} x {setup.micro}; "
-        f"generator {_how(plan, 'generator')}; fake {_how(plan, 'fake')}; reference {setup.reference}\n"
+        f"{config.training.global_batch} samples an update: on each GPU {run.rounds} x {run.micro}; "
+        f"generator {_how(run, 'generator')}; fake {_how(run, 'fake')}; reference {config.distributed.reference}\n"
     )
     update, phase = plan.peak
     # A small model in MiB: its numbers would be zeros.
@@ -114,7 +122,7 @@ def print_plan(plan: Plan, advice: list[Change], console: Console) -> None:
     console.print(phases)
     console.print()
     spent = table("Time of a step, an estimate", "part", "seconds")
-    rounds = f", {setup.fake_rounds} of the fake" if setup.fake_rounds > 1 else ""
+    rounds = f", {config.method.fake_rounds} of the fake" if config.method.fake_rounds > 1 else ""
     counts = (f"{count / 1e12:.4g} TFLOP in {_short(dtype)}" for dtype, count in plan.time.operations.items())
     for name, seconds in (
         (f"matrix products ({', '.join(counts)}{rounds})", plan.time.compute),
@@ -124,7 +132,7 @@ def print_plan(plan: Plan, advice: list[Change], console: Console) -> None:
     ):
         spent.add_row(name, f"{seconds:.3g}")
     console.print(spent)
-    console.print(f"About {setup.global_batch / plan.time.seconds:,.1f} samples of the generator a second.\n")
+    console.print(f"About {config.training.global_batch / plan.time.seconds:,.1f} samples of the generator a second.\n")
     for sentence in assumptions(plan):
         console.print(printable(f"- {sentence}"), markup=False)
     console.print(f"\n[bold]{escape(verdict(plan))}[/bold]")
@@ -134,16 +142,16 @@ def print_plan(plan: Plan, advice: list[Change], console: Console) -> None:
             console.print(f"  {change.keys:<44} saves {change.saves / GIB:.1f} GiB", markup=False)
 
 
-def as_data(plan: Plan, advice: list[Change]) -> dict[str, Any]:
-    """The plan for machines: bytes, operations, seconds."""
-    setup, time = plan.setup, plan.time
+def as_data(plan: RunPlan, advice: list[Saving]) -> dict[str, Any]:
+    """Return the plan for machines: bytes, operations, seconds."""
+    run, time = plan.run, plan.time
     return {
-        "model": setup.models.name,
+        "model": run.architectures.name,
         "gpu": plan.gpu._asdict(),
-        "gpus": setup.gpus,
-        "global_batch": setup.global_batch,
-        "micro_batch": setup.micro,
-        "precision": setup.precision,
+        "gpus": run.gpus,
+        "global_batch": run.config.training.global_batch,
+        "micro_batch": run.micro,
+        "precision": run.config.precision,
         "parameters": {
             role: {"trained": sum(size.trained), "frozen": size.frozen} for role, size in plan.counted.sizes.items()
         },
@@ -174,18 +182,11 @@ def as_data(plan: Plan, advice: list[Change]) -> dict[str, Any]:
     }
 
 
-def _how(plan: Plan, role: str) -> str:
-    trained = getattr(plan.setup, role)
-    lora = f", LoRA of rank {trained.lora.rank}" if trained.lora is not None else ""
-    stage = (
-        "" if plan.setup.gpus == 1 and trained.zero is None else f", stage {trained.zero.stage if trained.zero else 0}"
-    )
-    return f"{trained.optimizer}{lora}{stage}"
+def _how(run: PlannedRun, role: str) -> str:
+    adapters = getattr(run.config.models, role).lora
+    lora = f", LoRA of rank {adapters.rank}" if adapters is not None else ""
+    return f"{run.optimizer(role)}{lora}{f', stage {run.zero(role).stage}' if run.is_spread else ''}"
 
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _zeros(plan: Plan) -> tuple[Any, Any]:
-    return plan.setup.generator.zero, plan.setup.fake.zero

@@ -11,8 +11,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffpp_fast.training.planning.setup import Trained, Zero
-from diffpp_fast.training.planning.step import Size
+import torch
+
+from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.training.build.networks import compute_dtype, stored_weights
+from diffpp_fast.training.config import Config, Zero
+from diffpp_fast.training.planning.architectures import Architectures
+from diffpp_fast.training.planning.counting import Counted, NetworkSize
+from diffpp_fast.training.prompts.encoder import CAPACITY
 
 FLOAT32 = 4
 #: bitsandbytes: tensors below so many elements keep float32 moments; others are scaled by blocks.
@@ -27,7 +33,82 @@ REDUCED_AT_A_TIME = 2**28
 
 
 @dataclass(frozen=True)
-class State:
+class PlannedRun:
+    """A run of a configuration on so many GPUs, one process each; raises ConfigurationError where they can't share it.
+
+    Attributes:
+        architectures: of the configuration's networks.
+    """
+
+    config: Config
+    architectures: Architectures
+    gpus: int = 1
+
+    def __post_init__(self) -> None:
+        batch = self.config.training.global_batch
+        if batch % self.gpus:
+            raise ConfigurationError(
+                f"training.global_batch is {batch}, which the {self.gpus} GPUs can't share equally: "
+                f"choose a multiple of {self.gpus}"
+            )
+
+    @property
+    def micro(self) -> int:
+        """Samples that a GPU computes at a time."""
+        training = self.config.training
+        return min(training.micro_batch or training.global_batch, training.global_batch // self.gpus)
+
+    @property
+    def rounds(self) -> int:
+        """Micro-batches of an update on a GPU."""
+        return math.ceil(self.config.training.global_batch / self.gpus / self.micro)
+
+    @property
+    def normalizes_apart(self) -> bool:
+        """Whether generator and reference are called once more for the mean that divides a whole update's gradients."""
+        in_parts = self.micro < self.config.training.global_batch
+        return in_parts and getattr(self.config.method, "normalizer", "sample") == "batch"
+
+    @property
+    def reference_calls(self) -> int:
+        """Calls of the reference in a generator's update, for each micro-batch."""
+        method = self.config.method
+        # Decoupled DMD asks for the output with the prompt at both of its noise levels.
+        guided = (method.guidance_scale != 1.0) * (2 if method.name == "decoupled_dmd" else 1)
+        return (1 + guided) * (1 + self.normalizes_apart)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that networks compute in."""
+        return compute_dtype("auto", self.config)
+
+    @property
+    def reference_width(self) -> int:
+        """Bytes of an element of frozen weights."""
+        return compute_dtype(self.config.models.reference.dtype, self.config).itemsize
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether DeepSpeed is the engine."""
+        distributed = self.config.distributed
+        return distributed.engine == "deepspeed" or distributed.needs_deepspeed or self.gpus > 1
+
+    def zero(self, role: str) -> Zero:
+        """Return how a trained network is spread: with stage 0 not at all."""
+        zero: Zero = getattr(self.config.distributed, role)
+        return zero if self.is_spread else Zero(stage=0)
+
+    def optimizer(self, role: str) -> str:
+        name: str = getattr(self.config.optimizers, role).name
+        return name
+
+    def averages(self, role: str) -> bool:
+        """Return whether there is a moving average of the role's weights."""
+        return role == "generator" and self.config.ema is not None
+
+
+@dataclass(frozen=True)
+class NetworkState:
     """Bytes of one role on one GPU.
 
     Attributes:
@@ -54,60 +135,111 @@ class State:
 
     @property
     def resident(self) -> int:
-        """What is there all the time."""
+        """The bytes that are there all the time."""
         return self.weights + self.master + self.optimizer + self.ema
 
 
+def states_of(run: PlannedRun, counted: Counted) -> dict[str, NetworkState]:
+    """Return the states of all roles on one GPU."""
+    config, sizes, width = run.config, counted.sizes, run.reference_width
+    states: dict[str, NetworkState] = {}
+    held = {stored_weights(config.models, "reference")}  # frozen weights
+    for role in ("generator", "fake"):
+        backbone = None
+        if getattr(config.models, role).lora is not None:
+            # Adapters on weights that another role holds already add nothing but themselves.
+            stored = stored_weights(config.models, role)
+            backbone = 0 if stored in held else width * sizes[role].frozen
+            held.add(stored)
+        states[role] = trained_state(
+            sizes[role],
+            run.zero(role),
+            run.gpus,
+            low=config.precision == "bfloat16",
+            optimizer=run.optimizer(role),
+            ema=run.averages(role),
+            backbone=backbone,
+        )
+    states["reference"] = frozen_state(sizes["reference"].elements, width, config.distributed.reference, run.gpus)
+    if config.prompts.embeddings is None:
+        states["text encoder"] = NetworkState(weights=counted.text_bytes, kept=CAPACITY)
+    if config.models.decoder is not None:
+        decoder = compute_dtype(config.models.decoder.dtype, config).itemsize * sizes["decoder"].elements
+        states["decoder"] = NetworkState(weights=decoder)
+    return states | {"reward": NetworkState(weights=counted.reward_bytes)}
+
+
 def trained_state(
-    size: Size, trained: Trained, gpus: int, low: bool, *, frozen: int | None = None, frozen_width: int = FLOAT32
-) -> State:
+    size: NetworkSize,
+    zero: Zero,
+    gpus: int,
+    *,
+    low: bool,
+    optimizer: str = "adamw",
+    ema: bool = False,
+    backbone: int | None = None,
+) -> NetworkState:
     """Return the state of a role's network.
 
     Args:
-        size: of the network.
+        zero: with stage 0 every process has float32 weights, computed with under autocast in bfloat16.
         low: the run computes in bfloat16.
-        frozen: elements that are not trained and that no other role holds; None: all that the network has.
-        frozen_width: bytes of one of them under adapters.
+        optimizer, ema: its name, and whether there is an average.
+        backbone: bytes of what is not trained; None: float32, as the few buffers of networks without adapters are.
     """
-    spare = size.frozen if frozen is None else frozen
-    # The few buffers of networks without adapters are float32.
-    backbone = spare * (frozen_width if trained.lora is not None else FLOAT32)
-    zero = trained.zero
-    if zero is None or zero.stage == 0:
-        return _replicated(size.trained, trained, backbone, gpus)
-    parts = _Parts.of(size.trained, zero, gpus)
-    width = 2 if low else FLOAT32
-    away = _Away()
-    optimizer_away, weights_away = zero.offload_optimizer != "none", zero.offload_parameters != "none"
-    moments = optimizer_bytes(trained.optimizer, [parts.partition])
-    return State(
-        weights=away.unless(weights_away, width * parts.weights) + width * parts.persistent + backbone,
-        master=away.unless(optimizer_away, FLOAT32 * parts.partition),
-        # Gradients are added up in float32. Stage 1 keeps all of them.
-        gradients=away.unless(optimizer_away, FLOAT32 * (parts.padded if zero.stage == 1 else parts.partition)),
-        optimizer=away.unless(optimizer_away or trained.optimizer.startswith("paged"), moments),
-        ema=away.unless(optimizer_away, FLOAT32 * parts.partition if trained.ema else 0),
-        communication=_buckets(zero, low) + width * parts.gathered,
-        update=0 if optimizer_away or (low and zero.stage < 3) else FLOAT32 * parts.partition,
-        host=away.bytes,
+    backbone = FLOAT32 * size.frozen if backbone is None else backbone
+    paged, elements = optimizer.startswith("paged"), sum(size.trained)
+    if zero.stage == 0:
+        moments = optimizer_bytes(optimizer, size.trained)
+        return NetworkState(
+            weights=FLOAT32 * elements + backbone,
+            gradients=FLOAT32 * elements,
+            optimizer=0 if paged else moments,
+            ema=FLOAT32 * elements * ema,
+            update=min(FLOAT32 * elements, REDUCED_AT_A_TIME) if gpus > 1 else 0,
+            host=moments * paged,
+        )
+    if zero.stage == 3:
+        partition = sum(math.ceil(count / gpus) for count in size.trained)
+        padded = partition * gpus
+        persistent = sum(count for count in size.trained if count <= LARGEST_PERSISTENT)
+        gathered = min(MOST_WHOLE, elements - persistent)
+    else:
+        padded = math.ceil(elements / (ALIGNMENT * gpus)) * ALIGNMENT * gpus
+        partition, persistent, gathered = padded // gpus, 0, 0
+    width, part = 2 if low else FLOAT32, FLOAT32 * partition
+    weights = width * (partition if zero.stage == 3 else padded)
+    # Gradients are added up in float32. Stage 1 keeps all of them.
+    gradients = FLOAT32 * padded if zero.stage == 1 else part
+    moments, average = optimizer_bytes(optimizer, [partition]), part * ema
+    updated_here, weights_here = zero.offload_optimizer == "none", zero.offload_parameters == "none"
+    moments_here = updated_here and not paged
+    return NetworkState(
+        weights=weights * weights_here + width * persistent + backbone,
+        master=part * updated_here,
+        gradients=gradients * updated_here,
+        optimizer=moments * moments_here,
+        ema=average * updated_here,
+        communication=_buckets(zero, low) + width * gathered,
+        update=part if updated_here and not (low and zero.stage < 3) else 0,
+        host=weights * (not weights_here)
+        + (part + gradients + average) * (not updated_here)
+        + moments * (not moments_here),
     )
 
 
-def _replicated(trained: Sequence[int], how: Trained, backbone: int, gpus: int) -> State:
-    elements, moments = sum(trained), optimizer_bytes(how.optimizer, trained)
-    paged = how.optimizer.startswith("paged")
-    return State(
-        weights=FLOAT32 * elements + backbone,
-        gradients=FLOAT32 * elements,
-        optimizer=0 if paged else moments,
-        ema=FLOAT32 * elements if how.ema else 0,
-        update=min(FLOAT32 * elements, REDUCED_AT_A_TIME) if gpus > 1 else 0,
-        host=moments if paged else 0,
-    )
+def frozen_state(elements: int, width: int, place: str, gpus: int) -> NetworkState:
+    """Return the state of an untrained network: whole, or a part on each GPU or in each process's host memory."""
+    if place == "replica":
+        return NetworkState(weights=width * elements)
+    part, gathered = width * math.ceil(elements / gpus), width * min(elements, MOST_WHOLE)
+    if place == "shard":
+        return NetworkState(weights=part, communication=gathered)
+    return NetworkState(communication=gathered, host=part)
 
 
 def optimizer_bytes(name: str, elements: Sequence[int]) -> int:
-    """Moments for tensors of these sizes. torch's AdamW has a float32 counter per tensor."""
+    """Return the bytes of moments for tensors of these sizes. torch's AdamW has a float32 counter per tensor."""
     if name in ("adamw", "adamw_fused"):
         return sum(2 * FLOAT32 * count + FLOAT32 for count in elements)
     moments = 1 if name == "lion8bit" else 2
@@ -118,62 +250,12 @@ def optimizer_bytes(name: str, elements: Sequence[int]) -> int:
     return moments * (small + scaled + (FLOAT32 * CODEBOOK if large else 0))
 
 
-def frozen_state(elements: int, width: int, place: str, gpus: int) -> State:
-    """Return the state of an untrained network: whole, or a part on each GPU or in each process's host memory."""
-    if place == "replica":
-        return State(weights=width * elements)
-    part, gathered = width * math.ceil(elements / gpus), width * min(elements, MOST_WHOLE)
-    if place == "shard":
-        return State(weights=part, communication=gathered)
-    return State(communication=gathered, host=part)
-
-
-@dataclass
-class _Away:
-    """Adds up what is not on the GPU."""
-
-    bytes: int = 0
-
-    def unless(self, away: bool, size: int) -> int:
-        self.bytes += size if away else 0
-        return 0 if away else size
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Elements of a network of which every process updates a part.
-
-    Attributes:
-        weights: that a process holds all the time.
-        partition: its part.
-        padded: all, with what makes the parts equal.
-        gathered: that are whole for a time, at most.
-        persistent: small ones that are whole all the time.
-    """
-
-    weights: int
-    partition: int
-    padded: int
-    gathered: int = 0
-    persistent: int = 0
-
-    @classmethod
-    def of(cls, trained: Sequence[int], zero: Zero, gpus: int) -> _Parts:
-        if zero.stage < 3:
-            padded = math.ceil(sum(trained) / (ALIGNMENT * gpus)) * ALIGNMENT * gpus
-            return cls(padded, padded // gpus, padded)
-        partition = sum(math.ceil(count / gpus) for count in trained)
-        persistent = sum(count for count in trained if count <= LARGEST_PERSISTENT)
-        gathered = min(MOST_WHOLE, sum(trained) - persistent)
-        return cls(partition, partition, partition * gpus, gathered, persistent)
-
-
 def _buckets(zero: Zero, low: bool) -> int:
     """Bytes of the buffers in which gradients are reduced, in float32 whatever the weights are."""
     if zero.stage == 1 and low:  # DeepSpeed's BF16_Optimizer reduces where gradients are added up
         return 0
     if zero.stage == 3:
-        return FLOAT32 * zero.reduce_bucket
+        return FLOAT32 * zero.reduce_bucket_size
     # One fills while the other is sent; bfloat16 ones are sent as float32 copies.
-    filled = zero.reduce_bucket * (2 if zero.overlap else 1)
-    return 2 * filled + FLOAT32 * zero.reduce_bucket if low else FLOAT32 * filled
+    filled = zero.reduce_bucket_size * (2 if zero.overlap else 1)
+    return 2 * filled + FLOAT32 * zero.reduce_bucket_size if low else FLOAT32 * filled

@@ -5,12 +5,44 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from diffpp_fast.training.planning.gpus import Gpu
-from diffpp_fast.training.planning.setup import Setup, Trained
-from diffpp_fast.training.planning.step import Counted
+from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.training.planning.counting import Counted
+from diffpp_fast.training.planning.states import PlannedRun
+
+
+class Gpu(NamedTuple):
+    """One GPU. Peaks are dense: datasheets that state them with sparsity are halved."""
+
+    name: str
+    memory: float  # GiB
+    bfloat16: float  # TFLOP/s, tensor cores with float32 sums
+    float32: float  # TFLOP/s, without tensor cores: what torch computes matrix products in unless TF32 is allowed
+    bandwidth: float  # GB/s, of its memory
+    link: float  # GB/s each way to GPUs of the same machine: half of what is stated for both ways
+    source: str
+
+
+GPUS = {
+    "a100-40": Gpu("A100 SXM 40 GB", 40, 312, 19.5, 1555, 300, "NVIDIA A100 datasheet: NVLink 600 GB/s"),
+    "a100-80": Gpu("A100 SXM 80 GB", 80, 312, 19.5, 2039, 300, "NVIDIA A100 datasheet: NVLink 600 GB/s"),
+    "h100": Gpu("H100 SXM", 80, 989, 67, 3350, 450, "NVIDIA H100 datasheet: 1,979 with sparsity, NVLink 900 GB/s"),
+    "h200": Gpu("H200 SXM", 141, 989, 67, 4800, 450, "NVIDIA H200 datasheet: 1,979 with sparsity, NVLink 900 GB/s"),
+    "l40s": Gpu("L40S", 48, 362, 91.6, 864, 32, "NVIDIA L40S datasheet: 733 with sparsity, PCIe 4.0 x16 64 GB/s"),
+    "rtx4090": Gpu("RTX 4090", 24, 165, 82.6, 1008, 32, "NVIDIA Ada architecture white paper, appendix A; PCIe 4.0"),
+    "b200": Gpu("B200", 180, 2250, 75, 8000, 900, "NVIDIA HGX B200: 36 PFLOP/s with sparsity, 1.44 TB, for eight"),
+}
+
+
+def gpu_named(name: str) -> Gpu:
+    """Return a GPU by its name; raises ConfigurationError for another one."""
+    if name not in GPUS:
+        raise ConfigurationError(f"--gpu: there is no {name!r}; known: {', '.join(GPUS)}")
+    return GPUS[name]
+
 
 #: The share of the peak that matrix products reach over a whole step. Training steps of UNets and diffusion
 #: transformers in bfloat16 are usually reported at 0.3 to 0.5 of the dense peak: convolutions with few channels, norms
@@ -31,7 +63,7 @@ EMA_BYTES, NORM_BYTES = 12, 4
 
 
 @dataclass(frozen=True)
-class Time:
+class StepTime:
     """Seconds of a step, one after another, and what they are made of.
 
     Attributes:
@@ -50,76 +82,64 @@ class Time:
         return self.compute + self.update + self.communication
 
 
-def estimate(setup: Setup, counted: Counted, gpu: Gpu, efficiency: float, network: float) -> Time:
-    """A step: `fake_rounds` updates of the fake score and one of the generator."""
-    repeats = {"generator": 1, "fake": setup.fake_rounds}
+def estimate(run: PlannedRun, counted: Counted, gpu: Gpu, efficiency: float, network: float) -> StepTime:
+    """Return the time of a step: `fake_rounds` updates of the fake score and one of the generator."""
+    repeats = {"generator": 1, "fake": run.config.method.fake_rounds}
     operations: Counter[torch.dtype] = Counter()
     for phase in counted.phases:
         for dtype, number in phase.operations.items():
-            operations[dtype] += repeats[phase.update] * setup.rounds * number
+            operations[dtype] += repeats[phase.update] * run.rounds * number
     peaks = {torch.float32: gpu.float32 * 1e12}
     compute = sum(number / peaks.get(dtype, gpu.bfloat16 * 1e12) for dtype, number in operations.items())
-    update = sum(
-        times * _update_seconds(counted.sizes[role].trained, getattr(setup, role), setup.gpus, gpu)
-        for role, times in repeats.items()
-    )
-    sent = sum(times * _sent(setup, counted, role) for role, times in repeats.items())
-    host = sum(times * _to_host(setup, counted, role) for role, times in repeats.items())
-    link = gpu.link if setup.gpus <= GPUS_OF_A_MACHINE else min(network, gpu.link)
-    return Time(
+    sent = sum(times * _sent(run, counted, role) for role, times in repeats.items())
+    host = sum(times * _to_host(run, counted, role) for role, times in repeats.items())
+    link = gpu.link if run.gpus <= GPUS_OF_A_MACHINE else min(network, gpu.link)
+    return StepTime(
         compute=compute / efficiency,
-        update=update,
+        update=sum(times * _update_seconds(run, counted, role, gpu) for role, times in repeats.items()),
         communication=sent / (link * BANDWIDTH * 1e9) + host / (HOST * BANDWIDTH * 1e9),
         operations=operations,
         sent=sent + host,
     )
 
 
-def _update_seconds(elements: tuple[int, ...], trained: Trained, gpus: int, gpu: Gpu) -> float:
+def _update_seconds(run: PlannedRun, counted: Counted, role: str, gpu: Gpu) -> float:
     """The optimizer's pass over memory, on this process's part where it is partitioned."""
-    count = sum(elements) / (gpus if _stage(trained) else 1)
-    per_parameter = UPDATE_BYTES[trained.optimizer] + NORM_BYTES + (EMA_BYTES if trained.ema else 0)
+    count = sum(counted.sizes[role].trained) / (run.gpus if run.zero(role).stage else 1)
+    per_parameter = UPDATE_BYTES[run.optimizer(role)] + NORM_BYTES + (EMA_BYTES if run.averages(role) else 0)
     return count * per_parameter / (gpu.bandwidth * BANDWIDTH * 1e9)
 
 
-def _sent(setup: Setup, counted: Counted, role: str) -> int:
+def _sent(run: PlannedRun, counted: Counted, role: str) -> int:
     """Bytes that a GPU sends to others in an update of `role`, with ring algorithms."""
-    share = (setup.gpus - 1) / setup.gpus
     total = 0
     for other in ("generator", "fake"):
-        stage, elements = _stage(getattr(setup, other)), sum(counted.sizes[other].trained)
-        weights = elements * setup.dtype.itemsize
+        stage, elements = run.zero(other).stage, sum(counted.sizes[other].trained)
+        weights = elements * run.dtype.itemsize
         if other == role:
-            total += _gradient_traffic(stage, elements, setup.rounds)
+            # Float32 gradients: averaged everywhere once; with stages 2 and 3 every micro-batch, each part on its
+            # process.
+            total += 4 * elements * (2 if stage < 2 else run.rounds)
             total += weights if stage in (1, 2) else 0
         if stage == 3:
             # Gathered for every forward pass, and once more for a backward pass.
             calls = 2 if other == role else int(other == "generator" or role == "generator")
-            total += weights * calls * setup.rounds
-    if role == "generator" and setup.reference != "replica":
-        width = (setup.reference_dtype or setup.dtype).itemsize
-        total += counted.sizes["reference"].elements * width * setup.reference_calls * setup.rounds
-    return int(total * share)
+            calls += run.normalizes_apart * (role == other == "generator")
+            total += weights * calls * run.rounds
+    if role == "generator" and run.config.distributed.reference != "replica":
+        total += counted.sizes["reference"].elements * run.reference_width * run.reference_calls * run.rounds
+    return int(total * (run.gpus - 1) / run.gpus)
 
 
-def _gradient_traffic(stage: int, elements: int, rounds: int) -> int:
-    """Float32 gradients: averaged everywhere once; with stages 2 and 3 every micro-batch, each part on its process."""
-    return 4 * elements * (2 if stage < 2 else rounds)
-
-
-def _to_host(setup: Setup, counted: Counted, role: str) -> int:
+def _to_host(run: PlannedRun, counted: Counted, role: str) -> int:
     """Bytes that go between a GPU and the CPU in an update of `role`."""
-    total, trained = 0, getattr(setup, role)
-    part = sum(counted.sizes[role].trained) // setup.gpus
-    if trained.zero is not None and trained.zero.offload_optimizer != "none":
-        total += part * (4 * setup.rounds + setup.dtype.itemsize)  # gradients there, weights back
-    if trained.zero is not None and trained.zero.offload_parameters != "none":
-        total += part * setup.dtype.itemsize * 2 * setup.rounds
-    if role == "generator" and setup.reference == "offload":
-        part = counted.sizes["reference"].elements // setup.gpus
-        total += part * (setup.reference_dtype or setup.dtype).itemsize * setup.reference_calls * setup.rounds
+    total, zero = 0, run.zero(role)
+    part = sum(counted.sizes[role].trained) // run.gpus
+    if zero.offload_optimizer != "none":
+        total += part * (4 * run.rounds + run.dtype.itemsize)  # gradients there, weights back
+    if zero.offload_parameters != "none":
+        total += part * run.dtype.itemsize * 2 * run.rounds
+    if role == "generator" and run.config.distributed.reference == "offload":
+        part = counted.sizes["reference"].elements // run.gpus
+        total += part * run.reference_width * run.reference_calls * run.rounds
     return total
-
-
-def _stage(trained: Trained) -> int:
-    return 0 if trained.zero is None else trained.zero.stage

@@ -2,8 +2,7 @@
 
 from diffpp_fast.training.prompts.embeddings import EmbeddingCache
 from diffpp_fast.training.prompts.encoder import PromptEncoder
-from diffpp_fast.training.prompts.formats import open_prompts
 from diffpp_fast.training.prompts.order import PromptOrder
-from diffpp_fast.training.prompts.source import PromptSource
+from diffpp_fast.training.prompts.source import PromptSource, open_prompts
 
 __all__ = ["EmbeddingCache", "PromptEncoder", "PromptOrder", "PromptSource", "open_prompts"]

@@ -74,7 +74,7 @@ class PromptEncoder:
 
 
 def _row(tensors: Mapping[str, Any], place: int) -> dict[str, Any]:
-    """The encoding of one prompt of a batch, with memory of its own."""
+    """Return the encoding of one prompt of a batch, with memory of its own."""
     return {
         name: _row(value, place) if isinstance(value, Mapping) else value[place : place + 1].clone()
         for name, value in tensors.items()

@@ -1,0 +1,145 @@
+#include "../common/binding.h"
+#include "arguments.h"
+
+namespace diffpp::group_norm_silu {
+namespace {
+
+using std::optional;
+
+Shape shape_of(const char* op, const Tensor& x, int64_t groups, const Order& order) {
+  const Layout& layout = order.layout();
+  const int64_t channels = x.size(1);
+  STD_TORCH_CHECK(
+      groups >= 1 && channels % groups == 0, op, ": num_groups must divide the ", channels, " channels, got ", groups);
+  STD_TORCH_CHECK(layout.sample() > 0, op, ": a sample of x has no elements");
+  const int64_t pixels = layout.sample() / channels;
+  // One pixel is as good as channels_last, and saves a line for each channel.
+  const bool channels_last = layout.channels > 1 || (pixels == 1 && channels <= kMostChannels);
+  return {layout.batch, channels, pixels, groups, channels_last};
+}
+
+void check_dim(const char* op, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() >= 2, op, ": x must have shape [B, C, ...], got ", x.dim(), " dimensions");
+}
+
+PerSample per_channel(const char* op, const char* name, const optional<Tensor>& values, int64_t channels) {
+  if (!values.has_value()) return {};
+  STD_TORCH_CHECK(
+      values->dim() == 1 && values->size(0) == channels, op, ": ", name, " must have shape [C] = [", channels, "]");
+  return {values->const_data_ptr(), dtype_of(op, name, *values), values->stride(0)};
+}
+
+Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype, const Tensor& beside) {
+  const int64_t sizes[] = {rows, columns};
+  return torch::stable::empty({sizes, 2}, dtype, std::nullopt, beside.device());
+}
+
+// x [B, C, ...], weight [C], bias [C] -> y like x; mean and rstd [B, num_groups] in the compute dtype.
+std::tuple<Tensor, Tensor, Tensor> outputs(
+    const Tensor& x, int64_t num_groups, const optional<Tensor>& weight, const optional<Tensor>& bias, double eps,
+    bool silu) {
+  constexpr auto op = "group_norm_silu";
+  check_dim(op, x);
+  const Dtype dtype = dtype_of(op, "x", x);
+  const Order order(x, kMostChannels);
+  const Shape shape = shape_of(op, x, num_groups, order);
+  const Tensor ordered = order.of(x);
+  Result y(x, order);
+  Tensor mean = empty_matrix(shape.batch, num_groups, compute_dtype(dtype), x);
+  Tensor rstd = empty_matrix(shape.batch, num_groups, compute_dtype(dtype), x);
+  Forward arguments{Inputs{
+      .shape = shape,
+      .dtype = dtype,
+      .silu = silu,
+      .x = ordered.const_data_ptr(),
+      .weight = per_channel(op, "weight", weight, shape.channels),
+      .bias = per_channel(op, "bias", bias, shape.channels)}};
+  arguments.eps = eps;
+  arguments.y = y.data();
+  arguments.mean = mean.mutable_data_ptr();
+  arguments.rstd = rstd.mutable_data_ptr();
+  if (kCuda && x.is_cuda()) {
+    const GpuMemory partials(cuda::bytes_of_partials(arguments), x);
+    arguments.partials = partials.data();
+    cuda::forward(arguments, GpuStream(x));
+  } else {
+    cpu::forward(arguments, pool());
+  }
+  return {y.finish(), mean, rstd};
+}
+
+void check_saved(const char* op, const char* name, const Tensor& saved, Dtype dtype) {
+  STD_TORCH_CHECK(
+      saved.dim() == 2 && saved.scalar_type() == compute_dtype(dtype) && saved.is_contiguous(), op, ": ", name,
+      " must be as group_norm_silu returned it");
+}
+
+// The gradients of x, weight and bias, each where needed.
+std::tuple<Tensor, Tensor, Tensor> gradients(
+    const Tensor& grad_output, const Tensor& x, const Tensor& mean, const Tensor& rstd, const optional<Tensor>& weight,
+    const optional<Tensor>& bias, bool silu, bool needs_x, bool needs_weight, bool needs_bias) {
+  constexpr auto op = "group_norm_silu_backward";
+  check_dim(op, x);
+  const Dtype dtype = dtype_of(op, "x", x);
+  check_same_shape(op, "grad_output", grad_output, x);
+  check_same_dtype(op, "grad_output", grad_output, x);
+  check_saved(op, "mean", mean, dtype);
+  check_saved(op, "rstd", rstd, dtype);
+  check_same_shape(op, "rstd", rstd, mean);
+  STD_TORCH_CHECK(mean.size(0) == x.size(0), op, ": mean must have the batch of x");
+  const Order order(x, kMostChannels);
+  const int64_t groups = mean.size(1);
+  const Shape shape = shape_of(op, x, groups, order);
+  const Tensor ordered_x = order.of(x);
+  const Tensor ordered_grad = order.of(grad_output);
+  optional<Result> grad_x;
+  if (needs_x) grad_x.emplace(x, order);
+  const auto parameter = [&](const optional<Tensor>& values, bool needed) {
+    return needed && values.has_value() ? empty_vector(shape.channels, values->scalar_type(), x)
+                                        : empty_vector(0, x.scalar_type(), x);
+  };
+  const Tensor grad_weight = parameter(weight, needs_weight);
+  const Tensor grad_bias = parameter(bias, needs_bias);
+  const auto written = [](const Tensor& gradient) {
+    return gradient.size(0) > 0 ? gradient.mutable_data_ptr() : nullptr;
+  };
+  Backward arguments{Inputs{
+      .shape = shape,
+      .dtype = dtype,
+      .silu = silu,
+      .x = ordered_x.const_data_ptr(),
+      .weight = per_channel(op, "weight", weight, shape.channels),
+      .bias = per_channel(op, "bias", bias, shape.channels)}};
+  arguments.grad_output = ordered_grad.const_data_ptr();
+  arguments.mean = mean.const_data_ptr();
+  arguments.rstd = rstd.const_data_ptr();
+  arguments.grad_x = needs_x ? grad_x->data() : nullptr;
+  arguments.grad_weight = written(grad_weight);
+  arguments.grad_bias = written(grad_bias);
+  if (kCuda && x.is_cuda()) {
+    const GpuMemory partials(cuda::bytes_of_partials(arguments), x);
+    arguments.partials = partials.data();
+    cuda::backward(arguments, GpuStream(x));
+  } else {
+    cpu::backward(arguments, pool());
+  }
+  return {needs_x ? grad_x->finish() : empty_vector(0, x.scalar_type(), x), grad_weight, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(diffpp_fast, m) {
+  m.def(
+      "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "group_norm_silu_backward(Tensor grad_output, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias,"
+      " bool silu, bool needs_x, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)");
+}
+
+DIFFPP_ON_EVERY_DEVICE(m) {
+  m.impl("group_norm_silu", TORCH_BOX(&outputs));
+  m.impl("group_norm_silu_backward", TORCH_BOX(&gradients));
+}
+
+}  // namespace diffpp::group_norm_silu

@@ -1,0 +1,112 @@
+"""Finds what this machine has for compiling csrc: compilers, headers, torch, and the GPUs to build for."""
+
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+# Structs are filled by the names of fields. gcc and clang know that in C++17, too; clang warns that it is C++20's.
+DIALECT = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-c++20-designator"]
+CUDA_ARCHS = ("80", "90", "100")
+
+
+class Toolchain(NamedTuple):
+    compiler: list[str]
+    nvcc: str | None
+    archs: list[str]
+
+
+@cache
+def find_toolchain():
+    """Return the compilers to use, or None where none for C++17 works."""
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    nvcc = find_nvcc() if os.environ.get("DIFFPP_FAST_CUDA", "1") != "0" else None
+    return Toolchain(compiler, nvcc, find_archs(nvcc) if nvcc else [])
+
+
+def find_compiler():
+    """Return a C++17 compiler that works, or None."""
+    for candidate in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
+        command = shlex.split(candidate)
+        if shutil.which(command[0]) is None:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.cpp")
+            source.write_text(
+                "#include <optional>\nint main() { return std::optional<int>(0).value(); }\n", encoding="utf-8"
+            )
+            probe = [*command, *DIALECT, str(source), "-o", str(Path(folder, "probe"))]
+            if subprocess.run(probe, capture_output=True).returncode == 0:
+                return command
+    return None
+
+
+def find_nvcc():
+    """Return CUDA's compiler, or None. Whether a GPU is there is not asked: kernels are for all that they serve."""
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        return shutil.which("nvcc", path=str(Path(home, "bin")))
+    # Where CUDA installs it, not always on the PATH.
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def find_static_runtime(nvcc):
+    """Return the folder of libcudart_static.a: linked in, it lets the library load where CUDA is not."""
+    answer = subprocess.run(
+        [nvcc, "--dryrun", "-c", "probe.cu"], capture_output=True, encoding="utf-8", errors="replace"
+    ).stderr
+    homes = [line.split("=", 1)[1] for line in answer.splitlines() if line.startswith("#$ TOP=")]
+    for home in homes:
+        for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
+            if Path(home, folder, "libcudart_static.a").exists():
+                return Path(home, folder)
+    raise SystemExit(f"diffpp_fast: no libcudart_static.a beside {nvcc}; install it, or set DIFFPP_FAST_CUDA=0")
+
+
+def find_torch():
+    """Return the folder of the installed torch, or None.
+
+    pip builds in an isolated environment; sysconfig still names the one that the package is for.
+    """
+    spec = importlib.util.find_spec("torch")
+    places = [Path(spec.origin).parent] if spec and spec.origin else []
+    places += [Path(sysconfig.get_path(name), "torch") for name in ("platlib", "purelib")]
+    return next((place for place in places if Path(place, "include/torch/csrc/stable/library.h").exists()), None)
+
+
+def find_python_headers():
+    """Return the folders of Python's and pybind11's headers, or None."""
+    include = sysconfig.get_path("include")
+    if not Path(include, "Python.h").exists() or importlib.util.find_spec("pybind11") is None:
+        return None
+    import pybind11
+
+    return [include, pybind11.get_include()]
+
+
+def find_archs(nvcc):
+    """Return the GPUs to build for: those asked for, else those of CUDA_ARCHS that this nvcc knows."""
+    asked = os.environ.get("DIFFPP_FAST_CUDA_ARCHS")
+    if asked:
+        return asked.split(";")
+    known = subprocess.run(
+        [nvcc, "--list-gpu-arch"], capture_output=True, encoding="utf-8", errors="replace"
+    ).stdout.split()
+    archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+    if not archs:
+        raise SystemExit(f"diffpp_fast: {nvcc} knows none of the GPUs {CUDA_ARCHS}; set DIFFPP_FAST_CUDA=0")
+    return archs
+
+
+def version(command):
+    """Return what a compiler says of itself."""
+    return subprocess.run([*command, "--version"], capture_output=True, encoding="utf-8", errors="replace").stdout

@@ -1,0 +1,331 @@
+"""Networks on meta, from their configurations alone: those of a run's folders, or of known models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.networks.conditioning import Conditioning
+from diffpp_fast.networks.inputs import is_pixart
+from diffpp_fast.networks.loading import build_network, is_file, local_folder, read_config
+from diffpp_fast.networks.text import check_tokenizer
+from diffpp_fast.rewards.base import ImageBatch, Preprocessing
+from diffpp_fast.rewards.clip_model import VIT_H_14, Clip
+from diffpp_fast.rewards.scores import IMAGEREWARD
+from diffpp_fast.rewards.text import need_ftfy
+from diffpp_fast.rewards.towers import SelfAttention, TextAttention, recompute
+from diffpp_fast.schedule import NoiseSchedule
+from diffpp_fast.training.build.agreement import naming, refuse_misfits, text_length
+from diffpp_fast.training.build.run import load_checked_schedule
+from diffpp_fast.training.config import Config, RewardSection, TextEncoderSection
+from diffpp_fast.training.loading import make_config, with_keys
+from diffpp_fast.training.yaml_files import read_yaml
+
+#: Makes a network, in float32; to be called where meta is the default device.
+Recipe = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Architectures:
+    """The networks of a run as recipes.
+
+    Attributes:
+        name: for the plan's heading.
+        text_encoders: with the bytes of an element of their weights.
+        tokens: of a prompt; `masked`: networks do not attend to padding.
+    """
+
+    name: str
+    reference: Recipe
+    generator: Recipe
+    fake: Recipe
+    decoder: Recipe | None
+    text_encoders: tuple[tuple[Recipe, int], ...]
+    schedule: Callable[[], NoiseSchedule]
+    tokens: int
+    masked: bool = False
+
+
+def architectures_of(config: Config) -> Architectures:
+    """Read the configurations of a run's networks, and no weights.
+
+    Raises ConfigurationError for a folder without configuration, for networks that don't fit together or can't be
+    planned, and for settings that the noise schedule does not serve.
+    """
+    refuse_misfits(config)
+    for reward in (config.rewards.optimised, config.rewards.held_out):
+        for name in () if reward is None else towers_of(reward).names:
+            if name in ("clip", "hpsv2", "hpsv2.1"):
+                need_ftfy(name)
+    models = config.models
+    reference = models.reference.path
+    schedule = load_checked_schedule(config)
+    text = {"models.text_encoder": models.text_encoder, "models.text_encoder_2": models.text_encoder_2}
+    encoders = {key: _text_encoder(key, section) for key, section in text.items() if section is not None}
+    first, masked = models.text_encoder, models.text_encoder.mask_padding
+
+    def network(key: str, path: str | None) -> Recipe:
+        # A single file has the reference's architecture.
+        path = reference if path is None or is_file(path) else path
+        return partial(build_network, _facts(key, path), path)
+
+    return Architectures(
+        name=models.base or reference,
+        reference=network("models.reference", reference),
+        generator=network("models.generator", models.generator.path),
+        fake=network("models.fake", models.fake.path),
+        decoder=None if models.decoder is None else network("models.decoder", models.decoder.path),
+        text_encoders=tuple((recipe, width) for recipe, width, _ in encoders.values()),
+        schedule=lambda: schedule,
+        tokens=text_length(first, is_pixart(_facts("models.reference", reference))),
+        masked=not encoders["models.text_encoder"][2].startswith("clip") if masked is None else masked,
+    )
+
+
+def _facts(key: str, path: str) -> Mapping[str, Any]:
+    with naming(key, path):
+        return read_config(path)
+
+
+def _text_encoder(key: str, section: TextEncoderSection) -> tuple[Recipe, int, str]:
+    """A text encoder in transformers' format, the bytes of an element of its weights, and what kind it is."""
+    from transformers import AutoConfig, AutoModelForTextEncoding, CLIPTextModelWithProjection
+
+    with naming(f"{key}.tokenizer", section.tokenizer or section.path):
+        check_tokenizer(section.tokenizer or section.path)
+    with naming(key, section.path):
+        facts = AutoConfig.from_pretrained(local_folder(section.path, ["config.json"]), trust_remote_code=False)
+    kind = CLIPTextModelWithProjection if key == "models.text_encoder_2" else AutoModelForTextEncoding.from_config
+    return partial(kind, facts), 4 if section.dtype in ("auto", "float32") else 2, facts.model_type
+
+
+def on_meta(recipe: Recipe) -> Any:
+    """Builds a network without numbers, in eval mode."""
+    with torch.device("meta"):
+        return recipe().eval()
+
+
+def parameters_of(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def conditioning(network: Any, architectures: Architectures, samples: int) -> Conditioning:
+    """Return, on meta, what a text encoder would hand to this network.
+
+    Raises ConfigurationError for a network whose conditions are not known.
+    """
+    facts = network.config
+    width = getattr(facts, "caption_channels", None) or getattr(facts, "cross_attention_dim", None)
+    if not isinstance(width, int):
+        raise ConfigurationError(f"{type(network).__name__} takes no text hidden states: it can't be planned")
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(samples, *shape, dtype=dtype, device="meta")
+
+    tensors: dict[str, Any] = {"encoder_hidden_states": empty(architectures.tokens, width)}
+    if architectures.masked:
+        tensors["encoder_attention_mask"] = empty(architectures.tokens, dtype=torch.int64)
+    if getattr(facts, "addition_embed_type", None) == "text_time":
+        pooled = facts.projection_class_embeddings_input_dim - 6 * facts.addition_time_embed_dim
+        tensors["added_cond_kwargs"] = {"text_embeds": empty(pooled), "time_ids": empty(6)}
+    elif getattr(network, "use_additional_conditions", False):
+        tensors["added_cond_kwargs"] = {"resolution": empty(2), "aspect_ratio": empty(1)}
+    return Conditioning(("",) * samples, tensors)
+
+
+_STORED: dict[str, Any] = read_yaml(Path(__file__).with_name("known.yaml"))
+
+
+def _known(facts: Mapping[str, Any]) -> Architectures:
+    denoiser = partial(build_network, facts["denoiser"], facts["name"])
+    return Architectures(
+        facts["name"],
+        reference=denoiser,
+        generator=denoiser,
+        fake=denoiser,
+        decoder=partial(build_network, facts["decoder"], facts["name"]),
+        text_encoders=tuple((partial(_build_text, text), facts["text_bytes"]) for text in facts["text_encoders"]),
+        schedule=partial(_build_schedule, facts["schedule"]),
+        tokens=facts["tokens"],
+        masked=facts.get("masked", False),
+    )
+
+
+def _build_text(facts: Mapping[str, Any]) -> nn.Module:
+    import transformers
+
+    (name,) = facts["architectures"]
+    network: nn.Module = getattr(transformers, name)(transformers.AutoConfig.for_model(**facts))
+    return network
+
+
+def _build_schedule(facts: Mapping[str, Any]) -> NoiseSchedule:
+    from diffusers import DDPMScheduler
+
+    return NoiseSchedule.from_diffusers(DDPMScheduler(**facts))
+
+
+#: By the names that `--model` takes.
+KNOWN = {name: _known(facts) for name, facts in _STORED["models"].items()}
+
+
+def known_config(name: str, changes: Mapping[str, Any]) -> Config:
+    """Return the configuration of Diff-Instruct++ on a known model, which is nowhere on the disk.
+
+    Args:
+        changes: values of other keys than its own, by dotted key.
+
+    Raises ConfigurationError for another name, and like `make_config`.
+    """
+    if name not in KNOWN:
+        raise ConfigurationError(f"--model: there is no {name!r}; known: {', '.join(KNOWN)}, or give a configuration")
+    facts = _STORED["models"][name]
+    folders = {key: {"path": f"{name}/{key}"} for key in ("text_encoder", "scheduler", "reference", "decoder")}
+    data = {
+        "output": "runs/plan",
+        "precision": "bfloat16",
+        "prompts": {"path": "prompts.txt"},
+        "models": {
+            **folders,
+            "latent_shape": (4, facts["side"], facts["side"]),
+            "generator": {"timestep": facts["timestep"]},
+        },
+        # Of the weightings one that no schedule can make infinite: all cost the same.
+        "method": {"name": "diff_instruct_pp", "guidance_scale": 2.0, "weighting": "unit"},
+        "rewards": {"optimised": {"factory": "diffpp_fast.rewards:hpsv2", "scale": 1.0}},
+        "optimizers": {"generator": {"lr": 1e-6}, "fake": {"lr": 1e-6}},
+        "training": {"steps": 1, "global_batch": 8},
+    }
+    return with_keys(make_config(data, f"--model {name}"), changes)
+
+
+# Reward models, by the names of `diffpp_fast.rewards`.
+
+#: By reward: what scores. Rewards with the same towers share them where `diffpp_fast.rewards.mixture` does.
+TOWERS = {
+    "pickscore": "PickScore's ViT-H/14",
+    "hpsv2": "HPSv2's ViT-H/14",
+    "hpsv2.1": "HPSv2's ViT-H/14",
+    "clip": "CLIP ViT-L/14",
+    "aesthetic": "CLIP ViT-L/14",
+    "imagereward": "ImageReward's BLIP",
+}
+#: Tokens of a prompt that ImageReward reads.
+IMAGEREWARD_TOKENS = 35
+
+
+@dataclass(frozen=True)
+class Towers:
+    """The networks that score images.
+
+    Attributes:
+        names: of `TOWERS`; none where the reward's own network is not known.
+        dtype: of the weights, in which the towers compute.
+        checkpoint: the towers compute their layers again in the backward pass.
+        unknown: rewards that can't be planned, for the plan to say so.
+    """
+
+    names: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float32
+    checkpoint: bool = False
+    unknown: tuple[str, ...] = ()
+
+
+def towers_of(reward: RewardSection) -> Towers:
+    """Return what a reward computes with, if it is one of the package's; others are told of and left out."""
+    source, _, name = reward.factory.rpartition(":")
+    arguments: Mapping[str, Any] = reward.arguments
+    if source not in ("diffpp_fast.rewards", "diffpp_fast.rewards.factories"):
+        return Towers(unknown=(reward.factory,))
+    entries = [(name, arguments)]
+    if name == "load":
+        entries = [(arguments.get("name", ""), arguments)]
+    if entries[0][0] == "mixture":
+        mixed = arguments.get("rewards") or {}
+        entries = [(entry.get("reward", key), entry.get("arguments") or {}) for key, entry in mixed.items()]
+    dtypes = {given.get("dtype", "float32") for _, given in entries}
+    return Towers(
+        names=tuple(kind for kind, _ in entries if kind in TOWERS),
+        # Of several dtypes the widest: a mixture may have some in each.
+        dtype=torch.float32 if "float32" in dtypes else torch.bfloat16,
+        checkpoint=all(given.get("checkpoint", False) for _, given in entries),
+        unknown=tuple(kind for kind, _ in entries if kind not in TOWERS),
+    )
+
+
+class Scorer(nn.Module):
+    """The towers on meta: images [B, 3, H, W] -> [B]. A reward that is not known scores by the mean of the image."""
+
+    def __init__(self, towers: Towers) -> None:
+        super().__init__()
+        kinds = dict.fromkeys(TOWERS[name] for name in towers.names)
+        makers: dict[str, Callable[[bool], nn.Module]] = {
+            TOWERS["pickscore"]: lambda checkpoint: _ClipScore(VIT_H_14, checkpoint),
+            TOWERS["hpsv2"]: lambda checkpoint: _ClipScore(VIT_H_14, checkpoint),
+            TOWERS["clip"]: lambda checkpoint: _ClipScore(_STORED["vit_l_14"], checkpoint),
+            TOWERS["imagereward"]: _ImageReward,
+        }
+        with torch.device("meta"):
+            self.scores = nn.ModuleList(makers[kind](towers.checkpoint) for kind in kinds)
+        self.to(towers.dtype).eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.float()
+        batch = ImageBatch(images)
+        total = images.mean((1, 2, 3)) if not len(self.scores) else images.new_zeros(len(images))
+        for score in self.scores:
+            total = total + score(batch)
+        return total
+
+
+class _ClipScore(nn.Module):
+    """Image features of a CLIP. Its text tower is there, and idle: prompts are encoded once."""
+
+    def __init__(self, architecture: dict[str, Any], checkpoint: bool) -> None:
+        super().__init__()
+        from transformers import CLIPConfig, CLIPModel
+
+        model = CLIPModel(CLIPConfig(**architecture))
+        self.idle = nn.ModuleList((model.text_model, model.text_projection))
+        del model.text_model, model.text_projection
+        self.clip = Clip(model, None, scale=1.0, checkpoint=checkpoint)
+        self.preprocessing = Preprocessing(self.clip.image_size)
+
+    def forward(self, batch: ImageBatch) -> Tensor:
+        return self.clip.image_features(batch, self.preprocessing).square().sum(1).float()
+
+
+class _ImageReward(nn.Module):
+    def __init__(self, checkpoint: bool) -> None:
+        super().__init__()
+        from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+        self.vision: Any = BlipVisionModel(BlipVisionConfig(**IMAGEREWARD["vision"]))
+        text = BlipTextConfig(**IMAGEREWARD["text"], is_decoder=True)
+        self.text: Any = BlipTextModel(text, add_pooling_layer=False)
+        for layer in self.vision.encoder.layers:
+            layer.self_attn = SelfAttention(layer.self_attn)
+        for layer in self.text.encoder.layer:
+            for attention in (layer.attention, layer.crossattention):
+                attention.self = TextAttention(attention.self)
+        if checkpoint:
+            recompute([*self.vision.encoder.layers, *self.text.encoder.layer])
+        self.preprocessing = Preprocessing(self.vision.config.image_size)
+
+    def forward(self, batch: ImageBatch) -> Tensor:
+        pixels = batch.pixels(self.preprocessing, self.vision.post_layernorm.weight.dtype)
+        ids = torch.zeros(len(batch), IMAGEREWARD_TOKENS, dtype=torch.int64, device=pixels.device)
+        hidden = self.text(
+            input_ids=ids,
+            attention_mask=ids.bool()[:, None, None],
+            encoder_hidden_states=self.vision(pixel_values=pixels).last_hidden_state,
+            is_decoder=False,
+        ).last_hidden_state
+        return hidden[:, 0].float().square().sum(1)

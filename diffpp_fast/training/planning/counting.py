@@ -1,0 +1,480 @@
+"""A training step on meta: the method itself runs on networks without numbers, and bytes and operations are counted."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from diffpp_fast.methods import METHODS, Batch, Method
+from diffpp_fast.networks import Denoiser, FrozenDecoder, fuse
+from diffpp_fast.networks.last_layer import WideConv2d, WideLinear
+from diffpp_fast.networks.lora import inject
+from diffpp_fast.training.build.networks import compute_dtype
+from diffpp_fast.training.build.run import make_generator, make_method
+from diffpp_fast.training.config import Config, Lora
+from diffpp_fast.training.planning.architectures import (
+    Architectures,
+    Scorer,
+    conditioning,
+    on_meta,
+    parameters_of,
+    towers_of,
+)
+
+#: What CUDA's autocast computes in low precision and in float32, as far as layers of networks meet it
+#: (aten/src/ATen/autocast_mode.h).
+LOWER = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d.input")
+FLOAT32 = ("layer_norm", "group_norm", "softmax.int", "log_softmax.int")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of an update, for one micro-batch.
+
+    Attributes:
+        update: whose weights are updated, "generator" or "fake".
+        name: what is done.
+        operations: multiplications and additions of matrix products, convolutions and attention, by dtype.
+        at_peak: bytes alive at the phase's peak beyond weights, gradients and optimizer, by the role that made them.
+    """
+
+    update: str
+    name: str
+    operations: Mapping[torch.dtype, int]
+    at_peak: Mapping[str, int]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.at_peak.values())
+
+
+@dataclass(frozen=True)
+class NetworkSize:
+    """A network's tensors, in elements.
+
+    Attributes:
+        trained: of every parameter that is trained.
+        frozen: elements of the others and of buffers.
+    """
+
+    trained: tuple[int, ...]
+    frozen: int
+
+    @classmethod
+    def of(cls, network: nn.Module) -> NetworkSize:
+        """Return the size of a network whose trained parameters require a gradient."""
+        trained = tuple(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+        others = (parameter for parameter in network.parameters() if not parameter.requires_grad)
+        return cls(trained, sum(tensor.numel() for tensor in (*others, *network.buffers())))
+
+    @property
+    def elements(self) -> int:
+        return sum(self.trained) + self.frozen
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The phases of a step, and the sizes of its networks.
+
+    Attributes:
+        text_bytes, reward_bytes: of the weights of text encoders and rewards, whose dtypes are their own.
+    """
+
+    phases: tuple[Phase, ...]
+    sizes: Mapping[str, NetworkSize]
+    text_bytes: int
+    reward_bytes: int
+
+
+def count(config: Config, architectures: Architectures, *, low_weights: tuple[str, ...] = ()) -> Counted:
+    """Build the networks on meta and run one micro-batch of both updates.
+
+    Args:
+        config: of the run; `training.micro_batch` samples are computed.
+        low_weights: which of "generator" and "fake" compute with weights of the run's precision, as ZeRO's stages 1 to
+            3 have them, instead of float32 ones under autocast.
+    """
+    networks = _MetaNetworks(config, architectures, low_weights)
+    book = _Book()
+    method = networks.method(book)
+    low = config.precision == "bfloat16"
+    with book.gpu.active(), book.ledger:
+        book.begin("fake")
+        _backward(book, method.fake_loss(networks.batch()).loss, low)
+        book.begin("generator")
+        if method.normalizes_update and (config.training.micro_batch or 0) < config.training.global_batch:
+            book.suffix = " for the normalizer"
+            method.normalizers(networks.batch())
+            book.suffix = ""
+        _backward(book, method.generator_loss(networks.batch()).loss, low)
+    return Counted(tuple(book.phases), networks.sizes(), networks.text_bytes(), networks.reward_bytes())
+
+
+def _backward(book: _Book, loss: Tensor, low: bool) -> None:
+    book.enter(f"{book.update} backward", book.update)
+    with book.gpu.autocast(low, cached=False):
+        loss.backward()
+    del loss
+    book.enter("", book.update)
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes alive and the operations of all that is computed on meta while the mode is on.
+
+    Storages count once and whole, however many tensors lie in them. What was there before, such as parameters, does
+    not count, and neither does a view of it. Tensors on meta live and die as they would on a device: autograd keeps
+    them, checkpointing drops and remakes them, and a freed graph frees them.
+
+    Operations are those of torch's formulas, two for each multiplication and addition of matrix products, convolutions
+    and attention; `FlopCounterMode`'s hooks on modules do not go with `torch.autograd.grad`. Norms, activations, noise
+    and optimizers are not counted: memory, not arithmetic, is their measure.
+
+    Attributes:
+        owner: whom new storages belong to.
+        alive: bytes alive by owner.
+        peak: the most bytes alive at once since `restart`.
+        at_peak: `alive` at that moment.
+        operations: by the dtype of what they multiply.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.owner = ""
+        self.alive: Counter[str] = Counter()
+        self.peak = 0
+        self.at_peak: Counter[str] = Counter()
+        self.operations: Counter[torch.dtype] = Counter()
+        self._total = 0
+        self._known: dict[int, weakref.finalize[Any, Any]] = {}
+
+    def restart(self) -> None:
+        """Forget the peak; what is alive now is the least that the next one can be."""
+        self.peak, self.at_peak = self._total, Counter(self.alive)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            dtype = next(value.dtype for value in args if isinstance(value, Tensor))
+            self.operations[dtype] += int(formula(*args, **kwargs, out_val=result))
+        given: set[int] | None = None
+        for tensor in _tensors((result,)):
+            if tensor.is_meta and (key := _key(tensor)) not in self._known:
+                if given is None:
+                    given = {_key(value) for value in _tensors((*args, *kwargs.values()))}
+                if key not in given:
+                    self._born(tensor, key)
+        return result
+
+    def _born(self, tensor: Tensor, key: int) -> None:
+        storage = tensor.untyped_storage()
+        owner, size = self.owner, storage.nbytes()
+        self._known[key] = weakref.finalize(storage, self._died, key, owner, size)
+        self.alive[owner] += size
+        self._total += size
+        if self._total > self.peak:
+            self.restart()
+
+    def _died(self, key: int, owner: str, size: int) -> None:
+        del self._known[key]
+        self.alive[owner] -= size
+        self._total -= size
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+class GpuKernels:
+    """Kernels for meta as a GPU has them: fused attention, which keeps no table of weights, and autocast.
+
+    torch has no autocast for meta, and takes the unfused attention there. While `active`, these operators have kernels
+    for meta that do as on a GPU, also where a backward pass recomputes.
+    """
+
+    def __init__(self) -> None:
+        self._autocast = False
+        self._copies: dict[int, Tensor] | None = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        with torch.library._scoped_library("aten", "IMPL") as library:
+            library.impl("scaled_dot_product_attention", self._attention, "AutogradMeta")
+            for names, cast in ((LOWER, self._lowered), (FLOAT32, self._raised)):
+                for name in names:
+                    packet, _, overload = name.partition(".")
+                    operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+                    library.impl(name, self._under_autocast(operator, cast), "AutogradMeta")
+            yield
+
+    @contextmanager
+    def autocast(self, enabled: bool, *, cached: bool = True) -> Iterator[None]:
+        """Inside, operators take the dtype that bfloat16 autocast on CUDA gives them, if `enabled`.
+
+        Args:
+            cached: keep the copies of weights to the end, as torch does for leaves that require a gradient. What is
+                recomputed in a backward pass has short caches of its own.
+        """
+        before = self._autocast, self._copies
+        self._autocast, self._copies = enabled, {} if cached else None
+        try:
+            yield
+        finally:
+            self._autocast, self._copies = before
+
+    def recompute(self, enabled: bool) -> None:
+        """From here on, outside of `autocast`, operators do as inside it, without a cache, if `enabled`."""
+        self._autocast, self._copies = enabled, None
+
+    def leave_out(self, layer: nn.Module) -> None:
+        """Let a layer compute as if there were no autocast."""
+        before: list[tuple[bool, dict[int, Tensor] | None]] = []
+
+        def enter(*_: Any) -> None:
+            before.append((self._autocast, self._copies))
+            self.recompute(False)
+
+        def leave(*_: Any) -> None:
+            self._autocast, self._copies = before.pop()
+
+        layer.register_forward_pre_hook(enter)
+        layer.register_forward_hook(leave)
+
+    def _under_autocast(self, operator: Any, cast: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            if self._autocast:
+                args = tuple(cast(value) if isinstance(value, Tensor) else value for value in args)
+                kwargs = {name: cast(value) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+            return operator.decompose(*args, **kwargs)
+
+        return kernel
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Keeps q, k, v, the output and a number per row. The efficient kernel serves every head dimension and mask."""
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+        inputs = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
+        if self._autocast:
+            inputs = [self._lowered(tensor) for tensor in inputs]
+        query, key, value, *mask = inputs
+        attended: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, mask[0] if mask else None, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
+        )[0]
+        return attended
+
+    def _lowered(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype != torch.float32:
+            return tensor
+        if self._copies is None or not (tensor.is_leaf and tensor.requires_grad):
+            return tensor.to(torch.bfloat16)
+        if id(tensor) not in self._copies:
+            self._copies[id(tensor)] = tensor.to(torch.bfloat16)
+        return self._copies[id(tensor)]
+
+    def _raised(self, tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
+class _Book:
+    """The phases as they go by.
+
+    Attributes:
+        update: the one that is under way.
+        suffix: of the names of phases.
+    """
+
+    def __init__(self) -> None:
+        self.ledger = Ledger()
+        self.gpu = GpuKernels()
+        self.phases: list[Phase] = []
+        self.update = self.suffix = self._name = ""
+        self._before: Counter[torch.dtype] = Counter()
+
+    def begin(self, update: str) -> None:
+        self.update = update
+        self.enter("", update)
+
+    def enter(self, name: str, owner: str, *, recomputed: bool = False) -> None:
+        """Begin the phase `name`, whose allocations are `owner`'s. What follows an empty name belongs to no phase.
+
+        Args:
+            recomputed: autocast, for what a backward pass computes again.
+        """
+        total = Counter(self.ledger.operations)
+        if self._name:
+            at_peak = {role: size for role, size in self.ledger.at_peak.items() if size}
+            self.phases.append(Phase(self.update, self._name, dict(total - self._before), at_peak))
+        self._name, self._before = name, total
+        self.ledger.owner = owner
+        self.ledger.restart()
+        self.gpu.recompute(recomputed)
+
+    def network(self, role: str, call: nn.Module, autocast: bool) -> Callable[..., Tensor]:
+        """Return a network whose calls are a phase; arithmetic between them goes to the phase before and to the update.
+
+        So is its backward pass, where it has one of its own before the update's.
+        """
+        backward = f"{role} backward"
+
+        def differentiated(_: Tensor) -> None:
+            if self._name != backward:
+                self.enter(backward, role, recomputed=autocast)
+
+        def called(*inputs: Any) -> Tensor:
+            if self._name != role + self.suffix:
+                self.enter(role + self.suffix, role)
+            self.ledger.owner = role
+            with self.gpu.autocast(autocast):
+                result: Tensor = call(*inputs)
+            self.ledger.owner = self.update
+            if result.requires_grad and role in ("fake", "reference"):
+                result.register_hook(differentiated)
+            return result
+
+        return called
+
+
+class _MetaNetworks:
+    """All of a run's networks on meta, as the trainer puts them together."""
+
+    def __init__(self, config: Config, architectures: Architectures, low_weights: tuple[str, ...]) -> None:
+        self.config, self.architectures = config, architectures
+        models = config.models
+        self.dtype = compute_dtype("auto", config)
+        self.reference_dtype = _counted(compute_dtype(models.reference.dtype, config))
+        self.generator, self.fake = (self._trained(role, role in low_weights) for role in ("generator", "fake"))
+        self.reference = _cast(self._network("reference"), self.reference_dtype)
+        self.decoder: FrozenDecoder | None = None
+        if architectures.decoder is not None and models.decoder is not None:
+            vae = _cast(on_meta(architectures.decoder), _counted(compute_dtype(models.decoder.dtype, config)))
+            self.decoder = FrozenDecoder(vae, checkpoint=models.decoder.checkpoint)
+        self.text = [(on_meta(recipe), width) for recipe, width in architectures.text_encoders]
+        rewards = config.rewards.optimised, config.rewards.held_out
+        self.scorer, self.held_out = (None if reward is None else Scorer(towers_of(reward)) for reward in rewards)
+
+    def batch(self) -> Batch:
+        samples = self.config.training.micro_batch or self.config.training.global_batch
+        return Batch(
+            samples=torch.zeros(samples, dtype=torch.int64, device="meta"),
+            conditioning=conditioning(self.reference, self.architectures, samples),
+            shape=self.config.models.latent_shape,
+            null_conditioning=conditioning(self.reference, self.architectures, samples),
+        )
+
+    def method(self, book: _Book) -> Method:
+        schedule = self.architectures.schedule()
+        denoisers = {role: Denoiser(getattr(self, role)) for role in ("generator", "fake", "reference")}
+        for denoiser in denoisers.values():
+            for layer in denoiser.modules():
+                if isinstance(layer, WideConv2d | WideLinear):
+                    book.gpu.leave_out(layer)
+        low = torch.bfloat16
+        generator = make_generator(self.config, denoisers["generator"], schedule)
+        return make_method(
+            self.config,
+            book.network("generator", generator, self._computes_in("generator") == low),
+            book.network("fake", denoisers["fake"], self._computes_in("fake") == low),
+            book.network("reference", denoisers["reference"], self.reference_dtype == low),
+            schedule,
+            self._reward(book),
+        )
+
+    def _reward(self, book: _Book) -> Callable[[Tensor, Any], Tensor] | None:
+        if self.scorer is None or self.decoder is None or not METHODS[self.config.method.name].takes_reward:
+            return None
+        decode = book.network("decoder", self.decoder, self.decoder.vae.dtype == torch.bfloat16)
+        score = book.network("reward", self.scorer, autocast=False)
+
+        def reward(x0: Tensor, _: Any) -> Tensor:
+            rewards = score(decode(x0))
+            book.enter("reward and decoder backward", "decoder")
+            return rewards
+
+        return reward
+
+    def sizes(self) -> dict[str, NetworkSize]:
+        sizes = {role: NetworkSize.of(getattr(self, role)) for role in ("generator", "fake", "reference")}
+        sizes["decoder"] = NetworkSize((), 0 if self.decoder is None else parameters_of(self.decoder))
+        return sizes
+
+    def text_bytes(self) -> int:
+        return sum(width * parameters_of(network) for network, width in self.text)
+
+    def reward_bytes(self) -> int:
+        scorers = [scorer for scorer in (self.scorer, self.held_out) if scorer is not None]
+        return sum(parameter.nbytes for scorer in scorers for parameter in scorer.parameters())
+
+    def _network(self, role: str) -> Any:
+        network = on_meta(getattr(self.architectures, role))
+        if self.config.training.fuse:
+            fuse(network)
+        if self.config.training.activation_checkpointing:
+            network.enable_gradient_checkpointing()
+        return network
+
+    def _computes_in(self, role: str) -> torch.dtype:
+        """That a trained role is computed in; with adapters, what the frozen reference is."""
+        return self.dtype if getattr(self.config.models, role).lora is None else self.reference_dtype
+
+    def _trained(self, role: str, low: bool) -> Any:
+        network, lora = self._network(role), getattr(self.config.models, role).lora
+        if lora is not None:
+            _add_adapters(_cast(network, self.reference_dtype), lora)
+        elif low:
+            _cast(network, self.dtype).requires_grad_(True)
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                # The engine's gradients are counted by themselves.
+                parameter.register_post_accumulate_grad_hook(_drop)
+        return network
+
+
+def _counted(dtype: torch.dtype) -> torch.dtype:
+    """float16 counts as bfloat16, which takes as much."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+def _cast(network: Any, dtype: torch.dtype) -> Any:
+    """Frozen, in another dtype; diffusers' own `to` warns of weights that want to stay float32."""
+    return nn.Module.to(network, dtype).requires_grad_(False)
+
+
+def _add_adapters(network: nn.Module, lora: Lora) -> None:
+    with torch.device("meta"):
+        inject(network, "planned", rank=lora.rank, alpha=lora.rank, targets=lora.targets)
+    for name, parameter in network.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
