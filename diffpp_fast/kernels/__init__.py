@@ -5,7 +5,6 @@ from importlib import import_module
 from diffpp_fast import backends
 
 for _op in (
-    "philox",
     "denoising_loss",
     "score_gap",
     "sid_loss",

@@ -1,9 +1,7 @@
 """Addresses as the operators take them that are not yet made of one file."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from diffpp_fast import philox
@@ -22,15 +20,3 @@ def flat(noise: Tensor | Address) -> tuple[Tensor, int, int]:
     if isinstance(noise, Address):
         return noise.samples, philox.signed(noise.seed), noise.stream
     return noise, 0, 0
-
-
-def normal(address: Address, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return philox.normal(*flat(address), shape, dtype)
-
-
-def uniform(address: Address) -> Tensor:
-    return philox.uniform(*flat(address))
-
-
-def integers(address: Address, low: int, high: int) -> Tensor:
-    return philox.integers(*flat(address), low, high - low)

@@ -1,14 +1,10 @@
 """Addressed random numbers as tensors."""
 
-import math
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffpp_fast.kernels.reference.philox import Address
 from diffpp_fast.ops.triton.device import on_its_device
 from diffpp_fast.ops.triton.layout import INT32_ELEMENTS, place, sample_index
 from diffpp_fast.ops.triton.random import normals, words
@@ -19,47 +15,49 @@ BLOCK_SAMPLES = 128
 
 
 @on_its_device
-def normal(address: Address, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    samples, seed = address.samples.contiguous(), _signed(address.seed)
-    batch, count = samples.shape[0], math.prod(shape)
-    drawn = torch.empty(batch, *shape, dtype=dtype, device=samples.device)
+def normal(samples: Tensor, seed: int, stream: int, count: int, dtype: torch.dtype) -> Tensor:
+    batch = samples.shape[0]
+    drawn = samples.new_empty((batch, count), dtype=dtype)
     if drawn.numel():
-        grid = (triton.cdiv(count, BLOCK) * batch,)
-        _normal[grid](drawn, samples, seed, address.stream, count, WIDE=count >= INT32_ELEMENTS, BLOCK=BLOCK)
-    return drawn
-
-
-@on_its_device
-def uniform(address: Address) -> Tensor:
-    samples = address.samples.contiguous()
-    drawn = torch.empty(samples.shape, dtype=torch.float32, device=samples.device)
-    if drawn.numel():
-        grid = (triton.cdiv(samples.shape[0], BLOCK_SAMPLES),)
-        _uniform[grid](drawn, samples, _signed(address.seed), address.stream, samples.shape[0], BLOCK=BLOCK_SAMPLES)
-    return drawn
-
-
-@on_its_device
-def integers(address: Address, low: int, high: int) -> Tensor:
-    samples = address.samples.contiguous()
-    drawn = torch.empty_like(samples)
-    if drawn.numel():
-        grid = (triton.cdiv(samples.shape[0], BLOCK_SAMPLES),)
-        _integers[grid](
-            drawn,
-            samples,
-            _signed(address.seed),
-            address.stream,
-            low,
-            high - low,
-            samples.shape[0],
-            BLOCK=BLOCK_SAMPLES,
+        _normal[(triton.cdiv(count, BLOCK) * batch,)](
+            p_to=drawn,
+            p_samples=samples.contiguous(),
+            seed=seed,
+            stream=stream,
+            count=count,
+            WIDE=count >= INT32_ELEMENTS,
+            BLOCK=BLOCK,
         )
     return drawn
 
 
-def _signed(word: int) -> int:
-    return word - 2**64 if word >= 2**63 else word
+@on_its_device
+def uniform(samples: Tensor, seed: int, stream: int) -> Tensor:
+    batch = samples.shape[0]
+    drawn = samples.new_empty(batch, dtype=torch.float32)
+    if batch:
+        _uniform[(triton.cdiv(batch, BLOCK_SAMPLES),)](
+            p_to=drawn, p_samples=samples.contiguous(), seed=seed, stream=stream, batch=batch, BLOCK=BLOCK_SAMPLES
+        )
+    return drawn
+
+
+@on_its_device
+def integers(samples: Tensor, seed: int, stream: int, low: int, span: int) -> Tensor:
+    batch = samples.shape[0]
+    drawn = samples.new_empty(batch)
+    if batch:
+        _integers[(triton.cdiv(batch, BLOCK_SAMPLES),)](
+            p_to=drawn,
+            p_samples=samples.contiguous(),
+            seed=seed,
+            stream=stream,
+            low=low,
+            span=span,
+            batch=batch,
+            BLOCK=BLOCK_SAMPLES,
+        )
+    return drawn
 
 
 @triton.jit(do_not_specialize=["seed", "stream"])
