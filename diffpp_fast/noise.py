@@ -10,7 +10,6 @@ from diffpp_fast import philox, transforms
 from diffpp_fast.arguments import integer, shown
 from diffpp_fast.availability import fake
 from diffpp_fast.backends import kernels, register
-from diffpp_fast.kernels.reference.philox import Address
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -60,11 +59,6 @@ class Noise:
     def seed_bits(self) -> int:
         """The seed as registered operators take it: the int64 of the same bits."""
         return philox.signed(self.seed)
-
-    @property
-    def address(self) -> Address:
-        """The numbers that a kernel needs to draw these itself."""
-        return Address(self.seed, self.samples, self.stream)
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normals.

@@ -30,7 +30,7 @@ from diffpp_fast.bench.tables import text_table
 from diffpp_fast.bench.timing import LEAST_ROUNDS, ROUNDS, Contender, Timing, interleave
 from diffpp_fast.cli.main import main
 from diffpp_fast.kernels import dispatch
-from diffpp_fast.kernels.reference.prediction import PREDICTION_TYPES
+from diffpp_fast.prediction import PREDICTION_TYPES
 
 CPU = torch.device("cpu")
 SMALL = {

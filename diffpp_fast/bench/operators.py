@@ -14,8 +14,8 @@ from torch import Tensor
 from diffpp_fast import ops
 from diffpp_fast.bench import baselines
 from diffpp_fast.bench.cases import REWARD_SIZE, Case
-from diffpp_fast.kernels.reference.prediction import gap_scale
 from diffpp_fast.noise import Noise
+from diffpp_fast.prediction import gap_scale
 
 Outputs = tuple[Tensor, ...]
 Forward = Callable[..., Any]  # returns a tensor or a tuple of tensors and None

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from diffpp_fast import ops
 from diffpp_fast.bench.operators import PIXEL_MEAN, PIXEL_STD, Forward, Inputs
-from diffpp_fast.kernels.reference.prediction import PREDICTION_TYPES
 from diffpp_fast.noise import Noise
+from diffpp_fast.prediction import PREDICTION_TYPES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = ("contiguous", "channels_last", "strided", "misaligned")

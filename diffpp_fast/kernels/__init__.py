@@ -5,17 +5,13 @@ from importlib import import_module
 from diffpp_fast import backends
 
 for _op in (
-    "denoising_loss",
-    "score_gap",
-    "sid_loss",
-    "sim_loss",
     "reward_pixels",
     "group_norm_silu",
     "geglu",
     "ada_layer_norm",
 ):
     _rooms = {"reference": "kernels.reference", "cpu": "kernels.native", "triton": "ops.triton"}
-    if _op not in ("sid_loss", "sim_loss", "geglu", "ada_layer_norm"):
+    if _op not in ("geglu", "ada_layer_norm"):
         _rooms["cuda"] = "kernels.native"
     for _backend, _room in _rooms.items():
         backends._sources[_op][_backend] = lambda name=f"diffpp_fast.{_room}.{_op}": import_module(name)  # type: ignore[misc]

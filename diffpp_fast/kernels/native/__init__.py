@@ -6,10 +6,8 @@ tells torch the shapes of their results (fakes).
 
 from diffpp_fast.availability import LIBRARY
 from diffpp_fast.availability import library_unavailable as unavailable
-from diffpp_fast.kernels.reference.philox import flat as noise_arguments
-from diffpp_fast.philox import signed
 
-__all__ = ["LIBRARY", "facts", "noise_arguments", "signed", "unavailable"]
+__all__ = ["LIBRARY", "facts", "unavailable"]
 
 
 def facts() -> dict[str, str]:
