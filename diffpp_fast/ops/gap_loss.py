@@ -316,9 +316,9 @@ def _gradient_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-for _op, _name in (("sid_loss", "sid"), ("sim_loss", "sim")):
-    _kernels = f"diffpp_fast.ops.triton.gap_loss:{_name}"
-    register(_op, triton=_kernels, cuda=False, **vars(_DEFINITIONS[_op]))
+_TRITON = "diffpp_fast.ops.triton.gap_loss"
+register("sid_loss", triton=f"{_TRITON}:sid", cuda=False, forward=sid_forward, backward=sid_backward)
+register("sim_loss", triton=f"{_TRITON}:sim", cuda=False, forward=sim_forward, backward=sim_backward)
 availability.fake("sid_loss", lambda fake, *others: _statistic_shapes(fake, 2))
 availability.fake("sim_loss", lambda fake, *others: _statistic_shapes(fake, 3))
 availability.fake("sid_loss_backward", lambda grad_output, factor, *others: _gradient_shapes(*others))
