@@ -40,8 +40,11 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 def test_importing_the_command_line_is_cheap() -> None:
     code = """
 import sys, diffpp_fast.cli.main
-heavy = {"diffusers", "transformers", "pydantic", "yaml", "PIL", "rich", "tensorboard"} & sys.modules.keys()
+drawing = {"jinja2", "matplotlib"}
+heavy = {"diffusers", "transformers", "pydantic", "yaml", "PIL", "rich", "tensorboard", *drawing} & sys.modules.keys()
 assert not heavy, heavy
+import diffpp_fast.report
+assert not drawing & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 

@@ -13,9 +13,9 @@ import pytest
 import tiny
 import yaml
 
+from diffpp_fast import report
 from diffpp_fast.cli import controls as command
 from diffpp_fast.cli.main import main
-from diffpp_fast.report import drawing
 from diffpp_fast.training import ConfigurationError, Outcome, load_config
 from diffpp_fast.training.callbacks import read_records, read_sessions
 from diffpp_fast.training.controls import NAMES, controls_of
@@ -40,7 +40,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There, with reports that are begun only: drawing takes time, and the first command has drawn all there is."""
+    """Work there, with reports that are begun only: drawing takes time, and the first command has drawn everything."""
     monkeypatch.chdir(project)
     monkeypatch.setattr("diffpp_fast.report.write_report", begin_report)
 
@@ -52,7 +52,7 @@ def begin_report(folders: list[Path], output: Path) -> Path:
 
 
 def scalars(folder: str) -> dict[int, dict[str, Any]]:
-    """By step, what was logged there."""
+    """Return the logged scalars by step."""
     logged: dict[int, dict[str, Any]] = {}
     for line in read_records(Path(folder) / "metrics.jsonl"):
         logged.setdefault(line["step"], {}).update(line)
@@ -161,7 +161,7 @@ def test_refused_before_anything_is_trained(
         patch.setenv("WORLD_SIZE", "2")
         patch.setenv("RANK", "0")
         assert "launch one after the other with --only NAME, of full, no-reward" in refusal(capsys, "output=runs/none")
-    monkeypatch.setattr(drawing, "find_spec", lambda name: None)
+    monkeypatch.setattr(report, "find_spec", lambda name: None if name == "matplotlib" else report)
     assert "reports need matplotlib" in refusal(capsys, "output=runs/none")
     assert not Path("runs/none").exists()
 

@@ -25,7 +25,7 @@ WIDTH = 7
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Of features [N, F] and [M, F] in float64, through the symmetric root: tr (A B)^1/2 = tr (A^1/2 B A^1/2)^1/2."""
+    """FID of features [N, F] and [M, F] in float64, by the symmetric root: tr (A B)^1/2 = tr (A^1/2 B A^1/2)^1/2."""
     a, b = a.double(), b.double()
     values, vectors = torch.linalg.eigh(torch.cov(a.T))
     root = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T

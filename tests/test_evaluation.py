@@ -56,7 +56,7 @@ def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def evaluate(output: Path, *arguments: str) -> dict[str, Any]:
-    """What `summary.json` holds."""
+    """Return the content of `summary.json`."""
     assert main(["evaluate", *arguments, "--output", str(output)]) == 0
     summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
     return summary

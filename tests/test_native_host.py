@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 
 from diffpp_fast.kernels.native import _host
-from diffpp_fast.kernels.reference.reward_pixels import axis_matrix
+from diffpp_fast.ops.reward_pixels import axis_matrix
 from diffpp_fast.philox import philox4x32
 
 WORD = st.integers(0, 2**32 - 1)

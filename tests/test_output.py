@@ -15,7 +15,7 @@ from PIL import Image
 from diffpp_fast.cli.main import main
 from diffpp_fast.errors import CheckpointError, ConfigurationError
 from diffpp_fast.evaluation.pictures import refuse_foreign_pictures
-from diffpp_fast.report.write import refuse_foreign_report
+from diffpp_fast.report import refuse_foreign_report
 from diffpp_fast.training import Config, Trainer, load_config, lock
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.export import refuse_foreign_folder

@@ -19,13 +19,12 @@ import torch
 import yaml
 from PIL import Image
 
+from diffpp_fast import report
 from diffpp_fast.cli.main import main
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.report import drawing, figures, find_runs, pictures, write_report
-from diffpp_fast.report.markup import element
-from diffpp_fast.report.panels import DIVERGENCE, REWARD, concerns, divergence_panels, reward_panels
-from diffpp_fast.report.runs import RunRecord, Series, Warned, read_runs
-from diffpp_fast.report.write import make_page
+from diffpp_fast.report import curves, figures, find_runs, make_page, pictures, write_report
+from diffpp_fast.report.curves import DIVERGENCE, REWARD, concerns, divergence_panels, reward_panels
+from diffpp_fast.report.runs import RunRecord, Scalar, Warned, read_runs
 from diffpp_fast.training.grids import columns_of, tile, write_png
 from diffpp_fast.training.watch import standard_rules
 
@@ -35,7 +34,7 @@ VOID = {"meta", "img"}
 
 
 class Page(HTMLParser):
-    """What a reader's browser would make of the page: its elements, tables and references."""
+    """The page as a reader's browser takes it: its elements, tables and references."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -67,7 +66,7 @@ class Page(HTMLParser):
             return
         self.text += data
         if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += f" {data.strip()}" if self.rows[-1][-1] else data.strip()
+            self.rows[-1][-1] = f"{self.rows[-1][-1]} {data.strip()}".strip()
 
     def row(self, scalar: str) -> list[str]:
         """The cells behind a scalar's name."""
@@ -75,7 +74,7 @@ class Page(HTMLParser):
         return found
 
     def values(self, name: str) -> list[str]:
-        """Of an attribute, wherever it stands."""
+        """The values of an attribute, wherever it stands."""
         return [str(given[name]) for _, given in self.elements if name in given]
 
 
@@ -143,8 +142,12 @@ def page_of(*folders: Path) -> Page:
     return Page(text_of(*folders))
 
 
+def drawn_text(panel: curves.Panel, runs: list[RunRecord]) -> str:
+    return curves.draw_svg(panel, runs).decode()
+
+
 def write_whole_run(folder: Path) -> Path:
-    """Of four steps."""
+    """Write a run of four steps."""
     lines = [
         {"step": 0, "grid/reward": -2.4, "grid/held_out": -3.6},
         *(record(step) for step in (1, 2, 3, 4)),
@@ -169,37 +172,51 @@ def test_the_numbers_are_those_of_the_log(whole: tuple[Path, str]) -> None:
     folder, text = whole
     page = Page(text)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for scalar in figures.SHOWN:
+    shown = ["grid/reward", "grid/held_out", "generator/reward", "fake/loss", "generator/x0_std", "reference/x0_std"]
+    for scalar in (*shown, "samples_per_second"):
         logged = [line[scalar] for line in records if scalar in line]
-        if logged:
-            assert page.row(scalar) == [f"{logged[0]:.4g}", f"{logged[-1]:.4g}"], scalar
+        assert page.row(scalar) == [f"{logged[0]:.4g}", f"{logged[-1]:.4g}"], scalar
     assert page.row("grid/reward") == ["-2.4", "-2.123"]
     assert "-2.1234567 at step 4" in page.values("title")
     assert "complete: 4 steps" in page.text and "The watch raised none" in page.text
 
 
+def drawings(page: Page) -> list[str]:
+    """The diagrams of the page."""
+    uris = [uri for uri in page.values("src") if uri.startswith("data:image/svg+xml")]
+    return [b64decode(uri.partition(",")[2]).decode() for uri in uris]
+
+
 def test_the_page_needs_nothing_else(whole: tuple[Path, str]) -> None:
     _, text = whole
     page = Page(text)
-    references = [value for name in ("src", "href", "xlink:href", "action", "data") for value in page.values(name)]
+    names = ("src", "srcset", "href", "xlink:href", "action", "data")
+    references = [value for name in names for value in page.values(name)]
     assert references and all(value.startswith(("data:image/", "#")) for value in references)
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.elements}
-    assert "http:" not in text and "https:" not in text and "@import" not in text
-    assert all(target.startswith("#") for target in re.findall(r"url\((.*?)\)", text))
+    assert "http:" not in text and "https:" not in text and "@import" not in text and "url(" not in text
+    for drawn in drawings(page):
+        assert all(target.startswith("#") for target in re.findall(r"url\((.*?)\)", drawn)) and "@import" not in drawn
+        assert all(target.startswith("#") for target in re.findall(r'href="(.*?)"', drawn))
     ids = Counter(page.values("id"))
     assert set(ids.values()) == {1}
-    targets = [value[1:] for value in references if value.startswith("#")] + re.findall(r"url\(#(.*?)\)", text)
-    assert set(targets) <= set(ids)
+    assert {value[1:] for value in references if value.startswith("#")} <= set(ids)
 
 
-def test_colours_are_the_pages_own_in_light_and_dark(whole: tuple[Path, str]) -> None:
+def test_where_the_reader_has_dark_pages_lightness_is_inverted(whole: tuple[Path, str]) -> None:
     _, text = whole
-    drawn = text[text.index("<svg") : text.rindex("</svg>")]
-    assert "var(--run-0)" in drawn and "currentColor" in drawn and not re.findall(r"(?<!&)#[0-9a-f]{6}\b", drawn)
-    used = set(re.findall(r"var\(--([a-z0-9-]+)\)", text))
-    light, dark = text.split("prefers-color-scheme: dark", 1)
-    assert all(f"--{name}:" in light for name in used - {"picture"})
-    assert all(f"--{name}:" in dark for name in used - {"picture"} if not name.startswith("phase"))
+    page = Page(text)
+    assert len(drawings(page)) == 5
+    for drawn in drawings(page):
+        assert curves.TEXT in drawn and curves.LINE in drawn and curves.RUNS[0] in drawn
+    light, dark = text.partition("</style>")[0].split("@media screen and (prefers-color-scheme: dark)")
+    used = set(re.findall(r"var\(--([a-z0-9-]+)\)", text)) - {"picture"}
+    assert all(f"--{name}:" in light for name in used)
+    # Curves and the chips of runs by the same filter, so that they agree; the bars of phases serve on both.
+    assert ".panel img, .run { filter: invert(1) hue-rotate(180deg); }" in dark
+    assert all(f"--{name}:" in dark for name in used if not name.startswith(("run", "phase")))
+    chips = [given for tag, given in page.elements if "var(--run-" in str(given.get("style"))]
+    assert chips and all("run" in str(given["class"]).split() for given in chips)
 
 
 def test_text_of_others_is_escaped_and_stays_itself(tmp_path: Path) -> None:
@@ -210,12 +227,13 @@ def test_text_of_others_is_escaped_and_stays_itself(tmp_path: Path) -> None:
     assert "<b>loss</b> & more" in page.text and "a <i>run $" in page.text
     assert f"{PROMPTS[1]} (step 4)" in page.values("alt")
     assert "script" not in {tag for tag, _ in page.elements}
-    assert element("p", "<", element("b", "&"), title='"') == '<p title="&quot;">&lt;<b>&amp;</b></p>'
+    assert 'a "blue" whale & $x^2$ (step 4)' in page.values("alt")
 
 
 def test_pictures_are_those_of_the_grids_with_their_prompts(whole: tuple[Path, str]) -> None:
     page = Page(whole[1])
-    images = {str(given["alt"]): given["src"] for tag, given in page.elements if tag == "img"}
+    found = {str(given["alt"]): given["src"] for tag, given in page.elements if tag == "img"}
+    images = {name: source for name, source in found.items() if "(step " in name}
     assert list(images) == [f"{prompt} (step {step})" for prompt in PROMPTS for step in (0, 4)]
     for place, prompt in enumerate(PROMPTS):
         picture = Image.open(io.BytesIO(b64decode(str(images[f"{prompt} (step 4)"]).partition(",")[2])))
@@ -239,10 +257,10 @@ def test_what_all_runs_began_with_is_shown_once(run: Path, tmp_path: Path) -> No
 
 def test_large_pictures_are_shown_smaller() -> None:
     small, large = Image.new("RGB", (128, 100)), Image.new("RGB", (512, 300))
-    assert pictures.data_uri(small).startswith("data:image/png;base64,")
-    uri = pictures.data_uri(large)
-    assert uri.startswith("data:image/jpeg;base64,")
-    assert Image.open(io.BytesIO(b64decode(uri.partition(",")[2]))).size == (256, 150)
+    kind, data = pictures.compress(small)
+    assert kind == "image/png" and Image.open(io.BytesIO(data)).tobytes() == small.tobytes()
+    kind, data = pictures.compress(large)
+    assert kind == "image/jpeg" and Image.open(io.BytesIO(data)).size == (256, 150)
     assert large.size == (512, 300)
 
 
@@ -310,7 +328,7 @@ def test_values_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> 
     lines = [record(1), record(2, fake__loss=None), record(3)]
     folder = write_run(tmp_path / "run", lines)
     (found,) = read_runs([folder])
-    assert found.scalars["fake/loss"] == Series([1, 3], [0.251, 0.253], 1)
+    assert found.scalars["fake/loss"] == Scalar([1, 3], [0.251, 0.253], 1)
     assert "Left out: 1 that are not finite." in page_of(folder).text
 
 
@@ -328,9 +346,10 @@ def test_folders_that_are_no_runs_are_refused(tmp_path: Path, run: Path, capsys:
     assert not (tmp_path / "report.html").exists()
 
 
-def test_without_matplotlib_the_remedy_is_said(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawing, "find_spec", lambda name: None)
-    with pytest.raises(ConfigurationError, match=r"pip install .*\[report\]"):
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_without_a_package_the_remedy_is_said(run: Path, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "find_spec", lambda name: None if name == package else report)
+    with pytest.raises(ConfigurationError, match=rf"reports need {package}: pip install .*\[train\]"):
         write_report([run], run / "report.html")
 
 
@@ -379,7 +398,7 @@ def test_a_difference_is_judged_by_what_differs_from_log_to_log() -> None:
     common, own = torch.randn(2, 200, generator=generator, dtype=torch.float64)
 
     def of(values: torch.Tensor) -> RunRecord:
-        series = Series(list(range(len(values))), values.tolist(), 0)
+        series = Scalar(list(range(len(values))), values.tolist(), 0)
         return RunRecord(Path(), "", {}, [], {"loss": series}, [], [], [])
 
     found = figures.difference(of(common), of(common + 0.01 * own), "loss")
@@ -434,11 +453,11 @@ def test_times_are_means_without_what_is_done_once(tmp_path: Path) -> None:
 
 def test_long_runs_are_drawn_in_groups_and_the_page_says_so(tmp_path: Path) -> None:
     values = [float((7 * step) % 1000) for step in range(1000)]
-    curve = drawing.thin(Series(list(range(1000)), values, 0))
+    curve = curves.thin(Scalar(list(range(1000)), values, 0))
     assert curve.size == 4 and len(curve.steps) == 250
     assert (curve.steps[1], curve.values[1]) == (5.5, sum(values[4:8]) / 4)
     assert (curve.lowest[1], curve.highest[1]) == (min(values[4:8]), max(values[4:8]))
-    short = drawing.thin(Series([1, 2], [3.0, 4.0], 0))
+    short = curves.thin(Scalar([1, 2], [3.0, 4.0], 0))
     assert (short.steps, short.values, short.size) == ([1, 2], [3.0, 4.0], 1)
     page = page_of(write_run(tmp_path / "run", [{"step": step, "fake/loss": 1.0 + step % 3} for step in range(301)]))
     assert "Curves of more than 300 logs are drawn in groups" in page.text
@@ -450,7 +469,7 @@ def test_warnings_stand_on_the_curves_that_they_judge(tmp_path: Path) -> None:
     page = page_of(folder)
     assert ["▾1", "2", "fake-diverging", "fake/loss is 9"] in page.rows
     runs = read_runs([folder])
-    marked = [panel.title for panel in divergence_panels(runs) if "▾1" in drawing.draw_inline(panel, runs)]
+    marked = [panel.title for panel in divergence_panels(runs) if "▾1" in drawn_text(panel, runs)]
     assert marked == ["Loss of the teaching assistant"]
     # Of every rule there is a curve to look at, and an unknown warning is on all.
     panels = [*DIVERGENCE, *REWARD]
@@ -464,11 +483,11 @@ def test_axes_are_labelled_and_wide_ranges_logarithmic(tmp_path: Path) -> None:
     lines.append({"step": 4, "generator/reward/a<b": 1.0})
     runs = read_runs([write_run(tmp_path / "run", lines)])
     panels = [*reward_panels(runs), *divergence_panels(runs)]
-    drawn = {panel.title: drawing.draw_inline(panel, runs) for panel in panels}
+    drawn = {panel.title: drawn_text(panel, runs) for panel in panels}
     assert all("step (updates of the generator)" in svg for svg in drawn.values())
     assert "norm, logarithmic" in drawn["Gradient of the generator"]
     assert "logarithmic" not in drawn["Loss of the teaching assistant"]
-    assert 'aria-label="Part a&lt;b, reward by step"' in drawn["Part a<b"]
+    assert "Part a<b, reward by step" in page_of(runs[0].folder).values("alt")
     assert "Skipped updates" not in drawn
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from diffpp_fast import spreadsheet, terminal
 from diffpp_fast.cli import quiet
 from diffpp_fast.cli.main import main
-from diffpp_fast.evaluation.report import print_summary
+from diffpp_fast.evaluation.tables import print_summary
 from diffpp_fast.networks.lora import Adapters
 
 HOSTILE = "a\x1b[31mred\x07\r\u202egnp\u2066\x9b1m [red]apple[/] [/nothing]"
@@ -98,7 +98,7 @@ def test_a_formula_is_text_in_every_table(tmp_path: Path, text: str) -> None:
     writers = [file.name for file in sources if "csv.writer(" in (code := file.read_text()) or "DictWriter(" in code]
     # Those that write text of others; the other two hold figures, and names of the package's own.
     assert (
-        {"files.py", "step_tables.py"}
+        {"tables.py", "step_tables.py"}
         <= set(writers)
-        <= {"files.py", "step_tables.py", "reward_tables.py", "csv_file.py"}
+        <= {"tables.py", "step_tables.py", "reward_tables.py", "csv_file.py"}
     )

@@ -73,10 +73,10 @@ def test_each_gradient_only_where_needed(triton_backend: torch.device) -> None:
     x, scale, shift = modulated(2, 19, 5, device=triton_backend)
     rows, grad = scale.flatten(1), torch.randn(2, 19, 5, device=triton_backend)
     _, mean, rstd = kernels.forward(x, rows, shift.flatten(1), 1e-6)
-    every = kernels.backward(grad, x, mean, rstd, rows, (True, True, True))
+    every = kernels.backward(grad, x, mean, rstd, rows, True, True, True)
     for needs in ((True, False, False), (False, True, False), (False, False, True), (False, False, False)):
         for value, expected, needed in zip(
-            kernels.backward(grad, x, mean, rstd, rows, needs), every, needs, strict=True
+            kernels.backward(grad, x, mean, rstd, rows, *needs), every, needs, strict=True
         ):
             assert torch.equal(value, expected) if needed else value is None
 

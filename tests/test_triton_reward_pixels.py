@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffpp_fast import ops, use_backend
-from diffpp_fast.kernels.reference.reward_pixels import axis_matrix
+from diffpp_fast.ops.reward_pixels import axis_matrix
 from diffpp_fast.ops.triton import reward_pixels as kernels
 
 # The interpreter truncates casts to bfloat16 instead of rounding them.

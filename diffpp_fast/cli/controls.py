@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
 import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffpp_fast.cli.quiet import Stderr, hide_loading_bars
-from diffpp_fast.cli.train import add_unlock
+from diffpp_fast.cli.options import Commands, add_command, add_config, add_unlock
+from diffpp_fast.cli.quiet import show_log
+from diffpp_fast.errors import CheckpointError, ConfigurationError
 from diffpp_fast.terminal import say
 from diffpp_fast.user_paths import user_path
 
@@ -35,18 +35,12 @@ switch off, and report.html.
 """
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "controls",
-        help="train a configuration with and without reward and guidance",
-        description=DESCRIPTION,
-        epilog="What each control tells is in docs/reporting.md.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="paths in it are relative to its folder")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="as for `diffpp-fast train`"
-    )
+def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = add_command(
+        commands, "controls", run, help="train a configuration with and without reward and guidance",
+        description=DESCRIPTION, epilog="What each control tells is in docs/reporting.md.",
+    )  # fmt: skip
+    add_config(parser)
     parser.add_argument(
         "--resume", choices=["latest"], help="leave out what is complete, and go on with what was interrupted"
     )
@@ -58,7 +52,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="RUN",
         help="a complete run of the same configuration, which is not trained again",
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -80,9 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     refuse_foreign_report(Path(config.output) / "report.html")
 
     is_main = find_place(os.environ).rank == 0
-    logging.basicConfig(format="%(message)s", handlers=[Stderr()])
-    hide_loading_bars()
-    logging.getLogger("diffpp_fast").setLevel(logging.INFO)
+    show_log()
     tell = say if is_main else lambda _: None
     left_out = [name for name in NAMES if name not in {control.name for control in controls}]
     if left_out:
@@ -103,7 +94,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _chosen(controls: Sequence[Control], only: str | None) -> list[Control]:
-    from diffpp_fast.errors import ConfigurationError
     from diffpp_fast.training.launch import find_place
 
     names = ", ".join(control.name for control in controls)
@@ -118,9 +108,7 @@ def _chosen(controls: Sequence[Control], only: str | None) -> list[Control]:
 
 
 def _check(control: Control, arguments: argparse.Namespace, complete: bool | None) -> bool:
-    """Whether there is nothing left to do for this run; `complete` is None where nothing has been done yet."""
-    from diffpp_fast.errors import CheckpointError
-
+    """Whether this run is complete; refuse one that may not go on. `complete` is None where nothing is done yet."""
     if control.folder == arguments.full:
         if not complete:
             raise CheckpointError(f"--full {arguments.full}: it is no complete run: train it to its end first")
@@ -134,7 +122,7 @@ def _check(control: Control, arguments: argparse.Namespace, complete: bool | Non
 def _train(control: Control, arguments: argparse.Namespace) -> Outcome:
     from diffpp_fast.training.trainer import Trainer
 
-    # What the run before has left goes first: a trainer's listeners know it and it knows them.
+    # The run before leaves cycles of references: a trainer's listeners know it and it knows them.
     gc.collect()
     return Trainer(control.config, resume=arguments.resume, unlock=arguments.unlock).run()
 

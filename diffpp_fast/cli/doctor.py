@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from diffpp_fast.cli.options import Commands, add_command
 from diffpp_fast.terminal import say
 
 if TYPE_CHECKING:
@@ -30,14 +31,8 @@ PACKAGES = (
 )
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "doctor",
-        help="show versions, devices and backends",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
+def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
+    add_command(commands, "doctor", run, help="show versions, devices and backends", description=DESCRIPTION)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -74,7 +69,7 @@ def _print_build() -> None:
 
 
 def _print_operators(device: torch.device) -> list[str]:
-    """One line per operator, one column per backend, the reasons below. Returns what failed its self-test."""
+    """Print a line per operator and a column per backend, the reasons below; return the failures of self-tests."""
     from diffpp_fast.bench import selftest
     from diffpp_fast.kernels import dispatch
 

@@ -7,7 +7,9 @@ import os
 import time
 from pathlib import Path
 
+from diffpp_fast.cli.options import Commands, add_command, add_config, positive
 from diffpp_fast.cli.quiet import hide_loading_bars
+from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.terminal import say
 from diffpp_fast.user_paths import user_path
 
@@ -23,31 +25,23 @@ Started again it goes on where it was stopped: shards that are complete stay.
 """
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "embed",
-        help="write the prompts' text embeddings to the disk",
-        description=DESCRIPTION,
+def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = add_command(
+        commands, "embed", run, help="write the prompts' text embeddings to the disk", description=DESCRIPTION,
         epilog="docs/prompts.md tells what they take and what they are checked against.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="paths in it are relative to its folder")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="as for `diffpp-fast train`"
-    )
+    )  # fmt: skip
+    add_config(parser)
     parser.add_argument(
         "--out", type=user_path, metavar="FOLDER", help="default: the configuration's prompts.embeddings"
     )
     parser.add_argument(
         "--batch",
-        type=_positive,
+        type=positive,
         help="prompts that are encoded together (16). The last bits of their embeddings depend on it",
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from diffpp_fast.errors import ConfigurationError
     from diffpp_fast.training.build.embeddings import embedding_facts, listed_grid_prompts
     from diffpp_fast.training.build.text import load_text
     from diffpp_fast.training.distributed import choose_device
@@ -85,10 +79,3 @@ def run(arguments: argparse.Namespace) -> int:
             say(f"{who}shard {kept + number} of {len(writer.shards)}, {speed:.0f} prompts/s")
     say(f"{who}done. Train with prompts.embeddings={folder}")
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

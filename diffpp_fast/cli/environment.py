@@ -1,4 +1,4 @@
-"""Variables of the environment that decide about a run, checked before it begins."""
+"""Checks of the environment variables that decide about a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from diffpp_fast.errors import ConfigurationError
 
 #: Numbers of threads, which libraries take as they are or crash on.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-#: What launchers set: whole numbers.
+#: Whole numbers that launchers set.
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
 

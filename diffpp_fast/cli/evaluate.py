@@ -6,8 +6,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffpp_fast.cli.options import (
+    Commands,
+    add_command,
+    add_generator,
+    check_addresses,
+    find_generator,
+    positive,
+)
 from diffpp_fast.cli.quiet import hide_loading_bars
-from diffpp_fast.cli.sample import add_surroundings, check_addresses, positive
+from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.terminal import say
 from diffpp_fast.user_paths import user_path
 
@@ -15,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from diffpp_fast.evaluation.distances import Distances
-    from diffpp_fast.evaluation.models import Source
+    from diffpp_fast.evaluation.models import ModelSource
 
 DESCRIPTION = """\
 Scores generators: each draws the same prompts at the same latents, and what it draws is scored.
@@ -33,14 +41,11 @@ configurations name it, file.py:name or module:name.
 """
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "evaluate",
-        help="score generators on the same prompts and latents",
-        description=DESCRIPTION,
+def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = add_command(
+        commands, "evaluate", run, help="score generators on the same prompts and latents", description=DESCRIPTION,
         epilog="What each metric computes, and how published tables compare: docs/evaluation.md.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    )  # fmt: skip
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="or NAME=MODEL, for the tables")
     add("--prompts", required=True, metavar="FILE", help="as a run reads them, or HPSv2's, PartiPrompts, MS-COCO's")
@@ -59,14 +64,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--first-sample", type=int, default=0, metavar="N", help="sample number of the first prompt (0)")
     add("--batch", type=positive, default=8, metavar="N", help="pictures that are drawn and scored at a time (8)")
     add("--no-images", dest="images", action="store_false", help="keep no picture but the grid")
-    add_surroundings(parser)
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--dtype", choices=["float32", "bfloat16"], help="that generators compute in (the run's)")
-    parser.set_defaults(run=run)
+    add_generator(parser, dtype="that generators compute in (the run's)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from diffpp_fast.evaluation.files import refuse_used_folder
+    from diffpp_fast.evaluation.tables import refuse_used_folder
     from diffpp_fast.training.lock import FolderLock
 
     refuse_used_folder(arguments.output)
@@ -81,10 +83,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     from diffpp_fast.evaluation.metrics import Scores, parse_metrics
     from diffpp_fast.evaluation.models import refuse_equal_names
-    from diffpp_fast.evaluation.plan import SEED, STRIDE, Plan
+    from diffpp_fast.evaluation.pictures import SEED, STRIDE, EvaluationPlan
     from diffpp_fast.evaluation.prompts import read_prompts
-    from diffpp_fast.evaluation.report import print_summary
     from diffpp_fast.evaluation.run import evaluate
+    from diffpp_fast.evaluation.tables import print_summary
     from diffpp_fast.training.distributed import choose_device
 
     seed = SEED if arguments.seed is None else arguments.seed
@@ -95,7 +97,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     refuse_equal_names(sources)
     hide_loading_bars()
     device = choose_device(arguments.device)
-    plan = Plan(
+    plan = EvaluationPlan(
         sources=sources,
         prompts=prompts,
         prompt_file=arguments.prompts,
@@ -121,24 +123,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _source(text: str, arguments: argparse.Namespace) -> Source:
-    from diffpp_fast.evaluation.models import find_source
-
+def _source(text: str, arguments: argparse.Namespace) -> ModelSource:
     name, equals, path = text.partition("=")
     named = bool(equals) and "/" not in name and not Path(text).exists()
-    return find_source(
-        Path(path if named else text),
-        name=name if named else None,
-        which=arguments.checkpoint,
-        config=arguments.config,
-        base=arguments.base,
-        precision=arguments.dtype,
-        overrides=arguments.override,
-    )
+    return find_generator(Path(path if named else text), arguments, name if named else None)
 
 
 def _distances(names: list[str], arguments: argparse.Namespace, device: torch.device) -> Distances:
-    from diffpp_fast.errors import ConfigurationError
     from diffpp_fast.evaluation.distances import Distances
     from diffpp_fast.evaluation.inception import load_inception
 

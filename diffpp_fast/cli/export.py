@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from diffpp_fast.cli.options import Commands, add_command, add_override
 from diffpp_fast.cli.quiet import hide_loading_bars
-from diffpp_fast.cli.sample import add_override
+from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.terminal import say
 from diffpp_fast.user_paths import user_path
 
@@ -23,12 +24,9 @@ With --pipeline it is a whole pipeline, which DiffusionPipeline.from_pretrained 
 """
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "export",
-        help="write a trained generator in diffusers' format",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = add_command(
+        commands, "export", run, help="write a trained generator in diffusers' format", description=DESCRIPTION
     )
     parser.add_argument(
         "source", type=user_path, metavar="RUN", help="a run's output folder, or one of its checkpoints"
@@ -44,11 +42,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--pipeline", action="store_true", help="the whole pipeline of the run's models.base")
     add_override(parser)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from diffpp_fast.errors import ConfigurationError
     from diffpp_fast.training.export import refuse_foreign_folder
     from diffpp_fast.training.output import lock_target
 
@@ -63,7 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _export(out: Path, arguments: argparse.Namespace) -> int:
     import torch
 
-    from diffpp_fast.errors import ConfigurationError
     from diffpp_fast.training.export import export_generator, export_pipeline, find_weights, warn_of_changed_base
     from diffpp_fast.training.one_step_scheduler import latents_scale
     from diffpp_fast.training.output import refuse_inputs

@@ -1,4 +1,4 @@
-"""`diffpp-fast`: the entry point. What a subcommand needs is imported when it runs."""
+"""`diffpp-fast`: the entry point. Every subcommand imports its packages when it runs."""
 
 from __future__ import annotations
 
@@ -35,8 +35,11 @@ Aligns one-step text-to-image generators with a reward (Diff-Instruct++), from p
 """
 EPILOG = "`diffpp-fast COMMAND --help` tells more. The configuration is explained key by key in docs/training.md."
 
-#: What the extra `train` brings; operators and methods do without.
-TRAIN_PACKAGES = ("diffusers", "transformers", "safetensors", "pydantic", "yaml", "PIL", "rich", "tensorboard", "ftfy")
+#: Packages of the extra `train`; operators and methods do without.
+TRAIN_PACKAGES = (
+    "diffusers", "transformers", "safetensors", "pydantic", "yaml", "PIL", "rich", "tensorboard", "ftfy", "jinja2",
+    "matplotlib",
+)  # fmt: skip
 
 #: With this in the environment, errors come with the place in the code.
 TRACEBACK = "DIFFPP_FAST_TRACEBACK"
@@ -53,7 +56,7 @@ def run() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand. Returns the exit code: 0, 2 for a user's error, 128 + n after signal n."""
+    """Run a subcommand and return the exit code: 0, 2 for a user's error, 128 + n after signal n."""
     open_streams()
     try:
         return _main(argv)

@@ -1,4 +1,4 @@
-"""Quiet for what is said beside a run's own line on the terminal."""
+"""The terminal of a run: its log above its own line, and libraries quiet."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from contextlib import suppress
 
 from diffpp_fast.terminal import complain
 
-#: Loggers of libraries that warn of what is not used here: bitsandbytes, which diffusers imports, of its 4-bit kernels,
-#: and transformers of a torchvision without which its image processors work as well.
+#: Loggers of libraries whose warnings concern nothing here: bitsandbytes, which diffusers imports, warns of its 4-bit
+#: kernels, and transformers of a torchvision without which its image processors work as well.
 CHATTY = ("bitsandbytes.backends.cpu.ops", "transformers.utils.import_utils")
 
 
 class Stderr(logging.Handler):
     """Logs to what `sys.stderr` is at the time: while a live line is shown, that is the place above it.
 
-    A sentence that was just said is not said again, and one that only informs, of another network say, never.
+    A warning is not repeated right after itself, and information never: several networks give the same.
     """
 
     def __init__(self) -> None:
@@ -36,15 +36,15 @@ class Stderr(logging.Handler):
 
 
 def silence_libraries() -> None:
-    """Keep libraries from saying what concerns their own authors; `python -W default` shows it all the same.
+    """Keep libraries from warnings that concern their own authors; `python -W default` shows them all the same.
 
-    To be called before they are imported.
+    Call it before they are imported.
     """
     if sys.warnoptions:
         return
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Names that diffusers, DeepSpeed and torch are going to change between them, said at every call.
+    # diffusers, DeepSpeed and torch warn at every call of names that they are going to change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|deepspeed|torch|transformers|peft)\.")
     # Generator and fake score may have adapters on one network.
     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute", category=UserWarning)
@@ -52,7 +52,7 @@ def silence_libraries() -> None:
 
 
 def open_streams() -> None:
-    """Make standard streams that can be written to, whatever the shell has closed."""
+    """Open standard streams that can be written to, whatever the shell has closed."""
     # The next file that is opened would get a closed stream's number, and what libraries print would go into it.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -62,7 +62,7 @@ def open_streams() -> None:
 
 
 def drop_output() -> None:
-    """Let what is still to be printed go nowhere if there is no reader, or the interpreter would fail at its end."""
+    """Drop output that nobody reads any more, or the interpreter would fail at its end."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -71,8 +71,15 @@ def drop_output() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def show_log() -> None:
+    """Show the package's log on stderr, and hide progress bars that would break into the run's own line."""
+    logging.basicConfig(format="%(message)s", handlers=[Stderr()])
+    hide_loading_bars()
+    logging.getLogger("diffpp_fast").setLevel(logging.INFO)
+
+
 def hide_loading_bars() -> None:
-    """No progress bars for reading weights, which would break into the run's own line."""
+    """Hide the progress bars of reading weights."""
     import diffusers
     import transformers
 

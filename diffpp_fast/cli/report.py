@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from diffpp_fast.cli.options import Commands, add_command
 from diffpp_fast.terminal import say
 from diffpp_fast.user_paths import user_path
 
@@ -21,14 +22,11 @@ curves and pictures are beside the page as PNGs, too. A run may still be going, 
 """
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "report",
-        help="write a page about runs",
-        description=DESCRIPTION,
+def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = add_command(
+        commands, "report", run, help="write a page about runs", description=DESCRIPTION,
         epilog="How to read it is in docs/reporting.md.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    )  # fmt: skip
     parser.add_argument(
         "runs", nargs="+", type=user_path, metavar="RUN", help="the output folder of a run or of controls"
     )
@@ -38,7 +36,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="FILE.html",
         help="the page to write; default: report.html in the folder, of several folders in the working directory",
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,14 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffpp_fast.cli.options import (
+    Commands,
+    add_command,
+    add_generator,
+    check_addresses,
+    find_generator,
+    positive,
+)
 from diffpp_fast.cli.quiet import hide_loading_bars
+from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.terminal import say
 from diffpp_fast.user_paths import user_path
 
 if TYPE_CHECKING:
     import torch
 
-    from diffpp_fast.evaluation.models import Model
+    from diffpp_fast.evaluation.models import LoadedModel
 
 DESCRIPTION = """\
 Draws pictures with a trained generator: one row per prompt, one column per latent.
@@ -32,14 +41,11 @@ A picture is a function of the weights, its prompt, the seed and its sample numb
 MOST_CELLS = 4096
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "sample",
-        help="draw pictures with a trained generator",
-        description=DESCRIPTION,
+def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = add_command(
+        commands, "sample", run, help="draw pictures with a trained generator", description=DESCRIPTION,
         epilog="Exported generators, prompt files and the text in the files: docs/evaluation.md.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    )  # fmt: skip
     parser.add_argument("prompts", nargs="*", metavar="PROMPT")
     parser.add_argument(
         "--prompts", dest="prompt_file", metavar="FILE", help="prompts in any format that a run reads, instead"
@@ -54,7 +60,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="a run's output folder, or one of its checkpoints; default: the run under runs/ that saved last",
     )
     which.add_argument("--model", type=user_path, metavar="FOLDER", help="a folder that `diffpp-fast export` wrote")
-    add_surroundings(parser)
+    add_generator(parser, dtype="that networks compute in (the run's)")
     parser.add_argument(
         "--out", "--grid", type=user_path, metavar="FILE.png",
         help="all pictures as one (samples.png; none where --images is given alone)",
@@ -64,36 +70,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--seed", type=int, default=0, help="of the latents (0)")
     parser.add_argument("--first-sample", type=int, default=0, metavar="N", help="sample number of column 1 (0)")
     parser.add_argument("--batch", type=positive, metavar="N", help="pictures that are computed at a time (--count)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="that networks compute in (the run's)")
-    parser.set_defaults(run=run)
-
-
-def add_surroundings(parser: argparse.ArgumentParser) -> None:
-    """The options that say what a generator's folder leaves open."""
-    parser.add_argument(
-        "--checkpoint",
-        choices=["latest", "best"],
-        default="latest",
-        help="of a run's checkpoints the newest, or the best by its training.keep_best (latest)",
-    )
-    parser.add_argument(
-        "--config", type=user_path, metavar="CONFIG.yaml", help="names text encoder and decoder of an exported network"
-    )
-    parser.add_argument("--base", metavar="PIPELINE", help="has them, in diffusers' format, instead of --config")
-    add_override(parser)
-
-
-def add_override(parser: argparse.ArgumentParser) -> None:
-    """The option that changes what a run's configuration says, e.g. where its models are now."""
-    parser.add_argument(
-        "--override", action="append", default=[], metavar="section.key=value",
-        help="replaces a value of the run's configuration, e.g. models.base=FOLDER where the models have moved",
-    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from diffpp_fast.evaluation.models import find_source
     from diffpp_fast.evaluation.pictures import refuse_foreign_pictures
     from diffpp_fast.training.distributed import choose_device
 
@@ -101,45 +80,48 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = _prompts(arguments)
     grid = arguments.out or (None if arguments.images else Path("samples.png"))
     _check_grid(grid, len(prompts) * arguments.count)
-    places = [divmod(place, arguments.count) for place in range(len(prompts) * arguments.count)]
-    single = [] if arguments.images is None else [_file_of(arguments.images, *place) for place in places]
+    cells = [divmod(cell, arguments.count) for cell in range(len(prompts) * arguments.count)]
+    single = [] if arguments.images is None else [_file_of(arguments.images, *cell) for cell in cells]
     refuse_foreign_pictures([*single, *([] if grid is None else [grid])])
-    source = find_source(
-        arguments.model or arguments.source,
-        which=arguments.checkpoint,
-        config=arguments.config,
-        base=arguments.base,
-        precision=arguments.dtype,
-        overrides=arguments.override,
-    )
+    source = find_generator(arguments.model or arguments.source, arguments)
     say(f"weights: {source.origin}")
     hide_loading_bars()
     model = source.load(choose_device(arguments.device))
-    cells = _draw(model, prompts, arguments, keep=grid is not None)
+    drawn = _draw(model, prompts, cells, arguments, keep=grid is not None)
     if arguments.images is not None:
         say(f"pictures: {arguments.images}")
     if grid is not None:
-        _write_grid(grid, cells, model, prompts, arguments)
+        _write_grid(grid, drawn, model, prompts, arguments)
         say(f"pictures: {grid}")
     return 0
 
 
-def _draw(model: Model, prompts: Sequence[str], arguments: argparse.Namespace, *, keep: bool) -> list[torch.Tensor]:
-    """Writes the pictures where they are wanted one by one, batch by batch; returns them if they are to be kept."""
+def _draw(
+    model: LoadedModel,
+    prompts: Sequence[str],
+    cells: Sequence[tuple[int, int]],
+    arguments: argparse.Namespace,
+    *,
+    keep: bool,
+) -> list[torch.Tensor]:
+    """Draw batch by batch and write every picture if --images asks for them; return them if they are to be kept.
+
+    `cells`: each picture's prompt number and column.
+    """
     from diffpp_fast.evaluation.pictures import draw, facts_of
     from diffpp_fast.training.grids import write_png
 
-    kept, count, batch = [], arguments.count, arguments.batch or arguments.count
-    for start in range(0, len(prompts) * count, batch):
-        places = [divmod(place, count) for place in range(start, min(start + batch, len(prompts) * count))]
-        texts = [prompts[number] for number, _ in places]
-        samples = [arguments.first_sample + column for _, column in places]
+    kept, batch = [], arguments.batch or arguments.count
+    for start in range(0, len(cells), batch):
+        part = cells[start : start + batch]
+        texts = [prompts[number] for number, _ in part]
+        samples = [arguments.first_sample + column for _, column in part]
         pictures = draw(model, texts, samples, seed=arguments.seed)
         if keep:
             kept.append(pictures)
         if arguments.images is not None:
-            for (number, column), text, sample, picture in zip(places, texts, samples, pictures, strict=True):
-                file = _file_of(arguments.images, number, column)
+            for cell, text, sample, picture in zip(part, texts, samples, pictures, strict=True):
+                file = _file_of(arguments.images, *cell)
                 write_png(file, picture.permute(1, 2, 0), facts_of(model, text, seed=arguments.seed, sample=sample))
     return kept
 
@@ -149,7 +131,7 @@ def _file_of(folder: Path, number: int, column: int) -> Path:
 
 
 def _write_grid(
-    path: Path, cells: Sequence[torch.Tensor], model: Model, prompts: Sequence[str], arguments: argparse.Namespace
+    path: Path, drawn: Sequence[torch.Tensor], model: LoadedModel, prompts: Sequence[str], arguments: argparse.Namespace
 ) -> None:
     import torch
 
@@ -163,11 +145,10 @@ def _write_grid(
         "first_sample": str(arguments.first_sample),
         "columns": str(arguments.count),
     }
-    write_png(path, tile_bytes(torch.cat(list(cells)), columns=arguments.count), facts)
+    write_png(path, tile_bytes(torch.cat(list(drawn)), columns=arguments.count), facts)
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
-    from diffpp_fast.errors import ConfigurationError
     from diffpp_fast.evaluation.prompts import read_prompts
 
     if bool(arguments.prompts) == (arguments.prompt_file is not None):
@@ -178,26 +159,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 
 
 def _check_grid(grid: Path | None, cells: int) -> None:
-    from diffpp_fast.errors import ConfigurationError
-
     if grid is not None and grid.suffix.lower() != ".png":
         raise ConfigurationError(f"--grid {grid}: must be a file that ends in .png; --images takes a folder")
     if grid is not None and cells > MOST_CELLS:
         raise ConfigurationError(f"a grid of {cells} pictures is too large: write them into a folder, --images FOLDER")
-
-
-def check_addresses(seed: int, first_sample: int, count: int) -> None:
-    """Raises ConfigurationError for numbers that address no latent."""
-    from diffpp_fast.errors import ConfigurationError
-
-    if not 0 <= seed < 2**64:
-        raise ConfigurationError(f"--seed must be in [0, 2^64), got {seed}")
-    if not 0 <= first_sample <= 2**63 - count:
-        raise ConfigurationError(f"--first-sample must be in [0, 2^63 - {count}], got {first_sample}")
-
-
-def positive(text: str) -> int:
-    """An argument of the command line that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1 up, got {text}")
-    return int(text)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import shlex
 import sys
 
+from diffpp_fast.cli.options import Commands, add_command, add_config, add_unlock
 from diffpp_fast.cli.plan import add_machine, print_plan_of
-from diffpp_fast.cli.quiet import Stderr, hide_loading_bars
+from diffpp_fast.cli.quiet import show_log
 from diffpp_fast.terminal import printable, say
 
 DESCRIPTION = """\
@@ -26,21 +26,13 @@ What no run has written is not replaced, and one run at a time writes into a fol
 """
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "train",
-        help="train a one-step generator from a configuration",
-        description=DESCRIPTION,
+def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = add_command(
+        commands, "train", run, help="train a one-step generator from a configuration", description=DESCRIPTION,
         epilog="The configuration is explained key by key in docs/training.md.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="paths in it are relative to its folder")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="section.key=value",
-        help="replaces a value of the configuration, written as in YAML; paths are relative to the working directory",
+    )  # fmt: skip
+    add_config(
+        parser, "replaces a value of the configuration, written as in YAML; paths are relative to the working directory"
     )
     parser.add_argument(
         "--resume",
@@ -63,15 +55,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="build the networks without numbers, print what the run would take (as `diffpp-fast plan`) and stop",
     )
     add_machine(parser.add_argument_group("with --dry-run"))
-    parser.set_defaults(run=run)
-
-
-def add_unlock(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--unlock",
-        action="store_true",
-        help="write into the output folder although a process on another machine may be doing so: only if it is gone",
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -92,9 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from diffpp_fast.training.trainer import Trainer
 
-    logging.basicConfig(format="%(message)s", handlers=[Stderr()])
-    hide_loading_bars()
-    logging.getLogger("diffpp_fast").setLevel(logging.INFO)
+    show_log()
     accepted = [name for name in arguments.accept_changed.split(",") if name]
     trainer = Trainer(config, resume=arguments.resume, accept_changed=accepted, unlock=arguments.unlock)
     complete = trainer.step >= config.training.steps

@@ -27,17 +27,17 @@ MEANINGS = {
 
 
 class Distances:
-    """FID and KID of a model at a time to the same reference pictures.
+    """FID and KID of one model at a time to the same reference pictures.
 
-    Features are computed once for both, in float32, and kept in float64: 16 KiB for a picture. What is made of them is
-    torchmetrics', in float64.
+    Features are computed once for both, in float32, and kept in float64: 16 KiB for a picture. torchmetrics makes
+    distances of them, in float64.
 
     Args:
         names: "fid", "kid" or both.
         features: pictures uint8 [B, 3, H, W] -> [B, F], usually an `Inception`.
         reference: a folder with pictures, also in folders in it; their sizes may differ.
         batch: pictures whose features are computed at a time.
-        device: of `features`.
+        device: where `features` computes.
         width: F.
 
     Raises ConfigurationError where torchmetrics is missing, or the folder has no pictures.
@@ -64,11 +64,11 @@ class Distances:
             self._add(pictures, real=True)
 
     def add(self, pictures: Tensor) -> None:
-        """Pictures of the model, uint8 [B, 3, H, W]."""
+        """Take in pictures of the model, uint8 [B, 3, H, W]."""
         self._add(pictures, real=False)
 
     def result(self) -> dict[str, dict[str, float]]:
-        """The distances of the pictures since the last `forget_model`, by name: "value", and of KID "std".
+        """Return the distances of the pictures since the last `forget_model`, by name: "value", and for KID "std".
 
         Raises ConfigurationError for a single picture, which has no spread.
         """
@@ -94,13 +94,13 @@ class Distances:
         }
 
     def forget_model(self) -> None:
-        """Makes room for the next model; the reference stays."""
+        """Make room for the next model; the reference stays."""
         self._counts["model"] = 0
         for metric in self._metrics.values():
             metric.reset()
 
     def facts(self) -> dict[str, dict[str, Any]]:
-        """Say what each distance is, for the record."""
+        """Return facts about each distance, for the record."""
         return {
             name: {
                 "meaning": MEANINGS[name],
@@ -131,7 +131,7 @@ def _metrics(names: Sequence[str], width: int) -> dict[str, Any]:
         ) from None
 
     class Passed(nn.Identity):
-        """Features instead of pictures: they are there already."""
+        """Takes features in place of pictures: they are computed already."""
 
         num_features = width
 
@@ -156,7 +156,7 @@ def _find_pictures(folder: Path) -> list[Path]:
 
 
 def _batches(files: Sequence[Path], batch: int) -> Iterator[Tensor]:
-    """Pictures of one size that follow each other, at most `batch` at a time."""
+    """Yield pictures of one size that follow each other, at most `batch` at a time."""
     same: list[Tensor] = []
     for file in files:
         picture = read_picture(file)

@@ -27,7 +27,7 @@ PREPROCESSING = (
 )
 
 
-class Step(NamedTuple):
+class Conv(NamedTuple):
     """A convolution by the name that the file has for it."""
 
     name: str
@@ -36,66 +36,56 @@ class Step(NamedTuple):
     stride: int = 1
 
 
-#: Steps in a row; a tuple of steps at its end are side by side.
-Branch = tuple[Step | tuple[Step, ...], ...]
+#: Convolutions in a row; a tuple of them at its end are side by side.
+Branch = tuple[Conv | tuple[Conv, ...], ...]
 
 
-def _to_the_side(name: str, channels: int) -> tuple[Step, Step]:
-    return Step(f"{name}a", channels, (1, 3)), Step(f"{name}b", channels, (3, 1))
+def _crossed(name: str, channels: int) -> tuple[Conv, Conv]:
+    return Conv(f"{name}a", channels, (1, 3)), Conv(f"{name}b", channels, (3, 1))
 
 
 def _block_a(pooled: int) -> tuple[Branch, ...]:
     return (
-        (Step("branch1x1", 64),),
-        (Step("branch5x5_1", 48), Step("branch5x5_2", 64, (5, 5))),
-        (
-            Step("branch3x3dbl_1", 64),
-            Step("branch3x3dbl_2", 96, (3, 3)),
-            Step("branch3x3dbl_3", 96, (3, 3)),
-        ),
-        (Step("branch_pool", pooled),),
+        (Conv("branch1x1", 64),),
+        (Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, (5, 5))),
+        (Conv("branch3x3dbl_1", 64), Conv("branch3x3dbl_2", 96, (3, 3)), Conv("branch3x3dbl_3", 96, (3, 3))),
+        (Conv("branch_pool", pooled),),
     )
 
 
 def _block_c(inner: int) -> tuple[Branch, ...]:
-    wide, high = (1, 7), (7, 1)
+    double = [Conv(f"branch7x7dbl_{n}", inner, (7, 1) if n % 2 == 0 else (1, 7)) for n in (2, 3, 4)]
     return (
-        (Step("branch1x1", 192),),
-        (Step("branch7x7_1", inner), Step("branch7x7_2", inner, wide), Step("branch7x7_3", 192, high)),
-        (
-            Step("branch7x7dbl_1", inner),
-            Step("branch7x7dbl_2", inner, high),
-            Step("branch7x7dbl_3", inner, wide),
-            Step("branch7x7dbl_4", inner, high),
-            Step("branch7x7dbl_5", 192, wide),
-        ),
-        (Step("branch_pool", 192),),
+        (Conv("branch1x1", 192),),
+        (Conv("branch7x7_1", inner), Conv("branch7x7_2", inner, (1, 7)), Conv("branch7x7_3", 192, (7, 1))),
+        (Conv("branch7x7dbl_1", inner), *double, Conv("branch7x7dbl_5", 192, (1, 7))),
+        (Conv("branch_pool", 192),),
     )
 
 
 BLOCK_B: tuple[Branch, ...] = (
-    (Step("branch3x3", 384, (3, 3), 2),),
-    (Step("branch3x3dbl_1", 64), Step("branch3x3dbl_2", 96, (3, 3)), Step("branch3x3dbl_3", 96, (3, 3), 2)),
+    (Conv("branch3x3", 384, (3, 3), 2),),
+    (Conv("branch3x3dbl_1", 64), Conv("branch3x3dbl_2", 96, (3, 3)), Conv("branch3x3dbl_3", 96, (3, 3), 2)),
 )
 BLOCK_D: tuple[Branch, ...] = (
-    (Step("branch3x3_1", 192), Step("branch3x3_2", 320, (3, 3), 2)),
+    (Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, (3, 3), 2)),
     (
-        Step("branch7x7x3_1", 192),
-        Step("branch7x7x3_2", 192, (1, 7)),
-        Step("branch7x7x3_3", 192, (7, 1)),
-        Step("branch7x7x3_4", 192, (3, 3), 2),
+        Conv("branch7x7x3_1", 192),
+        Conv("branch7x7x3_2", 192, (1, 7)),
+        Conv("branch7x7x3_3", 192, (7, 1)),
+        Conv("branch7x7x3_4", 192, (3, 3), 2),
     ),
 )
 BLOCK_E: tuple[Branch, ...] = (
-    (Step("branch1x1", 320),),
-    (Step("branch3x3_1", 384), _to_the_side("branch3x3_2", 384)),
-    (Step("branch3x3dbl_1", 448), Step("branch3x3dbl_2", 384, (3, 3)), _to_the_side("branch3x3dbl_3", 384)),
-    (Step("branch_pool", 192),),
+    (Conv("branch1x1", 320),),
+    (Conv("branch3x3_1", 384), _crossed("branch3x3_2", 384)),
+    (Conv("branch3x3dbl_1", 448), Conv("branch3x3dbl_2", 384, (3, 3)), _crossed("branch3x3dbl_3", 384)),
+    (Conv("branch_pool", 192),),
 )
 
 
-class Norm(nn.Module):
-    """Batch normalisation by the statistics of training. torch's own would also want to know how long that was."""
+class FixedNorm(nn.Module):
+    """Batch normalisation by the statistics of training. torch's own asks files for the number of training steps."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -108,27 +98,27 @@ class Norm(nn.Module):
         return F.batch_norm(x, mean, variance, self.weight, self.bias, eps=0.001)
 
 
-class Convolution(nn.Module):
+class NormalizedConv(nn.Module):
     """Convolution, batch normalisation, ReLU."""
 
-    def __init__(self, channels: int, step: Step, *, padded: bool = True) -> None:
+    def __init__(self, channels: int, conv: Conv, *, padded: bool = True) -> None:
         super().__init__()
-        height, width = step.kernel
-        padding = (height // 2, width // 2) if padded and step.stride == 1 else (0, 0)
-        self.conv = nn.Conv2d(channels, step.channels, step.kernel, step.stride, padding, bias=False)
-        self.bn = Norm(step.channels)
+        height, width = conv.kernel
+        padding = (height // 2, width // 2) if padded and conv.stride == 1 else (0, 0)
+        self.conv = nn.Conv2d(channels, conv.channels, conv.kernel, conv.stride, padding, bias=False)
+        self.bn = FixedNorm(conv.channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)))
 
 
 class Mixed(nn.Module):
-    """Branches beside each other, their channels in a row; the last is pooled first, or is the pool alone.
+    """Branches side by side, their channels concatenated. A pool comes before the last branch, or is a branch itself.
 
     Args:
-        channels: of the input.
-        branches: of convolutions.
-        pool: "average" or "max", at full resolution, in front of the last branch; None: a branch more, a maximum pool
+        channels: the input's channels.
+        branches: convolutions.
+        pool: "average" or "max", at full resolution, before the last branch; None: one branch more, a maximum pool
             that halves the resolution as the other branches do.
     """
 
@@ -137,11 +127,10 @@ class Mixed(nn.Module):
         self.branches, self.pool = branches, pool
         for branch in branches:
             width = channels
-            for step in branch:
-                parallel = (step,) if isinstance(step, Step) else step
-                for each in parallel:
-                    self.add_module(each.name, Convolution(width, each))
-                width = sum(each.channels for each in parallel)
+            for parallel in map(_as_tuple, branch):
+                for conv in parallel:
+                    self.add_module(conv.name, NormalizedConv(width, conv))
+                width = sum(conv.channels for conv in parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = [self._run(branch, x) for branch in (self.branches if self.pool is None else self.branches[:-1])]
@@ -155,22 +144,25 @@ class Mixed(nn.Module):
         return torch.cat(outputs, 1)
 
     def _run(self, branch: Branch, x: Tensor) -> Tensor:
-        for step in branch:
-            parallel = (step,) if isinstance(step, Step) else step
-            x = torch.cat([self.get_submodule(each.name)(x) for each in parallel], 1)
+        for parallel in map(_as_tuple, branch):
+            x = torch.cat([self.get_submodule(conv.name)(x) for conv in parallel], 1)
         return x
 
 
+def _as_tuple(convs: Conv | tuple[Conv, ...]) -> tuple[Conv, ...]:
+    return (convs,) if isinstance(convs, Conv) else convs
+
+
 class Inception(nn.Module):
-    """Pictures -> their 2048 features behind the last average pool."""
+    """The network up to the last average pool: pictures -> 2048 features."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = Convolution(3, Step("", 32, (3, 3), 2))
-        self.Conv2d_2a_3x3 = Convolution(32, Step("", 32, (3, 3)), padded=False)
-        self.Conv2d_2b_3x3 = Convolution(32, Step("", 64, (3, 3)))
-        self.Conv2d_3b_1x1 = Convolution(64, Step("", 80))
-        self.Conv2d_4a_3x3 = Convolution(80, Step("", 192, (3, 3)), padded=False)
+        self.Conv2d_1a_3x3 = NormalizedConv(3, Conv("", 32, (3, 3), 2))
+        self.Conv2d_2a_3x3 = NormalizedConv(32, Conv("", 32, (3, 3)), padded=False)
+        self.Conv2d_2b_3x3 = NormalizedConv(32, Conv("", 64, (3, 3)))
+        self.Conv2d_3b_1x1 = NormalizedConv(64, Conv("", 80))
+        self.Conv2d_4a_3x3 = NormalizedConv(80, Conv("", 192, (3, 3)), padded=False)
         self.Mixed_5b = Mixed(192, _block_a(32), "average")
         self.Mixed_5c = Mixed(256, _block_a(64), "average")
         self.Mixed_5d = Mixed(288, _block_a(64), "average")
@@ -184,7 +176,7 @@ class Inception(nn.Module):
         self.Mixed_7c = Mixed(2048, BLOCK_E, "max")
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """pictures uint8 [B, 3, H, W] -> [B, 2048] in the dtype of the weights."""
+        """Return features [B, 2048] of pictures uint8 [B, 3, H, W], in the dtype of the weights."""
         dtype = self.Conv2d_1a_3x3.conv.weight.dtype
         x = (resize(pictures.to(dtype), SIDE) - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
@@ -196,9 +188,9 @@ class Inception(nn.Module):
 
 
 def load_inception(path: Path | None, device: torch.device) -> Inception:
-    """The network with weights of a file; None: where torch-fidelity keeps it, if it is there.
+    """Return the network with the weights of a file; None: the file that torch-fidelity keeps, if it is there.
 
-    Raises ConfigurationError, with where the file is to be had, where there is none, and for another file.
+    Raises ConfigurationError where there is no file, with the address to download it from, and for another file.
     """
     if path is None:
         path = Path(torch.hub.get_dir()) / "checkpoints" / FILE
@@ -207,16 +199,16 @@ def load_inception(path: Path | None, device: torch.device) -> Inception:
                 f"fid and kid need Inception's weights: download {WHERE} and give --inception FILE"
             )
     if not path.is_file():
-        raise ConfigurationError(f"--inception {path}: no such file; it is to be had at {WHERE}")
+        raise ConfigurationError(f"--inception {path}: no such file; download it from {WHERE}")
     with torch.device("meta"):
         network = Inception()
-    # The classifier behind the features, and what counts training steps.
+    # The file also has the classifier behind the features, and may have the number of training steps.
     fit(network, read_tensors(path, "inception"), path, "inception", spare=(r"fc\.", r".*\.num_batches_tracked$"))
     return network.eval().requires_grad_(False).to(device)
 
 
 def resize(x: Tensor, side: int) -> Tensor:
-    """x [B, C, H, W] -> [B, C, side, side], bilinear as TensorFlow 1: output pixel i looks at i * size / side."""
+    """Resize x [B, C, H, W] to [B, C, side, side], bilinear as TensorFlow 1: output pixel i is at i * size / side."""
     for dim in (2, 3):
         size = x.shape[dim]
         at = torch.arange(side, dtype=torch.float32, device=x.device) * torch.tensor(size / side, dtype=torch.float32)

@@ -23,7 +23,7 @@ class Estimate:
     """A mean over prompts.
 
     Attributes:
-        mean: of n independent values; NaN for none.
+        mean: the mean of n independent values; NaN for none.
         std: their standard deviation, with n - 1; NaN for one value or none.
         count: n.
     """
@@ -39,7 +39,7 @@ class Estimate:
 
 
 def estimate(values: np.ndarray) -> Estimate:
-    """values [n], one for each prompt -> the mean of those that are finite, in float64.
+    """Return the mean of the finite ones of values [n], one for each prompt, in float64.
 
     Prompts count as drawn independently from a population, which is what the interval generalises to; the several
     pictures of one prompt don't count as independent, so they are averaged first.
@@ -54,18 +54,18 @@ def estimate(values: np.ndarray) -> Estimate:
 
 
 def difference(model: np.ndarray, baseline: np.ndarray) -> Estimate:
-    """model, baseline [n], of the same n prompts in the same order -> the mean of model - baseline.
+    """Return the mean of model - baseline, both [n], for the same n prompts in the same order.
 
-    What a prompt's difficulty adds to both falls out, so that the interval is narrower than those of two separate means
+    A prompt's difficulty adds to both and falls out, so that the interval is narrower than those of two separate means
     where the models agree on which prompts are easy.
     """
     return estimate(np.asarray(model, dtype=np.float64) - np.asarray(baseline, dtype=np.float64))
 
 
 def preferred(model: np.ndarray, baseline: np.ndarray) -> float:
-    """model, baseline [n] -> the share of prompts where the model's value is the higher one; a tie counts half.
+    """Return the share of prompts for which model [n] is above baseline [n]; a tie counts half.
 
-    Of the prompts for which both are finite; NaN where there are none.
+    Prompts count for which both are finite; NaN where there are none.
     """
     both = np.isfinite(model) & np.isfinite(baseline)
     higher = (model[both] > baseline[both]) + 0.5 * (model[both] == baseline[both])

@@ -1,4 +1,4 @@
-"""Scores of pictures for their prompts: those that papers report, and any scorer that a configuration can name."""
+"""Scores of pictures for their prompts: the ones that papers report, and any scorer that a configuration can name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffpp_fast.training.yaml_files import YamlError, parse_value
 
 @dataclass(frozen=True)
 class Known:
-    """A score that is known by name: the reward that computes it, and what that is, in a sentence."""
+    """A score that is known by name: the reward that computes it, and its meaning, in a sentence."""
 
     reward: str
     meaning: str
@@ -45,7 +45,7 @@ PIXELS = "the 8-bit picture"
 
 @dataclass(frozen=True)
 class Wanted:
-    """A score that is asked for: its name in tables, what gives it, and that one's arguments."""
+    """A score that is asked for: its name in tables, its factory, and the factory's arguments."""
 
     name: str
     factory: str
@@ -53,13 +53,12 @@ class Wanted:
 
 
 def parse_metrics(names: Sequence[str], settings: Sequence[str] = ()) -> tuple[list[Wanted], list[str]]:
-    """The metrics that the command line asks for.
+    """Return the metrics that the command line asks for: the scores, and the names of the distances, in their order.
 
     Args:
-        names: of `SCORES` and `DISTANCES`; `file.py:name` or `module:name` of a factory of a scorer, called `name`.
+        names: keys of `SCORES` and `DISTANCES`, and `file.py:name` or `module:name` for the factory of a scorer, which
+            is then called `name`.
         settings: METRIC.ARGUMENT=VALUE, for the scores; values as in YAML.
-
-    Returns the scores and the names of the distances, in their order.
 
     Raises ConfigurationError for a name that is none, with the nearest that is, and for two of a name.
     """
@@ -78,7 +77,7 @@ class Scores:
     """Several scores of a batch of pictures; those with the same preprocessing or the same CLIP share it.
 
     Args:
-        wanted: at least one, each of another name.
+        wanted: at least one, with different names.
         device: where they are computed.
 
     Raises ConfigurationError, naming the metric, for one that can't be loaded.
@@ -99,12 +98,12 @@ class Scores:
 
     @property
     def names(self) -> list[str]:
-        """In the order of the tables."""
+        """The scores' names, in the order of the tables."""
         return [score.name for score in self.wanted]
 
     @torch.no_grad()
     def __call__(self, pictures: torch.Tensor, prompts: Sequence[str]) -> dict[str, list[float]]:
-        """pictures uint8 [B, 3, H, W] and B prompts -> B numbers for each name, finite or not.
+        """Score pictures uint8 [B, 3, H, W] for B prompts: B numbers for each name, finite or not.
 
         Raises ConfigurationError where a scorer gave something else than one number per picture, or works in place on
         what other scorers see.
@@ -120,7 +119,7 @@ class Scores:
         return values
 
     def facts(self) -> dict[str, dict[str, Any]]:
-        """Say what each score is, for the record."""
+        """Return facts about each score, for the record."""
         return {
             score.name: {
                 "meaning": SCORES[score.factory].meaning if score.factory in SCORES else f"what {score.factory} gives",
@@ -133,7 +132,7 @@ class Scores:
 
 
 def _load_known(known: Mapping[str, Wanted], device: torch.device) -> Mixture:
-    """All at once, so that what they have in common is there once."""
+    """Load all at once, so that what they have in common is there once."""
     entries = {
         name: {"weight": 0.0, "reward": SCORES[score.factory].reward, "arguments": dict(score.arguments)}
         for name, score in known.items()
@@ -172,7 +171,7 @@ def _nearest(name: str) -> str:
 
 
 def _preprocessing(reward: Reward) -> str:
-    """Say in words what is done to the picture."""
+    """Say in words how a reward prepares the picture."""
     scorer: Any = getattr(reward, "scorer", reward)
     how = getattr(scorer, "preprocessing", None)
     if not isinstance(how, Preprocessing):

@@ -1,4 +1,4 @@
-"""The generators that are looked at: in a run, exported, or as a configuration begins with them."""
+"""Generators to draw with: a run's, an exported one, or the one that a configuration begins with."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ PIPELINE, NETWORK, SCHEDULE = "model_index.json", "config.json", "scheduler_conf
 
 
 @dataclass(frozen=True)
-class Model:
+class LoadedModel:
     """A generator in memory.
 
     Attributes:
-        name: in tables, and of its folder of pictures.
+        name: its name in tables, and its folder of pictures.
         origin: where its weights are from.
         sampler: prompts and latents -> pictures.
-        config: of the run, or what stands for it.
+        config: the run's configuration, or one that stands for it.
         fingerprint: SHA-256 of the generator's weights: the same in a run and in its export, where the dtype is.
     """
 
@@ -52,12 +52,12 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A generator that was found and is not loaded yet.
 
     Attributes:
-        name, origin, config: as of a `Model`.
-        weights: in a checkpoint; None: those that the configuration names.
+        name, origin, config: see `LoadedModel`.
+        weights: a checkpoint's; None: those that the configuration names.
     """
 
     name: str
@@ -65,8 +65,8 @@ class Source:
     config: Config
     weights: Weights | None = None
 
-    def load(self, device: torch.device) -> Model:
-        """Raises ConfigurationError and CheckpointError for what can't be loaded or does not fit together."""
+    def load(self, device: torch.device) -> LoadedModel:
+        """Load it. Raises ConfigurationError and CheckpointError for what can't be loaded or does not fit together."""
         with nullcontext() if self.weights is None else naming_moves(self.weights.folder):
             sampler = build_sampler(self.config, device)
         if self.weights is not None:
@@ -75,7 +75,7 @@ class Source:
             # In another precision the same networks have other bytes.
             if load_config(folder / "config.yaml").precision == self.config.precision:
                 warn_of_changed_inputs(folder, read_record(folder).get("inputs"), sampler.inputs)
-        return Model(self.name, self.origin, sampler, self.config, fingerprint(sampler.trained.network))
+        return LoadedModel(self.name, self.origin, sampler, self.config, fingerprint(sampler.trained.network))
 
 
 def find_source(
@@ -87,18 +87,18 @@ def find_source(
     base: str | None = None,
     precision: str | None = None,
     overrides: Sequence[str] = (),
-) -> Source:
-    """Find what a path names: a run, a checkpoint, a folder that `diffpp-fast export` wrote, or a configuration.
+) -> ModelSource:
+    """Find the generator of a run, of a checkpoint, of a folder that `diffpp-fast export` wrote, or of a configuration.
 
     Args:
-        path: None: the run under runs/ that saved last.
+        path: any of these; None: the run under runs/ that saved last.
         name: None: the name of the folder or file.
-        which: of a run's checkpoints.
+        which: the checkpoint of a run.
         config: for the folder of a network alone: a configuration that names text encoder and decoder. Where the
             folder has no `generator.json`, it also says how the generator is called.
         base: in place of `config`, a whole pipeline in diffusers' format, a folder or a hub id.
         precision: "float32" or "bfloat16"; None: the configuration's, float32 where there is none.
-        overrides: of the configuration that it is loaded with.
+        overrides: values that replace the configuration's.
 
     Raises:
         CheckpointError: the path is nothing of all that.
@@ -106,25 +106,25 @@ def find_source(
     """
     overrides = [*overrides, *([] if precision is None else [f"precision={precision}"])]
     if path is not None and path.suffix in (".yaml", ".yml") and path.is_file():
-        source = Source(name or path.stem, str(path), load_config(path, overrides))
+        source = ModelSource(name or path.stem, str(path), load_config(path, overrides))
     elif path is not None and (path / PIPELINE).is_file():
         models = {"base": str(path.resolve()), "generator": _call(path)}
-        source = Source(name or path.resolve().name, str(path), _configuration(models, precision, path))
+        source = ModelSource(name or path.resolve().name, str(path), _configuration(models, precision, path))
     elif path is not None and (path / NETWORK).is_file():
         around = _around(path, config, base, precision, overrides)
-        source = Source(name or path.resolve().name, str(path), around)
+        source = ModelSource(name or path.resolve().name, str(path), around)
     else:
         weights = _find_in_run(path, which)
         # Of a run it is the run's name, not "step_002000", which other runs have too.
         run = weights.folder.resolve().parents[1].name
-        source = Source(name or run, str(weights), load_saved_config(weights.folder, overrides), weights)
+        source = ModelSource(name or run, str(weights), load_saved_config(weights.folder, overrides), weights)
     if source.config.models.decoder is None:
         raise ConfigurationError(f"{source.origin}: models.decoder is missing, so there are no images")
     return source
 
 
-def refuse_equal_names(sources: Sequence[Source]) -> None:
-    """Raises ConfigurationError where two are called alike, or one has a name that can't be a folder's."""
+def refuse_equal_names(sources: Sequence[ModelSource]) -> None:
+    """Raise ConfigurationError where two are called alike, or one has a name that can't be a folder's."""
     names = [source.name for source in sources]
     for name in names:
         if not re.fullmatch(r"\w[\w .+-]*", name):
@@ -135,7 +135,7 @@ def refuse_equal_names(sources: Sequence[Source]) -> None:
 
 
 def fingerprint(network: nn.Module) -> str:
-    """SHA-256 of a network's weights, by name: of their dtypes, shapes and bytes."""
+    """Return the SHA-256 of a network's weights: names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -157,7 +157,7 @@ def _find_in_run(path: Path | None, which: Which) -> Weights:
 def _around(
     path: Path, config: Path | None, base: str | None, precision: str | None, overrides: Sequence[str]
 ) -> Config:
-    """The configuration of a network that stands alone."""
+    """Return the configuration of a network that stands alone."""
     if (config is None) == (base is None):
         raise ConfigurationError(
             f"{path} is a network without text encoder and decoder: name what has them, either --config CONFIG.yaml, "
@@ -178,7 +178,7 @@ def _around(
 
 
 def _call(path: Path) -> dict[str, Any]:
-    """How an exported generator is called, as keys of `models.generator`."""
+    """Return how an exported generator is called, as keys of `models.generator`."""
     if not (path / CALL).is_file():
         raise ConfigurationError(
             f"{path} has no {CALL}, which says at which timestep a generator makes its step: `diffpp-fast export` "
@@ -189,7 +189,7 @@ def _call(path: Path) -> dict[str, Any]:
 
 
 def _configuration(models: Mapping[str, Any], precision: str | None, path: Path) -> Config:
-    """A configuration of which only what surrounds the generator is read: nothing is trained with it."""
+    """Return a configuration that holds models alone: nothing is trained with it."""
     data: dict[str, Any] = {
         "output": "",
         "precision": precision or "float32",

@@ -2,30 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
 from diffpp_fast.errors import ConfigurationError, NonFiniteError
-from diffpp_fast.evaluation.models import Model
+from diffpp_fast.evaluation.models import LoadedModel, ModelSource
+from diffpp_fast.evaluation.prompts import Prompt
 from diffpp_fast.training.grids import decode, sample_latents, to_bytes
 from diffpp_fast.version import __version__
 
+#: Trainings begin with seed 0: evaluation has another key altogether, so that no training has drawn its latents.
+SEED = 20250101
+#: The distance between the sample numbers of a prompt's pictures: more of them leave the first ones as they are.
+STRIDE = 2**32
 
-def draw(model: Model, prompts: Sequence[str], samples: Sequence[int], *, seed: int) -> torch.Tensor:
-    """One picture for each of B prompts, in one batch.
+
+class PictureAddress(NamedTuple):
+    """A picture to draw: the prompt and its number, which of its pictures, and the sample number of its latent."""
+
+    number: int
+    prompt: Prompt
+    image: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """The pictures of an evaluation. Their prompts and latents are the same for every model.
+
+    Attributes:
+        sources: the models, in the order of the tables; differences are also taken in it.
+        prompts, prompt_file: every model's prompts, and where they are from.
+        device: where everything is computed.
+        images_per_prompt: image k of prompt p has the sample number first_sample + p + k 2^32.
+        seed, first_sample: the latents' address.
+        batch: pictures that are drawn and scored at a time.
+        keep_images: write the pictures.
+    """
+
+    sources: Sequence[ModelSource]
+    prompts: Sequence[Prompt]
+    prompt_file: str
+    device: torch.device
+    images_per_prompt: int = 1
+    seed: int = SEED
+    first_sample: int = 0
+    batch: int = 8
+    keep_images: bool = True
+
+    def batches(self) -> Iterator[list[PictureAddress]]:
+        """Yield the addresses of a model's pictures, prompt by prompt."""
+        each = self.images_per_prompt
+        total = len(self.prompts) * each
+        for start in range(0, total, self.batch):
+            numbers = [divmod(at, each) for at in range(start, min(start + self.batch, total))]
+            yield [
+                PictureAddress(number, self.prompts[number], image, self.first_sample + number + image * STRIDE)
+                for number, image in numbers
+            ]
+
+
+def draw(model: LoadedModel, prompts: Sequence[str], samples: Sequence[int], *, seed: int) -> torch.Tensor:
+    """Draw one picture for each of B prompts, in one batch.
 
     Args:
         model: the generator.
         prompts: B of them.
-        samples: their sample numbers: picture b comes from the latent `Noise(seed, samples[b], stream=0)`, whatever
+        samples: B sample numbers: picture b comes from the latent `Noise(seed, samples[b], stream=0)`, whatever
             else is in the batch.
         seed: in [0, 2^64).
 
-    Returns uint8 [B, 3, H, W] on the CPU: what a picture is in its file, and what is scored.
+    Returns uint8 [B, 3, H, W] on the CPU: the pixels that go into files and are scored.
 
     Raises NonFiniteError, naming the prompt, for a picture with NaN or infinity.
     """
@@ -40,8 +93,8 @@ def draw(model: Model, prompts: Sequence[str], samples: Sequence[int], *, seed: 
     return to_bytes(images)
 
 
-def facts_of(model: Model, prompt: str, *, seed: int, sample: int) -> dict[str, str]:
-    """Return what a picture is a function of, as text for its file."""
+def facts_of(model: LoadedModel, prompt: str, *, seed: int, sample: int) -> dict[str, str]:
+    """Return all that a picture is a function of, as text for its file."""
     return {
         "prompt": prompt,
         "seed": str(seed),
@@ -69,7 +122,7 @@ def refuse_foreign_pictures(paths: Iterable[Path]) -> None:
 
 
 def read_facts(path: Path) -> dict[str, str]:
-    """The text in a PNG file, by name."""
+    """Return the text in a PNG file, by name."""
     with Image.open(path) as image:
         image.load()  # text may come after the pixels
         text: dict[str, str] = getattr(image, "text", {})
@@ -77,7 +130,7 @@ def read_facts(path: Path) -> dict[str, str]:
 
 
 def read_picture(path: Path) -> torch.Tensor:
-    """A picture file as uint8 [3, H, W], RGB. Raises ConfigurationError for what can't be read."""
+    """Return a picture file as uint8 [3, H, W], RGB. Raises ConfigurationError for what can't be read."""
     try:
         with Image.open(path) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

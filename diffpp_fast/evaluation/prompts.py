@@ -1,4 +1,4 @@
-"""The prompts of an evaluation: what a run reads, and the files of the standard sets, told by their format."""
+"""The prompts of an evaluation: any that a run reads, and the files of the standard sets, told by their format."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ PARTI_HEADER = ("Prompt", "Category")
 
 
 class Prompt(NamedTuple):
-    """A prompt, and what it is averaged with besides all others: a style, a category, or None."""
+    """A prompt, and the group that also has a mean of its own: a style, a category, or None."""
 
     text: str
     group: str | None = None
 
 
 def read_prompts(path: str, *, column: str | None = None, limit: int | None = None) -> list[Prompt]:
-    """The prompts of a file or a folder, in their order.
+    """Return the prompts of a file or a folder, in their order.
 
     The HPSv2 benchmark is a folder with `anime.json`, `concept-art.json`, `paintings.json` and `photo.json`, or one of
     them; PartiPrompts its `.tsv`; MS-COCO a JSON file of captions, of which each image's first by number is taken, in
     the order of the images' numbers. All else is read as a run's `prompts.path`.
 
     Args:
-        path: of the file or folder.
-        column: where in a table the prompt stands; None: "prompt".
-        limit: so many of them, from the first.
+        path: the file or folder.
+        column: the prompt's column in a table; None: "prompt".
+        limit: the number of prompts to take, from the first.
 
     Raises ConfigurationError for what can't be read, and where there is no prompt.
     """
@@ -78,7 +78,7 @@ def _read_json(file: Path) -> list[Prompt]:
 
 
 def _coco_captions(file: Path, annotations: list[Any]) -> list[str]:
-    """One caption for each image."""
+    """Return one caption for each image."""
     try:
         ordered = sorted((entry["image_id"], entry["id"], one_line(entry["caption"])) for entry in annotations)
     except (KeyError, TypeError, AttributeError):

@@ -38,6 +38,11 @@ def recorded() -> bool:
     return (torch.is_grad_enabled() or transforms.active()) and not torch.compiler.is_compiling()
 
 
+def only_needed(gradients: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Return the gradients as autograd takes them: None where a kernel left an empty tensor, for none was needed."""
+    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
+
+
 class _Refused(Function):
     """The identity. A derivative that goes through it, of either mode, raises."""
 

@@ -1,4 +1,4 @@
-"""The numbers of a report: last values and their differences, and where a step's time went."""
+"""The figures of a report: differences of last values, and where a step's time went."""
 
 from __future__ import annotations
 
@@ -10,29 +10,9 @@ from typing import Any, NamedTuple
 from diffpp_fast.report.runs import RunRecord
 from diffpp_fast.training.watch import LEVEL, Series
 
-#: What stands in the table of last values, if it was logged.
-SHOWN = {
-    "grid/reward": "optimised reward, sample grid",
-    "grid/held_out": "held-out reward, sample grid",
-    "generator/reward": "optimised reward, training samples",
-    "generator/reward_std": "its standard deviation",
-    "generator/score_gap": "score gap",
-    "fake/loss": "loss of the teaching assistant",
-    "generator/loss": "loss of the generator",
-    "generator/score_gradient_norm": "score's gradient on the sample",
-    "generator/reward_gradient_norm": "reward's gradient on the sample",
-    "generator/gradient_cosine": "their cosine",
-    "generator/gradient_norm": "gradient of the generator",
-    "fake/gradient_norm": "gradient of the teaching assistant",
-    "generator/x0_mean": "latent mean",
-    "generator/x0_std": "latent spread",
-    "reference/x0_mean": "latent mean of the reference",
-    "reference/x0_std": "latent spread of the reference",
-    "samples_per_second": "samples per second",
-}
 #: A difference is told from noise beyond this many standard deviations.
 DEVIATIONS = 2.0
-#: The parts of `effects`, by whether a run has reward and guidance.
+#: The keys of the configuration that `effects_of` is about.
 REWARD, GUIDANCE = "rewards.optimised.scale", "method.guidance_scale"
 
 
@@ -53,15 +33,15 @@ class Difference(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """Where the time of a run's steps went.
+    """The time and memory that a run's steps took.
 
     Attributes:
-        phases: seconds per step, the largest first; they add up to the whole.
-        slowest: the same of the slowest process, where there are several.
-        logs: how many the means are of.
-        skipped: how many logs were left out: warm-up, and the first of every session, which has what is done once.
+        phases: mean seconds per step, the largest first; they add up to the whole.
+        slowest: the slowest process's, where there are several.
+        logs: the number of logs that the means are over.
+        skipped: the number left out: warm-up, and the first of every session, which has what is done once.
         speed: samples per second, the median of these logs.
-        memory: GiB by name, the most that was logged.
+        memory: the largest GiB that was logged, by name.
     """
 
     phases: dict[str, float]
@@ -81,7 +61,7 @@ class Budget(NamedTuple):
 
 
 class Effect(NamedTuple):
-    """How a scalar differs between two runs by one part of the method: with the other part, and without it."""
+    """The effect of one part of the method on a scalar: with the other part, and without it."""
 
     part: str
     scalar: str
@@ -90,7 +70,7 @@ class Effect(NamedTuple):
 
 
 def difference(first: RunRecord, other: RunRecord, scalar: str) -> Difference | None:
-    """None where one of them has not logged the scalar."""
+    """Return how the other run's last value differs from the first run's; None where one has not logged the scalar."""
     if scalar not in first.scalars or scalar not in other.scalars:
         return None
     one, two = first.scalars[scalar], other.scalars[scalar]
@@ -107,26 +87,24 @@ def difference(first: RunRecord, other: RunRecord, scalar: str) -> Difference | 
 
 
 def effects_of(runs: Sequence[RunRecord]) -> list[Effect]:
-    """What reward and guidance do to the rewards on the sample grid, where all four runs with and without are there."""
-    by_parts: dict[tuple[bool, bool], RunRecord] = {}
-    for run in runs:
-        by_parts[run.config.get(REWARD, 0.0) != 0.0, run.config.get(GUIDANCE, 1.0) != 1.0] = run
+    """Return what reward and guidance do to the grid's rewards; nothing unless there are all four runs, with each
+    part and without."""
+    by_parts = {(run.config.get(REWARD, 0.0) != 0.0, run.config.get(GUIDANCE, 1.0) != 1.0): run.scalars for run in runs}
     if len(by_parts) < 4 or len(runs) != 4:
         return []
     effects = []
-    for scalar in ("grid/reward", "grid/held_out"):
-        if all(scalar in run.scalars for run in runs):
-            last = {parts: run.scalars[scalar].last for parts, run in by_parts.items()}
-            full, reward, guidance, neither = (
-                last[parts] for parts in ((True, True), (True, False), (False, True), (False, False))
-            )
-            effects.append(Effect("the reward's gradient", scalar, full - guidance, reward - neither))
-            effects.append(Effect("guidance", scalar, full - reward, guidance - neither))
+    for name in ("grid/reward", "grid/held_out"):
+        if all(name in run.scalars for run in runs):
+            last = {parts: scalars[name].last for parts, scalars in by_parts.items()}
+            full, reward, guidance = last[True, True], last[True, False], last[False, True]
+            neither = last[False, False]
+            effects.append(Effect("the reward's gradient", name, full - guidance, reward - neither))
+            effects.append(Effect("guidance", name, full - reward, guidance - neither))
     return effects
 
 
 def budget_of(run: RunRecord) -> Budget | None:
-    """None where no times were logged. Where every log would be left out, the last one counts."""
+    """Return a run's budget; None where no times were logged. If every log would be left out, the last one counts."""
     timed = [record for record in run.records if any(name.startswith("time/") for name in record)]
     if not timed:
         return None
@@ -139,14 +117,13 @@ def budget_of(run: RunRecord) -> Budget | None:
     skipped = len(timed) - len(kept)
     if not kept:
         kept, skipped = [(timed[-1], 1)], len(timed) - 1
-    return Budget(
-        _means(kept, of_slowest=False),
-        _means(kept, of_slowest=True),
-        len(kept),
-        skipped,
-        _median([record.get("samples_per_second") for record, _ in kept]),
-        _memory(timed),
-    )
+    speeds = [value for record, _ in kept if (value := record.get("samples_per_second")) is not None]
+    memory: dict[str, float] = {}
+    for name, value in (item for record in timed for item in record.items()):
+        if name.startswith("memory/") and value is not None:
+            memory[name] = max(memory.get(name, 0.0), value)
+    means, slowest = (_means(kept, of_slowest=slowest) for slowest in (False, True))
+    return Budget(means, slowest, len(kept), skipped, median(speeds) if speeds else None, memory)
 
 
 def _means(kept: Sequence[tuple[Mapping[str, Any], int]], *, of_slowest: bool) -> dict[str, float]:
@@ -159,17 +136,3 @@ def _means(kept: Sequence[tuple[Mapping[str, Any], int]], *, of_slowest: bool) -
                 phase = name.removeprefix("time/").removesuffix("_max")
                 sums[phase] = sums.get(phase, 0.0) + value * length / whole
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
-
-
-def _memory(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    most: dict[str, float] = {}
-    for record in records:
-        for name, value in record.items():
-            if name.startswith("memory/") and value is not None:
-                most[name] = max(most.get(name, 0.0), value)
-    return most
-
-
-def _median(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return median(known) if known else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
@@ -11,27 +10,26 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from diffpp_fast.report.runs import Picture, RunRecord
+from diffpp_fast.report.runs import GridFile, RunRecord
 from diffpp_fast.training.grids import columns_of
 
-#: Prompts that are shown; a grid may have more.
+#: Prompts on the page; a grid may have more.
 MOST_PROMPTS = 32
-#: Pixels: larger pictures are shown in this size, and those up to the second one without loss.
+#: Larger pictures are shown with this side, in pixels; those up to the second are shown without loss.
 MOST_PIXELS, EXACT_PIXELS = 256, 128
 JPEG_QUALITY = 90
-#: Prompts in the PNG beside the page.
-PNG_PROMPTS = 12
-#: Inches of a picture there, and of the names at the left and the prompts at the top; letters of a prompt in a line.
-PNG_CELL, PNG_LEFT, PNG_TOP, PNG_LETTERS = 1.1, 0.5, 0.45, 20
+#: The PNG beside the page: how many prompts; inches of a picture, of the names at the left and of the prompts at the
+#: top; letters of a prompt in a line.
+PNG_PROMPTS, PNG_CELL, PNG_LEFT, PNG_TOP, PNG_LETTERS = 12, 1.1, 0.5, 0.45, 20
 
 
-class Column(NamedTuple):
+class GridColumn(NamedTuple):
     """Pictures of one grid, in the order of the prompts.
 
     Attributes:
-        run: whose; "" where there is one run, or all share the grid.
-        place: of the run among those of the report; None in these cases.
-        step: of the generator.
+        run: the run's name; "" where there is one run, or all share the grid.
+        place: the run's place in the report; None in these cases.
+        step: the generator's.
         pictures: one per prompt.
     """
 
@@ -42,18 +40,18 @@ class Column(NamedTuple):
 
 
 class Sheet(NamedTuple):
-    """Grids with the same prompts side by side: what the runs began with, and what each has come to."""
+    """Grids with the same prompts side by side: the first of the runs, then the last of each."""
 
     prompts: tuple[str, ...]
-    columns: list[Column]
+    columns: list[GridColumn]
 
 
 def sheets_of(runs: Sequence[RunRecord]) -> list[Sheet]:
-    """The first and the last grid of every run that has any; runs with other prompts have a sheet of their own.
+    """Return the first and the last grid of every run that has any; runs with other prompts have a sheet of their own.
 
     A note is added to a run of which a grid is left out.
     """
-    by_prompts: dict[tuple[str, ...], list[list[Column]]] = {}
+    by_prompts: dict[tuple[str, ...], list[list[GridColumn]]] = {}
     for place, run in enumerate(runs):
         known = [grid for grid in run.grids if grid.prompts is not None]
         if len(known) < len(run.grids):
@@ -69,53 +67,46 @@ def sheets_of(runs: Sequence[RunRecord]) -> list[Sheet]:
             ends = [last]
         several = len(runs) > 1
         columns = [
-            Column(run.name if several else "", place if several else None, grid.step, pictures)
+            GridColumn(run.name if several else "", place if several else None, grid.step, pictures)
             for grid, pictures in ends
         ]
         by_prompts.setdefault(last[0].prompts or (), []).append(columns)
     return [Sheet(prompts, _side_by_side(found)) for prompts, found in by_prompts.items()]
 
 
-def data_uri(picture: Image.Image) -> str:
-    """The picture inside the page itself."""
-    exact = max(picture.size) <= EXACT_PIXELS
+def compress(picture: Image.Image) -> tuple[str, bytes]:
+    """Return the picture as it stands on the page: the type of a file, and its bytes."""
+    kind = "png" if max(picture.size) <= EXACT_PIXELS else "jpeg"
     if max(picture.size) > MOST_PIXELS:
         picture = picture.copy()
         picture.thumbnail((MOST_PIXELS, MOST_PIXELS), Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    if exact:
-        picture.save(file, "PNG")
-    else:
-        picture.save(file, "JPEG", quality=JPEG_QUALITY)
-    return f"data:image/{'png' if exact else 'jpeg'};base64,{b64encode(file.getvalue()).decode()}"
+    picture.save(file, kind, quality=JPEG_QUALITY)
+    return f"image/{kind}", file.getvalue()
 
 
 def write_png(path: Path, sheet: Sheet) -> None:
-    """One row per grid, one column per prompt, for the first few prompts."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Write the first few prompts' pictures: one row per grid, one column per prompt."""
+    import matplotlib
     from matplotlib.figure import Figure
 
-    shown = min(PNG_PROMPTS, len(sheet.prompts))
-    rows = len(sheet.columns)
+    shown, rows = min(PNG_PROMPTS, len(sheet.prompts)), len(sheet.columns)
     width, height = PNG_CELL * shown + PNG_LEFT, PNG_CELL * rows + PNG_TOP
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    figure.subplots_adjust(PNG_LEFT / width, 0.02, 0.99, 1 - PNG_TOP / height, wspace=0.08, hspace=0.08)
-    grid = figure.subplots(rows, shown, squeeze=False)
-    for row, (axes, column) in enumerate(zip(grid, sheet.columns, strict=True)):
-        for axis, picture, prompt in zip(axes, column.pictures, sheet.prompts, strict=False):
-            axis.imshow(picture)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.set_frame_on(False)
-            if row == 0:
-                axis.set_title(fill(prompt, PNG_LETTERS, max_lines=3), fontsize=6, parse_math=False)
-        axes[0].set_ylabel(f"{column.run}\nstep {column.step}".strip(), fontsize=7, parse_math=False)
-    figure.savefig(path, dpi=150)
+    with matplotlib.rc_context({"text.parse_math": False}):
+        figure = Figure(figsize=(width, height))
+        figure.subplots_adjust(PNG_LEFT / width, 0.02, 0.99, 1 - PNG_TOP / height, wspace=0.08, hspace=0.08)
+        grid = figure.subplots(rows, shown, squeeze=False, subplot_kw={"xticks": [], "yticks": [], "frame_on": False})
+        for axis, prompt in zip(grid[0], sheet.prompts, strict=False):
+            axis.set_title(fill(prompt, PNG_LETTERS, max_lines=3), fontsize=6)
+        for axes, column in zip(grid, sheet.columns, strict=True):
+            axes[0].set_ylabel(f"{column.run}\nstep {column.step}".strip(), fontsize=7)
+            for axis, picture in zip(axes, column.pictures, strict=False):
+                axis.imshow(picture)
+        figure.savefig(path, dpi=150)
 
 
-def _first_cut(grids: Sequence[Picture], notes: list[str]) -> tuple[Picture, list[Image.Image]] | None:
-    """The first grid that can be shown, and its pictures."""
+def _first_cut(grids: Sequence[GridFile], notes: list[str]) -> tuple[GridFile, list[Image.Image]] | None:
+    """Return the first grid that can be shown, and its pictures."""
     for grid in grids:
         pictures = _cut(grid, grid.prompts or (), notes)
         if pictures is not None:
@@ -123,8 +114,8 @@ def _first_cut(grids: Sequence[Picture], notes: list[str]) -> tuple[Picture, lis
     return None
 
 
-def _cut(grid: Picture, prompts: Sequence[str], notes: list[str]) -> list[Image.Image] | None:
-    """The grid's pictures, row by row; None, with a note, where that can't be done."""
+def _cut(grid: GridFile, prompts: Sequence[str], notes: list[str]) -> list[Image.Image] | None:
+    """Return the grid's pictures, row by row; None, with a note, where it can't be cut."""
     try:
         with Image.open(grid.path) as opened:
             image = opened.convert("RGB")
@@ -141,8 +132,8 @@ def _cut(grid: Picture, prompts: Sequence[str], notes: list[str]) -> list[Image.
     return [image.crop((left, top, left + width, top + height)) for left, top in corners]
 
 
-def _side_by_side(runs: Sequence[Sequence[Column]]) -> list[Column]:
-    """What they began with, once if it is the same for all, and then their last grids."""
+def _side_by_side(runs: Sequence[Sequence[GridColumn]]) -> list[GridColumn]:
+    """Return the first grids, one where they are the same in all runs, and then the last ones."""
     first = [columns[0] for columns in runs if len(columns) > 1]
     last = [columns[-1] for columns in runs]
     bytes_of = [[picture.tobytes() for picture in column.pictures] for column in first]

@@ -18,8 +18,8 @@ from diffpp_fast.training.yaml_files import YamlError, read_yaml
 METRICS = "metrics.jsonl"
 
 
-class Series(NamedTuple):
-    """One scalar: its finite values in the order of their steps, and how many others there were."""
+class Scalar(NamedTuple):
+    """One scalar of the log: its finite values in the order of their steps, and how many others there were."""
 
     steps: list[int]
     values: list[float]
@@ -38,7 +38,7 @@ class Warned(NamedTuple):
     message: str
 
 
-class Picture(NamedTuple):
+class GridFile(NamedTuple):
     """A sample grid, and its prompts row by row; None where they were not recorded."""
 
     step: int
@@ -51,13 +51,13 @@ class RunRecord:
     """A run as its folder shows it.
 
     Attributes:
-        folder, name: where it is, and what it is called among those of the report.
-        config: by keys with dots; empty where there is none that can be read.
+        folder, name: where it is, and its name in the report.
+        config: values by keys with dots; empty where no configuration can be read.
         records: the lines of metrics.jsonl that hold scalars.
-        scalars: those of them that have a finite value.
-        warnings: of the watch, in order.
+        scalars: the scalars that have a finite value.
+        warnings: the watch's, in order.
         grids: the sample grids, in order of their steps.
-        sessions: see `callbacks.Environment`; none of a run that is older than it.
+        sessions: see `callbacks.Environment`; runs that are older than it have none.
         notes: what was left out of the report, and why.
     """
 
@@ -65,9 +65,9 @@ class RunRecord:
     name: str
     config: dict[str, Any]
     records: list[dict[str, Any]]
-    scalars: dict[str, Series]
+    scalars: dict[str, Scalar]
     warnings: list[Warned]
-    grids: list[Picture]
+    grids: list[GridFile]
     sessions: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
 
@@ -77,22 +77,9 @@ class RunRecord:
         return max((record["step"] for record in self.records), default=None)
 
     @property
-    def status(self) -> str:
-        """Whether the run has ended, as far as the folder tells."""
-        steps = self.config.get("training.steps", "an unknown number of")
-        logged = "nothing is logged yet" if self.step is None else f"the last log is of step {self.step} of {steps}"
-        if not self.sessions:
-            return f"no environment.json tells whether it has ended; {logged}"
-        session = self.sessions[-1]
-        if session.get("ended") is None:
-            return f"no end is recorded: it is still going, or was killed; {logged}, {self._logged_at()}"
-        if session.get("last_step") == session.get("steps"):
-            return f"complete: {session.get('last_step')} steps"
-        return f"stopped after step {session.get('last_step')} of {session.get('steps')}"
-
-    def _logged_at(self) -> str:
-        written = datetime.fromtimestamp((self.folder / METRICS).stat().st_mtime, timezone.utc)
-        return f"{written:%Y-%m-%d %H:%M} UTC"
+    def logged_at(self) -> datetime:
+        """When the last line was logged, UTC."""
+        return datetime.fromtimestamp((self.folder / METRICS).stat().st_mtime, timezone.utc)
 
 
 def is_run(folder: Path) -> bool:
@@ -101,7 +88,7 @@ def is_run(folder: Path) -> bool:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The folder itself if it is a run's, else those of the runs that `diffpp-fast controls` has put into it.
+    """Return the folder itself if it is a run's, else the runs that `diffpp-fast controls` has put into it.
 
     Raises ConfigurationError where there is neither.
     """
@@ -115,7 +102,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """Raises ConfigurationError for a folder that stands there twice."""
+    """Read each folder's run. Raises ConfigurationError for a folder that is given twice."""
     places = [folder.resolve() for folder in folders]
     for number, place in enumerate(places):
         if place in places[:number]:
@@ -124,7 +111,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 
 def _names(places: Sequence[Path]) -> list[str]:
-    """The ends of the paths, as long as it takes to tell them apart."""
+    """Return the ends of the paths, as long as it takes to tell them apart."""
     for count in range(1, max(len(place.parts) for place in places)):
         names = ["/".join(place.parts[-count:]) for place in places]
         if len(set(names)) == len(names):
@@ -137,27 +124,18 @@ def _read(folder: Path, name: str) -> RunRecord:
     text = (folder / METRICS).read_text(encoding="utf-8", errors="replace")
     lines = read_records(folder / METRICS)
     notes = _damage(text, len(lines))
+    config = _read_config(folder / "config.yaml", notes)
     records = [line for line in lines if "warning" not in line]
+    warnings = [
+        Warned(line["step"], str(line["warning"]), str(line.get("message", ""))) for line in lines if "warning" in line
+    ]
     sessions = read_sessions(folder / "environment.json")
-    return RunRecord(
-        folder,
-        name,
-        _read_config(folder / "config.yaml", notes),
-        records,
-        _scalars(records),
-        [
-            Warned(line["step"], str(line["warning"]), str(line.get("message", "")))
-            for line in lines
-            if "warning" in line
-        ],
-        _grids(folder / "grids", sessions),
-        sessions,
-        notes,
-    )
+    grids = _grids(folder / "grids", sessions)
+    return RunRecord(folder, name, config, records, _scalars(records), warnings, grids, sessions, notes)
 
 
 def _damage(text: str, whole: int) -> list[str]:
-    """What there is to say of a metrics.jsonl of which `whole` lines could be read."""
+    """Return notes about a metrics.jsonl of which `whole` lines could be read."""
     damaged = sum(bool(line.strip()) for line in text.splitlines()) - whole
     if damaged <= 0:
         return []
@@ -175,13 +153,13 @@ def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
     return dict(flat(data)) if isinstance(data, dict) else {}
 
 
-def _scalars(records: Sequence[dict[str, Any]]) -> dict[str, Series]:
-    scalars: dict[str, Series] = {}
+def _scalars(records: Sequence[dict[str, Any]]) -> dict[str, Scalar]:
+    scalars: dict[str, Scalar] = {}
     undefined: dict[str, int] = {}
     for record in records:
         for name, value in record.items():
             if isinstance(value, int | float) and math.isfinite(value):
-                series = scalars.setdefault(name, Series([], [], 0))
+                series = scalars.setdefault(name, Scalar([], [], 0))
                 series.steps.append(record["step"])
                 series.values.append(float(value))
             else:
@@ -191,17 +169,17 @@ def _scalars(records: Sequence[dict[str, Any]]) -> dict[str, Series]:
     }
 
 
-def _grids(folder: Path, sessions: Sequence[dict[str, Any]]) -> list[Picture]:
+def _grids(folder: Path, sessions: Sequence[dict[str, Any]]) -> list[GridFile]:
     found = []
     for path in folder.glob("step_*.png"):
         digits = path.stem.removeprefix("step_")
         if digits.isdigit():
-            found.append(Picture(int(digits), path, _prompts_of(int(digits), sessions)))
+            found.append(GridFile(int(digits), path, _prompts_of(int(digits), sessions)))
     return sorted(found)
 
 
 def _prompts_of(step: int, sessions: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
-    """Those of the last session that can have drawn the grid: a resumed one draws none at the step it begins at."""
+    """Return the prompts of the last session that can have drawn the grid: a resumed one draws none where it begins."""
     drew = [session for session in sessions if session.get("first_step", 0) < step] or sessions[:1]
     prompts = drew[-1].get("grid_prompts") if drew else None
     return tuple(map(str, prompts)) if isinstance(prompts, list) and prompts else None

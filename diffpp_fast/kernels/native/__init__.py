@@ -1,8 +1,4 @@
-"""The compiled library, and the operators in it that are not yet made of one file.
-
-Each module has the functions of its namesake in `kernels.reference`, passes them on to the compiled operators, and
-tells torch the shapes of their results (fakes).
-"""
+"""The folder of the compiled library, and how it was built."""
 
 from diffpp_fast.availability import LIBRARY
 from diffpp_fast.availability import library_unavailable as unavailable

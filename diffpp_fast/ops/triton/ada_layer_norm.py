@@ -34,57 +34,74 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor
     rstd = torch.empty_like(mean)
     if x.numel():
         scale, shift = _dense_rows(scale), _dense_rows(shift)
+        block = triton.next_power_of_2(width)
         _forward[(batch * rows,)](
-            values,
-            y,
-            mean,
-            rstd,
-            scale,
-            scale.stride(0),
-            shift,
-            shift.stride(0),
-            eps,
-            rows,
-            width,
-            **_block(width),
+            p_x=values,
+            p_y=y,
+            p_mean=mean,
+            p_rstd=rstd,
+            p_scale=scale,
+            scale_stride=scale.stride(0),
+            p_shift=shift,
+            shift_stride=shift.stride(0),
+            eps=eps,
+            rows=rows,
+            width=width,
+            BLOCK=block,
+            num_warps=_warps(block),
         )
     return _like(y, x), mean, rstd
 
 
 @on_its_device
 def backward(
-    grad_output: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, needs: tuple[bool, bool, bool]
+    grad_output: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    needs_x: bool,
+    needs_scale: bool,
+    needs_shift: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     batch, rows, width = _shape(x)
-    needs_x, needs_scale, needs_shift = needs
+    needs_sums = needs_scale or needs_shift
     values, grads = x.contiguous(), grad_output.contiguous()
     grad_x = torch.empty_like(values) if needs_x else None
     grad_scale = torch.empty(batch, width, dtype=scale.dtype, device=x.device) if needs_scale else None
     grad_shift = torch.empty(batch, width, dtype=scale.dtype, device=x.device) if needs_shift else None
-    if x.numel() and any(needs):
+    if x.numel() and (needs_x or needs_sums):
         per_program = min(max(batch * rows // PROGRAMS, LEAST_ROWS), MOST_ROWS)
         chunks = triton.cdiv(rows, per_program)
         sums = None
-        if needs_scale or needs_shift:
+        if needs_sums:
             sums = torch.empty(batch, chunks, 2, width, dtype=torch.float32, device=x.device)
-        scale = _dense_rows(scale)
+        scale, block = _dense_rows(scale), triton.next_power_of_2(width)
         _backward[(batch * chunks,)](
-            grads,
-            values,
-            mean,
-            rstd,
-            scale,
-            scale.stride(0),
-            grad_x,
-            sums,
-            rows,
-            width,
-            per_program,
-            **_block(width),
+            p_grad=grads,
+            p_x=values,
+            p_mean=mean,
+            p_rstd=rstd,
+            p_scale=scale,
+            scale_stride=scale.stride(0),
+            p_grad_x=grad_x,
+            p_sums=sums,
+            rows=rows,
+            width=width,
+            per_program=per_program,
+            BLOCK=block,
+            num_warps=_warps(block),
         )
         if sums is not None:
             _combine[(batch, triton.cdiv(width, SUM_COLUMNS))](
-                sums, grad_scale, grad_shift, chunks, width, BLOCK_R=SUM_ROWS, BLOCK_C=SUM_COLUMNS, num_warps=4
+                p_sums=sums,
+                p_grad_scale=grad_scale,
+                p_grad_shift=grad_shift,
+                chunks=chunks,
+                width=width,
+                BLOCK_R=SUM_ROWS,
+                BLOCK_C=SUM_COLUMNS,
+                num_warps=4,
             )
     return None if grad_x is None else _like(grad_x, x), grad_scale, grad_shift
 
@@ -108,9 +125,8 @@ def _like(result: Tensor, x: Tensor) -> Tensor:
     return result if x.is_contiguous() else torch.empty_like(x).copy_(result)
 
 
-def _block(width: int) -> dict[str, int]:
-    block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": min(max(block // COLUMNS_PER_WARP, 1), MOST_WARPS)}
+def _warps(block: int) -> int:
+    return min(max(block // COLUMNS_PER_WARP, 1), MOST_WARPS)
 
 
 @triton.jit

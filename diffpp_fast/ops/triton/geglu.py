@@ -19,8 +19,16 @@ def forward(x: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     y = torch.empty(*x.shape[:-1], half, dtype=x.dtype, device=x.device)
     if y.numel():
-        rows = y.numel() // half
-        _forward[_grid(rows, half)](x.contiguous(), y, rows, half, **_tile(half), num_warps=WARPS)
+        rows, columns = y.numel() // half, _columns(half)
+        _forward[_grid(rows, half)](
+            p_x=x.contiguous(),
+            p_y=y,
+            rows=rows,
+            half=half,
+            BLOCK_R=TILE // columns,
+            BLOCK_C=columns,
+            num_warps=WARPS,
+        )
     return y
 
 
@@ -30,21 +38,28 @@ def backward(grad_output: Tensor, x: Tensor) -> Tensor:
     values = x.contiguous()
     grad_x = torch.empty_like(values)
     if values.numel():
-        rows = values.numel() // (2 * half)
+        rows, columns = values.numel() // (2 * half), _columns(half)
         _backward[_grid(rows, half)](
-            grad_output.contiguous(), values, grad_x, rows, half, **_tile(half), num_warps=WARPS
+            p_grad=grad_output.contiguous(),
+            p_x=values,
+            p_grad_x=grad_x,
+            rows=rows,
+            half=half,
+            BLOCK_R=TILE // columns,
+            BLOCK_C=columns,
+            num_warps=WARPS,
         )
     return grad_x if x.is_contiguous() else torch.empty_like(x).copy_(grad_x)
 
 
-def _tile(half: int) -> dict[str, int]:
-    columns = min(TILE_COLUMNS, triton.next_power_of_2(half))
-    return {"BLOCK_R": TILE // columns, "BLOCK_C": columns}
+def _columns(half: int) -> int:
+    """Columns of a tile."""
+    return min(TILE_COLUMNS, triton.next_power_of_2(half))
 
 
 def _grid(rows: int, half: int) -> tuple[int]:
-    tile = _tile(half)
-    return (triton.cdiv(rows, tile["BLOCK_R"]) * triton.cdiv(half, tile["BLOCK_C"]),)
+    columns = _columns(half)
+    return (triton.cdiv(rows, TILE // columns) * triton.cdiv(half, columns),)
 
 
 @triton.jit

@@ -50,7 +50,8 @@ class Cut(NamedTuple):
     chunks: int
     block_c: int
     block_p: int
-    constants: dict[str, bool]
+    channels_last: bool
+    wide: bool
 
     @property
     def grid(self) -> tuple[int]:
@@ -73,31 +74,14 @@ class Cut(NamedTuple):
         """Two numbers for each channel and chunk, of which the channels are contiguous."""
         return torch.empty(self.batch, self.chunks, 2, self.channels, dtype=torch.float32, device=like.device)
 
-    def arguments(self) -> dict[str, int]:
-        return {
-            "channels": self.channels,
-            "pixels": self.pixels,
-            "per_group": self.per_group,
-            "span": self.span,
-            "tiles": self.tiles,
-            "chunk": self.chunk,
-            "chunks": self.chunks,
-            "BLOCK_C": self.block_c,
-            "BLOCK_P": self.block_p,
-            "num_warps": self.warps,
-            **self.constants,
-        }
-
-    def group_arguments(self) -> dict[str, int]:
-        names = ("channels", "pixels", "per_group", "chunk", "chunks")
-        return {name: getattr(self, name) for name in names}
-
 
 def cut(x: Tensor, num_groups: int, order: Order) -> Cut:
     channels = x.shape[1]
     pixels, per_group = order.sample // channels, channels // num_groups
     powers = triton.next_power_of_2(per_group), triton.next_power_of_2(pixels)
-    whole = Cut(order.batch, channels, pixels, per_group, per_group, 1, pixels, 1, *powers, order.constants)
+    whole = Cut(
+        order.batch, channels, pixels, per_group, per_group, 1, pixels, 1, *powers, order.channels_last, order.wide
+    )
     if powers[0] * powers[1] <= MOST_IN_ONE:
         return whole
     # Element by element, each has an address in registers, and more programs are to hide the latency.
@@ -122,41 +106,22 @@ def cut(x: Tensor, num_groups: int, order: Order) -> Cut:
 
 @on_its_device
 def forward(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     order = Order(x)
     y = order.result(x)
     mean = torch.empty(x.shape[0], num_groups, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if x.numel():
-        how, values = cut(x, num_groups, order), order.of(x)
-        arguments = {**_parameters(weight, bias), **how.arguments(), "SILU": activation == "silu"}
-        if how.is_one_group:
-            _normalise_group[how.grid](values, y, mean, rstd, eps=eps, maxnreg=MOST_REGISTERS, **arguments)
+        call = _Call(order.of(x), cut(x, num_groups, order), weight, bias, silu)
+        if call.how.is_one_group:
+            call.normalise_group(y, mean, rstd, eps)
         else:
-            partials = how.partials(x)
-            _statistics[how.grid](values, partials, **how.arguments())
+            partials = call.how.partials(x)
+            call.statistics(partials)
             if order.channels_last:
-                _moments[mean.shape](
-                    values,
-                    partials,
-                    mean,
-                    rstd,
-                    eps,
-                    BLOCK=how.block_partials,
-                    **how.group_arguments(),
-                    **order.constants,
-                )
-            _activate[how.grid](
-                values,
-                y,
-                mean,
-                rstd,
-                None if order.channels_last else partials,
-                eps=eps,
-                BLOCK_PARTIALS=how.block_partials,
-                **arguments,
-            )
+                call.moments(partials, mean, rstd, eps)
+            call.activate(y, mean, rstd, None if order.channels_last else partials, eps)
     return order.finish(y, x), mean, rstd
 
 
@@ -168,11 +133,12 @@ def backward(
     rstd: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    activation: str,
-    needs: tuple[bool, bool, bool],
+    silu: bool,
+    needs_x: bool,
+    needs_weight: bool,
+    needs_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     order = Order(x)
-    needs_x, needs_weight, needs_bias = needs
     grad_x = order.result(x) if needs_x else None
     # Of an empty batch they are zero, and nothing is launched that writes them.
     new = x.new_empty if x.numel() else x.new_zeros
@@ -180,57 +146,252 @@ def backward(
     grad_bias = new(bias.shape, dtype=bias.dtype) if needs_bias and bias is not None else None
     needs_parameters = grad_weight is not None or grad_bias is not None
     if x.numel() and (needs_x or needs_parameters):
-        how, values, grads = cut(x, mean.shape[1], order), order.of(x), order.of(grad_output)
-        arguments = {**_parameters(weight, bias), **how.arguments(), "SILU": activation == "silu"}
-        partials = how.partials(x) if needs_parameters or not how.is_one_group else None
-        if how.is_one_group:
-            _group_gradient[how.grid](values, grads, mean, rstd, grad_x, partials, **arguments)
+        call = _Call(order.of(x), cut(x, mean.shape[1], order), weight, bias, silu)
+        grads = order.of(grad_output)
+        partials = call.how.partials(x) if needs_parameters or not call.how.is_one_group else None
+        if call.how.is_one_group:
+            call.group_gradient(grads, mean, rstd, grad_x, partials)
         else:
-            _sums[how.grid](values, grads, mean, rstd, partials, maxnreg=MOST_REGISTERS, **arguments)
+            call.sums(grads, mean, rstd, partials)
             if needs_x:
-                terms = None
-                if order.channels_last:
-                    terms = torch.empty(*mean.shape, 2, dtype=torch.float32, device=x.device)
-                    _terms[mean.shape](
-                        partials,
-                        terms,
-                        weight,
-                        0 if weight is None else weight.stride(0),
-                        BLOCK=how.block_partials,
-                        **how.group_arguments(),
-                    )
-                _input_gradient[how.grid](
-                    values,
-                    grads,
-                    mean,
-                    rstd,
-                    grad_x,
-                    terms,
-                    partials,
-                    BLOCK_PARTIALS=how.block_partials,
-                    **arguments,
-                )
+                terms = call.terms(partials, mean) if order.channels_last else None
+                call.input_gradient(grads, mean, rstd, grad_x, terms, partials)
         if needs_parameters:
-            _parameter_gradients[(triton.cdiv(how.channels, PARAMETER_CHANNELS),)](
-                partials,
-                grad_weight,
-                grad_bias,
-                how.batch * how.chunks,
-                how.channels,
-                BLOCK_R=PARAMETER_ROWS,
-                BLOCK_C=PARAMETER_CHANNELS,
-                num_warps=WARPS,
-            )
+            call.parameter_gradients(partials, grad_weight, grad_bias)
     return None if grad_x is None else order.finish(grad_x, x), grad_weight, grad_bias
 
 
-def _parameters(weight: Tensor | None, bias: Tensor | None) -> dict[str, Tensor | int | None]:
-    return {
-        "p_weight": weight,
-        "weight_stride": 0 if weight is None else weight.stride(0),
-        "p_bias": bias,
-        "bias_stride": 0 if bias is None else bias.stride(0),
-    }
+class _Call:
+    """The launches of a call, each named as its kernel, and the arguments that they share."""
+
+    def __init__(self, x: Tensor, how: Cut, weight: Tensor | None, bias: Tensor | None, silu: bool) -> None:
+        self.x, self.how, self.weight, self.bias, self.silu = x, how, weight, bias, silu
+
+    def normalise_group(self, y: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> None:
+        how = self.how
+        _normalise_group[how.grid](
+            p_x=self.x,
+            p_y=y,
+            p_mean=mean,
+            p_rstd=rstd,
+            p_weight=self.weight,
+            weight_stride=_stride(self.weight),
+            p_bias=self.bias,
+            bias_stride=_stride(self.bias),
+            eps=eps,
+            channels=how.channels,
+            pixels=how.pixels,
+            per_group=how.per_group,
+            span=how.span,
+            tiles=how.tiles,
+            chunk=how.chunk,
+            chunks=how.chunks,
+            SILU=self.silu,
+            CHANNELS_LAST=how.channels_last,
+            WIDE=how.wide,
+            BLOCK_C=how.block_c,
+            BLOCK_P=how.block_p,
+            num_warps=how.warps,
+            maxnreg=MOST_REGISTERS,
+        )
+
+    def statistics(self, partials: Tensor) -> None:
+        how = self.how
+        _statistics[how.grid](
+            p_x=self.x,
+            p_partials=partials,
+            channels=how.channels,
+            pixels=how.pixels,
+            per_group=how.per_group,
+            span=how.span,
+            tiles=how.tiles,
+            chunk=how.chunk,
+            chunks=how.chunks,
+            CHANNELS_LAST=how.channels_last,
+            WIDE=how.wide,
+            BLOCK_C=how.block_c,
+            BLOCK_P=how.block_p,
+            num_warps=how.warps,
+        )
+
+    def moments(self, partials: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> None:
+        how = self.how
+        _moments[mean.shape](
+            p_x=self.x,
+            p_partials=partials,
+            p_mean=mean,
+            p_rstd=rstd,
+            eps=eps,
+            channels=how.channels,
+            pixels=how.pixels,
+            per_group=how.per_group,
+            chunk=how.chunk,
+            chunks=how.chunks,
+            CHANNELS_LAST=how.channels_last,
+            WIDE=how.wide,
+            BLOCK=how.block_partials,
+        )
+
+    def activate(self, y: Tensor, mean: Tensor, rstd: Tensor, partials: Tensor | None, eps: float) -> None:
+        how = self.how
+        _activate[how.grid](
+            p_x=self.x,
+            p_y=y,
+            p_mean=mean,
+            p_rstd=rstd,
+            p_partials=partials,
+            p_weight=self.weight,
+            weight_stride=_stride(self.weight),
+            p_bias=self.bias,
+            bias_stride=_stride(self.bias),
+            eps=eps,
+            channels=how.channels,
+            pixels=how.pixels,
+            per_group=how.per_group,
+            span=how.span,
+            tiles=how.tiles,
+            chunk=how.chunk,
+            chunks=how.chunks,
+            SILU=self.silu,
+            CHANNELS_LAST=how.channels_last,
+            WIDE=how.wide,
+            BLOCK_C=how.block_c,
+            BLOCK_P=how.block_p,
+            BLOCK_PARTIALS=how.block_partials,
+            num_warps=how.warps,
+        )
+
+    def group_gradient(
+        self, grads: Tensor, mean: Tensor, rstd: Tensor, grad_x: Tensor | None, partials: Tensor | None
+    ) -> None:
+        how = self.how
+        _group_gradient[how.grid](
+            p_x=self.x,
+            p_grad=grads,
+            p_mean=mean,
+            p_rstd=rstd,
+            p_grad_x=grad_x,
+            p_partials=partials,
+            p_weight=self.weight,
+            weight_stride=_stride(self.weight),
+            p_bias=self.bias,
+            bias_stride=_stride(self.bias),
+            channels=how.channels,
+            pixels=how.pixels,
+            per_group=how.per_group,
+            span=how.span,
+            tiles=how.tiles,
+            chunk=how.chunk,
+            chunks=how.chunks,
+            SILU=self.silu,
+            CHANNELS_LAST=how.channels_last,
+            WIDE=how.wide,
+            BLOCK_C=how.block_c,
+            BLOCK_P=how.block_p,
+            num_warps=how.warps,
+        )
+
+    def sums(self, grads: Tensor, mean: Tensor, rstd: Tensor, partials: Tensor | None) -> None:
+        how = self.how
+        _sums[how.grid](
+            p_x=self.x,
+            p_grad=grads,
+            p_mean=mean,
+            p_rstd=rstd,
+            p_partials=partials,
+            p_weight=self.weight,
+            weight_stride=_stride(self.weight),
+            p_bias=self.bias,
+            bias_stride=_stride(self.bias),
+            channels=how.channels,
+            pixels=how.pixels,
+            per_group=how.per_group,
+            span=how.span,
+            tiles=how.tiles,
+            chunk=how.chunk,
+            chunks=how.chunks,
+            SILU=self.silu,
+            CHANNELS_LAST=how.channels_last,
+            WIDE=how.wide,
+            BLOCK_C=how.block_c,
+            BLOCK_P=how.block_p,
+            num_warps=how.warps,
+            maxnreg=MOST_REGISTERS,
+        )
+
+    def terms(self, partials: Tensor | None, mean: Tensor) -> Tensor:
+        terms = torch.empty(*mean.shape, 2, dtype=torch.float32, device=mean.device)
+        how = self.how
+        _terms[mean.shape](
+            p_partials=partials,
+            p_terms=terms,
+            p_weight=self.weight,
+            weight_stride=_stride(self.weight),
+            channels=how.channels,
+            pixels=how.pixels,
+            per_group=how.per_group,
+            chunk=how.chunk,
+            chunks=how.chunks,
+            BLOCK=how.block_partials,
+        )
+        return terms
+
+    def input_gradient(
+        self,
+        grads: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        grad_x: Tensor | None,
+        terms: Tensor | None,
+        partials: Tensor | None,
+    ) -> None:
+        how = self.how
+        _input_gradient[how.grid](
+            p_x=self.x,
+            p_grad=grads,
+            p_mean=mean,
+            p_rstd=rstd,
+            p_grad_x=grad_x,
+            p_terms=terms,
+            p_partials=partials,
+            p_weight=self.weight,
+            weight_stride=_stride(self.weight),
+            p_bias=self.bias,
+            bias_stride=_stride(self.bias),
+            channels=how.channels,
+            pixels=how.pixels,
+            per_group=how.per_group,
+            span=how.span,
+            tiles=how.tiles,
+            chunk=how.chunk,
+            chunks=how.chunks,
+            SILU=self.silu,
+            CHANNELS_LAST=how.channels_last,
+            WIDE=how.wide,
+            BLOCK_C=how.block_c,
+            BLOCK_P=how.block_p,
+            BLOCK_PARTIALS=how.block_partials,
+            num_warps=how.warps,
+        )
+
+    def parameter_gradients(
+        self, partials: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None
+    ) -> None:
+        how = self.how
+        _parameter_gradients[(triton.cdiv(how.channels, PARAMETER_CHANNELS),)](
+            p_partials=partials,
+            p_grad_weight=grad_weight,
+            p_grad_bias=grad_bias,
+            rows=how.batch * how.chunks,
+            channels=how.channels,
+            BLOCK_R=PARAMETER_ROWS,
+            BLOCK_C=PARAMETER_CHANNELS,
+            num_warps=WARPS,
+        )
+
+
+def _stride(parameter: Tensor | None) -> int:
+    return 0 if parameter is None else parameter.stride(0)
 
 
 @triton.jit

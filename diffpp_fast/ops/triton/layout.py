@@ -36,11 +36,6 @@ class Order:
         """Whether an index within a sample needs 64 bits."""
         return self.sample >= INT32_ELEMENTS
 
-    @property
-    def constants(self) -> dict[str, bool]:
-        """The compile-time arguments of every kernel."""
-        return {"CHANNELS_LAST": self.channels_last, "WIDE": self.wide}
-
     def grid(self, block: int) -> tuple[int]:
         """Programs for the blocks of a sample, times the batch: on one axis, for the others end at 65535."""
         return (triton.cdiv(self.sample, block) * self.batch,)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffpp_fast.kernels.reference.reward_pixels import Preprocessing, axis_matrix
+from diffpp_fast.ops.reward_pixels import CLAMPS, FILTERS, FITS, axis_matrix
 from diffpp_fast.ops.triton.device import on_its_device
 from diffpp_fast.ops.triton.layout import INT32_ELEMENTS, Order
 from diffpp_fast.transforms import decided_when_traced
@@ -44,49 +44,108 @@ class Axis(NamedTuple):
 
 
 @on_its_device
-def forward(images: Tensor, preprocessing: Preprocessing, dtype: torch.dtype) -> Tensor:
+def forward(
+    images: Tensor,
+    size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    filter: int,
+    antialias: bool,
+    fit: int,
+    low: float,
+    high: float,
+    clamp: int,
+    dtype: torch.dtype,
+) -> Tensor:
     order = Order(images)
     batch, channels, height, _ = images.shape
-    size = preprocessing.size
     pixels = torch.empty(
         batch, channels, size, size, dtype=dtype, device=images.device, memory_format=order.memory_format
     )
     if images.numel():
-        call = _Call(images, preprocessing, order)
+        call = _Call(
+            images,
+            order,
+            size=size,
+            mean=mean,
+            std=std,
+            filter=filter,
+            antialias=antialias,
+            fit=fit,
+            low=low,
+            high=high,
+        )
         (rows, _), (columns, _) = call.rows, call.columns
         between = call.between(images)
-        call.resize_rows(rows, order.of(images), between, height, size, offset=call.start, clamp=call.clamps)
+        call.resize_rows(
+            rows, order.of(images), between, height, size, offset=call.start, clamp=CLAMPS[clamp] != "none"
+        )
         call.resize_columns(columns, between, pixels, size, from_offset=call.start, to_offset=0, normalise=True)
     return pixels
 
 
 @on_its_device
-def backward(grad_output: Tensor, images: Tensor, preprocessing: Preprocessing) -> Tensor:
+def backward(
+    grad_output: Tensor,
+    images: Tensor,
+    size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    filter: int,
+    antialias: bool,
+    fit: int,
+    low: float,
+    high: float,
+    clamp: int,
+) -> Tensor:
     order = Order(images)
-    height, size = images.shape[2], preprocessing.size
+    height = images.shape[2]
     grad_images = order.result(images)
     if images.numel():
-        call = _Call(images, preprocessing, order)
+        call = _Call(
+            images,
+            order,
+            size=size,
+            mean=mean,
+            std=std,
+            filter=filter,
+            antialias=antialias,
+            fit=fit,
+            low=low,
+            high=high,
+        )
         (_, rows), (_, columns) = call.rows, call.columns
         between = call.between(images)
         call.resize_columns(
             columns, order.of(grad_output), between, size, from_offset=0, to_offset=call.start, normalise=False
         )
-        masked = order.of(images) if preprocessing.clamp == "hard" else None
+        masked = order.of(images) if CLAMPS[clamp] == "hard" else None
         call.resize_rows(rows, between, grad_images, size, height, offset=-call.start, masked=masked)
     return order.finish(grad_images, images)
 
 
 class _Call:
-    """What the two launches are told alike."""
+    """The arguments that the two launches share."""
 
-    def __init__(self, images: Tensor, preprocessing: Preprocessing, order: Order) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        order: Order,
+        *,
+        size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        filter: int,
+        antialias: bool,
+        fit: int,
+        low: float,
+        high: float,
+    ) -> None:
         batch, channels, height, width = images.shape
-        size, mean, std, filter, antialias, fit, (self.low, self.high), clamp = preprocessing
+        self.low, self.high = low, high
         self.rows, self.columns, self.mean, self.std = _constants(
-            images.device, height, width, size, fit, filter, antialias, mean, std
+            images.device, height, width, size, FITS[fit], FILTERS[filter], antialias, mean, std
         )
-        self.clamps = clamp != "none"
         self.channels, self.channels_last = channels, order.channels_last
         self.inner = order.channels
         self.planes = batch * channels // self.inner
@@ -115,20 +174,20 @@ class _Call:
         to_width = to.numel() // (self.planes * rows_out)
         block_r, block_x = ROWS_TILE
         _rows[(triton.cdiv(to_width, block_x) * triton.cdiv(rows_out, block_r) * self.planes,)](
-            source,
-            to,
-            masked,
-            axis.first,
-            axis.counts,
-            axis.weights,
-            rows_in,
-            rows_out,
-            from_width,
-            to_width,
-            offset,
-            self.low,
-            self.high,
-            1.0 / (self.high - self.low),
+            p_from=source,
+            p_to=to,
+            p_masked=masked,
+            p_first=axis.first,
+            p_count=axis.counts,
+            p_weights=axis.weights,
+            rows_in=rows_in,
+            rows_out=rows_out,
+            from_width=from_width,
+            to_width=to_width,
+            offset=offset,
+            low=self.low,
+            high=self.high,
+            per_range=1.0 / (self.high - self.low),
             TAPS=axis.weights.shape[0],
             IMAGES=clamp is not None,
             CLAMP=bool(clamp),
@@ -146,21 +205,21 @@ class _Call:
         to_width = to.numel() // (self.planes * rows)
         block_r, block_x = COLUMNS_TILE
         _columns[(triton.cdiv(to_width, block_x) * triton.cdiv(rows, block_r) * self.planes,)](
-            source,
-            to,
-            axis.first,
-            axis.counts,
-            axis.weights,
-            self.mean,
-            self.std,
-            rows,
-            axis.first.shape[0],
-            from_width,
-            to_width,
-            from_offset,
-            to_offset,
-            self.inner,
-            self.channels,
+            p_from=source,
+            p_to=to,
+            p_first=axis.first,
+            p_count=axis.counts,
+            p_weights=axis.weights,
+            p_mean=self.mean,
+            p_std=self.std,
+            rows=rows,
+            out=axis.first.shape[0],
+            from_width=from_width,
+            to_width=to_width,
+            from_offset=from_offset,
+            to_offset=to_offset,
+            inner=self.inner,
+            channels=self.channels,
             TAPS=axis.weights.shape[0],
             NORMALISE=normalise,
             CHANNELS_LAST=self.channels_last,
