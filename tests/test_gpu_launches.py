@@ -91,6 +91,14 @@ def kernels_launched(source: str) -> set[str]:
     return {func.value.id for func in calls if isinstance(func, ast.Subscript) and isinstance(func.value, ast.Name)}
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_argument_has_the_name_of_an_option_of_triton(path: Path) -> None:
+    # Triton refuses them where it launches, and neither its interpreter nor torch.compile does.
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    names = {word.arg for node in calls if isinstance(node.func, ast.Subscript) for word in node.keywords}
+    assert not names & {"device", "device_type", "stream"}
+
+
 def test_the_reader_of_host_code_sees_what_is_missed(tmp_path: Path) -> None:
     path = tmp_path / "host.py"
     path.write_text(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from diffpp_fast.noise import Noise
 from diffpp_fast.prediction import PREDICTION_TYPES
 
 Argument = TypeVar("Argument", Tensor, Tensor | None)
-Promoted = TypeVar("Promoted", Tensor, Tensor | None)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DENSE = torch.strided
@@ -128,7 +127,7 @@ def address(op: str, noise: Noise | Tensor, like: Tensor) -> tuple[Tensor, int, 
     return noise, 0, 0
 
 
-def promoted(*tensors: Promoted) -> tuple[Promoted, ...]:
+def promoted(*tensors: Any) -> tuple[Any, ...]:
     """Return the tensors in the dtype in which none loses precision; sample numbers and None as they are."""
     first = None
     for tensor in tensors:

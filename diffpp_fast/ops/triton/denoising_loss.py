@@ -60,8 +60,8 @@ def forward(
         alpha_stride=target.alpha_stride,
         p_sigma=sigma,
         sigma_stride=target.sigma_stride,
-        seed=target.seed,
-        stream=target.stream,
+        noise_seed=target.seed,
+        noise_stream=target.stream,
         sample=order.sample,
         channels=order.channels,
         PREDICTION=target.prediction,
@@ -95,7 +95,7 @@ def backward(grad_output: Tensor, residual: Tensor, weight: Tensor | None) -> Te
     return order.finish(gradient, residual)
 
 
-@triton.jit(do_not_specialize=["seed", "stream", "programs"])
+@triton.jit(do_not_specialize=["noise_seed", "noise_stream", "programs"])
 def _forward(
     p_partials,  # float32 [B, programs], weighted
     p_residual,  # [B, sample] as the prediction, or None
@@ -109,8 +109,8 @@ def _forward(
     alpha_stride,
     p_sigma,  # [B]
     sigma_stride,
-    seed,
-    stream,
+    noise_seed,
+    noise_stream,
     sample,
     channels,
     PREDICTION: tl.constexpr,
@@ -133,8 +133,8 @@ def _forward(
             alpha=alpha,
             sigma=sigma,
             number=number,
-            seed=seed,
-            stream=stream,
+            seed=noise_seed,
+            stream=noise_stream,
             sample=sample,
             start=start,
             first=first,

@@ -95,8 +95,8 @@ class Gap:
             alpha_stride=target.alpha_stride,
             p_sigma=target.sigma,
             sigma_stride=target.sigma_stride,
-            seed=target.seed,
-            stream=target.stream,
+            noise_seed=target.seed,
+            noise_stream=target.stream,
             sample=order.sample,
             channels=order.channels,
             PREDICTION=target.prediction,
@@ -213,7 +213,7 @@ def floored_mean(total, elements):
     return mean, tl.where(mean < _FLOOR, _FLOOR, mean)
 
 
-@triton.jit(do_not_specialize=["seed", "stream", "batch", "programs"])
+@triton.jit(do_not_specialize=["noise_seed", "noise_stream", "batch", "programs"])
 def _sums(
     p_partials,  # float32 [3, B, programs]
     p_gradient,  # [B, sample] as the outputs, or None
@@ -233,8 +233,8 @@ def _sums(
     alpha_stride,
     p_sigma,  # [B]
     sigma_stride,
-    seed,
-    stream,
+    noise_seed,
+    noise_stream,
     sample,
     channels,
     PREDICTION: tl.constexpr,  # None for no target
@@ -265,8 +265,8 @@ def _sums(
                 alpha=alpha,
                 sigma=sigma,
                 number=number,
-                seed=seed,
-                stream=stream,
+                seed=noise_seed,
+                stream=noise_stream,
                 sample=sample,
                 start=start,
                 first=first,

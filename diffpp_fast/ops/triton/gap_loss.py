@@ -95,7 +95,9 @@ def _gradients_of(
     gap, target = _laid_out(given)
     order = gap.order
     inputs = given.fake, given.cond, given.uncond, given.x0
-    results = [order.result(like) if needed else None for like, needed in zip(inputs, needs, strict=True)]
+    results = [
+        order.result(like) if needed and like is not None else None for like, needed in zip(inputs, needs, strict=True)
+    ]
     if given.fake.numel():
         _gradients[order.grid(BLOCK)](
             p_grad_fake=results[0],
@@ -117,8 +119,8 @@ def _gradients_of(
             alpha_stride=target.alpha_stride,
             p_sigma=target.sigma,
             sigma_stride=target.sigma_stride,
-            seed=target.seed,
-            stream=target.stream,
+            noise_seed=target.seed,
+            noise_stream=target.stream,
             sample=order.sample,
             channels=order.channels,
             PREDICTION=target.prediction,
@@ -130,7 +132,7 @@ def _gradients_of(
             num_warps=WARPS,
         )
     return tuple(
-        given.fake.new_empty(0) if result is None else order.finish(result, like)
+        given.fake.new_empty(0) if result is None or like is None else order.finish(result, like)
         for result, like in zip(results, inputs, strict=True)
     )
 
@@ -178,7 +180,7 @@ def _finish(
     tl.store(p_loss + b, factor * product)
 
 
-@triton.jit(do_not_specialize=["seed", "stream"])
+@triton.jit(do_not_specialize=["noise_seed", "noise_stream"])
 def _gradients(
     p_grad_fake,  # [B, sample] as the outputs, or None where it is not needed, as the next three
     p_grad_cond,
@@ -199,8 +201,8 @@ def _gradients(
     alpha_stride,
     p_sigma,  # [B]
     sigma_stride,
-    seed,
-    stream,
+    noise_seed,
+    noise_stream,
     sample,
     channels,
     PREDICTION: tl.constexpr,
@@ -227,8 +229,8 @@ def _gradients(
             alpha=alpha,
             sigma=sigma,
             number=number,
-            seed=seed,
-            stream=stream,
+            seed=noise_seed,
+            stream=noise_stream,
             sample=sample,
             start=start,
             first=first,

@@ -22,8 +22,8 @@ def normal(samples: Tensor, seed: int, stream: int, count: int, dtype: torch.dty
         _normal[(triton.cdiv(count, BLOCK) * batch,)](
             p_to=drawn,
             p_samples=samples.contiguous(),
-            seed=seed,
-            stream=stream,
+            noise_seed=seed,
+            noise_stream=stream,
             count=count,
             WIDE=count >= INT32_ELEMENTS,
             BLOCK=BLOCK,
@@ -37,7 +37,12 @@ def uniform(samples: Tensor, seed: int, stream: int) -> Tensor:
     drawn = samples.new_empty(batch, dtype=torch.float32)
     if batch:
         _uniform[(triton.cdiv(batch, BLOCK_SAMPLES),)](
-            p_to=drawn, p_samples=samples.contiguous(), seed=seed, stream=stream, batch=batch, BLOCK=BLOCK_SAMPLES
+            p_to=drawn,
+            p_samples=samples.contiguous(),
+            noise_seed=seed,
+            noise_stream=stream,
+            batch=batch,
+            BLOCK=BLOCK_SAMPLES,
         )
     return drawn
 
@@ -50,8 +55,8 @@ def integers(samples: Tensor, seed: int, stream: int, low: int, span: int) -> Te
         _integers[(triton.cdiv(batch, BLOCK_SAMPLES),)](
             p_to=drawn,
             p_samples=samples.contiguous(),
-            seed=seed,
-            stream=stream,
+            noise_seed=seed,
+            noise_stream=stream,
             low=low,
             span=span,
             batch=batch,
@@ -60,12 +65,12 @@ def integers(samples: Tensor, seed: int, stream: int, low: int, span: int) -> Te
     return drawn
 
 
-@triton.jit(do_not_specialize=["seed", "stream"])
-def _normal(p_to, p_samples, seed, stream, count, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["noise_seed", "noise_stream"])
+def _normal(p_to, p_samples, noise_seed, noise_stream, count, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     b, block = place(count, BLOCK)
     first = sample_index(block, BLOCK, WIDE)
     b_index = first + tl.arange(0, BLOCK)
-    b_drawn = normals(seed, stream, tl.load(p_samples + b), first, BLOCK)
+    b_drawn = normals(noise_seed, noise_stream, tl.load(p_samples + b), first, BLOCK)
     tl.store(p_to + b.to(tl.int64) * count + b_index, b_drawn.to(p_to.dtype.element_ty), mask=b_index < count)
 
 
@@ -77,17 +82,17 @@ def _first_word(p_samples, seed, stream, b_sample, batch):
     return word
 
 
-@triton.jit(do_not_specialize=["seed", "stream"])
-def _uniform(p_to, p_samples, seed, stream, batch, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["noise_seed", "noise_stream"])
+def _uniform(p_to, p_samples, noise_seed, noise_stream, batch, BLOCK: tl.constexpr):
     b_sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b_word = _first_word(p_samples, seed, stream, b_sample, batch)
+    b_word = _first_word(p_samples, noise_seed, noise_stream, b_sample, batch)
     tl.store(p_to + b_sample, (b_word >> 8).to(tl.float32) * 5.9604644775390625e-08, mask=b_sample < batch)
 
 
-@triton.jit(do_not_specialize=["seed", "stream", "low", "span"])
-def _integers(p_to, p_samples, seed, stream, low, span, batch, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["noise_seed", "noise_stream", "low", "span"])
+def _integers(p_to, p_samples, noise_seed, noise_stream, low, span, batch, BLOCK: tl.constexpr):
     b_sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b_word = _first_word(p_samples, seed, stream, b_sample, batch).to(tl.uint64)
+    b_word = _first_word(p_samples, noise_seed, noise_stream, b_sample, batch).to(tl.uint64)
     # span is at most 2^32, so the unsigned product fits in 64 bits.
     b_offset = (b_word * tl.cast(span, tl.uint64)) >> 32
     tl.store(p_to + b_sample, low + b_offset.to(tl.int64), mask=b_sample < batch)
