@@ -1,17 +1,15 @@
 """Random numbers with an address: a function of (seed, stream, sample number, element), never of a global generator."""
 
 from collections.abc import Sequence
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffpp_fast import transforms
+from diffpp_fast import philox, transforms
 from diffpp_fast.arguments import integer, shown
-from diffpp_fast.kernels import dispatch
-from diffpp_fast.kernels.reference import philox as definition
-from diffpp_fast.kernels.reference.philox import Address
-from diffpp_fast.philox import signed
+from diffpp_fast.availability import fake
+from diffpp_fast.backends import kernels, register
 
 #: The streams that no code of this package draws from, nor ever will: they are the users' own. The package's are the
 #: others, of which it uses 0 to 9.
@@ -64,12 +62,7 @@ class Noise:
     @property
     def seed_bits(self) -> int:
         """The seed as registered operators take it: the int64 of the same bits."""
-        return signed(self.seed)
-
-    @property
-    def address(self) -> Address:
-        """The numbers that a kernel needs to draw these itself."""
-        return Address(self.seed, self.samples, self.stream)
+        return philox.signed(self.seed)
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normals.
@@ -97,12 +90,12 @@ class Noise:
         if dtype not in DTYPES:
             known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
             raise TypeError(f"{op}: dtype must be a floating-point type, one of {known}; got {dtype}")
-        drawn: Tensor = self._kernels().normal(self.address, shape, dtype)
-        return drawn
+        drawn: Tensor = self._kernels().normal(self.samples, self.seed_bits, self.stream, shape.numel(), dtype)
+        return drawn.view(self.samples.shape[0], *shape)
 
     def uniform(self) -> Tensor:
         """[B] float32, uniform in [0, 1), from element 0 of each sample."""
-        drawn: Tensor = self._kernels().uniform(self.address)
+        drawn: Tensor = self._kernels().uniform(self.samples, self.seed_bits, self.stream)
         return drawn
 
     def integers(self, low: int, high: int) -> Tensor:
@@ -114,13 +107,17 @@ class Noise:
             raise ValueError(f"Noise.integers: high - low must be at most 2^32, got {high - low}")
         if low < -(2**63) or high > 2**63:
             raise ValueError(f"Noise.integers: [{low}, {high}) does not fit in int64")
-        drawn: Tensor = self._kernels().integers(self.address, low, high)
+        drawn: Tensor = self._kernels().integers(self.samples, self.seed_bits, self.stream, low, high - low)
         return drawn
 
     def __repr__(self) -> str:
         return f"Noise(seed={self.seed}, samples={self.samples}, stream={self.stream})"
 
-    def _kernels(self) -> ModuleType:
-        if transforms.functional():
-            return definition
-        return dispatch.select("philox", self.samples.device, torch.float32)
+    def _kernels(self) -> Any:
+        return philox if transforms.functional() else kernels("philox", self.samples.device, torch.float32)
+
+
+register("philox", normal=philox.normal, uniform=philox.uniform, integers=philox.integers)
+fake("normal", lambda samples, seed, stream, count, dtype: samples.new_empty((samples.shape[0], count), dtype=dtype))
+fake("uniform", lambda samples, seed, stream: samples.new_empty(samples.shape, dtype=torch.float32))
+fake("integers", lambda samples, *others: samples.new_empty(samples.shape))

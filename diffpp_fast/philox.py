@@ -48,17 +48,15 @@ def blocks(samples: Tensor, seed: int, stream: int, count: int) -> Tensor:
     return torch.stack(words, dim=-1)
 
 
-def normal(samples: Tensor, seed: int, stream: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Draw standard normals [B, *shape] by Box-Muller on the lane pairs (0, 1) and (2, 3), in float32."""
-    elements = math.prod(shape)
-    words = blocks(samples, seed, stream, -(-elements // 4))
+def normal(samples: Tensor, seed: int, stream: int, count: int, dtype: torch.dtype) -> Tensor:
+    """Draw standard normals [B, count] by Box-Muller on the lane pairs (0, 1) and (2, 3), in float32."""
+    words = blocks(samples, seed, stream, -(-count // 4))
     u1 = words[..., 0::2].to(torch.float32) * 2.0**-32 + 2.0**-33
     u2 = words[..., 1::2].to(torch.float32) * 2.0**-32
     radius = torch.sqrt(-2.0 * torch.log(u1))
     angle = (2.0 * math.pi) * u2
     lanes = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    batch = words.shape[0]
-    return lanes.reshape(batch, 4 * words.shape[1])[:, :elements].reshape(batch, *shape).to(dtype)
+    return lanes.flatten(1)[:, :count].contiguous().to(dtype)
 
 
 def uniform(samples: Tensor, seed: int, stream: int) -> Tensor:
@@ -75,7 +73,7 @@ def integers(samples: Tensor, seed: int, stream: int, low: int, span: int) -> Te
 def normal_like(noise: Tensor, seed: int, stream: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the noise of [B, ...] tensor `like`: drawn if `noise` holds sample numbers, else `noise` itself."""
     if is_drawn(noise):
-        return normal(noise, seed, stream, like.shape[1:], dtype)
+        return normal(noise, seed, stream, like.shape[1:].numel(), dtype).reshape(like.shape)
     return noise.to(dtype)
 
 

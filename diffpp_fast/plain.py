@@ -21,6 +21,11 @@ def sum_per_sample(values: Tensor) -> Tensor:
     return values.reshape(values.shape[0], values[:1].numel()).sum(dim=1)
 
 
+def mean_abs_per_sample(values: Tensor) -> Tensor:
+    """[B, ...] -> [B]."""
+    return sum_per_sample(values.abs()) / values[:1].numel()
+
+
 def stored_like(result: Tensor, like: Tensor) -> Tensor:
     """`result` in the dtype and memory layout of `like`; where `torch.func` hides the layout, in the dtype alone."""
     if transforms.functional():

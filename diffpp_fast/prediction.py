@@ -18,7 +18,18 @@ from torch import Tensor
 from diffpp_fast.philox import normal_like
 from diffpp_fast.plain import compute_dtype, per_sample
 
+#: Registered operators take the index of one of these.
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction", "sample")
+#: mean|r| is of order one; below this the guided prediction is its target, and d has no direction to normalise.
+MEAN_ABS_FLOOR = 1e-6
+
+
+def guide(cond: Tensor, uncond: Tensor | None, guidance_scale: float) -> Tensor:
+    """Return uncond + w (cond - uncond) in the compute dtype; cond itself where there is no `uncond`."""
+    dtype = compute_dtype(cond)
+    if uncond is None:
+        return cond.to(dtype)
+    return uncond.to(dtype) + guidance_scale * (cond.to(dtype) - uncond.to(dtype))
 
 
 def regression_target(

@@ -21,9 +21,13 @@ from diffpp_fast.ops import triton
 
 #: A step within a function: from one line to the next, None where it returns.
 Step = tuple[int, int | None]
-FILES = [
-    path for path in sorted(Path(triton.__file__).parent.glob("*.py")) if path.stem in (*dispatch.OPS, "gap", "layout")
-]
+#: The operators whose cases reach what files hold that are not of one operator.
+SHARED = {
+    "gap": ("denoising_loss", "score_gap", "sid_loss", "sim_loss"),
+    "gap_loss": ("sid_loss", "sim_loss"),
+    "layout": ("add_noise", "score_gap"),
+}
+FILES = [path for path in sorted(Path(triton.__file__).parent.glob("*.py")) if path.stem in (*dispatch.OPS, *SHARED)]
 
 
 @contextmanager
@@ -87,6 +91,14 @@ def kernels_launched(source: str) -> set[str]:
     return {func.value.id for func in calls if isinstance(func, ast.Subscript) and isinstance(func.value, ast.Name)}
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_argument_has_the_name_of_an_option_of_triton(path: Path) -> None:
+    # Triton refuses them where it launches, and neither its interpreter nor torch.compile does.
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    names = {word.arg for node in calls if isinstance(node.func, ast.Subscript) for word in node.keywords}
+    assert not names & {"device", "device_type", "stream"}
+
+
 def test_the_reader_of_host_code_sees_what_is_missed(tmp_path: Path) -> None:
     path = tmp_path / "host.py"
     path.write_text(
@@ -115,8 +127,7 @@ def test_every_path_to_a_launch_of_triton_is_a_case(path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(InterpretedFunction, "run", lambda *arguments, **options: None)
     monkeypatch.setattr(gpu_gate, "failure", once)
-    shared = {"gap": ("denoising_loss", "score_gap", "sid_loss", "sim_loss"), "layout": ("add_noise", "score_gap")}
     with traced(path) as steps:
-        for op in shared.get(path.stem, (path.stem,)):
+        for op in SHARED.get(path.stem, (path.stem,)):
             assert judge(op, "triton", Checks(torch.device("cpu"), graphs=False, compiler=None), 0.0).wrong == []
     assert missed(path.read_text(), steps) == []

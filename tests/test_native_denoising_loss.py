@@ -11,7 +11,7 @@ from native import assert_compiles_once, assert_same_bits_for_any_threads, check
 from torch import Tensor
 
 from diffpp_fast import Noise, ops, use_backend
-from diffpp_fast.kernels.reference.prediction import PREDICTION_TYPES
+from diffpp_fast.prediction import PREDICTION_TYPES
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from diffpp_fast import backends
 from diffpp_fast.availability import interpreter_refuses
 from diffpp_fast.kernels import dispatch
 from diffpp_fast.ops.triton.device import on_its_device
@@ -23,11 +23,11 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_every_operator_launches_on_the_device_of_its_tensors(op: str) -> None:
-    module = import_module(f"diffpp_fast.ops.triton.{op}")
-    names = [name for name in ("forward", "backward", "normal", "uniform", "integers") if hasattr(module, name)]
+    found = backends._sources[op]["triton"]()
+    names = [name for name in ("forward", "backward", "normal", "uniform", "integers") if hasattr(found, name)]
     assert names
     for name in names:
-        assert getattr(module, name).__code__ is on_its_device(lambda: None).__code__, name
+        assert getattr(found, name).__code__ is on_its_device(lambda: None).__code__, name
 
 
 @pytest.mark.parametrize(("current", "entered"), [(0, [1]), (1, [])])

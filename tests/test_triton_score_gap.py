@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from diffpp_fast import Noise, ops, use_backend
-from diffpp_fast.kernels.reference.prediction import PREDICTION_TYPES
 from diffpp_fast.ops.score_gap import ScoreGap
+from diffpp_fast.prediction import PREDICTION_TYPES
 
 SEED = 2**64 - 5
 

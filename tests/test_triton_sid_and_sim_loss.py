@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffpp_fast import Noise, ops, use_backend
-from diffpp_fast.kernels.reference.prediction import PREDICTION_TYPES
+from diffpp_fast.prediction import PREDICTION_TYPES
 
 SEED = 2**64 - 5
 LOSSES = {"sid": (ops.sid_loss, {"sid_alpha": 1.2}), "sim": (ops.sim_loss, {"huber_c": 0.7})}

@@ -8,12 +8,11 @@ written, and nothing waits for the device.
 from diffpp_fast.ops.ada_layer_norm import ada_layer_norm
 from diffpp_fast.ops.add_noise import add_noise
 from diffpp_fast.ops.denoising_loss import denoising_loss
+from diffpp_fast.ops.gap_loss import sid_loss, sim_loss
 from diffpp_fast.ops.geglu import geglu
 from diffpp_fast.ops.group_norm_silu import group_norm_silu
 from diffpp_fast.ops.reward_pixels import reward_pixels
 from diffpp_fast.ops.score_gap import ScoreGap, score_gap
-from diffpp_fast.ops.sid_loss import sid_loss
-from diffpp_fast.ops.sim_loss import sim_loss
 
 __all__ = [
     "ScoreGap",

@@ -2,19 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from diffpp_fast import transforms
 from diffpp_fast.arguments import number, shown
-from diffpp_fast.kernels.reference.philox import Address
 from diffpp_fast.noise import Noise
 from diffpp_fast.prediction import PREDICTION_TYPES
 
-Argument = TypeVar("Argument", Tensor, Tensor | None, Tensor | Address, Tensor | Address | None)
-Promoted = TypeVar("Promoted", Tensor, Tensor | None)
+Argument = TypeVar("Argument", Tensor, Tensor | None)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DENSE = torch.strided
@@ -92,8 +90,10 @@ def one_of(op: str, name: str, value: str | None, known: Sequence[str | None]) -
         raise ValueError(f"{op}: unknown {name} {value!r}; known: {', '.join(map(str, known))}")
 
 
-def prediction_type(op: str, value: str) -> None:
+def prediction_type(op: str, value: str) -> int:
+    """Return the number of a prediction type, by which registered operators know it."""
     one_of(op, "prediction type", value, PREDICTION_TYPES)
+    return PREDICTION_TYPES.index(value)
 
 
 def eps(op: str, value: float) -> float:
@@ -127,23 +127,7 @@ def address(op: str, noise: Noise | Tensor, like: Tensor) -> tuple[Tensor, int, 
     return noise, 0, 0
 
 
-def noise(op: str, value: Noise | Tensor, like: Tensor) -> Address | Tensor:
-    """The noise as kernels take it: an address with the batch of `like`, or a tensor of its shape."""
-    if isinstance(value, Noise):
-        samples = value.samples
-        if samples.device != like.device:
-            raise ValueError(f"{op}: noise.samples is on {samples.device}, the data on {like.device}")
-        if samples.shape[0] != like.shape[0]:
-            raise ValueError(f"{op}: noise has {len(samples)} samples, the batch has {like.shape[0]}")
-        return value.address
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: noise must be a Noise or a tensor, got {type(value).__name__}")
-    floating(op, {"x0": like, "noise": value})
-    same_shape(op, {"x0": like, "noise": value})
-    return value
-
-
-def promoted(*tensors: Promoted) -> tuple[Promoted, ...]:
+def promoted(*tensors: Any) -> tuple[Any, ...]:
     """Return the tensors in the dtype in which none loses precision; sample numbers and None as they are."""
     first = None
     for tensor in tensors:
@@ -157,7 +141,7 @@ def promoted(*tensors: Promoted) -> tuple[Promoted, ...]:
     return tensors
 
 
-def common_dtype(*values: Tensor | Address | None) -> torch.dtype:
+def common_dtype(*values: Tensor | None) -> torch.dtype:
     """The dtype in which no tensor among `values` loses precision: kernels see one dtype."""
     common = None
     for value in values:
@@ -176,7 +160,7 @@ def target_x0(prediction_type: str, x0: Tensor, like: Tensor) -> Tensor:
 
 
 def cast(value: Argument, dtype: torch.dtype) -> Argument:
-    """A tensor in `dtype`; sample numbers, an address and None as they are.
+    """A tensor in `dtype`; sample numbers and None as they are.
 
     `Tensor.to` alone would do, but costs ten times as much as the comparison, which counts on small latents.
     """
@@ -185,38 +169,9 @@ def cast(value: Argument, dtype: torch.dtype) -> Argument:
     return value.to(dtype)
 
 
-def split_noise(value: Address | Tensor) -> tuple[Tensor, tuple[int, int] | None]:
-    """The tensor in `value`, for `save_for_backward` to guard against overwriting, and (seed, stream) of an address."""
-    return (value, None) if isinstance(value, Tensor) else (value.samples, (value.seed, value.stream))
-
-
-def join_noise(tensor: Tensor, key: tuple[int, int] | None) -> Address | Tensor:
-    """The inverse of `split_noise`."""
-    return tensor if key is None else Address(key[0], tensor, key[1])
-
-
 def guidance(op: str, uncond: Tensor | None, guidance_scale: float) -> float:
     """A guidance scale that has something to guide away from."""
     guidance_scale = number(op, "guidance_scale", guidance_scale)
     if uncond is None and guidance_scale != 1.0:
         raise ValueError(f"{op}: guidance_scale {guidance_scale} needs uncond; without it the scale must be 1")
     return guidance_scale
-
-
-def outputs_with_target(
-    op: str,
-    fake: Tensor,
-    cond: Tensor,
-    uncond: Tensor | None,
-    x0: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    prediction: str,
-) -> None:
-    """Check what the losses on three network outputs and a target have in common."""
-    prediction_type(op, prediction)
-    large = {"fake": fake, "cond": cond, "uncond": uncond, "x0": x0}
-    floating(op, {**large, "alpha": alpha, "sigma": sigma}, optional=("uncond",))
-    same_shape(op, large)
-    per_sample(op, fake.shape[0], {"alpha": alpha, "sigma": sigma})
-    elements(op, "fake", fake)

@@ -2,15 +2,17 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from diffpp_fast.kernels import dispatch
-from diffpp_fast.kernels.reference import denoising_loss as definition
-from diffpp_fast.kernels.reference.philox import Address
+from diffpp_fast.availability import fake
+from diffpp_fast.backends import kernels, register
 from diffpp_fast.noise import Noise
 from diffpp_fast.ops import checks
 from diffpp_fast.ops.autograd import by_definition, needs_gradient, recorded
+from diffpp_fast.plain import compute_dtype, per_sample, stored_like, sum_per_sample
+from diffpp_fast.prediction import PREDICTION_TYPES, regression_target
 
 
 def denoising_loss(
@@ -50,7 +52,7 @@ def denoising_loss(
         ValueError: shapes, batch sizes or devices differ; the batch is empty; unknown prediction type.
     """
     op = "denoising_loss"
-    checks.prediction_type(op, prediction_type)
+    kind = checks.prediction_type(op, prediction_type)
     checks.floating(
         op, {"prediction": prediction, "x0": x0, "alpha": alpha, "sigma": sigma, "weight": weight}, ("weight",)
     )
@@ -58,47 +60,62 @@ def denoising_loss(
     checks.per_sample(op, x0.shape[0], {"alpha": alpha, "sigma": sigma, "weight": weight})
     if prediction.numel() == 0:
         raise ValueError(f"{op}: the mean over an empty batch is no number, got shape {list(prediction.shape)}")
-    eps = checks.noise(op, noise, x0)
+    eps, seed, stream = checks.address(op, noise, x0)
     x0 = checks.target_x0(prediction_type, x0, prediction)
-    dtype = checks.common_dtype(prediction, x0, eps)
-    arguments = (
-        checks.cast(prediction, dtype),
-        checks.cast(x0, dtype),
-        checks.cast(eps, dtype),
-        alpha,
-        sigma,
-        prediction_type,
-        weight,
-    )
+    prediction, x0, eps = checks.promoted(prediction, x0, eps)
+    arguments = (prediction, x0, eps, seed, stream, alpha, sigma, kind, weight)
     loss: Tensor
     if by_definition(x0, eps, alpha, sigma, weight):
-        loss, _ = definition.forward(*arguments, save_residual=False)
+        loss, _ = forward(*arguments, False)
     elif needs_gradient(prediction):
         loss, _ = _DenoisingLoss.apply(*arguments)
     else:
-        loss, _ = dispatch.select(op, prediction.device, dtype).forward(*arguments, save_residual=False)
+        loss, _ = kernels(op, prediction.device, prediction.dtype).forward(*arguments, False)
     return loss
+
+
+def forward(
+    prediction: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    seed: int,
+    stream: int,
+    alpha: Tensor,
+    sigma: Tensor,
+    prediction_type: int,
+    weight: Tensor | None,
+    save_residual: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss, and prediction - target in the prediction's dtype, without elements unless `save_residual`.
+
+    The residual is stored unscaled: the gradient's factor 2 weight / (B N) would underflow in float16.
+    """
+    dtype = compute_dtype(prediction)
+    target = regression_target(PREDICTION_TYPES[prediction_type], x0, noise, seed, stream, alpha, sigma)
+    residual = prediction.to(dtype) - target
+    of_sample = sum_per_sample(residual.square()) / prediction[0].numel()
+    if weight is not None:
+        of_sample = weight.to(dtype) * of_sample
+    return of_sample.mean(), stored_like(residual, prediction) if save_residual else prediction.new_empty(0)
+
+
+def backward(grad_output: Tensor, residual: Tensor, weight: Tensor | None) -> Tensor:
+    """Return d loss / d prediction = grad_output * 2 weight_b / (B N) * residual."""
+    dtype = compute_dtype(residual)
+    scale = grad_output.to(dtype) * (2.0 / residual.numel())
+    if weight is not None:
+        scale = scale * per_sample(weight, residual)
+    return stored_like(scale * residual.to(dtype), residual)
 
 
 class _DenoisingLoss(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        prediction: Tensor,
-        x0: Tensor,
-        noise: Address | Tensor,
-        alpha: Tensor,
-        sigma: Tensor,
-        prediction_type: str,
-        weight: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The loss and the residual, an output so that second derivatives can go through it."""
-        ctx.kernels = dispatch.select("denoising_loss", prediction.device, prediction.dtype)
+    def forward(ctx: Any, prediction: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        """Return the loss and the residual, an output so that second derivatives can go through it."""
+        ctx.kernels = kernels("denoising_loss", prediction.device, prediction.dtype)
         ctx.set_materialize_grads(False)
-        loss, residual = ctx.kernels.forward(
-            prediction, x0, noise, alpha, sigma, prediction_type, weight, save_residual=True
-        )
-        ctx.save_for_backward(residual, weight)
+        loss, residual = ctx.kernels.forward(prediction, *others, True)
+        ctx.save_for_backward(residual, others[-1])
         return loss, residual
 
     @staticmethod
@@ -106,8 +123,18 @@ class _DenoisingLoss(Function):
         residual, weight = ctx.saved_tensors
         grad = grad_residual
         if grad_loss is not None:
-            kernels = definition if recorded() else ctx.kernels
-            grad = kernels.backward(grad_loss, residual, weight)
+            differentiate = backward if recorded() else ctx.kernels.backward
+            grad = differentiate(grad_loss, residual, weight)
             if grad_residual is not None:
                 grad = grad + grad_residual
-        return grad, None, None, None, None, None, None
+        return grad, None, None, None, None, None, None, None, None
+
+
+def _shapes(prediction: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    residual = torch.empty_like(prediction) if others[-1] else prediction.new_empty(0)
+    return prediction.new_empty((), dtype=compute_dtype(prediction)), residual
+
+
+register("denoising_loss", forward=forward, backward=backward)
+fake("denoising_loss", _shapes)
+fake("denoising_loss_backward", lambda grad_output, residual, weight: torch.empty_like(residual))

@@ -1,17 +1,18 @@
 """The gradient of Diff-Instruct++ and its relatives on the generator's sample, with the statistics of the score gap."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffpp_fast import transforms
+from diffpp_fast import availability, transforms
 from diffpp_fast.arguments import number
-from diffpp_fast.kernels import dispatch
-from diffpp_fast.kernels.reference import score_gap as definition
+from diffpp_fast.backends import kernels, register
 from diffpp_fast.noise import Noise
 from diffpp_fast.ops import checks
 from diffpp_fast.ops.autograd import needs_gradient, refused
+from diffpp_fast.plain import compute_dtype, mean_abs_per_sample, per_sample, stored_like, sum_per_sample
+from diffpp_fast.prediction import MEAN_ABS_FLOOR, PREDICTION_TYPES, guide, regression_target
 
 NORMALIZERS = (None, "mean_abs")
 
@@ -76,19 +77,16 @@ def score_gap(
         RuntimeError: a tangent or a derivative of `torch.func` goes through the operator.
     """
     op = "score_gap"
-    checks.prediction_type(op, prediction_type)
+    kind = checks.prediction_type(op, prediction_type)
     checks.one_of(op, "normalizer", normalizer, NORMALIZERS)
-    if isinstance(scale, Tensor):
-        scale_tensor = scale
-    else:
-        scale_tensor, scale = None, number(op, "scale", scale)
+    scale, scales = (1.0, scale) if isinstance(scale, Tensor) else (number(op, "scale", scale), None)
     checks.floating(
         op,
-        {"fake": fake, "cond": cond, "uncond": uncond, "x0": x0, "alpha": alpha, "sigma": sigma, "scale": scale_tensor},
+        {"fake": fake, "cond": cond, "uncond": uncond, "x0": x0, "alpha": alpha, "sigma": sigma, "scale": scales},
         optional=("uncond", "x0", "alpha", "sigma", "scale"),
     )
     checks.same_shape(op, {"fake": fake, "cond": cond, "uncond": uncond, "x0": x0})
-    checks.per_sample(op, fake.shape[0], {"alpha": alpha, "sigma": sigma, "scale": scale_tensor})
+    checks.per_sample(op, fake.shape[0], {"alpha": alpha, "sigma": sigma, "scale": scales})
     checks.elements(op, "fake", fake)
     if guidance_scale is None:
         if uncond is not None:
@@ -100,27 +98,64 @@ def score_gap(
     if missing and (normalizer == "mean_abs" or len(missing) < len(target)):
         raise ValueError(f"{op}: the target needs x0, noise, alpha and sigma; missing: {', '.join(missing)}")
 
-    eps = None if noise is None else checks.noise(op, noise, fake)
+    eps, seed, stream = (None, 0, 0) if noise is None else checks.address(op, noise, fake)
     x0 = None if x0 is None else checks.target_x0(prediction_type, x0, fake)
-    dtype = checks.common_dtype(fake, cond, uncond, x0, eps)
-    arguments = (
-        checks.cast(fake, dtype),
-        checks.cast(cond, dtype),
-        checks.cast(uncond, dtype),
-        guidance_scale,
-        scale,
-        normalizer == "mean_abs",
-        checks.cast(x0, dtype),
-        checks.cast(eps, dtype),
-        alpha,
-        sigma,
-        prediction_type,
-    )
+    fake, cond, uncond, x0, eps = checks.promoted(fake, cond, uncond, x0, eps)
+    mean_abs = normalizer == "mean_abs"
+    of_target = (x0, eps, seed, stream, alpha, sigma, kind)
+    arguments = (fake, cond, uncond, guidance_scale, scale, scales, mean_abs, *of_target)
     if transforms.active():
         message = f"{op} is not differentiable, its outputs are constants: detach its arguments"
-        return ScoreGap(*definition.forward(*refused(message, arguments)))
-    kernels = dispatch.select(op, fake.device, dtype)
-    if not needs_gradient(*arguments):
-        return ScoreGap(*kernels.forward(*arguments))
-    with torch.no_grad():
-        return ScoreGap(*kernels.forward(*arguments))
+        results = forward(*refused(message, arguments))
+    elif needs_gradient(fake, cond, uncond, scales, x0, eps, alpha, sigma):
+        with torch.no_grad():
+            results = kernels(op, fake.device, fake.dtype).forward(*arguments)
+    else:
+        results = kernels(op, fake.device, fake.dtype).forward(*arguments)
+    return ScoreGap(*results) if eps is not None else ScoreGap(results[0], results[1], None, None)
+
+
+def forward(
+    fake: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    guidance_scale: float,
+    scale: float,
+    scales: Tensor | None,
+    mean_abs: bool,
+    x0: Tensor | None,
+    noise: Tensor | None,
+    seed: int,
+    stream: int,
+    alpha: Tensor | None,
+    sigma: Tensor | None,
+    prediction_type: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradient in the dtype of `fake`, and [B] in the compute dtype: sum d^2, mean|r|, sum d r.
+
+    The last two have no elements where `x0`, `noise`, `alpha` and `sigma` are None; otherwise all four are given.
+    """
+    guided = guide(cond, uncond, guidance_scale)
+    gap = guided - fake.to(guided.dtype)
+    gap_sq = sum_per_sample(gap.square())
+    residual_abs = gap_dot_residual = gap_sq.new_empty(0)
+    factor = scale if scales is None else per_sample(scales, fake)
+    if x0 is not None and noise is not None and alpha is not None and sigma is not None:
+        target = regression_target(PREDICTION_TYPES[prediction_type], x0, noise, seed, stream, alpha, sigma)
+        residual = guided - target
+        residual_abs = mean_abs_per_sample(residual)
+        gap_dot_residual = sum_per_sample(gap * residual)
+        if mean_abs:
+            factor = factor / per_sample(residual_abs.clamp(min=MEAN_ABS_FLOOR), fake)
+    return stored_like(factor * gap, fake), gap_sq, residual_abs, gap_dot_residual
+
+
+def _shapes(fake: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, noise, _seed, _stream, _alpha, _sigma, _prediction_type = others
+    gap_sq = fake.new_empty(fake.shape[0], dtype=compute_dtype(fake))
+    of_target = gap_sq.new_empty(0 if noise is None else fake.shape[0])
+    return torch.empty_like(fake), gap_sq, of_target, torch.empty_like(of_target)
+
+
+register("score_gap", forward=forward)
+availability.fake("score_gap", _shapes)

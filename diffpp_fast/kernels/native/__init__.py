@@ -1,15 +1,9 @@
-"""The compiled library, and the operators in it that are not yet made of one file.
-
-Each module has the functions of its namesake in `kernels.reference`, passes them on to the compiled operators, and
-tells torch the shapes of their results (fakes).
-"""
+"""The folder of the compiled library, and how it was built."""
 
 from diffpp_fast.availability import LIBRARY
 from diffpp_fast.availability import library_unavailable as unavailable
-from diffpp_fast.kernels.reference.philox import flat as noise_arguments
-from diffpp_fast.philox import signed
 
-__all__ = ["LIBRARY", "facts", "noise_arguments", "signed", "unavailable"]
+__all__ = ["LIBRARY", "facts", "unavailable"]
 
 
 def facts() -> dict[str, str]:

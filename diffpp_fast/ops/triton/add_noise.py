@@ -25,8 +25,8 @@ def forward(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor, seed: int, 
             p_sigma=sigma,
             sigma_stride=sigma.stride(0),
             p_noise=ordered_noise(noise, order),
-            seed=seed,
-            stream=stream,
+            noise_seed=seed,
+            noise_stream=stream,
             sample=order.sample,
             channels=order.channels,
             DRAWN=is_drawn(noise),
@@ -54,7 +54,7 @@ def backward(grad_output: Tensor, alpha: Tensor) -> Tensor:
     return order.finish(grad_x0, grad_output)
 
 
-@triton.jit(do_not_specialize=["seed", "stream"])
+@triton.jit(do_not_specialize=["noise_seed", "noise_stream"])
 def _forward(
     p_x0,  # [B, sample], as p_x_t and stored eps
     p_x_t,
@@ -63,8 +63,8 @@ def _forward(
     p_sigma,  # [B]
     sigma_stride,
     p_noise,  # eps, or int64 [B] sample numbers if DRAWN
-    seed,
-    stream,
+    noise_seed,
+    noise_stream,
     sample,
     channels,
     DRAWN: tl.constexpr,
@@ -81,7 +81,7 @@ def _forward(
     b_at = b.to(tl.int64) * sample + in_memory(b_index, channels, sample // channels, CHANNELS_LAST)
     b_x0 = tl.load(p_x0 + b_at, mask=m_inside).to(tl.float32)
     if DRAWN:
-        b_eps = normals(seed, stream, tl.load(p_noise + b), first, BLOCK)
+        b_eps = normals(noise_seed, noise_stream, tl.load(p_noise + b), first, BLOCK)
     else:
         b_eps = tl.load(p_noise + b_at, mask=m_inside).to(tl.float32)
     b_x_t = tl.fma(b_eps, sigma, alpha * b_x0)

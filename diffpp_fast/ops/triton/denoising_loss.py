@@ -5,16 +5,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffpp_fast.kernels.reference.philox import Address
 from diffpp_fast.ops.triton.device import on_its_device
 from diffpp_fast.ops.triton.gap import (
     BLOCK,
     WARPS,
+    Target,
     coefficients,
     load,
     per_sample,
     regression_target,
-    target_arguments,
+    stride,
     tile,
 )
 from diffpp_fast.ops.triton.layout import Order
@@ -30,15 +30,18 @@ _PROGRAMS = tl.constexpr(PROGRAMS)
 def forward(
     prediction: Tensor,
     x0: Tensor,
-    noise: Tensor | Address,
+    noise: Tensor,
+    seed: int,
+    stream: int,
     alpha: Tensor,
     sigma: Tensor,
-    prediction_type: str,
+    prediction_type: int,
     weight: Tensor | None,
     save_residual: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The loss, and prediction - target in the prediction's dtype if `save_residual`. Two launches."""
+) -> tuple[Tensor, Tensor]:
+    """Two launches: each program's part of the loss, then their sum."""
     order = Order(prediction)
+    target = Target(order, prediction_type, x0, noise, seed, stream, alpha, sigma)
     residual = order.result(prediction) if save_residual else None
     programs = min(triton.cdiv(order.sample, BLOCK), triton.cdiv(PROGRAMS, order.batch))
     count = order.batch * programs
@@ -49,30 +52,43 @@ def forward(
         p_residual=residual,
         p_prediction=order.of(prediction),
         p_weight=weight,
-        weight_stride=0 if weight is None else weight.stride(0),
+        weight_stride=stride(weight),
         programs=programs,
-        **target_arguments(prediction_type, x0, noise, alpha, sigma, order),
+        p_x0=target.x0,
+        p_noise=target.noise,
+        p_alpha=alpha,
+        alpha_stride=target.alpha_stride,
+        p_sigma=sigma,
+        sigma_stride=target.sigma_stride,
+        noise_seed=target.seed,
+        noise_stream=target.stream,
+        sample=order.sample,
+        channels=order.channels,
+        PREDICTION=target.prediction,
+        DRAWN=target.drawn,
+        PIXEL=target.pixel,
+        CHANNELS_LAST=target.channels_last,
+        WIDE=order.wide,
         BLOCK=BLOCK,
         num_warps=WARPS,
     )
-    _finish[(1,)](loss, partials, count, float(prediction.numel()), num_warps=WARPS)
-    return loss, None if residual is None else order.finish(residual, prediction)
+    _finish[(1,)](p_loss=loss, p_partials=partials, count=count, elements=float(prediction.numel()), num_warps=WARPS)
+    return loss, prediction.new_empty(0) if residual is None else order.finish(residual, prediction)
 
 
 @on_its_device
 def backward(grad_output: Tensor, residual: Tensor, weight: Tensor | None) -> Tensor:
-    """d loss / d prediction = grad_output * 2 weight_b / (B N) * residual."""
     order = Order(residual)
     gradient = order.result(residual)
-    _backward[(order.batch * triton.cdiv(order.sample, BLOCK),)](
-        gradient,
-        order.of(residual),
-        grad_output,
-        weight,
-        0 if weight is None else weight.stride(0),
-        2.0 / residual.numel(),
-        order.sample,
-        WIDE=order.constants["WIDE"],
+    _backward[order.grid(BLOCK)](
+        p_gradient=gradient,
+        p_residual=order.of(residual),
+        p_grad_output=grad_output,
+        p_weight=weight,
+        weight_stride=stride(weight),
+        mean=2.0 / residual.numel(),
+        sample=order.sample,
+        WIDE=order.wide,
         BLOCK=BLOCK,
         num_warps=WARPS,
     )
@@ -112,22 +128,22 @@ def _forward(
     for step in range(tl.cdiv(tl.cdiv(sample, BLOCK) - program, programs)):
         first, b_at, m_inside = tile(program + step * programs, sample, channels, CHANNELS_LAST, WIDE, BLOCK)
         b_target = regression_target(
-            p_x0,
-            p_noise,
-            alpha,
-            sigma,
-            number,
-            noise_seed,
-            noise_stream,
-            sample,
-            start,
-            first,
-            b_at,
-            m_inside,
-            PREDICTION,
-            DRAWN,
-            PIXEL,
-            BLOCK,
+            p_x0=p_x0,
+            p_noise=p_noise,
+            alpha=alpha,
+            sigma=sigma,
+            number=number,
+            seed=noise_seed,
+            stream=noise_stream,
+            sample=sample,
+            start=start,
+            first=first,
+            b_at=b_at,
+            m_inside=m_inside,
+            PREDICTION=PREDICTION,
+            DRAWN=DRAWN,
+            PIXEL=PIXEL,
+            BLOCK=BLOCK,
         )
         b_residual = load(p_prediction + start, b_at, m_inside) - b_target
         if p_residual is not None:

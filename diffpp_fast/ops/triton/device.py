@@ -7,22 +7,19 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from diffpp_fast.kernels.reference.philox import Address
-
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, run on the device of its first argument, a tensor or an address."""
+    """`function`, run on the device of its first argument, a tensor."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         # The code that torch.compile makes of a launch changes devices itself.
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        first = args[0]
-        tensor = first.samples if isinstance(first, Address) else first
+        tensor = args[0]
         assert isinstance(tensor, Tensor)
         if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
             return function(*args, **kwargs)

@@ -1,16 +1,14 @@
-"""What the losses share: targets, d = guided - fake and r = guided - target, their sums, and gradients through them."""
-
-from typing import Any
+"""Targets, d = guided - fake, r = guided - target, and their sums, which the operators on network outputs share."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffpp_fast.kernels.reference.philox import Address
-from diffpp_fast.kernels.reference.score_gap import MEAN_ABS_FLOOR
-from diffpp_fast.ops.triton.layout import Order, in_memory, noise_arguments, sample_index
+from diffpp_fast.ops.triton.layout import Order, in_memory, ordered_noise, sample_index
 from diffpp_fast.ops.triton.random import normals, normals_of_pixels
+from diffpp_fast.philox import is_drawn
+from diffpp_fast.prediction import MEAN_ABS_FLOOR, PREDICTION_TYPES
 
 #: With 256 threads, 8 elements each: a 16-byte access per tensor in bfloat16 and two in float32.
 BLOCK = 2048
@@ -25,92 +23,87 @@ _PROGRAMS = tl.constexpr(PROGRAMS)
 _FLOOR = tl.constexpr(MEAN_ABS_FLOOR)
 
 
-def target_arguments(
-    prediction_type: str,
-    x0: Tensor,
-    noise: Tensor | Address,
-    alpha: Tensor,
-    sigma: Tensor,
-    order: Order,
-) -> dict[str, Any]:
-    """The target as kernels take it: what this prediction type does not hold is None."""
-    holds_noise = prediction_type != "sample"
-    drawn = holds_noise and isinstance(noise, Address)
-    eps, seed, stream = noise_arguments(noise, order) if holds_noise else (None, 0, 0)
-    return {
-        "p_x0": None if prediction_type == "epsilon" else order.of(x0),
-        "p_noise": eps,
-        "p_alpha": alpha,
-        "alpha_stride": alpha.stride(0),
-        "p_sigma": sigma,
-        "sigma_stride": sigma.stride(0),
-        "noise_seed": seed,
-        "noise_stream": stream,
-        "PREDICTION": prediction_type,
-        "DRAWN": drawn,
-        **_order_arguments(order, drawn),
-    }
-
-
-def _order_arguments(order: Order, drawn: bool) -> dict[str, Any]:
-    # Only drawn noise depends on the logical index of an element: all else goes through memory in its order. Noise
-    # can too where a Philox block stays within a row of pixels, and whole pixels fit in a block of elements.
-    channels, pixels = order.channels, order.sample // order.channels
-    by_pixel = channels & (channels - 1) == 0 and channels <= MOST_PIXEL_CHANNELS and pixels % 4 == 0
-    return {
-        "sample": order.sample,
-        "channels": channels,
-        "PIXEL": channels if order.channels_last and drawn and by_pixel else 0,
-        **order.constants,
-        "CHANNELS_LAST": order.channels_last and drawn and not by_pixel,
-    }
-
-
-class Outputs:
-    """Network outputs [B, ...] and their target, if there is one, in the memory order of `fake`."""
+class Target:
+    """The target of a call as kernels take it. What its prediction type does not hold is None; all is without noise."""
 
     def __init__(
         self,
-        fake: Tensor,
-        cond: Tensor,
-        uncond: Tensor | None,
-        guidance_scale: float,
+        order: Order,
+        prediction_type: int,
         x0: Tensor | None,
-        noise: Tensor | Address | None,
+        noise: Tensor | None,
+        seed: int,
+        stream: int,
         alpha: Tensor | None,
         sigma: Tensor | None,
-        prediction_type: str,
     ) -> None:
-        self.fake = fake
-        self.order = order = Order(fake)
-        self.has_target = x0 is not None
-        self.programs = min(triton.cdiv(order.sample, BLOCK), PROGRAMS)
-        self.gap = {
-            "p_fake": order.of(fake),
-            "p_cond": order.of(cond),
-            "p_uncond": None if uncond is None else order.of(uncond),
-            "w": float(guidance_scale),
-        }
-        if x0 is not None and noise is not None and alpha is not None and sigma is not None:
-            self.target = target_arguments(prediction_type, x0, noise, alpha, sigma, order)
-        else:
-            nothing = dict.fromkeys(("p_x0", "p_noise", "p_alpha", "p_sigma", "PREDICTION"))
-            strides = dict.fromkeys(("alpha_stride", "sigma_stride", "noise_seed", "noise_stream"), 0)
-            self.target = {**nothing, **strides, "DRAWN": False, **_order_arguments(order, False)}
+        self.prediction = None if noise is None else PREDICTION_TYPES[prediction_type]
+        held = None if self.prediction == "sample" else noise
+        self.drawn = held is not None and is_drawn(held)
+        self.noise = None if held is None else ordered_noise(held, order)
+        self.seed, self.stream = (seed, stream) if self.drawn else (0, 0)
+        self.x0 = None if x0 is None or self.prediction == "epsilon" else order.of(x0)
+        self.alpha, self.alpha_stride = alpha, stride(alpha)
+        self.sigma, self.sigma_stride = sigma, stride(sigma)
+        # Only drawn noise depends on the logical index of an element: all else goes through memory in its order. Noise
+        # can too where a Philox block stays within a row of pixels, and whole pixels fit in a block of elements.
+        channels, pixels = order.channels, order.sample // order.channels
+        by_pixel = channels & (channels - 1) == 0 and channels <= MOST_PIXEL_CHANNELS and pixels % 4 == 0
+        moved = order.channels_last and self.drawn
+        self.pixel = channels if moved and by_pixel else 0
+        self.channels_last = moved and not by_pixel
 
-    def sums(self, curvature: float, gradient: Tensor | None = None, scale: float | Tensor = 1.0) -> Tensor:
+
+class Gap:
+    """Network outputs [B, ...] and their target, if there is one, in the memory order of `fake`."""
+
+    def __init__(self, fake: Tensor, cond: Tensor, uncond: Tensor | None, guidance_scale: float) -> None:
+        self.order = order = Order(fake)
+        self.programs = min(triton.cdiv(order.sample, BLOCK), PROGRAMS)
+        self.fake = order.of(fake)
+        self.cond = order.of(cond)
+        self.uncond = None if uncond is None else order.of(uncond)
+        self.w = float(guidance_scale)
+
+    def sums(
+        self,
+        target: Target,
+        curvature: float,
+        gradient: Tensor | None = None,
+        scale: float = 1.0,
+        scales: Tensor | None = None,
+    ) -> Tensor:
         """float32 [3, B, programs]: parts of sum d^2, sum |r|, sum d (r - curvature d). Writes `gradient` = scale d."""
         order = self.order
         partials = self.fake.new_empty(3, order.batch, self.programs, dtype=torch.float32)
         _sums[(order.batch * self.programs,)](
             p_partials=partials,
             p_gradient=gradient,
-            **scale_arguments(scale),
+            p_scale=scales,
+            scale_stride=stride(scales),
+            scale=float(scale),
             curvature=float(curvature),
             batch=order.batch,
             programs=self.programs,
-            **self.gap,
-            **self.target,
+            p_fake=self.fake,
+            p_cond=self.cond,
+            p_uncond=self.uncond,
+            w=self.w,
+            p_x0=target.x0,
+            p_noise=target.noise,
+            p_alpha=target.alpha,
+            alpha_stride=target.alpha_stride,
+            p_sigma=target.sigma,
+            sigma_stride=target.sigma_stride,
+            noise_seed=target.seed,
+            noise_stream=target.stream,
+            sample=order.sample,
+            channels=order.channels,
+            PREDICTION=target.prediction,
+            DRAWN=target.drawn,
+            PIXEL=target.pixel,
+            CHANNELS_LAST=target.channels_last,
+            WIDE=order.wide,
             BLOCK=BLOCK,
             num_warps=WARPS,
         )
@@ -120,51 +113,10 @@ class Outputs:
         """Uninitialised float32 [B]."""
         return self.fake.new_empty(self.order.batch, dtype=torch.float32)
 
-    def gradients(
-        self,
-        grad_output: Tensor,
-        factor: Tensor,
-        curvature: float,
-        shrink: Tensor | None,
-        cond: Tensor,
-        uncond: Tensor | None,
-        x0: Tensor,
-        needs: tuple[bool, ...],
-    ) -> tuple[Tensor | None, ...]:
-        """The gradients of fake, cond, uncond and x0, each where `needs` says so, with outer = grad_output * factor.
 
-        dL/dd = outer (r - (curvature + shrink) d) and dL/dr = outer d; grad_output, factor and shrink are [B].
-        """
-        order = self.order
-        inputs = (self.fake, cond, uncond, x0)
-        results = [
-            order.result(like) if needed and like is not None else None
-            for like, needed in zip(inputs, needs, strict=True)
-        ]
-        if self.fake.numel():
-            _gradients[(order.batch * triton.cdiv(order.sample, BLOCK),)](
-                *results,
-                p_grad_output=grad_output,
-                grad_output_stride=grad_output.stride(0),
-                p_factor=factor,
-                p_shrink=shrink,
-                curvature=float(curvature),
-                **self.gap,
-                **self.target,
-                BLOCK=BLOCK,
-                num_warps=WARPS,
-            )
-        return tuple(
-            None if result is None or like is None else order.finish(result, like)
-            for result, like in zip(results, inputs, strict=True)
-        )
-
-
-def scale_arguments(scale: float | Tensor) -> dict[str, Any]:
-    """A number, or a tensor [B], as kernels take it."""
-    if isinstance(scale, Tensor):
-        return {"p_scale": scale, "scale_stride": scale.stride(0), "scale": 1.0}
-    return {"p_scale": None, "scale_stride": 0, "scale": float(scale)}
+def stride(values: Tensor | None) -> int:
+    """The step in memory from one sample's number to the next, 0 where there are none."""
+    return 0 if values is None else values.stride(0)
 
 
 @triton.jit
@@ -209,8 +161,8 @@ def regression_target(
     alpha,
     sigma,
     number,
-    noise_seed,
-    noise_stream,
+    seed,
+    stream,
     sample,
     start,
     first,
@@ -223,9 +175,9 @@ def regression_target(
 ):
     """o* of a block [BLOCK] of the sample that starts at `start`."""
     if PIXEL:
-        b_target = normals_of_pixels(noise_seed, noise_stream, number, first, sample // PIXEL, PIXEL, BLOCK)
+        b_target = normals_of_pixels(seed, stream, number, first, sample // PIXEL, PIXEL, BLOCK)
     elif DRAWN:
-        b_target = normals(noise_seed, noise_stream, number, first, BLOCK)
+        b_target = normals(seed, stream, number, first, BLOCK)
     elif PREDICTION != "sample":
         b_target = load(p_noise + start, b_at, m_inside)
     if PREDICTION == "v_prediction":
@@ -308,22 +260,22 @@ def _sums(
         b_gap_sq += b_gap * b_gap
         if PREDICTION is not None:
             b_target = regression_target(
-                p_x0,
-                p_noise,
-                alpha,
-                sigma,
-                number,
-                noise_seed,
-                noise_stream,
-                sample,
-                start,
-                first,
-                b_at,
-                m_inside,
-                PREDICTION,
-                DRAWN,
-                PIXEL,
-                BLOCK,
+                p_x0=p_x0,
+                p_noise=p_noise,
+                alpha=alpha,
+                sigma=sigma,
+                number=number,
+                seed=noise_seed,
+                stream=noise_stream,
+                sample=sample,
+                start=start,
+                first=first,
+                b_at=b_at,
+                m_inside=m_inside,
+                PREDICTION=PREDICTION,
+                DRAWN=DRAWN,
+                PIXEL=PIXEL,
+                BLOCK=BLOCK,
             )
             b_residual = tl.where(m_inside, b_guided - b_target, 0.0)
             b_residual_abs += tl.abs(b_residual)
@@ -337,88 +289,3 @@ def _sums(
     if PREDICTION is not None:
         tl.store(p_partial + row, tl.sum(b_residual_abs))
         tl.store(p_partial + 2 * row, tl.sum(b_product))
-
-
-@triton.jit(do_not_specialize=["noise_seed", "noise_stream"])
-def _gradients(
-    p_grad_fake,  # [B, sample] as the outputs, or None where it is not needed, as the next three
-    p_grad_cond,
-    p_grad_uncond,
-    p_grad_x0,
-    p_grad_output,  # [B]
-    grad_output_stride,
-    p_factor,  # float32 [B]
-    p_shrink,  # float32 [B], or None for 0
-    curvature,
-    p_fake,  # [B, sample]
-    p_cond,
-    p_uncond,  # or None for no guidance
-    w,
-    p_x0,  # [B, sample]
-    p_noise,  # eps [B, sample], or int64 [B] sample numbers if DRAWN
-    p_alpha,  # [B]
-    alpha_stride,
-    p_sigma,  # [B]
-    sigma_stride,
-    noise_seed,
-    noise_stream,
-    sample,
-    channels,
-    PREDICTION: tl.constexpr,
-    DRAWN: tl.constexpr,
-    PIXEL: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    blocks = tl.cdiv(sample, BLOCK)
-    b = tl.program_id(0) // blocks
-    start = b.to(tl.int64) * sample
-    alpha, sigma, number = coefficients(p_alpha, alpha_stride, p_sigma, sigma_stride, p_noise, b, PREDICTION, DRAWN)
-    outer = tl.load(p_grad_output + b * grad_output_stride).to(tl.float32) * tl.load(p_factor + b)
-    bend = curvature + per_sample(p_shrink, 1, b, 0.0)
-    first, b_at, m_inside = tile(tl.program_id(0) % blocks, sample, channels, CHANNELS_LAST, WIDE, BLOCK)
-    b_guided = guide(p_cond, p_uncond, w, start, b_at, m_inside)
-    b_gap = b_guided - load(p_fake + start, b_at, m_inside)
-    b_through_residual = outer * b_gap
-    if p_grad_fake is not None or p_grad_cond is not None or p_grad_uncond is not None:
-        b_target = regression_target(
-            p_x0,
-            p_noise,
-            alpha,
-            sigma,
-            number,
-            noise_seed,
-            noise_stream,
-            sample,
-            start,
-            first,
-            b_at,
-            m_inside,
-            PREDICTION,
-            DRAWN,
-            PIXEL,
-            BLOCK,
-        )
-        b_through_gap = outer * tl.fma(b_gap, -bend, b_guided - b_target)
-        if p_grad_fake is not None:
-            tl.store(p_grad_fake + start + b_at, (-b_through_gap).to(p_grad_fake.dtype.element_ty), mask=m_inside)
-        # d and r both move with guided = w cond + (1 - w) uncond.
-        b_through_guided = b_through_gap + b_through_residual
-        if p_grad_cond is not None:
-            b_grad_cond = b_through_guided if p_uncond is None else w * b_through_guided
-            tl.store(p_grad_cond + start + b_at, b_grad_cond.to(p_grad_cond.dtype.element_ty), mask=m_inside)
-        if p_grad_uncond is not None:
-            b_grad_uncond = (1.0 - w) * b_through_guided
-            tl.store(p_grad_uncond + start + b_at, b_grad_uncond.to(p_grad_uncond.dtype.element_ty), mask=m_inside)
-    if p_grad_x0 is not None:
-        if PREDICTION == "epsilon":
-            slope = 0.0
-        elif PREDICTION == "v_prediction":
-            slope = -sigma
-        elif PREDICTION == "flow_prediction":
-            slope = -1.0
-        else:
-            slope = 1.0
-        b_grad_x0 = -slope * b_through_residual
-        tl.store(p_grad_x0 + start + b_at, b_grad_x0.to(p_grad_x0.dtype.element_ty), mask=m_inside)

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffpp_fast.kernels.reference.philox import Address
 from diffpp_fast.philox import is_drawn
 
 #: Beyond this many elements in a sample, indices within it need 64 bits.
@@ -37,11 +36,6 @@ class Order:
         """Whether an index within a sample needs 64 bits."""
         return self.sample >= INT32_ELEMENTS
 
-    @property
-    def constants(self) -> dict[str, bool]:
-        """The compile-time arguments of every kernel."""
-        return {"CHANNELS_LAST": self.channels_last, "WIDE": self.wide}
-
     def grid(self, block: int) -> tuple[int]:
         """Programs for the blocks of a sample, times the batch: on one axis, for the others end at 65535."""
         return (triton.cdiv(self.sample, block) * self.batch,)
@@ -63,14 +57,6 @@ class Order:
 def ordered_noise(noise: Tensor, order: Order) -> Tensor:
     """Return eps in the order of the call; the sample numbers of an address one after the other."""
     return noise.contiguous() if is_drawn(noise) else order.of(noise)
-
-
-def noise_arguments(noise: Tensor | Address, order: Order) -> tuple[Tensor, int, int]:
-    """eps in the order of the call, or the sample numbers with the seed's bits as int64 and the stream."""
-    if isinstance(noise, Address):
-        seed = noise.seed
-        return noise.samples.contiguous(), seed - 2**64 if seed >= 2**63 else seed, noise.stream
-    return order.of(noise), 0, 0
 
 
 @triton.jit

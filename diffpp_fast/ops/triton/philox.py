@@ -1,14 +1,10 @@
 """Addressed random numbers as tensors."""
 
-import math
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffpp_fast.kernels.reference.philox import Address
 from diffpp_fast.ops.triton.device import on_its_device
 from diffpp_fast.ops.triton.layout import INT32_ELEMENTS, place, sample_index
 from diffpp_fast.ops.triton.random import normals, words
@@ -19,55 +15,62 @@ BLOCK_SAMPLES = 128
 
 
 @on_its_device
-def normal(address: Address, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    samples, seed = address.samples.contiguous(), _signed(address.seed)
-    batch, count = samples.shape[0], math.prod(shape)
-    drawn = torch.empty(batch, *shape, dtype=dtype, device=samples.device)
+def normal(samples: Tensor, seed: int, stream: int, count: int, dtype: torch.dtype) -> Tensor:
+    batch = samples.shape[0]
+    drawn = samples.new_empty((batch, count), dtype=dtype)
     if drawn.numel():
-        grid = (triton.cdiv(count, BLOCK) * batch,)
-        _normal[grid](drawn, samples, seed, address.stream, count, WIDE=count >= INT32_ELEMENTS, BLOCK=BLOCK)
+        _normal[(triton.cdiv(count, BLOCK) * batch,)](
+            p_to=drawn,
+            p_samples=samples.contiguous(),
+            noise_seed=seed,
+            noise_stream=stream,
+            count=count,
+            WIDE=count >= INT32_ELEMENTS,
+            BLOCK=BLOCK,
+        )
     return drawn
 
 
 @on_its_device
-def uniform(address: Address) -> Tensor:
-    samples = address.samples.contiguous()
-    drawn = torch.empty(samples.shape, dtype=torch.float32, device=samples.device)
-    if drawn.numel():
-        grid = (triton.cdiv(samples.shape[0], BLOCK_SAMPLES),)
-        _uniform[grid](drawn, samples, _signed(address.seed), address.stream, samples.shape[0], BLOCK=BLOCK_SAMPLES)
-    return drawn
-
-
-@on_its_device
-def integers(address: Address, low: int, high: int) -> Tensor:
-    samples = address.samples.contiguous()
-    drawn = torch.empty_like(samples)
-    if drawn.numel():
-        grid = (triton.cdiv(samples.shape[0], BLOCK_SAMPLES),)
-        _integers[grid](
-            drawn,
-            samples,
-            _signed(address.seed),
-            address.stream,
-            low,
-            high - low,
-            samples.shape[0],
+def uniform(samples: Tensor, seed: int, stream: int) -> Tensor:
+    batch = samples.shape[0]
+    drawn = samples.new_empty(batch, dtype=torch.float32)
+    if batch:
+        _uniform[(triton.cdiv(batch, BLOCK_SAMPLES),)](
+            p_to=drawn,
+            p_samples=samples.contiguous(),
+            noise_seed=seed,
+            noise_stream=stream,
+            batch=batch,
             BLOCK=BLOCK_SAMPLES,
         )
     return drawn
 
 
-def _signed(word: int) -> int:
-    return word - 2**64 if word >= 2**63 else word
+@on_its_device
+def integers(samples: Tensor, seed: int, stream: int, low: int, span: int) -> Tensor:
+    batch = samples.shape[0]
+    drawn = samples.new_empty(batch)
+    if batch:
+        _integers[(triton.cdiv(batch, BLOCK_SAMPLES),)](
+            p_to=drawn,
+            p_samples=samples.contiguous(),
+            noise_seed=seed,
+            noise_stream=stream,
+            low=low,
+            span=span,
+            batch=batch,
+            BLOCK=BLOCK_SAMPLES,
+        )
+    return drawn
 
 
-@triton.jit(do_not_specialize=["seed", "stream"])
-def _normal(p_to, p_samples, seed, stream, count, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["noise_seed", "noise_stream"])
+def _normal(p_to, p_samples, noise_seed, noise_stream, count, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     b, block = place(count, BLOCK)
     first = sample_index(block, BLOCK, WIDE)
     b_index = first + tl.arange(0, BLOCK)
-    b_drawn = normals(seed, stream, tl.load(p_samples + b), first, BLOCK)
+    b_drawn = normals(noise_seed, noise_stream, tl.load(p_samples + b), first, BLOCK)
     tl.store(p_to + b.to(tl.int64) * count + b_index, b_drawn.to(p_to.dtype.element_ty), mask=b_index < count)
 
 
@@ -79,17 +82,17 @@ def _first_word(p_samples, seed, stream, b_sample, batch):
     return word
 
 
-@triton.jit(do_not_specialize=["seed", "stream"])
-def _uniform(p_to, p_samples, seed, stream, batch, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["noise_seed", "noise_stream"])
+def _uniform(p_to, p_samples, noise_seed, noise_stream, batch, BLOCK: tl.constexpr):
     b_sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b_word = _first_word(p_samples, seed, stream, b_sample, batch)
+    b_word = _first_word(p_samples, noise_seed, noise_stream, b_sample, batch)
     tl.store(p_to + b_sample, (b_word >> 8).to(tl.float32) * 5.9604644775390625e-08, mask=b_sample < batch)
 
 
-@triton.jit(do_not_specialize=["seed", "stream", "low", "span"])
-def _integers(p_to, p_samples, seed, stream, low, span, batch, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["noise_seed", "noise_stream", "low", "span"])
+def _integers(p_to, p_samples, noise_seed, noise_stream, low, span, batch, BLOCK: tl.constexpr):
     b_sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b_word = _first_word(p_samples, seed, stream, b_sample, batch).to(tl.uint64)
+    b_word = _first_word(p_samples, noise_seed, noise_stream, b_sample, batch).to(tl.uint64)
     # span is at most 2^32, so the unsigned product fits in 64 bits.
     b_offset = (b_word * tl.cast(span, tl.uint64)) >> 32
     tl.store(p_to + b_sample, low + b_offset.to(tl.int64), mask=b_sample < batch)

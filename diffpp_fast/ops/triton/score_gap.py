@@ -4,18 +4,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffpp_fast.kernels.reference.philox import Address
 from diffpp_fast.ops.triton.device import on_its_device
 from diffpp_fast.ops.triton.gap import (
     BLOCK,
     WARPS,
-    Outputs,
+    Gap,
+    Target,
     combine,
     floored_mean,
     guide,
     load,
     per_sample,
-    scale_arguments,
+    stride,
     tile,
 )
 
@@ -26,40 +26,55 @@ def forward(
     cond: Tensor,
     uncond: Tensor | None,
     guidance_scale: float,
-    scale: float | Tensor,
-    mean_abs_normalizer: bool,
+    scale: float,
+    scales: Tensor | None,
+    mean_abs: bool,
     x0: Tensor | None,
-    noise: Tensor | Address | None,
+    noise: Tensor | None,
+    seed: int,
+    stream: int,
     alpha: Tensor | None,
     sigma: Tensor | None,
-    prediction_type: str,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    prediction_type: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two launches: the sums, then the statistics; the first of them that knows the normaliser writes the gradient."""
-    outputs = Outputs(fake, cond, uncond, guidance_scale, x0, noise, alpha, sigma, prediction_type)
-    order, programs = outputs.order, outputs.programs
+    gap = Gap(fake, cond, uncond, guidance_scale)
+    order, programs = gap.order, gap.programs
+    target = Target(order, prediction_type, x0, noise, seed, stream, alpha, sigma)
     gradient = order.result(fake)
-    gap_sq = outputs.statistic()
-    residual_abs = outputs.statistic() if outputs.has_target else None
-    gap_dot_residual = outputs.statistic() if outputs.has_target else None
+    gap_sq = gap.statistic()
+    residual_abs = None if noise is None else gap.statistic()
+    gap_dot_residual = None if noise is None else gap.statistic()
     if fake.numel():
-        partials = outputs.sums(0.0, None if mean_abs_normalizer else gradient, scale)
-        _finish[(order.batch * (programs if mean_abs_normalizer else 1),)](
-            gap_sq,
-            residual_abs,
-            gap_dot_residual,
+        partials = gap.sums(target, 0.0, None if mean_abs else gradient, scale, scales)
+        _finish[(order.batch * (programs if mean_abs else 1),)](
+            p_gap_sq=gap_sq,
+            p_residual_abs=residual_abs,
+            p_gap_dot_residual=gap_dot_residual,
             p_partials=partials,
             batch=order.batch,
             programs=programs,
             elements=float(order.sample),
-            p_gradient=gradient if mean_abs_normalizer else None,
-            **scale_arguments(scale),
-            **outputs.gap,
+            p_gradient=gradient if mean_abs else None,
+            p_scale=scales,
+            scale_stride=stride(scales),
+            scale=float(scale),
+            p_fake=gap.fake,
+            p_cond=gap.cond,
+            p_uncond=gap.uncond,
+            w=gap.w,
             sample=order.sample,
-            WIDE=order.constants["WIDE"],
+            WIDE=order.wide,
             BLOCK=BLOCK,
-            num_warps=WARPS if mean_abs_normalizer else 1,
+            num_warps=WARPS if mean_abs else 1,
         )
-    return order.finish(gradient, fake), gap_sq, residual_abs, gap_dot_residual
+    nothing = gap_sq.new_empty(0)
+    return (
+        order.finish(gradient, fake),
+        gap_sq,
+        nothing if residual_abs is None else residual_abs,
+        nothing if gap_dot_residual is None else gap_dot_residual,
+    )
 
 
 @triton.jit(do_not_specialize=["batch", "programs"])
