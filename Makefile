@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-LIBRARY := diffpp_fast/kernels/native/_library.so
+LIBRARY := diffpp_fast/native/_library.so
 
 # Busy-waiting threads cost more than they gain when cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE

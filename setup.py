@@ -1,7 +1,7 @@
 """Says what of csrc is built; csrc/compilation.py builds it. What can be declared is in pyproject.toml, but for the
 licence: setuptools before 77 reads only a form of it there that later ones drop.
 
-With a C++17 compiler and torch's headers, csrc becomes `diffpp_fast/kernels/native/_library.so`, and with Python's
+With a C++17 compiler and torch's headers, csrc becomes `diffpp_fast/native/_library.so`, and with Python's
 headers also the host module `_host`; with nvcc the library holds the GPU kernels too. Where one is missing the package
 installs without it, says so, and runs on the kernels that are left. CXX, CXXFLAGS, LDFLAGS and CUDA_HOME are honoured;
 DIFFPP_FAST_BUILD=0 builds nothing, DIFFPP_FAST_CUDA=0 nothing for GPUs; DIFFPP_FAST_CUDA_ARCHS lists the GPUs to build

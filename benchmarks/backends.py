@@ -8,9 +8,8 @@ from unittest import mock
 
 import torch
 
-from diffpp_fast import backends
+from diffpp_fast import backends, native
 from diffpp_fast.availability import INTERPRETED, UNLIMITED
-from diffpp_fast.kernels import native
 from diffpp_fast.prediction import PREDICTION_TYPES
 
 __all__ = ["OPS", "PREDICTION_TYPES", "PREFERENCE", "native"]

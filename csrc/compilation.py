@@ -23,8 +23,8 @@ from toolchain import DIALECT, find_python_headers, find_static_runtime, find_to
 
 CSRC = Path("csrc")
 SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
-LIBRARY = "diffpp_fast.kernels.native._library"
-HOST = "diffpp_fast.kernels.native._host"
+LIBRARY = "diffpp_fast.native._library"
+HOST = "diffpp_fast.native._host"
 
 # The oldest torch whose stable ABI the library asks for: 2.11.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 CPU = torch.device("cpu")
-LIBRARY = Path(__file__).parent / "kernels" / "native" / "_library.so"
+LIBRARY = Path(__file__).parent / "native" / "_library.so"
 #: With TRITON_INTERPRET=1 Triton's kernels run on the CPU in its interpreter, for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -1,4 +1,4 @@
-"""What the operators' definitions in plain torch share: the dtype of arithmetic, numbers per sample, layouts."""
+"""Shared pieces of the definitions in plain torch: the dtype of arithmetic, numbers per sample, layouts."""
 
 import torch
 from torch import Tensor

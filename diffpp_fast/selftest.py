@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffpp_fast import ops
-from diffpp_fast.kernels import dispatch
+from diffpp_fast import backends, ops
 from diffpp_fast.noise import Noise
 
 Outputs = tuple[Tensor, ...]
@@ -111,9 +110,9 @@ def failure(op: str, backend: str, device: torch.device) -> str | None:
     for options in CHECKED.get(op, ({},)):
         call = make(op, SHAPES.get(op, SHAPE), device=device, **options)
         try:
-            with dispatch.use_backend(backend):
+            with backends.use_backend(backend):
                 actual = call.run()
-            with dispatch.use_backend(ORACLE):
+            with backends.use_backend(ORACLE):
                 expected = call.double().run()
             wrong = compare(call.names, actual, expected, TOLERANCE)
         except Exception as error:  # of any kind: it is reported, and the other backends go on

@@ -17,7 +17,7 @@ FLOORS = {
     "backends": 0.1,
     "philox": 0.2,
     "prediction": 0.3,
-    "kernels": 0.4,
+    "native": 0.4,
     "provenance": 0,
     "noise": 1,
     "precision": 1,

@@ -26,8 +26,7 @@ from benchmarks.gate import Gate, Provider, standard_normal
 from benchmarks.kernels import KernelOutcome, compare, text_table
 from benchmarks.memory import peak_of_released, peak_temporary_bytes
 from benchmarks.timing import LEAST_ROUNDS, ROUNDS, Contender, Timing, interleave
-from diffpp_fast import provenance
-from diffpp_fast.kernels import dispatch
+from diffpp_fast import backends, provenance
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -63,8 +62,8 @@ def gate(case: Case, dtype: torch.dtype = torch.float32) -> Gate:
 
 
 def test_the_cases_cover_every_operator_in_both_selections() -> None:
-    assert {case.op for case in choose(None, ["full"])} == set(dispatch.OPS)
-    assert {case.op for case in choose(None, ["quick"])} == set(dispatch.OPS)
+    assert {case.op for case in choose(None, ["full"])} == set(backends.OPS)
+    assert {case.op for case in choose(None, ["quick"])} == set(backends.OPS)
     assert len({case.name for case in all_cases()}) == len(list(all_cases()))
 
 

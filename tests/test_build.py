@@ -51,7 +51,7 @@ class Tree:
             (folder / name).write_text((ROOT / name).read_text())
         (folder / "compiler").write_text(COMPILER)
         (folder / "compiler").chmod(0o755)
-        self.library = folder / "diffpp_fast/kernels/native/_library.so"
+        self.library = folder / "diffpp_fast/native/_library.so"
 
     def build(self, **environment: str) -> list[str]:
         """The files that were made."""

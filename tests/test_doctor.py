@@ -13,7 +13,6 @@ import pytest
 
 from diffpp_fast import availability, backends
 from diffpp_fast.cli.main import main
-from diffpp_fast.kernels import dispatch
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +34,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     for word in ("torch", "deepspeed", "_library.so", "compiler", "running on", "cuda: "):
         assert word in said
-    for op in dispatch.OPS:
+    for op in backends.OPS:
         line = next(line for line in said.splitlines() if line.split()[:1] == [op])
         assert line.split()[1] == "cpu" and line.split().count("right") >= 2 and "no (" in line
 

@@ -14,7 +14,6 @@ from benchmarks import gpu_build, variants
 from benchmarks.gpu_build import BUDGET, Resources
 from diffpp_fast import backends
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.kernels import dispatch
 
 DUMP = """
 Fatbin elf code:
@@ -166,7 +165,7 @@ def test_a_new_budget_keeps_what_was_not_compiled(tmp_path: Path) -> None:
 
 def test_the_recorded_budget_knows_the_kernels_of_every_operator() -> None:
     recorded = {tuple(name.split(".")[:2]) for name in gpu_build.read_budget(BUDGET)}
-    served = [backends._sources[op]["triton"]() for op in dispatch.OPS]
+    served = [backends._sources[op]["triton"]() for op in backends.OPS]
     launchers = [getattr(found, "forward", None) or found.normal for found in served]
     assert {("triton", function.__module__.rpartition(".")[2]) for function in launchers} <= recorded
 
@@ -177,7 +176,7 @@ def test_a_library_without_gpu_code(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         gpu_build.library_resources([90])
 
 
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", backends.OPS)
 def test_the_first_variants_hold_every_pair_of_options(op: str) -> None:
     every, count = variants.ordered(op, variants.DTYPES[:2])
     assert len({variant.name for variant in every}) == len(every)

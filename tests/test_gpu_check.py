@@ -21,14 +21,13 @@ from benchmarks import gpu_check, gpu_session, variants
 from benchmarks.gpu_check import main
 from benchmarks.gpu_session import Ended, Session, State, digest, run_limited
 from diffpp_fast import backends
-from diffpp_fast.kernels import dispatch
 
 CPU = torch.device("cpu")
 add_noise = backends._sources["add_noise"]["reference"]()
 FEW = Checks(CPU, graphs=False, compiler=None, most=3)
 
 
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", backends.OPS)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_every_pair_of_options_is_right_on_the_cpu(op: str, backend: str) -> None:
     verdict = judge(op, backend, FEW._replace(most=None), deadline=0.0)
@@ -96,12 +95,12 @@ def test_strides_of_gradients_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> 
         for variant in variants.every("add_noise")
         if variant["gradient"] and variant["shape"] == "even" and variant["layout"] == "contiguous"
     )
-    with dispatch.use_backend("cpu"):
+    with backends.use_backend("cpu"):
         assert str(failure(chosen, CPU, graph=False)).startswith("gradient of x0 has strides")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", backends.OPS)
 def test_compiled_in_one_graph(op: str) -> None:
     verdict = judge(op, "cpu", FEW._replace(compiler="aot_eager"), time.monotonic() + 60.0)
     assert verdict.wrong == [] and verdict.compiled > 0

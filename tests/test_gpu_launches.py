@@ -16,7 +16,7 @@ import torch
 from gpu_gate import Checks, judge
 
 from benchmarks import variants
-from diffpp_fast.kernels import dispatch
+from diffpp_fast import backends
 from diffpp_fast.ops import triton
 
 #: A step within a function: from one line to the next, None where it returns.
@@ -27,7 +27,7 @@ SHARED = {
     "gap_loss": ("sid_loss", "sim_loss"),
     "layout": ("add_noise", "score_gap"),
 }
-FILES = [path for path in sorted(Path(triton.__file__).parent.glob("*.py")) if path.stem in (*dispatch.OPS, *SHARED)]
+FILES = [path for path in sorted(Path(triton.__file__).parent.glob("*.py")) if path.stem in (*backends.OPS, *SHARED)]
 
 
 @contextmanager

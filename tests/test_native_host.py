@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from diffpp_fast.kernels.native import _host
+from diffpp_fast.native import _host
 from diffpp_fast.ops.reward_pixels import axis_matrix
 from diffpp_fast.philox import philox4x32
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.cases import all_cases, make_inputs, small
-from diffpp_fast.kernels import dispatch, native
+from diffpp_fast import backends, native
 
 CSRC = Path(__file__).parent.parent / "csrc"
 
@@ -44,8 +44,8 @@ def test_an_operator_is_read_from_few_files(folder: str) -> None:
 
 def test_every_operator_has_a_compiled_kernel() -> None:
     assert native.unavailable() is None
-    for op in dispatch.OPS:
-        assert dispatch.default_backend(op, torch.device("cpu")) == "cpu"
+    for op in backends.OPS:
+        assert backends.default_backend(op, torch.device("cpu")) == "cpu"
 
 
 def test_no_schema_takes_a_string(cpu_backend: Any) -> None:
@@ -73,7 +73,7 @@ def test_calls_leak_no_memory(cpu_backend: Any) -> None:
     assert min(after - before for before, after in pairwise(sizes)) < 200 * len(calls) * 16 / 1024
 
 
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", backends.OPS)
 def test_expanded_inputs(op: str, cpu_backend: Any) -> None:
     """Tensors that hold one sample in memory and are a batch of it give what their copies give."""
     for case in sorted({small(case)._replace(layout="contiguous") for case in all_cases() if case.op == op}):

@@ -24,11 +24,10 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import variants
 from benchmarks.variants import Variant
-from diffpp_fast import Noise, NoiseSchedule, ops, use_backend
-from diffpp_fast.kernels import dispatch
+from diffpp_fast import Noise, NoiseSchedule, backends, ops, use_backend
 from diffpp_fast.selftest import step
 
-PACKAGE = Path(dispatch.__file__).parent.parent
+PACKAGE = Path(backends.__file__).parent
 #: Names whose call makes the host wait for the device, or reads a tensor's values.
 READS_VALUES = {"item", "tolist", "cpu", "numpy", "synchronize", "nonzero", "masked_select", "unique"}
 
@@ -45,7 +44,7 @@ def representative(op: str, dtype: torch.dtype, drawn: bool) -> Variant:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", backends.OPS)
 def test_autocast_changes_no_bit(op: str, dtype: torch.dtype, backend: str) -> None:
     call = variants.make(representative(op, dtype, drawn=True), torch.empty(0).device)
     plain = call.run()
@@ -83,7 +82,7 @@ def test_a_step_under_autocast_has_the_gradients_of_one_that_casts_by_hand(backe
     assert (network.weight.grad - grad).norm() <= 0.02 * grad.norm()
 
 
-@pytest.mark.parametrize("op", [op for op in dispatch.OPS if op not in ("philox", "score_gap")])  # without a gradient
+@pytest.mark.parametrize("op", [op for op in backends.OPS if op not in ("philox", "score_gap")])  # without a gradient
 def test_recomputed_in_the_backward_pass_it_is_the_same(op: str, backend: str) -> None:
     variant = representative(op, torch.float32, drawn=True)
     call = variants.make(variant, torch.empty(0).device)
@@ -97,7 +96,7 @@ def test_recomputed_in_the_backward_pass_it_is_the_same(op: str, backend: str) -
 
 @pytest.mark.parametrize(
     ("op", "drawn"),
-    [(op, drawn) for op in dispatch.OPS for drawn in (True, False) if drawn or "noise" in variants.OPTIONS[op]],
+    [(op, drawn) for op in backends.OPS for drawn in (True, False) if drawn or "noise" in variants.OPTIONS[op]],
 )
 def test_no_value_is_read_back_from_the_device(op: str, drawn: bool) -> None:
     # Tensors on meta have no values: whatever asks for one raises.

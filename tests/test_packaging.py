@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NATIVE = "diffpp_fast/kernels/native/"
+NATIVE = "diffpp_fast/native/"
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:

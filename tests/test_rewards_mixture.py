@@ -12,9 +12,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from diffpp_fast import rewards
+from diffpp_fast import backends, rewards
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.kernels import dispatch
 from diffpp_fast.rewards import Margin, Mixture, Normalized
 from diffpp_fast.training import Callback, Trainer, config, load_config
 from diffpp_fast.training.rewards import LatentReward, load_scorer
@@ -43,7 +42,7 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.passes = 0
-        kernels = dispatch.select("reward_pixels", torch.device("cpu"), torch.float32)
+        kernels = backends.kernels("reward_pixels", torch.device("cpu"), torch.float32)
         forward = kernels.forward
 
         def counted(*arguments: Any) -> Tensor:

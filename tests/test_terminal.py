@@ -94,11 +94,9 @@ def test_a_summary_with_markup_in_its_names(capsys: pytest.CaptureFixture[str]) 
 def test_a_formula_is_text_in_every_table(tmp_path: Path, text: str) -> None:
     assert spreadsheet.cell(text) == f"'{text}"
     assert [spreadsheet.cell(value) for value in ("-1.5e-3", "+3", -2, "a=b", "")] == ["-1.5e-3", "+3", -2, "a=b", ""]
-    sources = [*(Path(terminal.__file__).parent).rglob("*.py")]
-    writers = [file.name for file in sources if "csv.writer(" in (code := file.read_text()) or "DictWriter(" in code]
-    # Those that write text of others; the other two hold figures, and names of the package's own.
-    assert (
-        {"tables.py", "step_tables.py"}
-        <= set(writers)
-        <= {"tables.py", "step_tables.py", "reward_tables.py", "csv_file.py"}
-    )
+    root = Path(terminal.__file__).parent.parent
+    sources = [*(root / "diffpp_fast").rglob("*.py"), *(root / "benchmarks").rglob("*.py")]
+    codes = {file.relative_to(root).as_posix(): file.read_text() for file in sources}
+    writers = {name: code for name, code in codes.items() if "csv.writer(" in code or "DictWriter(" in code}
+    assert set(writers) == {"diffpp_fast/evaluation/tables.py", "benchmarks/tables.py"}
+    assert all("spreadsheet import cell" in code for code in writers.values())

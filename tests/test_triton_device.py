@@ -15,13 +15,12 @@ import torch
 
 from diffpp_fast import backends
 from diffpp_fast.availability import interpreter_refuses
-from diffpp_fast.kernels import dispatch
 from diffpp_fast.ops.triton.device import on_its_device
 
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", backends.OPS)
 def test_every_operator_launches_on_the_device_of_its_tensors(op: str) -> None:
     found = backends._sources[op]["triton"]()
     names = [name for name in ("forward", "backward", "normal", "uniform", "integers") if hasattr(found, name)]
@@ -76,7 +75,7 @@ def compiled_by(script: str) -> str:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu-check compiles them for the GPU that is there")
 def test_every_operator_compiles_to_one_graph() -> None:
     lines = compiled_by("triton_graphs.py").splitlines()
-    assert dict(line.split() for line in lines) == dict.fromkeys(dispatch.OPS, "1")
+    assert dict(line.split() for line in lines) == dict.fromkeys(backends.OPS, "1")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu-check compiles them for the GPU that is there")

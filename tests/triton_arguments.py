@@ -6,8 +6,7 @@ A process of its own, in which Triton is a compiler and not the interpreter.
 import torch
 
 from benchmarks.gpu_build import lowering, refused
-from diffpp_fast import ops
-from diffpp_fast.kernels import dispatch
+from diffpp_fast import backends, ops
 
 #: Groups of one channel, of one pixel, and of one of each.
 GROUPS = (
@@ -18,7 +17,7 @@ GROUPS = (
     ((1, 20000), 1, torch.contiguous_format),
 )
 
-wrong = [sentence for op in dispatch.OPS for sentence in refused(op, exhaustive=False)]
+wrong = [sentence for op in backends.OPS for sentence in refused(op, exhaustive=False)]
 with lowering(exhaustive=False) as more:
     for shape, groups, memory_format in GROUPS:
         x = torch.zeros(shape).contiguous(memory_format=memory_format).requires_grad_()

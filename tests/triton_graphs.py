@@ -10,7 +10,7 @@ from gpu_gate import to_compile, traced
 
 from benchmarks import variants
 from benchmarks.gpu_build import CPU, compiling
-from diffpp_fast.kernels import dispatch
+from diffpp_fast import backends
 
 # Without a GPU Dynamo takes Triton's kernels for any other Python.
 torch.utils._triton.has_triton = lambda *_: True
@@ -23,6 +23,6 @@ def graphs(variant: variants.Variant) -> int:
 
 
 with compiling(90):
-    for op in dispatch.OPS:
+    for op in backends.OPS:
         every, _ = variants.ordered(op, (torch.float32, torch.bfloat16))
         print(op, max(graphs(variant) for variant in to_compile(every)))

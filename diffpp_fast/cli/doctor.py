@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print_build() -> None:
-    from diffpp_fast.kernels import native
+    from diffpp_fast import native
 
     reason = native.unavailable()
     say(f"\nlibrary       {native.LIBRARY if reason is None else f'none: {reason}'}")
@@ -75,17 +75,16 @@ def _print_build() -> None:
 
 def _print_operators(device: torch.device) -> list[str]:
     """Print a line per operator and a column per backend, the reasons below; return the failures of self-tests."""
-    from diffpp_fast import selftest
-    from diffpp_fast.kernels import dispatch
+    from diffpp_fast import backends, selftest
 
-    say(f"\nOperators on {device}, float32; requested backend: {dispatch.requested_backend()}\n")
-    say(f"  {'operator':<16} {'default':<10}" + "".join(f" {backend:<10}" for backend in dispatch.PREFERENCE))
-    rows = {(row.op, row.backend): row.reason for row in dispatch.table(device)}
+    say(f"\nOperators on {device}, float32; requested backend: {backends.requested_backend()}\n")
+    say(f"  {'operator':<16} {'default':<10}" + "".join(f" {backend:<10}" for backend in backends.PREFERENCE))
+    rows = {(row.op, row.backend): row.reason for row in backends.table(device)}
     notes: dict[str, int] = {}
     failures = []
-    for op in dispatch.OPS:
+    for op in backends.OPS:
         cells = []
-        for backend in dispatch.PREFERENCE:
+        for backend in backends.PREFERENCE:
             reason = rows[op, backend]
             if reason is not None:
                 cells.append(f"no ({notes.setdefault(f'{backend}: {reason}', len(notes) + 1)})")
@@ -94,7 +93,7 @@ def _print_operators(device: torch.device) -> list[str]:
             cells.append("right" if failure is None else "WRONG")
             if failure is not None:
                 failures.append(f"{backend} on {device}: {failure}")
-        default = dispatch.default_backend(op, device)
+        default = backends.default_backend(op, device)
         say(f"  {op:<16} {default or 'none':<10}" + "".join(f" {cell:<10}" for cell in cells))
     print()
     for note, number in notes.items():

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import variants
-from diffpp_fast import backends, use_backend
-from diffpp_fast.kernels import native
+from diffpp_fast import backends, native, use_backend
 
 with use_backend("cpu"):
     for op in backends.OPS:

@@ -113,7 +113,7 @@ def forward(
     mean = torch.empty(x.shape[0], num_groups, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if x.numel():
-        call = _Call(order.of(x), cut(x, num_groups, order), weight, bias, silu)
+        call = _NormCall(order.of(x), cut(x, num_groups, order), weight, bias, silu)
         if call.how.is_one_group:
             call.normalise_group(y, mean, rstd, eps)
         else:
@@ -146,7 +146,7 @@ def backward(
     grad_bias = new(bias.shape, dtype=bias.dtype) if needs_bias and bias is not None else None
     needs_parameters = grad_weight is not None or grad_bias is not None
     if x.numel() and (needs_x or needs_parameters):
-        call = _Call(order.of(x), cut(x, mean.shape[1], order), weight, bias, silu)
+        call = _NormCall(order.of(x), cut(x, mean.shape[1], order), weight, bias, silu)
         grads = order.of(grad_output)
         partials = call.how.partials(x) if needs_parameters or not call.how.is_one_group else None
         if call.how.is_one_group:
@@ -161,7 +161,7 @@ def backward(
     return None if grad_x is None else order.finish(grad_x, x), grad_weight, grad_bias
 
 
-class _Call:
+class _NormCall:
     """The launches of a call, each named as its kernel, and the arguments that they share."""
 
     def __init__(self, x: Tensor, how: Cut, weight: Tensor | None, bias: Tensor | None, silu: bool) -> None:

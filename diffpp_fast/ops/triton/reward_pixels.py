@@ -63,7 +63,7 @@ def forward(
         batch, channels, size, size, dtype=dtype, device=images.device, memory_format=order.memory_format
     )
     if images.numel():
-        call = _Call(
+        call = _ResizeCall(
             images,
             order,
             size=size,
@@ -102,7 +102,7 @@ def backward(
     height = images.shape[2]
     grad_images = order.result(images)
     if images.numel():
-        call = _Call(
+        call = _ResizeCall(
             images,
             order,
             size=size,
@@ -124,7 +124,7 @@ def backward(
     return order.finish(grad_images, images)
 
 
-class _Call:
+class _ResizeCall:
     """The arguments that the two launches share."""
 
     def __init__(

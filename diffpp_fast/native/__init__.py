@@ -9,7 +9,7 @@ __all__ = ["LIBRARY", "facts", "unavailable"]
 def facts() -> dict[str, str]:
     """Return compiler, flags and instruction sets of the library; nothing where the host module was not built."""
     try:
-        from diffpp_fast.kernels.native._host import build_facts
+        from diffpp_fast.native._host import build_facts
     except ImportError:
         return {}
     return build_facts()

@@ -1,1 +1,0 @@
-"""The compiled library, and the former name of `diffpp_fast.backends`."""
