@@ -59,8 +59,7 @@ CASES = cases()
 FUNCTIONS = {
     "_AddNoise": "add_noise",
     "_DenoisingLoss": "denoising_loss",
-    "_SidLoss": "sid_loss",
-    "_SimLoss": "sim_loss",
+    "_GapLoss": "sid_loss and sim_loss",
     "_RewardPixels": "reward_pixels",
     "_GroupNormSilu": "group_norm_silu",
     "_Geglu": "geglu",
