@@ -24,7 +24,7 @@ def only_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def environment(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
-    """What a process would find that starts with this request."""
+    """Set or unset the variable, as for a process that starts with it."""
     monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
     if name is not None:
         monkeypatch.setenv(backends.ENVIRONMENT, name)

@@ -1,4 +1,4 @@
-"""What is right on a GPU: `make gpu-check` runs these tests, and `pytest -m gpu` alone does.
+"""Checks that are right on a GPU alone: `make gpu-check` runs these tests, and `pytest -m gpu` alone does.
 
 Each check is a process of its own: a kernel that brings the device down takes nothing else with it. As many run at once
 as there are processors for; a test waits for its own. What an earlier call has found right is not checked again.
