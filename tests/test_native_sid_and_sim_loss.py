@@ -1,6 +1,6 @@
 """The compiled losses of SiD and SIM: registration, threads, layouts, sizes.
 
-The formulas are in test_ops_sid_loss.py and test_ops_sim_loss.py.
+The formulas are in test_ops_gap_loss.py.
 """
 
 from collections.abc import Callable
