@@ -68,7 +68,9 @@ class Loss(NamedTuple):
     option: str
     values: tuple[float, ...]
 
-    def defined(self, four: list[Tensor], rest: list[Tensor], w: float, prediction_type: str, value: float) -> Tensor:
+    def defined(
+        self, four: list[Tensor | None], rest: list[Tensor], w: float, prediction_type: str, value: float
+    ) -> Tensor:
         fake, cond, uncond, x0 = four
         eps, *coefficients = rest
         alpha, sigma = (each.reshape(-1, *[1] * (x0.dim() - 1)) for each in coefficients)
