@@ -28,7 +28,7 @@ from evaluation import Figures, evaluate, features, reference_images
 from rich.console import Console
 from rich.table import Table
 
-from diffpp_fast.cli.quiet import hide_loading_bars
+from diffpp_fast.cli.quiet import hide_loading_bars, silence_libraries
 from diffpp_fast.networks import load_denoiser
 from diffpp_fast.training.build import build_sampler
 from diffpp_fast.training.export import find_weights, load_sampler
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of align.yaml, for both runs")
     args = parser.parse_args()
 
+    silence_libraries()
     hide_loading_bars()
     began = time.monotonic()
     out: Path = args.out
