@@ -16,7 +16,7 @@ import torch
 
 from diffpp_fast import ops
 from diffpp_fast.methods.base import Batch, Denoiser, Generator, Reward, SampleGradient, TimeFunction, check_choice
-from diffpp_fast.methods.method import FakeWeighting, Method, Options
+from diffpp_fast.methods.method import AllOptions, FakeWeighting, Method, Options
 from diffpp_fast.methods.reward_term import RewardTerm
 from diffpp_fast.schedule import NoiseSchedule
 
@@ -44,24 +44,10 @@ class DiffInstruct(Method):
         reference: Denoiser,
         schedule: NoiseSchedule,
         *,
-        guidance_scale: float = 1.0,
         weighting: Weighting | TimeFunction = "x0",
-        t_range: tuple[int, int] | None = None,
-        fake_rounds: int = 1,
-        fake_weighting: FakeWeighting | TimeFunction = "prediction",
-        **options: Unpack[Options],
+        **options: Unpack[AllOptions],
     ) -> None:
-        super().__init__(
-            generator,
-            fake,
-            reference,
-            schedule,
-            guidance_scale=guidance_scale,
-            t_range=t_range,
-            fake_rounds=fake_rounds,
-            fake_weighting=fake_weighting,
-            **options,
-        )
+        super().__init__(generator, fake, reference, schedule, **options)
         check_choice("weighting", weighting, get_args(Weighting))
         self.weighting = weighting
         self._check_weighting("weighting", weighting, self._scale, self.times)

@@ -51,13 +51,22 @@ class Noised(NamedTuple):
 
 
 class Options(TypedDict, total=False):
-    """The arguments that every method takes besides, explained in `Method`."""
+    """Arguments that every method takes with the same default, explained in `Method`."""
 
     fake_t_range: tuple[int, int] | None
     time_distribution: TimeDistribution | None
     fake_time_distribution: TimeDistribution | None
     guidance_rescale: float
     prompt_dropout: float
+
+
+class AllOptions(Options, total=False):
+    """All arguments of `Method` by name, for methods that change no default."""
+
+    guidance_scale: float
+    t_range: tuple[int, int] | None
+    fake_rounds: int
+    fake_weighting: FakeWeighting | TimeFunction
 
 
 class Method(ABC):

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from diffpp_fast import ops
-from diffpp_fast.methods.base import Batch, Denoiser, Generator, SampleGradient, TimeFunction
-from diffpp_fast.methods.method import FakeWeighting, Method, Noised, Options
+from diffpp_fast.methods.base import Batch, Denoiser, Generator, SampleGradient
+from diffpp_fast.methods.method import AllOptions, Method, Noised
 from diffpp_fast.methods.through_networks import gradient_through
 from diffpp_fast.schedule import NoiseSchedule
 
@@ -46,25 +46,11 @@ class SiD(Method):
         reference: Denoiser,
         schedule: NoiseSchedule,
         *,
-        guidance_scale: float = 1.0,
         fake_guidance_scale: float = 1.0,
         sid_alpha: float = 1.0,
-        t_range: tuple[int, int] | None = None,
-        fake_rounds: int = 1,
-        fake_weighting: FakeWeighting | TimeFunction = "prediction",
-        **options: Unpack[Options],
+        **options: Unpack[AllOptions],
     ) -> None:
-        super().__init__(
-            generator,
-            fake,
-            reference,
-            schedule,
-            guidance_scale=guidance_scale,
-            t_range=t_range,
-            fake_rounds=fake_rounds,
-            fake_weighting=fake_weighting,
-            **options,
-        )
+        super().__init__(generator, fake, reference, schedule, **options)
         for name, value in (("fake_guidance_scale", fake_guidance_scale), ("sid_alpha", sid_alpha)):
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")

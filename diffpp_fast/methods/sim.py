@@ -18,7 +18,7 @@ import torch
 
 from diffpp_fast import ops
 from diffpp_fast.methods.base import Batch, Denoiser, Generator, Reward, SampleGradient, TimeFunction, check_choice
-from diffpp_fast.methods.method import FakeWeighting, Method, Noised, Options
+from diffpp_fast.methods.method import AllOptions, FakeWeighting, Method, Noised, Options
 from diffpp_fast.methods.reward_term import RewardTerm
 from diffpp_fast.methods.through_networks import gradient_through
 from diffpp_fast.prediction import score_scale
@@ -49,25 +49,11 @@ class SIM(Method):
         reference: Denoiser,
         schedule: NoiseSchedule,
         *,
-        guidance_scale: float = 1.0,
         weighting: ScoreWeighting | TimeFunction = "x0",
         huber_c: float = 1.0,
-        t_range: tuple[int, int] | None = None,
-        fake_rounds: int = 1,
-        fake_weighting: FakeWeighting | TimeFunction = "prediction",
-        **options: Unpack[Options],
+        **options: Unpack[AllOptions],
     ) -> None:
-        super().__init__(
-            generator,
-            fake,
-            reference,
-            schedule,
-            guidance_scale=guidance_scale,
-            t_range=t_range,
-            fake_rounds=fake_rounds,
-            fake_weighting=fake_weighting,
-            **options,
-        )
+        super().__init__(generator, fake, reference, schedule, **options)
         check_choice("weighting", weighting, get_args(ScoreWeighting))
         if not 0.0 < huber_c < math.inf:
             raise ValueError(f"huber_c must be above 0 and finite, got {huber_c}")
