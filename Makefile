@@ -136,7 +136,7 @@ sanitize: $(READY)
 EMULATED := build/emulated
 emulate: $(READY)
 	$(BIN)/python tests/emulation/build.py $(EMULATED)
-	cd tests && PYTHONPATH=../$(EMULATED) PYTHONSAFEPATH=1 $(abspath $(BIN))/python emulation/launches.py ../$(EMULATED)
+	cd tests && PYTHONPATH=../$(EMULATED):.. PYTHONSAFEPATH=1 $(abspath $(BIN))/python emulation/launches.py ../$(EMULATED)
 	cd tests && PYTHONPATH=../$(EMULATED) PYTHONSAFEPATH=1 $(abspath $(BIN))/pytest -p no:cacheprovider \
 	  -m "not slow" -k "not compiles and not reference and not far_apart and not every_magnitude" \
 	  $(foreach op,add_noise denoising_loss score_gap reward_pixels group_norm_silu,test_native_$(op).py test_ops_$(op).py) test_noise.py
