@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ class ImageBatch:
             self._shared.append((tensor, tensor._version))
 
 
-class Reward(nn.Module):
+class Reward(nn.Module, ABC):
     """A frozen scorer: images [B, 3, H, W] in [-1, 1] and B prompts -> [B], differentiable in the images.
 
     Scores are float32, or float64 where the reward computes in it.
@@ -154,9 +155,9 @@ class Reward(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             return self.score(batch, prompts)
 
+    @abstractmethod
     def score(self, batch: ImageBatch, prompts: tuple[str, ...]) -> Tensor:
-        """The scores [B] of a checked batch, float32, or float64 of a reward that computes in it."""
-        raise NotImplementedError
+        """Return the scores [B] of a checked batch, float32, or float64 of a reward that computes in it."""
 
     def stages(self, batch: ImageBatch, prompts: tuple[str, ...]) -> dict[str, Tensor]:
         """The scores [B] by what has been done to them, from "raw" to what `score` gives."""

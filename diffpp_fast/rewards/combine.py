@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -28,9 +29,9 @@ class Transformed(Reward):
         self.name = self.reward.name
         self.freeze()
 
+    @abstractmethod
     def transform(self, scores: Tensor) -> Tensor:
-        """[B] -> [B]"""
-        raise NotImplementedError
+        """Return what becomes of the scores: [B] -> [B]."""
 
     def score(self, batch: ImageBatch, prompts: tuple[str, ...]) -> Tensor:
         return self.transform(self.reward.score(batch, prompts))
