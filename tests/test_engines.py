@@ -37,7 +37,7 @@ from diffpp_fast.training.engines.optimizers import (
     quantise,
     updates_of,
 )
-from diffpp_fast.training.engines.shards import Fragment, receivers
+from diffpp_fast.training.engines.shards import Fragment, approach, receivers
 
 WORKER = str(Path(__file__).parent / "engine_worker.py")
 ALONE = World.alone("cpu")
@@ -119,6 +119,17 @@ def test_normalised_steps_are_those_of_gradients_divided_by_their_norm() -> None
     engine, expected = plain(settings=settings), by_hand(8, skipped=(4,), settings=settings)
     assert_same_norms(train(engine, ALONE, range(8), poisoned=[4]), expected["norms"])
     assert_near(numbers(engine), expected, 1e-6)
+
+
+@pytest.mark.parametrize("skipped", [0.0, 1.0])
+def test_the_average_of_a_gpu_is_lerp_to_the_bit_and_stays_where_an_update_was_skipped(skipped: float) -> None:
+    torch.manual_seed(0)
+    weights, averages = ([torch.randn(shape) for shape in ((3, 5), (7,), ())] for _ in range(2))
+    expected = [
+        average if skipped else average.lerp(weight, 0.3) for weight, average in zip(weights, averages, strict=True)
+    ]
+    approach(averages, weights, 0.3, torch.tensor(skipped))
+    assert all(map(torch.equal, averages, expected))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "lion8bit"])

@@ -42,25 +42,38 @@ class PlainEngine(Engine):
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         self._reduce(gradients)
         norm = nn.utils.get_total_norm(gradients).float()
-        if self.settings.normalize:
-            torch._foreach_div_(gradients, norm.clamp(min=NORM_FLOOR))
-        elif self.settings.clip is not None:
-            nn.utils.clip_grads_with_norm_(trained, self.settings.clip, norm)
         self._set_learning_rate()
         if self.optimizer_state.is_torch:
-            # The fused kernel leaves weights, state and its count of steps alone where this is 1, as with GradScaler.
-            skipped = 1.0 - norm.isfinite().float()
-            setattr(self.optimizer, "found_inf", skipped)  # noqa: B010 (torch declares it nowhere)
-            self.optimizer.step()
-            if self.ema is not None:
-                self.ema.update(self.updates, skipped)
+            self._update_fused(norm)
         elif norm.isfinite().item():
+            divisor = self._divisor(norm)
+            if divisor is not None:
+                torch._foreach_div_(gradients, divisor)
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.update(self.updates)
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         return norm
+
+    def _update_fused(self, norm: torch.Tensor) -> None:
+        """One pass over memory for clipping and AdamW, one for the average."""
+        skipped = 1.0 - norm.isfinite().float()
+        # As with GradScaler: the fused kernel divides gradients by `grad_scale` where it reads them, and leaves
+        # weights, state and its count of steps alone where `found_inf` is 1. torch declares neither anywhere.
+        setattr(self.optimizer, "grad_scale", self._divisor(norm))  # noqa: B010
+        setattr(self.optimizer, "found_inf", skipped)  # noqa: B010
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.updates, skipped)
+
+    def _divisor(self, norm: torch.Tensor) -> torch.Tensor | None:
+        """Return the number that normalises the gradient, or clips it; None where neither is asked for."""
+        if self.settings.normalize:
+            return norm.clamp(min=NORM_FLOOR)
+        if self.settings.clip is not None:
+            return (norm / self.settings.clip).clamp(min=1.0)
+        return None
 
     def _join(self) -> None:
         if self.world.size > 1:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.optim.sgd import sgd
 
 from diffpp_fast.training.distributed import World
 
@@ -141,6 +142,8 @@ class MovingAverage:
             with self.shards.held(group) as tensors:
                 if skipped is None:
                     torch._foreach_lerp_(averages, tensors, amount)
+                elif skipped.is_cuda:
+                    approach(averages, tensors, amount, skipped)
                 else:
                     # Weights that an update left are finite: average + 0 (weight - average) is the average to the bit.
                     torch._foreach_lerp_(averages, tensors, [amount * (1.0 - skipped)] * len(tensors))
@@ -154,6 +157,27 @@ class MovingAverage:
                     kept = tensor.detach().clone()
                     tensor.copy_(self.averages[number])
                     self.averages[number].copy_(kept)
+
+
+def approach(averages: list[torch.Tensor], tensors: list[torch.Tensor], amount: float, skipped: torch.Tensor) -> None:
+    """averages += amount (tensors - averages), to the bit as torch's lerp has it; nothing where `skipped` is 1.
+
+    It is a step of gradient ascent on -tensors with weight decay 1: few launches for all tensors, and `skipped` is read
+    on the device. On GPUs torch's lerp with a weight that is a tensor takes a launch for each tensor.
+    """
+    sgd(
+        averages,
+        tensors,
+        [],
+        fused=True,
+        found_inf=skipped,
+        lr=amount,
+        weight_decay=1.0,
+        maximize=True,
+        momentum=0.0,
+        dampening=0.0,
+        nesterov=False,
+    )
 
 
 @torch.no_grad()
