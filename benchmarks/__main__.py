@@ -108,7 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = subject("kernels", run_kernels, "every operator against plain torch", KERNELS, "performance")
     add("--ops", type=_names, metavar="NAME,...", help="operators (all)")
     add("--backends", type=_names, metavar="NAME,...", help="backends (all that serve, but not the reference)")
-    sizes = '"quick", "latents", "full" or names (quick)'
+    sizes = '"quick", "latents", "full", "large" (256 MB and more) or names (quick)'
     add("--sizes", type=_names, default=["quick"], metavar="NAME,...", help=sizes)
     add("--dtypes", type=_names, metavar="NAME,...", help=f"of {', '.join(DTYPES)} (full: two of them; else float32)")
     add("--threads", type=_names, metavar="N,...", help='of the CPU; "all" is one of them (full: 1,all; else all)')

@@ -24,11 +24,16 @@ GROUPS = 32
 
 
 class Size(NamedTuple):
-    """A shape that occurs in training; `quick` marks those of `--sizes quick`."""
+    """A shape that occurs in training; `quick` marks those of `--sizes quick`.
+
+    The large ones occur nowhere: a bfloat16 tensor of theirs has 256 MB or more, so that a GPU's caches and launches
+    count for nothing. They belong to `--sizes large` alone.
+    """
 
     shape: tuple[int, ...]
     quick: bool = False
     prediction_type: str = "epsilon"
+    large: bool = False
 
 
 #: [B, C, H, W] at the sample sizes of Stable Diffusion 1.5 and XL, [B, C, T, H, W] of a 480p video autoencoder.
@@ -38,11 +43,13 @@ LATENTS = {
     "sdxl-b1": Size((1, 4, 128, 128)),
     "sdxl-b4": Size((4, 4, 128, 128)),
     "video-b1": Size((1, 16, 21, 60, 104), prediction_type="flow_prediction"),
+    "latents-256mb": Size((128, 16, 256, 256), large=True),
 }
 #: [B, 3, H, W], a decoder's images before the reward model.
 IMAGES = {
     "image-512-b2": Size((2, 3, 512, 512), quick=True),
     "image-1024-b1": Size((1, 3, 1024, 1024)),
+    "image-256mb": Size((43, 3, 1024, 1024), large=True),
 }
 #: [B, C, H, W] before the group norms of Stable Diffusion's autoencoder when it decodes 512 x 512.
 VAE = {
@@ -51,6 +58,7 @@ VAE = {
     "vae-256x256": Size((1, 256, 256, 256)),
     "vae-128x256": Size((1, 128, 256, 256)),
     "vae-128x512": Size((1, 128, 512, 512)),
+    "vae-256mb": Size((4, 128, 512, 512), large=True),
 }
 #: [B, C, H, W] before the first group norms of its U-Net, which is trained: the affine parameters get gradients too.
 UNET = {"unet-320x64-b4": Size((4, 320, 64, 64))}
@@ -58,18 +66,20 @@ UNET = {"unet-320x64-b4": Size((4, 320, 64, 64))}
 FEED_FORWARD = {
     "sd15-ff-4096": Size((1, 4096, 2560), quick=True),
     "sdxl-ff-1024-b4": Size((4, 1024, 10240)),
+    "sdxl-ff-256mb": Size((13, 1024, 10240), large=True),
 }
 #: [B, N, D] in PixArt's blocks at 512 x 512 and 1024 x 1024.
 TOKENS = {
     "pixart-1024": Size((1, 1024, 1152), quick=True),
     "pixart-4096-b4": Size((4, 4096, 1152)),
+    "pixart-256mb": Size((28, 4096, 1152), large=True),
 }
 
 #: Those that work on samples, and take or draw noise.
 LATENT_OPS = ("add_noise", "denoising_loss", "score_gap", "sid_loss", "sim_loss")
 
 SIZES = {**LATENTS, **IMAGES, **VAE, **UNET, **FEED_FORWARD, **TOKENS}
-SELECTIONS = ("quick", "latents", "full")
+SELECTIONS = ("quick", "latents", "full", "large")
 
 
 class Family(NamedTuple):
@@ -154,10 +164,12 @@ class Case(NamedTuple):
         return itemsize * sum(self.elements(tensor) for tensor in reads.split())
 
 
-def all_cases() -> Iterator[Case]:
-    """Every case; those that share `unfused_code` are neighbours."""
+def all_cases(*, large: bool = False) -> Iterator[Case]:
+    """Every case, of the large ones only where asked for; those that share `unfused_code` are neighbours."""
     for family in FAMILIES:
         for name, size in family.sizes.items():
+            if size.large and not large:
+                continue
             for layout in family.layouts:
                 for noise in family.noise:
                     traffic = family.traffic.replace("target", _target(size.prediction_type, noise))
@@ -179,17 +191,20 @@ def choose(ops: Sequence[str] | None, sizes: Sequence[str]) -> list[Case]:
     """
     check_known("--ops", ops or (), backends.OPS)
     check_known("--sizes", sizes, (*SELECTIONS, *SIZES))
-    chosen = [case for case in all_cases() if (not ops or case.op in ops) and _selected(case, sizes)]
+    fitting = [case for case in all_cases(large=True) if not ops or case.op in ops]
+    chosen = [case for case in fitting if _selected(case, sizes)]
     if not chosen:
-        fitting = dict.fromkeys(case.size for case in all_cases() if not ops or case.op in ops)
-        raise ConfigurationError(f"--sizes: none of {', '.join(sizes)} fits; for these operators: {', '.join(fitting)}")
+        names = dict.fromkeys(case.size for case in fitting)
+        raise ConfigurationError(f"--sizes: none of {', '.join(sizes)} fits; for these operators: {', '.join(names)}")
     return chosen
 
 
 def _selected(case: Case, sizes: Sequence[str]) -> bool:
-    if case.size in sizes or "full" in sizes:
-        return True
-    return ("quick" in sizes and SIZES[case.size].quick) or ("latents" in sizes and case.size in LATENTS)
+    size = SIZES[case.size]
+    chosen = {"full": True, "latents": case.size in LATENTS, "quick": size.quick}
+    if size.large:
+        chosen = {"large": True}
+    return case.size in sizes or any(chosen.get(selection, False) for selection in sizes)
 
 
 def check_known(option: str, names: Sequence[str], known: Sequence[str]) -> None:

@@ -212,15 +212,16 @@ def _left(session: Session) -> list[tuple[Case, torch.dtype]]:
 
 
 def _to_measure(ops: Sequence[str], rehearse: bool) -> list[tuple[Case, torch.dtype]]:
-    """Return cases and dtypes, what tells most first: every operator at its quick size, then the other sizes."""
+    """Return cases and dtypes, what tells most first: every operator at its quick size, at 256 MB, then the others."""
     if rehearse:
         cases = {case.op: small(case) for case in all_cases() if case.op in ops}
         if "reward_pixels" in cases:
             cases["reward_pixels"] = cases["reward_pixels"]._replace(shape=SQUARE)
         return [(case, torch.float32) for case in cases.values()]
-    quick = choose(ops, ["quick"])
+    quick, large = choose(ops, ["quick"]), choose(ops, ["large"])
     rest = [case for case in choose(ops, ["full"]) if case not in quick]
-    return [(case, dtype) for each in (quick, rest) for dtype in DTYPES for case in each]
+    order = [(quick, DTYPES), (large, DTYPES[:1]), (rest, DTYPES)]
+    return [(case, dtype) for cases, dtypes in order for dtype in dtypes for case in cases]
 
 
 def _key(case: Case, dtype: torch.dtype) -> tuple[str, str, str]:

@@ -68,9 +68,14 @@ class KernelOutcome(Outcome):
     replay: float | None = None  # seconds per step in a CUDA graph
 
     @property
+    def seconds(self) -> float | None:
+        """Seconds per step: in a CUDA graph where it could be captured, for calls one by one show the host's time."""
+        return self.replay or (None if self.timing is None else self.timing.median)
+
+    @property
     def bandwidth(self) -> float | None:
         """Bytes per second by the case's traffic."""
-        return None if self.timing is None else self.bytes / self.timing.median
+        return None if self.seconds is None else self.bytes / self.seconds
 
 
 #: The outcomes of one case, dtype and number of threads: eager, compile, the backends, copy.
@@ -121,8 +126,14 @@ def _measure_case(
         if wrong is None:
             passed[name] = provider
     size = max(case.bytes(dtype.itemsize) // 2, int(CACHES * last_level_cache(plan.device)) // 2)
-    timings = _time(plan, size, sets, list(passed.values()))
-    outcomes.append(KernelOutcome(COPY, bytes=2 * size, sets=1, **shared))
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=plan.device) for _ in range(2))
+
+    def copy() -> tuple[torch.Tensor, ...]:
+        return (target.copy_(source),)
+
+    timings = _time(plan, copy, sets, list(passed.values()))
+    replay = replay_seconds([copy]) if plan.device.type == "cuda" else None
+    outcomes.append(KernelOutcome(COPY, bytes=2 * size, sets=1, replay=replay, **shared))
     return [
         _complete(replace(outcome, timing=timings.get(outcome.provider)), passed.get(outcome.provider), sets, plan)
         for outcome in outcomes
@@ -135,16 +146,17 @@ def _provider(case: Case, inputs: Inputs, name: str) -> Provider:
     return gate.compiled(case) if name == COMPILE else gate.backend(case, inputs, name)
 
 
-def _time(plan: KernelPlan, size: int, sets: Sequence[Inputs], passed: Sequence[Provider]) -> dict[str, Timing]:
-    """Time the providers beside a copy of `size` bytes."""
+def _time(
+    plan: KernelPlan, copy: Callable[[], object], sets: Sequence[Inputs], passed: Sequence[Provider]
+) -> dict[str, Timing]:
+    """Time the providers beside a copy."""
     # All providers take from one cycle: the inputs of one are not what the one before it has left in the cache.
     cycle = itertools.cycle(sets)
-    source, target = (torch.zeros(size, dtype=torch.uint8, device=plan.device) for _ in range(2))
 
     def contender(provider: Provider) -> Contender:
         return Contender(provider.name, lambda: provider.step(next(cycle)), provider.context)
 
-    contenders = [*map(contender, passed), Contender(COPY, lambda: target.copy_(source))]
+    contenders = [*map(contender, passed), Contender(COPY, copy)]
     return interleave(contenders, plan.min_time, clock_of(plan.device))
 
 
@@ -202,13 +214,14 @@ HEADER = (
 #: In Markdown, further: `temp` and what follows come in pairs, the backend's and eager's.
 MORE = ("spread %", "temp MiB", "eager's")
 #: On CUDA, further still.
-CUDA_HEADER = ("launches", "eager's", "graph ms", "eager's")
+CUDA_HEADER = ("launches", "eager's", "one by one ms", "eager's")
 LEGEND = """\
 Medians of interleaved rounds; forward and backward where there is a gradient. `x eager` and `x compile` are eager's and
 compile's time over the backend's: above 1 the backend is faster. `GB/s` is the least traffic of the case over the
 backend's time, `% copy` that over the bandwidth of `Tensor.copy_` in the same rounds. `spread` is the largest
 interquartile range of the row, as a part of its median. `temp` is the peak of memory beyond inputs and results, first
-the backend's and then eager's; launches and replay of a captured graph, where there are any, come in the same order.
+the backend's and then eager's. On a GPU times are those of a replayed CUDA graph, wherever a step can be captured;
+launches, and the time of calls one by one, which for small tensors is the host's, come in the same order as `temp`.
 """
 
 
@@ -243,8 +256,12 @@ class Comparison:
 
 
 def speed_up(base: KernelOutcome | None, outcome: KernelOutcome | None) -> float | None:
-    """Return the ratio of the medians; None where one of them was not timed."""
-    return None if base is None or outcome is None else ratio(base.timing, outcome.timing)
+    """Return the ratio of the times in graphs where both have one, else of the medians; None where one has neither."""
+    if base is None or outcome is None:
+        return None
+    if base.replay is not None and outcome.replay is not None:
+        return base.replay / outcome.replay
+    return ratio(base.timing, outcome.timing)
 
 
 def compare(group: Group) -> list[Comparison]:
@@ -363,14 +380,15 @@ def _cells(comparison: Comparison) -> list[str]:
     ]
     if eager.launches is not None:
         cells += [shown(None if each is None else each.launches, "d", 1) for each in (backend, eager)]
-        cells += [shown(None if each is None else each.replay, "#.3g", 1e3) for each in (backend, eager)]
+        timings = (None if each is None else each.timing for each in (backend, eager))
+        cells += [shown(None if timing is None else timing.median, "#.3g", 1e3) for timing in timings]
     return [*cells, tables.SLOWER if comparison.slower else ""]
 
 
 def _milliseconds(outcome: KernelOutcome | None) -> str:
     if outcome is not None and outcome.wrong is not None:
         return "wrong"
-    return "-" if outcome is None or outcome.timing is None else f"{1e3 * outcome.timing.median:#.3g}".rstrip(".")
+    return "-" if outcome is None or outcome.seconds is None else f"{1e3 * outcome.seconds:#.3g}".rstrip(".")
 
 
 def _summary(comparisons: Sequence[Comparison]) -> Table:

@@ -64,7 +64,14 @@ def gate(case: Case, dtype: torch.dtype = torch.float32) -> Gate:
 def test_the_cases_cover_every_operator_in_both_selections() -> None:
     assert {case.op for case in choose(None, ["full"])} == set(backends.OPS)
     assert {case.op for case in choose(None, ["quick"])} == set(backends.OPS)
-    assert len({case.name for case in all_cases()}) == len(list(all_cases()))
+    assert len({case.name for case in all_cases(large=True)}) == len(list(all_cases(large=True)))
+
+
+def test_large_cases_cover_every_operator_with_tensors_beyond_any_cache() -> None:
+    large = choose(None, ["large"])
+    assert {case.op for case in large} == set(backends.OPS)
+    assert all(math.prod(case.shape) * torch.bfloat16.itemsize >= 256e6 for case in large)
+    assert not set(large) & set(choose(None, ["full", "latents", "quick"]))
 
 
 @each_kind
@@ -307,6 +314,15 @@ def test_rows_that_lose_to_eager_or_compile_are_marked() -> None:
     assert "wrong" in lines[3]
 
 
+def test_where_steps_were_captured_graphs_are_compared_and_not_the_host() -> None:
+    base = [outcome("eager", 2.0, replay=1e-3), outcome("copy", 0.25, replay=2e-4)]
+    (row,) = compare([*base, outcome("triton", 4.0, replay=4e-4)])
+    assert row.x_eager == pytest.approx(2.5) and not row.slower
+    assert row.backend is not None and row.backend.bandwidth == pytest.approx(1e6 / 4e-4)
+    (uncaptured,) = compare([*base, outcome("triton", 4.0)])
+    assert uncaptured.x_eager == pytest.approx(0.5)
+
+
 # The command
 
 QUICK = ["kernels", "--no-compile", "--min-time", "0.001", "--threads", "1"]
@@ -415,7 +431,7 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--ops", "nothing"], "--ops: unknown 'nothing'; known: philox, add_noise"),
-        (["--sizes", "huge"], "--sizes: unknown 'huge'; known: quick, latents, full, sd15-b1"),
+        (["--sizes", "huge"], "--sizes: unknown 'huge'; known: quick, latents, full, large, sd15-b1"),
         (["--ops", "reward_pixels", "--sizes", "sdxl-b1"], "for these operators: image-512-b2, image-1024-b1"),
         (["--backends", "auto"], "--backends: unknown 'auto'; known: cpu, triton, cuda, reference"),
         (["--dtypes", "float64"], "--dtypes: unknown 'float64'; known: float32, bfloat16, float16"),
