@@ -47,6 +47,22 @@ def regression_target(
     return eps - x0.to(dtype)
 
 
+def implied(
+    prediction_type: str, output: Tensor, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Return x0 and eps that an output at x_t implies. alpha and sigma are numbers, or broadcast with x_t."""
+    if prediction_type == "epsilon":
+        return (x_t - sigma * output) / alpha, output
+    if prediction_type == "v_prediction":
+        return alpha * x_t - sigma * output, sigma * x_t + alpha * output
+    if prediction_type == "flow_prediction":
+        return x_t - sigma * output, x_t + alpha * output
+    # Without noise in x_t there is none to read off, and none is needed.
+    sigma = torch.as_tensor(sigma, dtype=x_t.dtype, device=x_t.device)
+    noisy = sigma > 0.0
+    return output, ((x_t - alpha * output) / sigma.where(noisy, 1.0)).where(noisy, 0.0)
+
+
 def target_slope(prediction_type: str, sigma: Tensor) -> Tensor | float:
     """do*/dx0, the same for every element of a sample."""
     if prediction_type == "epsilon":

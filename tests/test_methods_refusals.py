@@ -25,6 +25,7 @@ WEIGHTINGS: dict[str, list[dict[str, Any]]] = {
     "sid": [{"fake_guidance_scale": 2.0}],
     "sim": [{"weighting": "x0"}, {"weighting": "score"}, {"weighting": lambda t: 1.0 + t.float()}],
     "diff_instruct_star": [{"guidance": guidance} for guidance in ("inside", "outside")],
+    "didr": [{"weighting": "mean_abs"}, {"weighting": "score", "denoising_steps": 2}],
 }
 CASES = [
     pytest.param(

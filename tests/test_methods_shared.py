@@ -10,7 +10,7 @@ import torch
 from method_cases import SCHEDULES, Convolution, batch_of, gradient_by_x0, quadratic_reward
 from torch import nn
 
-from diffpp_fast.methods import DMD2, SIM, DecoupledDMD, DiffInstruct, DiffInstructPP, DiffInstructStar, SiD
+from diffpp_fast.methods import DIDR, DMD2, SIM, DecoupledDMD, DiffInstruct, DiffInstructPP, DiffInstructStar, SiD
 
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "diff_instruct": (DiffInstruct, {}),
@@ -20,6 +20,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sid": (SiD, {"fake_guidance_scale": 2.0}),
     "sim": (SIM, {}),
     "diff_instruct_star": (DiffInstructStar, {"reward": quadratic_reward, "reward_scale": 1.0, "guidance": "outside"}),
+    "didr": (DIDR, {"reward": quadratic_reward, "denoising_steps": 2}),
 }
 
 

@@ -116,12 +116,14 @@ def test_the_reward_gradient_of_a_sample_that_has_none_is_left_out() -> None:
             x0.mean((1, 2, 3)) * torch.tensor([math.nan, 1.0, 1.0]) + (x0[:, 0, 0, 0] * torch.tensor([1, 0, 1])).sqrt()
         )
 
-    got, metrics, told = RewardTerm(undefined, 2.0, clip=1e9).subtract(SampleGradient(gradient, {}), batch, x0.abs())
+    term = RewardTerm(undefined, 2.0, clip=1e9)
+    got, metrics, told = term.subtract(SampleGradient(gradient, {}), term.evaluate(batch, x0.abs()))
     assert told is not None and told.values.isfinite().tolist() == [False, True, True]
     assert torch.equal(got[:2], gradient[:2]) and got.isfinite().all() and not torch.equal(got[2], gradient[2])
     assert metrics["reward_undefined"] == pytest.approx(2 / 3)
     assert all(value.isfinite() for value in metrics.values())
-    alone = RewardTerm(undefined, 2.0).subtract(SampleGradient(gradient, {}), batch, x0.abs()).gradient
+    term = RewardTerm(undefined, 2.0)
+    alone = term.subtract(SampleGradient(gradient, {}), term.evaluate(batch, x0.abs())).gradient
     torch.testing.assert_close(got, alone)
 
 
@@ -237,7 +239,9 @@ def test_a_scorer_may_use_its_result_again() -> None:
         term = RewardTerm(latent_reward(scorer), 0.0)
         none = SampleGradient(torch.zeros(2, 3, 4, 4), {})
         batches = [Batch(torch.arange(2), Conditioning(PROMPTS, {})) for _ in parts]
-        given = [term.subtract(none, batch, part).rewards for batch, part in zip(batches, parts, strict=True)]
+        given = [
+            term.subtract(none, term.evaluate(batch, part)).rewards for batch, part in zip(batches, parts, strict=True)
+        ]
         for output, values in zip(given, expected, strict=True):
             assert output is not None and torch.equal(output.values, values)
             assert all(torch.equal(part, values) for part in output.parts.values())
@@ -253,7 +257,7 @@ def test_scores_of_any_dtype_and_expanded_ones_serve(dtype: torch.dtype) -> None
         assert gradient.isfinite().all() and gradient.any() == dtype.is_floating_point
         term = RewardTerm(reward, 1.0)
         batch = Batch(torch.arange(2), Conditioning(PROMPTS, {}))
-        told = term.subtract(SampleGradient(torch.zeros(2, 3, 4, 4), {}), batch, x0).rewards
+        told = term.subtract(SampleGradient(torch.zeros(2, 3, 4, 4), {}), term.evaluate(batch, x0)).rewards
         assert told is not None and told.values.dtype == torch.float32
 
 

@@ -10,86 +10,39 @@ The derivation, and what of the paper could not be verified, is in docs/method.m
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 
-from diffpp_fast import ops
-from diffpp_fast.methods.base import Batch, Denoiser, Generator, Reward, SampleGradient, TimeFunction, check_choice
-from diffpp_fast.methods.method import AllOptions, FakeWeighting, Method, Options
+from diffpp_fast.methods.base import Batch, Denoiser, Generator, Reward, SampleGradient, TimeFunction
+from diffpp_fast.methods.integral_kl import IntegralKL, Weighting
+from diffpp_fast.methods.method import FakeWeighting, Options
 from diffpp_fast.methods.reward_term import RewardTerm
 from diffpp_fast.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Weighting = Literal["x0", "score", "unit", "mean_abs"]
 
-
-class DiffInstruct(Method):
+class DiffInstruct(IntegralKL):
     """Distils a reference diffusion model into a one-step generator by the integral of KL over noise levels.
 
     Guidance is an implicit reward here: w equals adding the reward log p_ref(x_t | c) / p_ref(x_t) with scale w - 1.
 
-    Args, beyond those of `Method`:
-        weighting: h(t) of the gradient. "x0": h = k, so that dL/dx0 = X_fake - X_guided; "score": w(t) = 1 before
-            the difference of scores; "unit": h = sign k; "mean_abs": sign k / mean|r| (DMD's normaliser); or a
-            function w(t) for the difference of scores.
+    Args: those of `IntegralKL`.
     """
-
-    def __init__(
-        self,
-        generator: Generator,
-        fake: Denoiser,
-        reference: Denoiser,
-        schedule: NoiseSchedule,
-        *,
-        weighting: Weighting | TimeFunction = "x0",
-        **options: Unpack[AllOptions],
-    ) -> None:
-        super().__init__(generator, fake, reference, schedule, **options)
-        check_choice("weighting", weighting, get_args(Weighting))
-        self.weighting = weighting
-        self._check_weighting("weighting", weighting, self._scale, self.times)
-        if weighting == "x0":
-            self._refuse_large_gap_scale("weighting 'x0'", self.times)
 
     @torch.no_grad()
     def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:
         """h d."""
         at = self._noised(batch, x0)
-        fake = self._ask_fake(batch, at)
-        cond, uncond, scale = self._ask_reference(batch, at)
-        # Only the normaliser needs the target; without it nothing regenerates the noise.
-        target: dict[str, Any] = {}
-        if self.weighting == "mean_abs":
-            target = {"normalizer": "mean_abs", "x0": x0, "noise": at.noise, "alpha": at.alpha, "sigma": at.sigma}
-        gap = ops.score_gap(
-            fake,
-            cond,
-            uncond,
-            guidance_scale=scale,
-            scale=self._scale(at.t, at.alpha, at.sigma),
-            prediction_type=self.schedule.prediction_type,
-            **target,
-        )
-        return SampleGradient(gap.gradient, self._gap_metrics(gap.gap_sq, gap.gradient))
-
-    def _scale(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        k = self.schedule.gap_scale(t)
-        if self.weighting == "x0":
-            return k
-        if self.weighting in ("unit", "mean_abs"):
-            return k.sign()
-        # score_fake - score_guided = alpha k d / sigma^2, and x_t = alpha x0 + ... gives the second alpha.
-        weight = self.weighting(t) if callable(self.weighting) else 1.0
-        return alpha.square() * k / sigma.square() * weight
+        return self._score_gradient(batch, x0, at, self._ask_reference(batch, at))[1]
 
 
 class DiffInstructPP(DiffInstruct):
     """Diff-Instruct with a reward: aligns the generator with human preference while the KL keeps it near the reference.
 
-    Args, beyond those of `DiffInstruct`: reward, reward_scale and reward_clip, those of `RewardTerm`. Without a reward
+    Args, beyond those of `IntegralKL`: reward, reward_scale and reward_clip, those of `RewardTerm`. Without a reward
     this is Diff-Instruct.
     """
 
@@ -127,4 +80,5 @@ class DiffInstructPP(DiffInstruct):
 
     def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:
         """h d - reward_scale dr/dx0."""
-        return self.reward.subtract(super()._sample_gradient(batch, x0), batch, x0)
+        found = super()._sample_gradient(batch, x0)
+        return self.reward.subtract(found, self.reward.evaluate(batch, x0))

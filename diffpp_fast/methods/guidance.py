@@ -14,6 +14,10 @@ class Guided(NamedTuple):
     uncond: torch.Tensor | None
     scale: float
 
+    def detach(self) -> Guided:
+        """The same without graph."""
+        return Guided(self.cond.detach(), None if self.uncond is None else self.uncond.detach(), self.scale)
+
 
 def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: float, rescale: float = 0.0) -> torch.Tensor:
     """Return o_g = uncond + scale (cond - uncond), rescaled as diffusers' `guidance_rescale` does.

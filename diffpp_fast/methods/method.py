@@ -98,8 +98,8 @@ class Method(ABC):
 
     #: Whether the arguments reward, reward_scale and reward_clip are there.
     takes_reward: ClassVar[bool] = False
-    #: Whether the generator's loss is differentiated through the TA and the reference, and not under no_grad.
-    differentiates_networks: ClassVar[bool] = False
+    #: Which of "fake" and "reference" the generator's loss is differentiated through; the others are under no_grad.
+    differentiates: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,

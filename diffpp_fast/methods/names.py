@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from diffpp_fast.methods.decoupled_dmd import DecoupledDMD
+from diffpp_fast.methods.didr import DIDR
 from diffpp_fast.methods.diff_instruct import DiffInstruct, DiffInstructPP
 from diffpp_fast.methods.dmd import DMD2
 from diffpp_fast.methods.method import Method
@@ -19,4 +20,5 @@ METHODS: Mapping[str, type[Method]] = {
     "sid": SiD,
     "sim": SIM,
     "diff_instruct_star": DiffInstructStar,
+    "didr": DIDR,
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +20,13 @@ from diffpp_fast.methods.base import (
 )
 from diffpp_fast.methods.outputs import check_per_sample
 from diffpp_fast.precision import widen
+
+
+class Evaluated(NamedTuple):
+    """The rewards of a batch, and scale times their gradient [B, ...]; None where the scale is 0."""
+
+    rewards: RewardOutput
+    gradient: torch.Tensor | None
 
 
 class RewardTerm:
@@ -49,29 +58,56 @@ class RewardTerm:
         self.reward = reward
         self.scale = 0.0 if scale is None else scale
         self.clip = clip
-        #: (reward [B], x0) -> d sum of rewards / dx0; a trainer that times the pass wraps it.
+        #: (reward [B], x) -> d sum of rewards / dx; a trainer that times the pass wraps it.
         self.differentiate = input_gradient
 
-    def subtract(self, given: SampleGradient, batch: Batch, x0: torch.Tensor) -> SampleGradient:
-        """Return a gradient less the reward's term, with the rewards and what there is to log of them."""
+    def evaluate(
+        self, batch: Batch, x: torch.Tensor, sample_of: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> Evaluated | None:
+        """Return the rewards of a batch and their gradient; None without a reward.
+
+        Args:
+            batch: for the conditioning.
+            x: [B, ...], the tensor that the gradient is by.
+            sample_of: x -> the samples that the reward judges, differentiable; None: x itself.
+        """
         if self.reward is None:
-            return given
-        gradient, metrics = given.gradient, dict(given.metrics)
+            return None
         optimised = self.scale != 0.0
         with torch.set_grad_enabled(optimised):
-            x0 = x0.detach().requires_grad_(optimised)
-            output = self.reward(x0, batch.conditioning)
+            x = x.detach().requires_grad_(optimised)
+            samples = x if sample_of is None else sample_of(x)
+            output = self.reward(samples, batch.conditioning)
             output = output if isinstance(output, RewardOutput) else RewardOutput(output)
-            reward = check_per_sample("the reward", output.values, x0)
-        metrics["reward"], metrics["reward_std"] = finite_statistics(widen(reward.detach()))
+            reward = check_per_sample("the reward", output.values, x)
         # A reward may use its tensor again.
         told = output._replace(values=reward.detach().to(torch.float32, copy=True))
         if not optimised:
-            return SampleGradient(gradient, metrics, told)
+            return Evaluated(told, None)
         if not reward.requires_grad:
             raise ValueError("the reward has no gradient by x0: it must be differentiable, or reward_scale 0")
-        term = self.scale * widen(self.differentiate(reward, x0))
-        defined = reward.detach().isfinite() & term.flatten(1).isfinite().all(1)
+        return Evaluated(told, self.scale * widen(self.differentiate(reward, x)))
+
+    def subtract(
+        self, given: SampleGradient, evaluated: Evaluated | None, factor: torch.Tensor | None = None
+    ) -> SampleGradient:
+        """Return a gradient less the reward's term, with the rewards and what there is to log of them.
+
+        Args:
+            given: the gradient [B, ...].
+            evaluated: by `evaluate`.
+            factor: [B], what the reward's gradient is multiplied by; None: 1.
+        """
+        if evaluated is None:
+            return given
+        gradient, metrics = given.gradient, dict(given.metrics)
+        rewards, term = evaluated
+        metrics["reward"], metrics["reward_std"] = finite_statistics(rewards.values)
+        if term is None:
+            return SampleGradient(gradient, metrics, rewards)
+        if factor is not None:
+            term = term * per_sample(factor, term)
+        defined = rewards.values.isfinite() & term.flatten(1).isfinite().all(1)
         metrics["reward_undefined"] = 1.0 - defined.float().mean()
         term = term.where(per_sample(defined, term), 0.0)
         lengths = norms(term)
@@ -82,7 +118,7 @@ class RewardTerm:
             metrics["reward_clipped"] = (share < 1.0).to(share.dtype).mean()
             # A sample without a reward gradient has nothing to shorten.
             term = term * per_sample(torch.where(lengths == 0.0, 1.0, share).clamp(max=1.0), term)
-        return SampleGradient(gradient - term, metrics, told)
+        return SampleGradient(gradient - term, metrics, rewards)
 
 
 def _cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ class SiD(Method):
             prompts, `prompt_dropout=0.1`.
     """
 
-    differentiates_networks = True
+    differentiates = ("fake", "reference")
 
     def __init__(
         self,

@@ -40,7 +40,7 @@ class SIM(Method):
         huber_c: c, in units of the whole sample's score: where the distance turns from squared into plain.
     """
 
-    differentiates_networks = True
+    differentiates = ("fake", "reference")
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class DiffInstructStar(SIM):
         if self.outside_guidance_scale != 1.0:
             guidance = self._guidance_gradient(batch, self._noised(batch, x0), cond)
             found = found._replace(gradient=found.gradient - guidance)
-        return self.reward.subtract(found, batch, x0)
+        return self.reward.subtract(found, self.reward.evaluate(batch, x0))
 
     @torch.no_grad()
     def _guidance_gradient(self, batch: Batch, at: Noised, cond: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from diffpp_fast.methods.base import LATENT, Batch, Denoiser
 from diffpp_fast.methods.guidance import guide
+from diffpp_fast.prediction import implied
 from diffpp_fast.schedule import NoiseSchedule
 from diffpp_fast.training.config import Config
 
@@ -80,7 +81,7 @@ def sample_reference(
             uncond = reference(x, t, batch.null_conditioning).float()
             prediction = guide(prediction, uncond, guidance_scale, guidance_rescale)
         alpha, sigma = float(schedule.alphas[time]), float(schedule.sigmas[time])
-        x0, noise = _parts(schedule.prediction_type, prediction, x, alpha, sigma)
+        x0, noise = implied(schedule.prediction_type, prediction, x, alpha, sigma)
         if following is None:
             x = x0
         else:
@@ -128,17 +129,3 @@ def _times(schedule: NoiseSchedule, steps: int) -> list[int]:
         usable = int(schedule.alphas.nonzero().max()) + 1
     steps = min(steps, usable)
     return [round(usable - index * usable / steps) - 1 for index in range(steps)]
-
-
-def _parts(
-    prediction_type: str, prediction: torch.Tensor, x: torch.Tensor, alpha: float, sigma: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x0 and the noise that a prediction at x = alpha x0 + sigma noise implies."""
-    if prediction_type == "epsilon":
-        return (x - sigma * prediction) / alpha, prediction
-    if prediction_type == "v_prediction":  # alpha noise - sigma x0
-        return alpha * x - sigma * prediction, sigma * x + alpha * prediction
-    if prediction_type == "flow_prediction":  # noise - x0
-        return x - sigma * prediction, x + alpha * prediction
-    # Without noise in x there is none to read off, and none is needed.
-    return prediction, (x - alpha * prediction) / sigma if sigma else torch.zeros_like(x)

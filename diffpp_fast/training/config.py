@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from diffpp_fast.methods import METHODS
-from diffpp_fast.methods.diff_instruct import Weighting
 from diffpp_fast.methods.dmd import Normalizer
+from diffpp_fast.methods.integral_kl import Weighting
 from diffpp_fast.methods.method import FakeWeighting
 from diffpp_fast.methods.sim import Guidance, ScoreWeighting
 
@@ -251,7 +251,24 @@ class DiffInstructStarSection(ScoreSection):
     guidance: Guidance = "inside"
 
 
-AnyMethod = DiffInstructSection | DMD2Section | DecoupledDMDSection | SiDSection | SIMSection | DiffInstructStarSection
+class DIDRSection(MethodSection):
+    name: Literal["didr"]
+    weighting: Weighting = "x0"
+    #: The weight of the KL against the reward; the smaller, the stronger the reward.
+    beta: Annotated[float, Field(gt=0)] = 1.0
+    #: Calls of the reference that make the sample which the reward judges.
+    denoising_steps: Positive = 1
+
+
+AnyMethod = (
+    DiffInstructSection
+    | DMD2Section
+    | DecoupledDMDSection
+    | SiDSection
+    | SIMSection
+    | DiffInstructStarSection
+    | DIDRSection
+)
 
 
 class RewardSection(Section):
@@ -518,12 +535,14 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _networks_differentiate(self) -> Config:
-        """Refuse what the methods that differentiate through fake score and reference can't do."""
+        """Refuse what the methods that differentiate through fake score or reference can't do."""
         name, distributed = self.method.name, self.distributed
-        if not METHODS[name].differentiates_networks:
+        differentiates = METHODS[name].differentiates
+        if not differentiates:
             return self
-        through = f"{name} differentiates through the fake score and the reference"
-        if distributed.engine != "plain" and distributed.fake.stage == 3:
+        roles = {"fake": "the fake score", "reference": "the reference"}
+        through = f"{name} differentiates through {' and '.join(roles[role] for role in differentiates)}"
+        if "fake" in differentiates and distributed.engine != "plain" and distributed.fake.stage == 3:
             raise ValueError(
                 f"{through}, whose weights stage 3 gathers for the engine's own backward pass only: use "
                 "distributed.fake.stage=2"
@@ -535,8 +554,8 @@ class Config(Section):
             )
         if self.training.activation_checkpointing and self.models.fake.lora is not None:
             raise ValueError(
-                f"{through}: with training.activation_checkpointing their blocks would be computed again with one "
-                "adapter for both. Turn it off, or train all of the fake score with models.fake.lora=null"
+                f"{through}: with training.activation_checkpointing blocks would be computed again with the adapter "
+                "of another role. Turn it off, or train all of the fake score with models.fake.lora=null"
             )
         return self
 

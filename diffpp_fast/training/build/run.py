@@ -242,10 +242,10 @@ def _check_compiled(
     for part in (generator, fake):
         with part.active():
             check_gradients(part.role, part.denoise, part.parameters, conditioning, shape, dtype, world.device)
-    if METHODS[config.method.name].differentiates_networks:
-        for role, network in (("fake", fake.denoise), ("reference", reference)):
-            with without_parameters([network]):
-                check_gradients(role, network, {}, conditioning, shape, dtype, world.device)
+    denoisers = {"fake": fake.denoise, "reference": reference}
+    for role in METHODS[config.method.name].differentiates:
+        with without_parameters([denoisers[role]]):
+            check_gradients(role, denoisers[role], {}, conditioning, shape, dtype, world.device)
 
 
 def _load_decoder(config: Config, section: Decoder, device: torch.device) -> nn.Module:

@@ -1,0 +1,140 @@
+"""DIDR, Diff-Instruct with diffused reward (arXiv 2605.24001), the successor of Diff-Instruct++.
+
+RLHF's optimum p(x0) ~ p_ref(x0) exp(r(x0) / beta) is diffused like any distribution. Its score at noise level t is that
+of the reference plus
+
+    s_r(x_t) = grad_{x_t} log E_{p_ref(x0 | x_t)}[exp(r(x0) / beta)],
+
+so that the gradient of the integral of KL to it is
+
+    dL/dx0 = alpha w(t) (score_fake - score_guided - s_r)  =  h(t) d - alpha w(t) s_r.
+
+s_r is replaced by grad_{x_t} r(X(x_t)) / beta, where X are a few deterministic denoising steps of the reference; one
+step gives the posterior mean. That is exact for a Gaussian reference and a linear reward. The derivation, the proxy's
+bias for other rewards, and what of the paper could not be verified, are in docs/method.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from diffpp_fast.methods.base import Batch, Denoiser, Generator, Reward, SampleGradient, TimeFunction
+from diffpp_fast.methods.guidance import Guided, guide
+from diffpp_fast.methods.integral_kl import IntegralKL, Weighting
+from diffpp_fast.methods.method import FakeWeighting, Noised, Options
+from diffpp_fast.methods.reward_term import RewardTerm
+from diffpp_fast.methods.through_networks import without_parameters
+from diffpp_fast.plain import per_sample
+from diffpp_fast.prediction import MEAN_ABS_FLOOR, implied, score_scale
+from diffpp_fast.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class DIDR(IntegralKL):
+    """Diff-Instruct towards RLHF's optimum: the reward acts at every noise level, as a score.
+
+    The optimum does not depend on `weighting`; that of Diff-Instruct++ does.
+
+    Args, beyond those of `IntegralKL`:
+        reward: (x0, conditioning) -> [B] or a `RewardOutput`. It judges X(x_t), not the generator's sample, and is
+            differentiated by x_t through the reference.
+        reward_scale: a factor of the reward; with 0.0 it is evaluated and logged only.
+        reward_clip: the most that a sample's reward term may be, in norms of its score gradient, as in `RewardTerm`.
+        beta: the weight of the KL in max E[r] - beta KL(p || p_ref), above 0; the smaller, the stronger the reward.
+        denoising_steps: K of X(x_t), calls of the reference per sample and pass, at times evenly spaced from t down.
+            Guidance acts in each.
+
+    Raises ValueError for a reward, beta or denoising_steps out of range.
+    """
+
+    takes_reward = True
+    differentiates = ("reference",)
+
+    def __init__(
+        self,
+        generator: Generator,
+        fake: Denoiser,
+        reference: Denoiser,
+        schedule: NoiseSchedule,
+        reward: Reward | None = None,
+        reward_scale: float | None = 1.0,
+        guidance_scale: float = 1.0,
+        weighting: Weighting | TimeFunction = "x0",
+        t_range: tuple[int, int] | None = None,
+        fake_rounds: int = 1,
+        fake_weighting: FakeWeighting | TimeFunction = "prediction",
+        reward_clip: float | None = None,
+        *,
+        beta: float = 1.0,
+        denoising_steps: int = 1,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            generator,
+            fake,
+            reference,
+            schedule,
+            guidance_scale=guidance_scale,
+            weighting=weighting,
+            t_range=t_range,
+            fake_rounds=fake_rounds,
+            fake_weighting=fake_weighting,
+            **options,
+        )
+        if reward is None:
+            raise ValueError("DIDR needs a reward: without one it is DiffInstruct")
+        if not 0.0 < beta < math.inf:
+            raise ValueError(f"beta must be above 0 and finite, got {beta}")
+        if denoising_steps < 1:
+            raise ValueError(f"denoising_steps must be at least 1, got {denoising_steps}")
+        self.reward = RewardTerm(reward, reward_scale, reward_clip)
+        self.beta = beta
+        self.denoising_steps = denoising_steps
+        self._refuse_large_gap_scale("the reward of DIDR", self.times)
+        self._refuse_beyond_use("the reward term of DIDR", self._reward_scale, self.times)
+
+    def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:
+        """h d - alpha w(t) s_r."""
+        with torch.no_grad():
+            at = self._noised(batch, x0)
+        outputs: list[Guided] = []
+
+        def denoise(x_t: torch.Tensor) -> torch.Tensor:
+            at_x_t = at._replace(x_t=x_t)
+            outputs.append(self._ask_reference(batch, at_x_t))
+            return self._denoise(batch, at_x_t, outputs[0])
+
+        with without_parameters([self.reference]):
+            evaluated = self.reward.evaluate(batch, at.x_t, denoise)
+        guided = outputs[0].detach()
+        gap, found = self._score_gradient(batch, x0, at, guided)
+        scale = self._reward_scale(at.t, at.alpha, at.sigma)
+        if self.weighting == "mean_abs" and gap.residual_abs is not None:
+            scale = scale / gap.residual_abs.clamp(min=MEAN_ABS_FLOOR)
+        return self.reward.subtract(found, evaluated, scale)
+
+    def _reward_scale(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Return alpha w(t) / beta = h(t) sigma^2 / (alpha k beta), but for the normaliser by which h is divided."""
+        size = score_scale(self.schedule.prediction_type, alpha, sigma)
+        return self._scale(t, alpha, sigma) * self.schedule.gap_scale(t).sign() / (size * self.beta)
+
+    def _denoise(self, batch: Batch, at: Noised, guided: Guided) -> torch.Tensor:
+        """X(x_t): the reference's own sample after `denoising_steps` steps of DDIM, the first with outputs at hand."""
+        kind, x0 = self.schedule.prediction_type, at.x_t
+        for left in range(self.denoising_steps, 0, -1):
+            output = guided.cond if guided.uncond is None else guide(guided.cond, guided.uncond, guided.scale)
+            alpha, sigma = (per_sample(each, at.x_t) for each in (at.alpha, at.sigma))
+            x0, eps = implied(kind, output, at.x_t, alpha, sigma)
+            if left > 1:
+                # t (left - 1) / left of what is left: from the first t, evenly down.
+                t = at.t * (left - 1) // left
+                alpha, sigma = self.schedule.coefficients(t)
+                x_t = per_sample(alpha, x0) * x0 + per_sample(sigma, x0) * eps
+                at = at._replace(x_t=x_t, t=t, alpha=alpha, sigma=sigma)
+                guided = self._ask_reference(batch, at)
+        return x0

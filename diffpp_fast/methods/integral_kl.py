@@ -1,0 +1,76 @@
+"""The gradient of the integral of KL over noise levels, that of Diff-Instruct and what is built on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from diffpp_fast import ops
+from diffpp_fast.methods.base import Batch, Denoiser, Generator, SampleGradient, TimeFunction, check_choice
+from diffpp_fast.methods.guidance import Guided
+from diffpp_fast.methods.method import AllOptions, Method, Noised
+from diffpp_fast.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Weighting = Literal["x0", "score", "unit", "mean_abs"]
+
+
+class IntegralKL(Method):
+    """A method whose gradient has the term h(t) d, with d = guided - fake.
+
+    Args, beyond those of `Method`:
+        weighting: h(t) of the gradient. "x0": h = k, so that dL/dx0 = X_fake - X_guided; "score": w(t) = 1 before
+            the difference of scores; "unit": h = sign k; "mean_abs": sign k / mean|r| (DMD's normaliser); or a
+            function w(t) for the difference of scores.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        fake: Denoiser,
+        reference: Denoiser,
+        schedule: NoiseSchedule,
+        *,
+        weighting: Weighting | TimeFunction = "x0",
+        **options: Unpack[AllOptions],
+    ) -> None:
+        super().__init__(generator, fake, reference, schedule, **options)
+        check_choice("weighting", weighting, get_args(Weighting))
+        self.weighting = weighting
+        self._check_weighting("weighting", weighting, self._scale, self.times)
+        if weighting == "x0":
+            self._refuse_large_gap_scale("weighting 'x0'", self.times)
+
+    @torch.no_grad()
+    def _score_gradient(
+        self, batch: Batch, x0: torch.Tensor, at: Noised, guided: Guided
+    ) -> tuple[ops.ScoreGap, SampleGradient]:
+        """h d with the reference's outputs at hand, and what the operator says besides."""
+        fake = self._ask_fake(batch, at)
+        # Only the normaliser needs the target; without it nothing regenerates the noise.
+        target: dict[str, Any] = {}
+        if self.weighting == "mean_abs":
+            target = {"normalizer": "mean_abs", "x0": x0, "noise": at.noise, "alpha": at.alpha, "sigma": at.sigma}
+        gap = ops.score_gap(
+            fake,
+            guided.cond,
+            guided.uncond,
+            guidance_scale=guided.scale,
+            scale=self._scale(at.t, at.alpha, at.sigma),
+            prediction_type=self.schedule.prediction_type,
+            **target,
+        )
+        return gap, SampleGradient(gap.gradient, self._gap_metrics(gap.gap_sq, gap.gradient))
+
+    def _scale(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        k = self.schedule.gap_scale(t)
+        if self.weighting == "x0":
+            return k
+        if self.weighting in ("unit", "mean_abs"):
+            return k.sign()
+        # score_fake - score_guided = alpha k d / sigma^2, and x_t = alpha x0 + ... gives the second alpha.
+        weight = self.weighting(t) if callable(self.weighting) else 1.0
+        return alpha.square() * k / sigma.square() * weight
