@@ -10,13 +10,14 @@ The derivation, and what of the paper could not be verified, is in docs/method.m
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from diffpp_fast import ops
 from diffpp_fast.methods.base import Batch, Denoiser, Generator, Reward, SampleGradient, TimeFunction, check_choice
-from diffpp_fast.methods.method import AllOptions, FakeWeighting, Method, Options
+from diffpp_fast.methods.method import FakeWeighting, Method, Options
 from diffpp_fast.methods.reward_term import RewardTerm
 from diffpp_fast.schedule import NoiseSchedule
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 Weighting = Literal["x0", "score", "unit", "mean_abs"]
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class DiffInstruct(Method):
     """Distils a reference diffusion model into a one-step generator by the integral of KL over noise levels.
 
@@ -37,21 +39,13 @@ class DiffInstruct(Method):
             function w(t) for the difference of scores.
     """
 
-    def __init__(
-        self,
-        generator: Generator,
-        fake: Denoiser,
-        reference: Denoiser,
-        schedule: NoiseSchedule,
-        *,
-        weighting: Weighting | TimeFunction = "x0",
-        **options: Unpack[AllOptions],
-    ) -> None:
-        super().__init__(generator, fake, reference, schedule, **options)
-        check_choice("weighting", weighting, get_args(Weighting))
-        self.weighting = weighting
-        self._check_weighting("weighting", weighting, self._scale, self.times)
-        if weighting == "x0":
+    weighting: Weighting | TimeFunction = "x0"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("weighting", self.weighting, get_args(Weighting))
+        self._check_weighting("weighting", self.weighting, self._scale, self.times)
+        if self.weighting == "x0":
             self._refuse_large_gap_scale("weighting 'x0'", self.times)
 
     @torch.no_grad()
@@ -123,8 +117,8 @@ class DiffInstructPP(DiffInstruct):
             fake_weighting=fake_weighting,
             **options,
         )
-        self.reward = RewardTerm(reward, reward_scale, reward_clip)
+        self.reward_term = RewardTerm(reward, reward_scale, reward_clip)
 
     def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:
         """h d - reward_scale dr/dx0."""
-        return self.reward.subtract(super()._sample_gradient(batch, x0), batch, x0)
+        return self.reward_term.subtract(super()._sample_gradient(batch, x0), batch, x0)
