@@ -52,12 +52,12 @@ class PlainEngine(Engine):
             skipped = 1.0 - norm.isfinite().float()
             setattr(self.optimizer, "found_inf", skipped)  # noqa: B010 (torch declares it nowhere)
             self.optimizer.step()
-            if self.ema is not None:
-                self.ema.update(self.updates, skipped)
+            if self.average is not None:
+                self.average.update(self.updates, skipped)
         elif norm.isfinite().item():
             self.optimizer.step()
-            if self.ema is not None:
-                self.ema.update(self.updates)
+            if self.average is not None:
+                self.average.update(self.updates)
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         return norm
