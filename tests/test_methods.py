@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from method_cases import SCHEDULES, SHAPE, Convolution, T, batch_of, level_of, quadratic_reward, train_gaussian
+from prediction_targets import TARGETS
 from torch import nn
 
 from diffpp_fast import Noise, NoiseSchedule
@@ -54,8 +55,8 @@ def test_gradient_by_x0_is_the_papers(prediction_type: str, weighting: str) -> N
     else:
         expected = (guided - o_fake) * (-1 if prediction_type == "sample" else 1)
         if weighting == "mean_abs":
-            target = {"epsilon": eps, "v_prediction": a * eps - s * x0, "flow_prediction": eps - x0, "sample": x0}
-            expected = expected / (guided - target[prediction_type]).abs().mean((1, 2, 3), keepdim=True)
+            target = TARGETS[prediction_type](x0, eps, a, s)
+            expected = expected / (guided - target).abs().mean((1, 2, 3), keepdim=True)
     expected = (expected - reward_scale * -2 * (x0 - 0.5)) / len(batch)
     assert table.grad is not None
     torch.testing.assert_close(table.grad.double(), expected, rtol=2e-4, atol=2e-4 * float(expected.abs().max()))

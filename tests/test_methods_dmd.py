@@ -40,19 +40,9 @@ def flat_mean(x: torch.Tensor) -> torch.Tensor:
 def test_gradient_by_x0_is_the_published_one(prediction_type: str, normalizer: str, floor: float | None) -> None:
     schedule, batch, scale = SCHEDULES[prediction_type], batch_of(), 2.5
     fake, reference = Convolution(1), Convolution(2)
-    x0, gradient = gradient_by_x0(
-        lambda generator: DMD2(
-            generator,
-            fake,
-            reference,
-            schedule,
-            guidance_scale=scale,
-            t_range=T_RANGE,
-            normalizer=normalizer,  # type: ignore[arg-type]
-            normalizer_floor=floor,
-        ),
-        batch,
-    )
+    options: dict[str, Any] = {"guidance_scale": scale, "t_range": T_RANGE}
+    options |= {"normalizer": normalizer, "normalizer_floor": floor}
+    x0, gradient = gradient_by_x0(lambda g: DMD2(g, fake, reference, schedule, **options), batch)
     at = level_of(x0, batch, schedule, T_RANGE)
     with torch.no_grad():
         outputs = guide(fake, at, batch, 1.0), guide(reference, at, batch, scale)
@@ -171,18 +161,8 @@ def test_guidance_has_a_noise_level_of_its_own(prediction_type: str) -> None:
     """w - 1 times cond - uncond at the second level, cond - fake at the first, each over its mean|x0 - X_cond|."""
     schedule, batch, scale = SCHEDULES[prediction_type], batch_of(), 3.5
     fake, reference = Convolution(1), Convolution(2)
-    x0, gradient = gradient_by_x0(
-        lambda generator: DecoupledDMD(
-            generator,
-            fake,
-            reference,
-            schedule,
-            guidance_scale=scale,
-            t_range=(100, 500),
-            guidance_t_range=(500, 900),
-        ),
-        batch,
-    )
+    options: dict[str, Any] = {"guidance_scale": scale, "t_range": (100, 500), "guidance_t_range": (500, 900)}
+    x0, gradient = gradient_by_x0(lambda g: DecoupledDMD(g, fake, reference, schedule, **options), batch)
 
     @torch.no_grad()
     def implied(network: nn.Module, at: Any, conditioning: Any) -> torch.Tensor:

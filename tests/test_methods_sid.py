@@ -19,19 +19,8 @@ T_RANGE = (100, 900)
 def test_gradient_by_x0_is_that_of_the_definition(prediction_type: str, sid_alpha: float, fake_scale: float) -> None:
     schedule, batch, scale = SCHEDULES[prediction_type], batch_of(), 2.5
     fake, reference = Convolution(1), Convolution(2)
-    found, gradient = gradient_by_x0(
-        lambda generator: SiD(
-            generator,
-            fake,
-            reference,
-            schedule,
-            guidance_scale=scale,
-            fake_guidance_scale=fake_scale,
-            sid_alpha=sid_alpha,
-            t_range=T_RANGE,
-        ),
-        batch,
-    )
+    options: dict[str, Any] = {"guidance_scale": scale, "fake_guidance_scale": fake_scale, "sid_alpha": sid_alpha}
+    found, gradient = gradient_by_x0(lambda g: SiD(g, fake, reference, schedule, t_range=T_RANGE, **options), batch)
     x0 = found.requires_grad_()
     at = level_of(x0, batch, schedule, T_RANGE)
     outputs = guide(fake, at, batch, fake_scale), guide(reference, at, batch, scale)

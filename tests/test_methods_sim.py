@@ -34,23 +34,10 @@ def weight_of(t: torch.Tensor) -> torch.Tensor:
 def test_gradient_by_x0_is_that_of_the_definition(prediction_type: str, weighting: str, guidance: str) -> None:
     schedule, batch, scale, reward_scale, huber_c = SCHEDULES[prediction_type], batch_of(), 2.5, 0.3, 2.0
     fake, reference = Convolution(1), Convolution(2)
-    options: dict[str, Any] = {"weighting": weight_of if weighting == "function" else weighting}
-    found, gradient = gradient_by_x0(
-        lambda generator: DiffInstructStar(
-            generator,
-            fake,
-            reference,
-            schedule,
-            reward=quadratic_reward,
-            reward_scale=reward_scale,
-            guidance_scale=scale,
-            guidance=guidance,  # type: ignore[arg-type]
-            huber_c=huber_c,
-            t_range=T_RANGE,
-            **options,
-        ),
-        batch,
-    )
+    options: dict[str, Any] = {"reward": quadratic_reward, "reward_scale": reward_scale, "t_range": T_RANGE}
+    options |= {"weighting": weight_of if weighting == "function" else weighting, "huber_c": huber_c}
+    options |= {"guidance_scale": scale, "guidance": guidance}
+    found, gradient = gradient_by_x0(lambda g: DiffInstructStar(g, fake, reference, schedule, **options), batch)
     x0 = found.requires_grad_()
     at = level_of(x0, batch, schedule, T_RANGE)
 
