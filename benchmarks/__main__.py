@@ -20,6 +20,7 @@ from benchmarks.kernels import KernelPlan
 from benchmarks.tables import Place
 from benchmarks.timing import load_sentence, provenance
 from diffpp_fast import install
+from diffpp_fast.cli.options import positive
 from diffpp_fast.errors import ConfigurationError, UserError
 from diffpp_fast.selftest import ORACLE
 from diffpp_fast.terminal import complain, say
@@ -118,14 +119,14 @@ def make_parser() -> argparse.ArgumentParser:
     blocks.add_arguments(subject("blocks", blocks.run, "blocks of networks, fused", blocks.__doc__, "fusing"))
     add = subject("reward", run_reward, "the reward path, phase by phase", REWARD, "reward-path")
     add("--model", metavar="NAME", help='"small", "sd15" or "sdxl" (sd15 on a GPU, else small)')
-    add("--batch", type=_count, metavar="N", help="images (1, 4 and 2)")
-    add("--latent", type=_count, metavar="N", help="side of the latents (32, 64 and 128)")
+    add("--batch", type=positive, metavar="N", help="images (1, 4 and 2)")
+    add("--latent", type=positive, metavar="N", help="side of the latents (32, 64 and 128)")
     add("--dtype", choices=DTYPES, help="(bfloat16 on a GPU, else float32)")
     _add_rounds(add)
     add = subject("step", run_step, "a whole training step, phase by phase", STEP, "step")
     add("--model", metavar="NAME", help='"tiny", "small", "sd15" or "sdxl" (sd15 on a GPU, else small)')
     fill = 'images, or "fill": as many as fit (fill on a GPU; 2, 1, 4, 1)'
-    add("--batch", type=lambda text: text if text == "fill" else _count(text), metavar="N", help=fill)
+    add("--batch", type=lambda text: text if text == "fill" else positive(text), metavar="N", help=fill)
     add("--dtype", choices=DTYPES[:2], help="(bfloat16 on a GPU, else float32)")
     _add_rounds(add)
     loops.add_arguments(subject("loops", loops.run, "training loops, before and after", loops.__doc__, "embedding"))
@@ -134,7 +135,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_rounds(add: Callable[..., Any]) -> None:
     add("--providers", type=_names, metavar="NAME,...", help="of what is compared (all)")
-    add("--rounds", type=_count, default=7, metavar="N", help="in which all are timed by turns (7)")
+    add("--rounds", type=positive, default=7, metavar="N", help="in which all are timed by turns (7)")
     _add_common(add)
 
 
@@ -273,12 +274,6 @@ def _names(text: str) -> list[str]:
     if not names:
         raise argparse.ArgumentTypeError("must be one or more names, separated by commas")
     return names
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1 up, got {text}")
-    return int(text)
 
 
 def _seconds(text: str) -> float:

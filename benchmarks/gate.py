@@ -56,6 +56,11 @@ def backend(case: Case, inputs: Inputs, name: str) -> Provider:
     return Provider(name, inputs.call.forward, True, lambda: backends.use(name))
 
 
+def first_line(error: Exception) -> str:
+    """Return the error's type and the first line of what it says, for a table."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 @contextmanager
 def compiler(device: torch.device, threads: int) -> Iterator[None]:
     """torch.compile in its best form, and as it was before on the way out."""

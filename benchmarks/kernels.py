@@ -118,7 +118,7 @@ def _measure_case(
             provider = _provider(case, sets[0], name)
             wrong = judge.failure(provider)
         except Exception as error:  # of any kind: it is reported, and the other providers go on
-            wrong = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            wrong = gate.first_line(error)
             if name == COMPILE:
                 outcomes.append(replace(outcome, left_out=wrong))
                 continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from benchmarks import backends, baselines, tables
 from benchmarks.cases import check_known
-from benchmarks.gate import TOLERANCE, compiler
+from benchmarks.gate import TOLERANCE, compiler, first_line
 from benchmarks.memory import kept_bytes, peak_temporary_bytes
 from benchmarks.tables import Outcome, Place, Table, dtype_name, figure, milliseconds, ratio, shown, threads_name
-from benchmarks.timing import Clock, Provenance, Timing, clock_of, turns, wall_clock
+from benchmarks.timing import Clock, Provenance, Timing, clock_of, setting, turns, wall_clock
 from diffpp_fast import ops
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks import FrozenDecoder
@@ -241,7 +241,7 @@ def _judge(plan: NetworkPlan, networks: PathNetworks) -> tuple[list[PathOutcome]
             path = PROVIDERS[name](networks)
             results = _results(path, networks.latents)
         except Exception as error:  # of any kind: it is reported, and the other providers go on
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            reason = first_line(error)
             absent = name in COMPILED or isinstance(error, torch.OutOfMemoryError)
             records.append(PathOutcome(name, left_out=reason) if absent else PathOutcome(name, wrong=reason))
             continue
@@ -379,15 +379,9 @@ def _vision(tower: Tower) -> nn.Module:
     return CLIPVisionModelWithProjection(facts).eval().requires_grad_(False)
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> AbstractContextManager[None]:
     """Within the block, new tensors have this dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    return setting(torch.get_default_dtype, torch.set_default_dtype, dtype)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import memory, reward
-from benchmarks.gate import compiler
+from benchmarks.gate import compiler, first_line
 from benchmarks.memory import is_out_of_memory, peak_temporary_bytes, release
 from benchmarks.reward import TOWERS, NetworkPlan, by_phase, complaints
 from benchmarks.step_gate import Oracle
@@ -260,7 +260,7 @@ class _Measurement:
             yield
             failed = False
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            reason = first_line(error)
             absent = PROVIDERS[name].compiles or is_out_of_memory(error)
             self._note(name, **{"left_out" if absent else "wrong": reason})
         if failed:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,6 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffpp_fast.provenance import commit, device_name, package_version
 from diffpp_fast.version import __version__
+
+T = TypeVar("T")
 
 ROUNDS = 20
 LEAST_ROUNDS = 5
@@ -230,14 +232,19 @@ def last_level_cache(device: torch.device) -> int:
 
 
 @contextmanager
-def intra_op_threads(count: int) -> Iterator[None]:
-    """Within the block, torch's CPU kernels run on `count` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+def setting(read: Callable[[], T], write: Callable[[T], object], value: T) -> Iterator[None]:
+    """Within the block, a setting of the process has this value."""
+    before = read()
+    write(value)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        write(before)
+
+
+def intra_op_threads(count: int) -> AbstractContextManager[None]:
+    """Within the block, torch's CPU kernels run on `count` threads."""
+    return setting(torch.get_num_threads, torch.set_num_threads, count)
 
 
 def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:

@@ -121,7 +121,7 @@ def unchanged(engine: Any) -> Iterator[None]:
         return [
             part.detach().clone()
             for number, tensor in enumerate(engine.shards.tensors)
-            for part in (tensor, engine.ema.averages[number], *(state.get(tensor, name) for name in state.names))
+            for part in (tensor, engine.average.averages[number], *(state.get(tensor, name) for name in state.names))
         ] + [torch.tensor(engine.optimizer_state.get_step(tensor)) for tensor in engine.shards.tensors]
 
     before = everything()

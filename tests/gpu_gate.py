@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import backends, variants
+from benchmarks.gate import first_line
 from benchmarks.gpu_session import State, Verdict
 from benchmarks.variants import Variant
 from diffpp_fast.noise import Noise
@@ -253,7 +254,7 @@ def _note(verdict: Verdict, place: str, check: Callable[[], str | None]) -> Verd
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     except Exception as error:  # of any kind: it is reported, and the others go on
-        wrong = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        wrong = first_line(error)
         verdict = verdict._replace(fatal="CUDA error" in str(error))
     if wrong is None or len(verdict.wrong) >= MOST_SENTENCES:
         return verdict

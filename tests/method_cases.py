@@ -61,17 +61,6 @@ def quadratic_reward(x0: torch.Tensor, conditioning: torch.Tensor) -> torch.Tens
     return -(x0 - conditioning).square().flatten(1).sum(1)
 
 
-def x0_of(prediction_type: str, x_t: torch.Tensor, o: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """The x0 that a prediction implies, each from its own definition."""
-    if prediction_type == "epsilon":
-        return (x_t - s * o) / a
-    if prediction_type == "v_prediction":
-        return a * x_t - s * o
-    if prediction_type == "flow_prediction":
-        return x_t - s * o
-    return o
-
-
 class Level(NamedTuple):
     """A noise level in float64: x0 at it, t, a and s [B, 1, 1, 1], eps."""
 
@@ -80,6 +69,16 @@ class Level(NamedTuple):
     a: torch.Tensor
     s: torch.Tensor
     eps: torch.Tensor
+
+    def x0_of(self, prediction_type: str, output: torch.Tensor) -> torch.Tensor:
+        """The x0 that a prediction implies, each from its own definition."""
+        if prediction_type == "epsilon":
+            return (self.x_t - self.s * output) / self.a
+        if prediction_type == "v_prediction":
+            return self.a * self.x_t - self.s * output
+        if prediction_type == "flow_prediction":
+            return self.x_t - self.s * output
+        return output
 
 
 def level_of(
@@ -130,25 +129,28 @@ class GaussianScore(nn.Module):
         return sigma * (x_t - alpha * (self.mean + shift))
 
 
-def train_gaussians(
-    method: Method,
-    theta: nn.Parameter,
-    fake: nn.Module,
+def train_gaussian(
+    build: Callable[[Callable[..., torch.Tensor], Callable[..., torch.Tensor], GaussianScore], Method],
+    schedule: NoiseSchedule,
     cond_mean: torch.Tensor,
     *,
     rates: tuple[float, float] = (2.5, 1.0),
     rounds: int = 160,
     count: int = 1024,
-) -> None:
-    """Trains a generator theta + z and its TA from where they stand, three rounds of the TA per step.
+) -> torch.Tensor:
+    """Return the mean theta of a generator theta + z that a method trains from 0, three rounds of the TA per step.
 
     Args:
-        method: on `GaussianScore`s.
-        theta, fake: what it trains.
+        build: (generator, fake, reference) -> the method. The reference is N(cond_mean, I), and N(0, I) without prompt;
+            the TA is exact at any time once it knows theta.
+        schedule: of both scores, variance-preserving.
         cond_mean: the conditioning; the null conditioning is 0.
         rates: learning rates of the TA and of the generator, whose own falls to 0 over the second half.
         rounds, count: steps, and samples of each update.
     """
+    zero = torch.zeros(len(cond_mean))
+    theta, fake = nn.Parameter(zero.clone()), GaussianScore(schedule, zero)
+    method = build(lambda z, c: theta + z, lambda x_t, t, c: fake(x_t, t, zero), GaussianScore(schedule, zero))
     conditioning, null = cond_mean.expand(count, -1), torch.zeros(count, len(cond_mean))
     optimizers = {"fake": torch.optim.SGD(fake.parameters(), lr=rates[0]), "generator": torch.optim.SGD([theta])}
     first = 0
@@ -162,3 +164,4 @@ def train_gaussians(
             optimizers[role].zero_grad()
             loss.backward()
             optimizers[role].step()
+    return theta.detach()

@@ -307,25 +307,29 @@ def write_bert_vocabulary(folder: Path) -> Path:
     return path
 
 
+def transformer_sizes(tower: Tower) -> dict[str, int]:
+    """Sizes of a tower by the names of transformers' configurations."""
+    return {
+        "hidden_size": tower.width,
+        "intermediate_size": 4 * tower.width,
+        "num_hidden_layers": tower.layers,
+        "num_attention_heads": tower.heads,
+    }
+
+
 def clip_architecture(sizes: ClipSizes, activation: str) -> dict[str, Any]:
     """Arguments of transformers' CLIPConfig."""
     vision, text, features = sizes
     return {
         "vision_config": {
-            "hidden_size": vision.width,
-            "intermediate_size": 4 * vision.width,
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.heads,
+            **transformer_sizes(vision),
             "patch_size": vision.patch,
             "image_size": vision.image,
             "hidden_act": activation,
             "projection_dim": features,
         },
         "text_config": {
-            "hidden_size": text.width,
-            "intermediate_size": 4 * text.width,
-            "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads,
+            **transformer_sizes(text),
             "vocab_size": text.vocabulary,
             "max_position_embeddings": text.length,
             "hidden_act": activation,
@@ -343,21 +347,15 @@ def blip_architecture(towers: tuple[Tower, Tower]) -> dict[str, Any]:
     return {
         "vision": {
             **IMAGEREWARD["vision"],
-            "hidden_size": vision.width,
-            "intermediate_size": 4 * vision.width,
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.heads,
+            **transformer_sizes(vision),
             "patch_size": vision.patch,
             "image_size": vision.image,
         },
         "text": {
             **IMAGEREWARD["text"],
             "vocab_size": text.vocabulary,
-            "hidden_size": text.width,
+            **transformer_sizes(text),
             "encoder_hidden_size": vision.width,
-            "intermediate_size": 4 * text.width,
-            "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads,
             "max_position_embeddings": text.length,
         },
     }

@@ -92,7 +92,7 @@ def engine_rows(engine: PlainEngine) -> list[Compared]:
     """What an engine holds after an update, tensor by tensor, against the plan; to the byte."""
     planned = trained_state(NetworkSize.of(engine.network), config.Zero(stage=0), gpus=1, low=True, ema=True)
     states = [tensor for state in engine.optimizer.state.values() for tensor in state.values()]
-    averages = [] if engine.ema is None else engine.ema.averages
+    averages = [] if engine.average is None else engine.average.averages
     weights = [*engine.network.parameters(), *engine.network.buffers()]
     return [
         Compared("weights", planned.weights, _sum(weights), 0.0),

@@ -54,6 +54,13 @@ def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 300.0) -
             process.kill()
 
 
+def run_source(source: str, folder: Path, size: int, *arguments: str, timeout: float = 300.0) -> list[str]:
+    """Runs a script, given as text, as `run`; it is kept in `folder`."""
+    script = folder / "worker.py"
+    script.write_text(source)
+    return run([str(script), *arguments], size, timeout)
+
+
 def run(arguments: Sequence[str], size: int, timeout: float = 300.0) -> list[str]:
     """Runs a script on `size` ranks to its end and returns their outputs; one that fails fails the test."""
     ended = finish(start(arguments, size), timeout)

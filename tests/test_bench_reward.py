@@ -119,6 +119,7 @@ def test_kept_bytes_count_storages_once_and_leave_networks_out() -> None:
     assert kept_bytes(lambda x: x * x, x) == 0
 
 
+@pytest.mark.parametrize("subject", ["reward", "step"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -129,9 +130,9 @@ def test_kept_bytes_count_storages_once_and_leave_networks_out() -> None:
     ],
 )
 def test_what_the_user_can_mend_is_said(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    subject: str, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(tmp_path / "out", *arguments) == 2
+    assert main([subject, "--device", "cpu", "--no-compile", "--out", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 

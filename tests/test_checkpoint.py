@@ -496,9 +496,7 @@ world.close()
 
 
 def test_what_one_process_can_not_write_all_give_up_alike(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(TOGETHER)
-    outputs = processes.run([str(script), str(tmp_path / "checkpoints")], 2, timeout=120)
+    outputs = processes.run_source(TOGETHER, tmp_path, 2, str(tmp_path / "checkpoints"), timeout=120)
     said = [[line for line in output.splitlines() if line.startswith("said")] for output in outputs]
     assert said[0] == said[1] and len(said[0]) == 1
     skips = [[line for line in output.splitlines() if line.startswith("skipping")] for output in outputs]

@@ -41,9 +41,7 @@ print("agreed")
 
 
 def test_processes_agree(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    assert [output.strip() for output in processes.run([str(script)], 3)] == ["agreed"] * 3
+    assert [output.strip() for output in processes.run_source(WORKER, tmp_path, 3)] == ["agreed"] * 3
 
 
 LEAVE = """

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from method_cases import (
-    SCHEDULES,
-    SHAPE,
-    Convolution,
-    GaussianScore,
-    T,
-    batch_of,
-    quadratic_reward,
-    train_gaussians,
-    x0_of,
-)
+from method_cases import SCHEDULES, SHAPE, Convolution, T, batch_of, level_of, quadratic_reward, train_gaussian
+from prediction_targets import TARGETS
 from torch import nn
 
 from diffpp_fast import Noise, NoiseSchedule
@@ -46,15 +39,13 @@ def test_gradient_by_x0_is_the_papers(prediction_type: str, weighting: str) -> N
     method.generator_loss(batch).loss.backward()
 
     x0 = table.detach().double()
-    t = Noise(3, batch.samples, stream=2).integers(100, 900)
-    eps = Noise(3, batch.samples, stream=1).normal(SHAPE).double()
-    a, s = (table[t].view(-1, 1, 1, 1) for table in (schedule.alphas.double(), schedule.sigmas.double()))
-    x_t = a * x0 + s * eps
+    at = level_of(x0, batch, schedule, (100, 900))
+    x_t, t, a, s, eps = at
     with torch.no_grad():
         o_fake = fake(x_t, t, batch.conditioning)
         cond, uncond = reference(x_t, t, batch.conditioning), reference(x_t, t, batch.null_conditioning)
     guided = uncond + guidance * (cond - uncond)
-    x_fake, x_guided = (x0_of(prediction_type, x_t, o, a, s) for o in (o_fake, guided))
+    x_fake, x_guided = (at.x0_of(prediction_type, o) for o in (o_fake, guided))
     score_fake, score_guided = ((a * x - x_t) / s**2 for x in (x_fake, x_guided))
     if weighting == "x0":
         expected = x_fake - x_guided
@@ -64,8 +55,8 @@ def test_gradient_by_x0_is_the_papers(prediction_type: str, weighting: str) -> N
     else:
         expected = (guided - o_fake) * (-1 if prediction_type == "sample" else 1)
         if weighting == "mean_abs":
-            target = {"epsilon": eps, "v_prediction": a * eps - s * x0, "flow_prediction": eps - x0, "sample": x0}
-            expected = expected / (guided - target[prediction_type]).abs().mean((1, 2, 3), keepdim=True)
+            target = TARGETS[prediction_type](x0, eps, a, s)
+            expected = expected / (guided - target).abs().mean((1, 2, 3), keepdim=True)
     expected = (expected - reward_scale * -2 * (x0 - 0.5)) / len(batch)
     assert table.grad is not None
     torch.testing.assert_close(table.grad.double(), expected, rtol=2e-4, atol=2e-4 * float(expected.abs().max()))
@@ -186,24 +177,17 @@ def test_gaussian_reaches_the_analytic_optimum(weighting: str, guidance: float) 
     """
     schedule = SCHEDULES["epsilon"]
     cond_mean, v, reward_scale = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.5, 1.0, -1.0]), 0.7
-    theta = nn.Parameter(torch.zeros(3))
-    reference, fake = GaussianScore(schedule, torch.zeros(3)), GaussianScore(schedule, torch.zeros(3))
-    method = DiffInstructPP(
-        lambda z, c: theta + z,
-        lambda x_t, t, c: fake(x_t, t, torch.zeros(3)),
-        reference,
-        schedule,
-        reward=lambda x0, c: x0 @ v,
-        reward_scale=reward_scale,
-        guidance_scale=guidance,
-        weighting=weighting,
-    )
-    train_gaussians(method, theta, fake, cond_mean)
 
+    def build(generator: Any, fake: Any, reference: Any) -> DiffInstructPP:
+        return DiffInstructPP(
+            generator, fake, reference, schedule, lambda x0, c: x0 @ v, reward_scale, guidance, weighting
+        )
+
+    theta = train_gaussian(build, schedule, cond_mean)
     alpha, sigma = schedule.alphas.double(), schedule.sigmas.double()
     curvature = {"x0": sigma**2, "score": alpha**2, "unit": sigma * alpha}[weighting].mean().float()
     optimum = guidance * cond_mean + reward_scale * v / curvature
-    assert (theta.detach() - optimum).norm() < 0.01 * optimum.norm()
+    assert (theta - optimum).norm() < 0.01 * optimum.norm()
 
 
 def test_the_same_addresses_give_the_same_step() -> None:

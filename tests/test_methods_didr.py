@@ -18,8 +18,7 @@ from method_cases import (
     guide,
     level_of,
     quadratic_reward,
-    train_gaussians,
-    x0_of,
+    train_gaussian,
 )
 from torch import nn
 
@@ -47,7 +46,7 @@ def by_formula(
     guided = first = guide(reference, level, batch, scale)
     at = level
     for left in range(steps, 0, -1):
-        sample = x0_of(prediction_type, at.x_t, guided, at.a, at.s)
+        sample = at.x0_of(prediction_type, guided)
         if left == 1:
             break
         eps = (at.x_t - at.a * sample) / at.s
@@ -59,8 +58,7 @@ def by_formula(
     with torch.no_grad():
         a, s = level.a, level.s
         x_fake, x_guided = (
-            x0_of(prediction_type, level.x_t, output, a, s)
-            for output in (fake(level.x_t, level.t, batch.conditioning), first)
+            level.x0_of(prediction_type, output) for output in (fake(level.x_t, level.t, batch.conditioning), first)
         )
         score_gap = a * (x_fake - x_guided) / s**2
         weight = a * {"x0": s**2 / a**2, "score": torch.ones_like(s)}[weighting]
@@ -105,21 +103,22 @@ def test_gaussians_reach_the_same_optimum_whatever_the_weighting(weighting: str,
     """Generator N(theta, I), reference N(m, I), reward <u, x0>: theta* = m_guided + u / beta."""
     schedule, beta = SCHEDULES["epsilon"], 0.5
     cond_mean, u = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.5, 1.0, -1.0])
-    theta = nn.Parameter(torch.zeros(3))
-    reference, fake = GaussianScore(schedule, torch.zeros(3)), GaussianScore(schedule, torch.zeros(3))
-    method = DIDR(
-        lambda z, c: theta + z,
-        lambda x_t, t, c: fake(x_t, t, torch.zeros(3)),
-        reference,
+    theta = train_gaussian(
+        lambda generator, fake, reference: DIDR(
+            generator,
+            fake,
+            reference,
+            schedule,
+            reward=lambda x0, c: x0 @ u,
+            guidance_scale=guidance,
+            weighting=weighting,  # type: ignore[arg-type]
+            beta=beta,
+        ),
         schedule,
-        reward=lambda x0, c: x0 @ u,
-        guidance_scale=guidance,
-        weighting=weighting,  # type: ignore[arg-type]
-        beta=beta,
+        cond_mean,
     )
-    train_gaussians(method, theta, fake, cond_mean)
     optimum = guidance * cond_mean + u / beta
-    assert (theta.detach() - optimum).norm() < 0.01 * optimum.norm()
+    assert (theta - optimum).norm() < 0.01 * optimum.norm()
 
 
 def test_a_spread_reference_moves_by_its_variance() -> None:
@@ -205,7 +204,7 @@ def test_the_reward_judges_the_references_sample_and_is_logged() -> None:
     with torch.no_grad():
         x0 = method.generator(Noise(3, batch.samples, stream=0).normal(SHAPE), batch.conditioning)
         level = level_of(x0.double(), batch, schedule, RANGE)
-        expected = x0_of("epsilon", level.x_t, reference(level.x_t, level.t, batch.conditioning), level.a, level.s)
+        expected = level.x0_of("epsilon", reference(level.x_t, level.t, batch.conditioning))
     torch.testing.assert_close(seen[0].double(), expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(output.rewards.values, quadratic_reward(seen[0], batch.conditioning))
 

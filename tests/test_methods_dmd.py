@@ -13,14 +13,12 @@ from method_cases import (
     SCHEDULES,
     SHAPE,
     Convolution,
-    GaussianScore,
     assert_near,
     batch_of,
     gradient_by_x0,
     guide,
     level_of,
-    train_gaussians,
-    x0_of,
+    train_gaussian,
 )
 from torch import nn
 
@@ -42,23 +40,13 @@ def flat_mean(x: torch.Tensor) -> torch.Tensor:
 def test_gradient_by_x0_is_the_published_one(prediction_type: str, normalizer: str, floor: float | None) -> None:
     schedule, batch, scale = SCHEDULES[prediction_type], batch_of(), 2.5
     fake, reference = Convolution(1), Convolution(2)
-    x0, gradient = gradient_by_x0(
-        lambda generator: DMD2(
-            generator,
-            fake,
-            reference,
-            schedule,
-            guidance_scale=scale,
-            t_range=T_RANGE,
-            normalizer=normalizer,  # type: ignore[arg-type]
-            normalizer_floor=floor,
-        ),
-        batch,
-    )
+    options: dict[str, Any] = {"guidance_scale": scale, "t_range": T_RANGE}
+    options |= {"normalizer": normalizer, "normalizer_floor": floor}
+    x0, gradient = gradient_by_x0(lambda g: DMD2(g, fake, reference, schedule, **options), batch)
     at = level_of(x0, batch, schedule, T_RANGE)
     with torch.no_grad():
         outputs = guide(fake, at, batch, 1.0), guide(reference, at, batch, scale)
-    of_fake, of_guided = (x0_of(prediction_type, at.x_t, output, at.a, at.s) for output in outputs)
+    of_fake, of_guided = (at.x0_of(prediction_type, output) for output in outputs)
     distance = flat_mean(x0 - of_guided)
     if normalizer == "batch":
         distance = distance.mean(0, keepdim=True)
@@ -173,22 +161,12 @@ def test_guidance_has_a_noise_level_of_its_own(prediction_type: str) -> None:
     """w - 1 times cond - uncond at the second level, cond - fake at the first, each over its mean|x0 - X_cond|."""
     schedule, batch, scale = SCHEDULES[prediction_type], batch_of(), 3.5
     fake, reference = Convolution(1), Convolution(2)
-    x0, gradient = gradient_by_x0(
-        lambda generator: DecoupledDMD(
-            generator,
-            fake,
-            reference,
-            schedule,
-            guidance_scale=scale,
-            t_range=(100, 500),
-            guidance_t_range=(500, 900),
-        ),
-        batch,
-    )
+    options: dict[str, Any] = {"guidance_scale": scale, "t_range": (100, 500), "guidance_t_range": (500, 900)}
+    x0, gradient = gradient_by_x0(lambda g: DecoupledDMD(g, fake, reference, schedule, **options), batch)
 
     @torch.no_grad()
     def implied(network: nn.Module, at: Any, conditioning: Any) -> torch.Tensor:
-        return x0_of(prediction_type, at.x_t, network(at.x_t, at.t, conditioning), at.a, at.s)
+        return at.x0_of(prediction_type, network(at.x_t, at.t, conditioning))
 
     first = level_of(x0, batch, schedule, (100, 500), FIRST)
     second = level_of(x0, batch, schedule, (500, 900), SECOND)
@@ -215,18 +193,13 @@ def test_without_guidance_decoupled_dmd_is_dmd2() -> None:
 def test_gaussians_reach_the_guided_mean() -> None:
     """Generator N(theta, I), reference N(m, I): the gradient is a positive factor times theta - m_guided."""
     schedule, cond_mean, guidance = SCHEDULES["epsilon"], torch.tensor([1.0, -2.0, 0.5]), 3.0
-    theta = nn.Parameter(torch.zeros(3))
-    reference, fake = GaussianScore(schedule, torch.zeros(3)), GaussianScore(schedule, torch.zeros(3))
-    method = DMD2(
-        lambda z, c: theta + z,
-        lambda x_t, t, c: fake(x_t, t, torch.zeros(3)),
-        reference,
-        schedule,
-        guidance_scale=guidance,
-    )
-    train_gaussians(method, theta, fake, cond_mean, rates=(2.5, 3.0), rounds=40, count=512)
+
+    def build(generator: Any, fake: Any, reference: Any) -> DMD2:
+        return DMD2(generator, fake, reference, schedule, guidance_scale=guidance)
+
+    theta = train_gaussian(build, schedule, cond_mean, rates=(2.5, 3.0), rounds=40, count=512)
     optimum = guidance * cond_mean
-    assert (theta.detach() - optimum).norm() < 0.01 * optimum.norm()
+    assert (theta - optimum).norm() < 0.01 * optimum.norm()
 
 
 @pytest.mark.parametrize(

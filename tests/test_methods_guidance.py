@@ -7,18 +7,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from method_cases import (
-    SCHEDULES,
-    Convolution,
-    assert_near,
-    batch_of,
-    gradient_by_x0,
-    level_of,
-    x0_of,
-)
-from method_cases import (
-    guide as guided_by_definition,
-)
+from method_cases import SCHEDULES, Convolution, assert_near, batch_of, gradient_by_x0, level_of
+from method_cases import guide as guided_by_definition
 from torch import nn
 
 from diffpp_fast.methods import METHODS, Batch
@@ -63,7 +53,7 @@ def test_the_gradient_by_x0_is_that_of_the_rescaled_guided_output(name: str, pre
     x0 = found.requires_grad_()
     at = level_of(x0, batch, schedule, T_RANGE)
     outputs = fake(at.x_t, at.t, batch.conditioning), rescaled(reference, at, batch)
-    of_fake, of_guided = (x0_of(prediction_type, at.x_t, output, at.a, at.s) for output in outputs)
+    of_fake, of_guided = (at.x0_of(prediction_type, output) for output in outputs)
     gap, axes = of_guided - of_fake, (1, 2, 3)
     distance = (x0 - of_guided).abs().mean(axes, keepdim=True).detach()
     if name == "diff_instruct":

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from method_cases import (
-    SCHEDULES,
-    Convolution,
-    GaussianScore,
-    assert_near,
-    batch_of,
-    gradient_by_x0,
-    guide,
-    level_of,
-    train_gaussians,
-    x0_of,
-)
-from torch import nn
+from method_cases import SCHEDULES, Convolution, assert_near, batch_of, gradient_by_x0, guide, level_of, train_gaussian
 
 from diffpp_fast.methods import SiD
 
@@ -29,23 +19,12 @@ T_RANGE = (100, 900)
 def test_gradient_by_x0_is_that_of_the_definition(prediction_type: str, sid_alpha: float, fake_scale: float) -> None:
     schedule, batch, scale = SCHEDULES[prediction_type], batch_of(), 2.5
     fake, reference = Convolution(1), Convolution(2)
-    found, gradient = gradient_by_x0(
-        lambda generator: SiD(
-            generator,
-            fake,
-            reference,
-            schedule,
-            guidance_scale=scale,
-            fake_guidance_scale=fake_scale,
-            sid_alpha=sid_alpha,
-            t_range=T_RANGE,
-        ),
-        batch,
-    )
+    options: dict[str, Any] = {"guidance_scale": scale, "fake_guidance_scale": fake_scale, "sid_alpha": sid_alpha}
+    found, gradient = gradient_by_x0(lambda g: SiD(g, fake, reference, schedule, t_range=T_RANGE, **options), batch)
     x0 = found.requires_grad_()
     at = level_of(x0, batch, schedule, T_RANGE)
     outputs = guide(fake, at, batch, fake_scale), guide(reference, at, batch, scale)
-    of_fake, of_guided = (x0_of(prediction_type, at.x_t, output, at.a, at.s) for output in outputs)
+    of_fake, of_guided = (at.x0_of(prediction_type, output) for output in outputs)
     normaliser = (x0 - of_guided).abs().mean((1, 2, 3), keepdim=True).detach()
     gap = of_guided - of_fake
     losses = (gap * ((of_guided - x0) - sid_alpha * gap) / normaliser).sum((1, 2, 3))
@@ -73,19 +52,13 @@ def test_gaussians_reach_the_guided_mean() -> None:
     """Generator N(theta, I), reference N(m, I): d = sigma alpha (theta - m_guided) once the TA knows theta, and
     dL/dtheta = |k| sigma alpha d / mean|r|, whatever sid_alpha is; so theta* = m_guided."""
     schedule, cond_mean, guidance = SCHEDULES["epsilon"], torch.tensor([1.0, -2.0, 0.5]), 3.0
-    theta = nn.Parameter(torch.zeros(3))
-    reference, fake = GaussianScore(schedule, torch.zeros(3)), GaussianScore(schedule, torch.zeros(3))
-    method = SiD(
-        lambda z, c: theta + z,
-        lambda x_t, t, c: fake(x_t, t, torch.zeros(3)),
-        reference,
-        schedule,
-        guidance_scale=guidance,
-        sid_alpha=1.2,
-    )
-    train_gaussians(method, theta, fake, cond_mean, rates=(2.5, 2.0), rounds=40, count=512)
+
+    def build(generator: Any, fake: Any, reference: Any) -> SiD:
+        return SiD(generator, fake, reference, schedule, guidance_scale=guidance, sid_alpha=1.2)
+
+    theta = train_gaussian(build, schedule, cond_mean, rates=(2.5, 2.0), rounds=40, count=512)
     optimum = guidance * cond_mean
-    assert (theta.detach() - optimum).norm() < 0.01 * optimum.norm()
+    assert (theta - optimum).norm() < 0.01 * optimum.norm()
 
 
 def test_a_guided_ta_needs_null_conditioning() -> None:

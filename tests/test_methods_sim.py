@@ -9,7 +9,6 @@ import torch
 from method_cases import (
     SCHEDULES,
     Convolution,
-    GaussianScore,
     T,
     assert_near,
     batch_of,
@@ -17,10 +16,8 @@ from method_cases import (
     guide,
     level_of,
     quadratic_reward,
-    train_gaussians,
-    x0_of,
+    train_gaussian,
 )
-from torch import nn
 
 from diffpp_fast.methods import SIM, DiffInstructPP, DiffInstructStar
 
@@ -37,28 +34,15 @@ def weight_of(t: torch.Tensor) -> torch.Tensor:
 def test_gradient_by_x0_is_that_of_the_definition(prediction_type: str, weighting: str, guidance: str) -> None:
     schedule, batch, scale, reward_scale, huber_c = SCHEDULES[prediction_type], batch_of(), 2.5, 0.3, 2.0
     fake, reference = Convolution(1), Convolution(2)
-    options: dict[str, Any] = {"weighting": weight_of if weighting == "function" else weighting}
-    found, gradient = gradient_by_x0(
-        lambda generator: DiffInstructStar(
-            generator,
-            fake,
-            reference,
-            schedule,
-            reward=quadratic_reward,
-            reward_scale=reward_scale,
-            guidance_scale=scale,
-            guidance=guidance,  # type: ignore[arg-type]
-            huber_c=huber_c,
-            t_range=T_RANGE,
-            **options,
-        ),
-        batch,
-    )
+    options: dict[str, Any] = {"reward": quadratic_reward, "reward_scale": reward_scale, "t_range": T_RANGE}
+    options |= {"weighting": weight_of if weighting == "function" else weighting, "huber_c": huber_c}
+    options |= {"guidance_scale": scale, "guidance": guidance}
+    found, gradient = gradient_by_x0(lambda g: DiffInstructStar(g, fake, reference, schedule, **options), batch)
     x0 = found.requires_grad_()
     at = level_of(x0, batch, schedule, T_RANGE)
 
     def score(output: torch.Tensor) -> torch.Tensor:
-        return (at.a * x0_of(prediction_type, at.x_t, output, at.a, at.s) - at.x_t) / at.s**2
+        return (at.a * at.x0_of(prediction_type, output) - at.x_t) / at.s**2
 
     scales = {"inside": (scale, 0.0), "outside": (1.0, scale - 1.0)}[guidance]
     of_fake, of_reference = score(guide(fake, at, batch, 1.0)), score(guide(reference, at, batch, scales[0]))
@@ -125,28 +109,21 @@ def test_gaussians_reach_the_analytic_optimum(weighting: str, guidance: str) -> 
     """
     schedule, huber_c, reward_scale, scale = SCHEDULES["epsilon"], 2.0, 0.02, 1.5
     cond_mean, v = torch.tensor([0.5, -1.0, 0.25]), torch.tensor([0.5, 1.0, -1.0])
-    theta = nn.Parameter(torch.zeros(3))
-    reference, fake = GaussianScore(schedule, torch.zeros(3)), GaussianScore(schedule, torch.zeros(3))
-    method = DiffInstructStar(
-        lambda z, c: theta + z,
-        lambda x_t, t, c: fake(x_t, t, torch.zeros(3)),
-        reference,
-        schedule,
-        reward=lambda x0, c: x0 @ v,
-        reward_scale=reward_scale,
-        guidance_scale=scale,
-        guidance=guidance,  # type: ignore[arg-type]
-        weighting=weighting,  # type: ignore[arg-type]
-        huber_c=huber_c,
-    )
+
+    def build(generator: Any, fake: Any, reference: Any) -> DiffInstructStar:
+        options: dict[str, Any] = {"guidance_scale": scale, "guidance": guidance, "weighting": weighting}
+        return DiffInstructStar(
+            generator, fake, reference, schedule, lambda x0, c: x0 @ v, reward_scale, huber_c=huber_c, **options
+        )
+
     alpha, sigma = schedule.alphas, schedule.sigmas
     w = sigma**2 / alpha if weighting == "x0" else torch.ones_like(sigma)
     right = reward_scale * v.double()
     if guidance == "outside":
         right = right + (scale - 1) * (w * alpha**2).mean() * cond_mean.double()
     optimum = (scale if guidance == "inside" else 1.0) * cond_mean.double() + solve(right, w, alpha, huber_c)
-    train_gaussians(method, theta, fake, cond_mean, rates=(1.5, 1.5), rounds=60, count=512)
-    assert (theta.detach() - optimum).norm() < 0.02 * optimum.norm()
+    theta = train_gaussian(build, schedule, cond_mean, rates=(1.5, 1.5), rounds=60, count=512)
+    assert (theta - optimum).norm() < 0.02 * optimum.norm()
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,7 @@ print("agreed")
 
 
 def test_processes_log_what_one_process_would_with_one_collective(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    assert [output.strip() for output in processes.run([str(script)], 2)] == ["agreed"] * 2
+    assert [output.strip() for output in processes.run_source(WORKER, tmp_path, 2)] == ["agreed"] * 2
 
 
 def test_means_are_weighted() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from prediction_targets import TARGETS
 from torch import Tensor
 
 from diffpp_fast import Noise, ops
@@ -11,12 +12,6 @@ from diffpp_fast import Noise, ops
 pytestmark = pytest.mark.usefixtures("backend")
 
 F64 = torch.float64
-TARGETS = {
-    "epsilon": lambda x0, eps, a, s: eps,
-    "v_prediction": lambda x0, eps, a, s: a * eps - s * x0,
-    "flow_prediction": lambda x0, eps, a, s: eps - x0,
-    "sample": lambda x0, eps, a, s: x0,
-}
 
 
 def formula(

@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from prediction_targets import TARGETS
 from torch import Tensor
 
 from diffpp_fast import Noise, NoiseSchedule, ops
@@ -14,12 +15,6 @@ from diffpp_fast import Noise, NoiseSchedule, ops
 pytestmark = pytest.mark.usefixtures("backend")
 
 F64 = torch.float64
-TARGETS = {
-    "epsilon": lambda x0, eps, a, s: eps,
-    "v_prediction": lambda x0, eps, a, s: a * eps - s * x0,
-    "flow_prediction": lambda x0, eps, a, s: eps - x0,
-    "sample": lambda x0, eps, a, s: x0,
-}
 
 
 def outputs(*shape: int, dtype: torch.dtype = F64) -> tuple[Tensor, ...]:

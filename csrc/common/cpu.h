@@ -56,8 +56,31 @@ inline To bits(From value) {
   return result;
 }
 
+// e^z = power * rest: power = 2^n with n in [-126, 128], where 2^128 is infinity, and rest = e^f with |f| <= ln(2)/2.
+struct Exponential {
+  float power;
+  float rest;
+};
+
+// e^z with ln 2 in two parts and a minimax polynomial for e^f, for z from -87 to 89.
+inline Exponential exponential(float z) {
+  // The sum rounds z / ln 2 to n and holds n + 127, the biased exponent of 2^n, in its low bits.
+  constexpr float rounder = 12582912.0f + 127.0f;
+  const float sum = madd(z, 1.44269504088896341f, rounder);
+  const float n = sum - rounder;
+  const float power = bits<float>(bits<uint32_t>(sum) << 23);
+  const float f = madd(n, 2.12194440e-4f, madd(n, -0.693359375f, z));
+  float p = 1.3814540070e-3f;
+  p = madd(p, f, 8.3687451077e-3f);
+  p = madd(p, f, 4.1668390786e-2f);
+  p = madd(p, f, 1.6666520399e-1f);
+  p = madd(p, f, 4.9999993432e-1f);
+  p = madd(p, f, 1.0f);
+  return {power, madd(p, f, 1.0f)};
+}
+
 // 1 / (1 + e^-y) within 2 ulp, but for y above 87 it is 1 and below -88.4 it is 0. For NaN it is 0 or 1: the product
-// with y is NaN. e^-y = 2^n e^f with |f| <= ln(2)/2, ln 2 in two parts and a minimax polynomial for e^f.
+// with y is NaN.
 inline float sigmoid(float y) {
   // Bounds beyond which 2^n is infinity or zero. Integers order floats of one sign, and their minimum is one
   // instruction.
@@ -65,21 +88,8 @@ inline float sigmoid(float y) {
   constexpr int32_t above = 0x42B00000;    // 88
   const uint32_t raised = bits<uint32_t>(y) < below ? bits<uint32_t>(y) : below;
   const int32_t held = static_cast<int32_t>(raised) < above ? static_cast<int32_t>(raised) : above;
-  y = bits<float>(held);
-  // The sum rounds -y / ln 2 to n and holds n + 127, the biased exponent of 2^n, in its low bits.
-  constexpr float rounder = 12582912.0f + 127.0f;
-  const float sum = madd(y, -1.44269504088896341f, rounder);
-  const float n = sum - rounder;
-  const float power = bits<float>(bits<uint32_t>(sum) << 23);
-  const float f = madd(n, 2.12194440e-4f, madd(n, -0.693359375f, -y));
-  float p = 1.3814540070e-3f;
-  p = madd(p, f, 8.3687451077e-3f);
-  p = madd(p, f, 4.1668390786e-2f);
-  p = madd(p, f, 1.6666520399e-1f);
-  p = madd(p, f, 4.9999993432e-1f);
-  p = madd(p, f, 1.0f);
-  p = madd(p, f, 1.0f);
-  return 1.0f / madd(p, power, 1.0f);
+  const Exponential e = exponential(-bits<float>(held));
+  return 1.0f / madd(e.rest, e.power, 1.0f);
 }
 
 inline double sigmoid(double y) { return 1.0 / (1.0 + __builtin_exp(-y)); }

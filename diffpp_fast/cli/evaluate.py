@@ -6,14 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffpp_fast.cli.options import (
-    Commands,
-    add_command,
-    add_generator,
-    check_addresses,
-    find_generator,
-    positive,
-)
+from diffpp_fast.cli.options import Commands, add_command, add_generator, check_addresses, find_generator, positive
 from diffpp_fast.cli.quiet import hide_loading_bars
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.terminal import say

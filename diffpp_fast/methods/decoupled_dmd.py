@@ -7,7 +7,8 @@ read in the paper; its normalisers were not, so here each term has DMD's, of the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,20 +17,14 @@ from diffpp_fast.methods.base import (
     SECOND_DIFFUSION,
     SECOND_TIMESTEP,
     Batch,
-    Denoiser,
-    Generator,
     SampleGradient,
-    TimeFunction,
     norms,
 )
-from diffpp_fast.methods.method import FakeWeighting, Method, Noised, Options
+from diffpp_fast.methods.method import Method, Noised
 from diffpp_fast.methods.times import Times
-from diffpp_fast.schedule import NoiseSchedule
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class DecoupledDMD(Method):
     """DMD whose guidance looks at other noise levels than its matching of distributions.
 
@@ -39,42 +34,20 @@ class DecoupledDMD(Method):
             input, which for a one-step generator are all.
     """
 
-    def __init__(
-        self,
-        generator: Generator,
-        fake: Denoiser,
-        reference: Denoiser,
-        schedule: NoiseSchedule,
-        *,
-        guidance_scale: float = 1.0,
-        t_range: tuple[int, int] | None = None,
-        guidance_t_range: tuple[int, int] | None = None,
-        fake_rounds: int = 5,
-        fake_weighting: FakeWeighting | TimeFunction = "prediction",
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            generator,
-            fake,
-            reference,
-            schedule,
-            guidance_scale=guidance_scale,
-            t_range=t_range,
-            fake_rounds=fake_rounds,
-            fake_weighting=fake_weighting,
-            **options,
-        )
+    fake_rounds: int = 5
+    guidance_t_range: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.guidance_rescale != 0.0:
             raise ValueError("guidance_rescale changes the guided output, which decoupled DMD never forms: leave it 0")
         self.guidance_times = self.times
-        if guidance_t_range is not None:
-            self.guidance_times = Times("guidance_t_range", schedule, guidance_t_range, self.time_distribution)
+        if self.guidance_t_range is not None:
+            self.guidance_times = Times(
+                "guidance_t_range", self.schedule, self.guidance_t_range, self.time_distribution
+            )
             self._refuse_pure_noise(self.guidance_times)
-
-    @property
-    def guidance_t_range(self) -> tuple[int, int]:
-        """The diffusion times [low, high) of the guidance term."""
-        return self.guidance_times.range
+        self.guidance_t_range = self.guidance_times.range
 
     @torch.no_grad()
     def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:

@@ -17,24 +17,21 @@ bias for other rewards, and what of the paper could not be verified, are in docs
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 
-from diffpp_fast.methods.base import Batch, Denoiser, Generator, Reward, SampleGradient, TimeFunction
+from diffpp_fast.methods.base import Batch, Reward, SampleGradient
 from diffpp_fast.methods.guidance import Guided, guide
-from diffpp_fast.methods.integral_kl import IntegralKL, Weighting
-from diffpp_fast.methods.method import FakeWeighting, Noised, Options
+from diffpp_fast.methods.integral_kl import IntegralKL
+from diffpp_fast.methods.method import Noised
 from diffpp_fast.methods.reward_term import RewardTerm
 from diffpp_fast.methods.through_networks import without_parameters
 from diffpp_fast.plain import per_sample
 from diffpp_fast.prediction import MEAN_ABS_FLOOR, implied, score_scale
-from diffpp_fast.schedule import NoiseSchedule
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
+@dataclass(eq=False, repr=False)
 class DIDR(IntegralKL):
     """Diff-Instruct towards RLHF's optimum: the reward acts at every noise level, as a score.
 
@@ -55,46 +52,22 @@ class DIDR(IntegralKL):
     takes_reward = True
     differentiates = ("reference",)
 
-    def __init__(
-        self,
-        generator: Generator,
-        fake: Denoiser,
-        reference: Denoiser,
-        schedule: NoiseSchedule,
-        reward: Reward | None = None,
-        reward_scale: float | None = 1.0,
-        guidance_scale: float = 1.0,
-        weighting: Weighting | TimeFunction = "x0",
-        t_range: tuple[int, int] | None = None,
-        fake_rounds: int = 1,
-        fake_weighting: FakeWeighting | TimeFunction = "prediction",
-        reward_clip: float | None = None,
-        *,
-        beta: float = 1.0,
-        denoising_steps: int = 1,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            generator,
-            fake,
-            reference,
-            schedule,
-            guidance_scale=guidance_scale,
-            weighting=weighting,
-            t_range=t_range,
-            fake_rounds=fake_rounds,
-            fake_weighting=fake_weighting,
-            **options,
-        )
-        if reward is None:
+    reward: Reward | None = None
+    reward_scale: float | None = 1.0
+    _: KW_ONLY
+    reward_clip: float | None = None
+    beta: float = 1.0
+    denoising_steps: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reward is None:
             raise ValueError("DIDR needs a reward: without one it is DiffInstruct")
-        if not 0.0 < beta < math.inf:
-            raise ValueError(f"beta must be above 0 and finite, got {beta}")
-        if denoising_steps < 1:
-            raise ValueError(f"denoising_steps must be at least 1, got {denoising_steps}")
-        self.reward = RewardTerm(reward, reward_scale, reward_clip)
-        self.beta = beta
-        self.denoising_steps = denoising_steps
+        if not 0.0 < self.beta < math.inf:
+            raise ValueError(f"beta must be above 0 and finite, got {self.beta}")
+        if self.denoising_steps < 1:
+            raise ValueError(f"denoising_steps must be at least 1, got {self.denoising_steps}")
+        self.reward_term = RewardTerm(self.reward, self.reward_scale, self.reward_clip)
         self._refuse_large_gap_scale("the reward of DIDR", self.times)
         self._refuse_beyond_use("the reward term of DIDR", self._reward_scale, self.times)
 
@@ -110,13 +83,13 @@ class DIDR(IntegralKL):
             return self._denoise(batch, at_x_t, outputs[0])
 
         with without_parameters([self.reference]):
-            evaluated = self.reward.evaluate(batch, at.x_t, denoise)
+            evaluated = self.reward_term.evaluate(batch, at.x_t, denoise)
         guided = outputs[0].detach()
         gap, found = self._score_gradient(batch, x0, at, guided)
         scale = self._reward_scale(at.t, at.alpha, at.sigma)
         if self.weighting == "mean_abs" and gap.residual_abs is not None:
             scale = scale / gap.residual_abs.clamp(min=MEAN_ABS_FLOOR)
-        return self.reward.subtract(found, evaluated, scale)
+        return self.reward_term.subtract(found, evaluated, scale)
 
     def _reward_scale(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """Return alpha w(t) / beta = h(t) sigma^2 / (alpha k beta), but for the normaliser by which h is divided."""

@@ -76,9 +76,9 @@ class DiffInstructPP(DiffInstruct):
             fake_weighting=fake_weighting,
             **options,
         )
-        self.reward = RewardTerm(reward, reward_scale, reward_clip)
+        self.reward_term = RewardTerm(reward, reward_scale, reward_clip)
 
     def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:
         """h d - reward_scale dr/dx0."""
         found = super()._sample_gradient(batch, x0)
-        return self.reward.subtract(found, self.reward.evaluate(batch, x0))
+        return self.reward_term.subtract(found, self.reward_term.evaluate(batch, x0))

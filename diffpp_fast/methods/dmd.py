@@ -7,7 +7,8 @@ Checked against the published code; docs/method.md says where this differs from 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,28 +19,22 @@ from diffpp_fast.methods.base import (
     SECOND_DIFFUSION,
     SECOND_TIMESTEP,
     Batch,
-    Denoiser,
     Discriminator,
-    Generator,
     SampleGradient,
     StepOutput,
-    TimeFunction,
     norms,
     per_sample,
 )
-from diffpp_fast.methods.method import FakeWeighting, Method, Noised, Options
+from diffpp_fast.methods.method import Method, Noised
 from diffpp_fast.methods.outputs import check_differentiable, check_per_sample
 from diffpp_fast.methods.through_networks import gradient_through
 from diffpp_fast.methods.times import Times
 from diffpp_fast.precision import widen
-from diffpp_fast.schedule import NoiseSchedule
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 Normalizer = Literal["sample", "batch"]
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class DMD2(Method):
     """Distribution matching with the published normaliser; without a discriminator it needs no images.
 
@@ -58,53 +53,26 @@ class DMD2(Method):
         gan_t_range: diffusion times at which the discriminator looks, each equally often; None is `t_range`.
     """
 
-    def __init__(
-        self,
-        generator: Generator,
-        fake: Denoiser,
-        reference: Denoiser,
-        schedule: NoiseSchedule,
-        *,
-        guidance_scale: float = 1.0,
-        normalizer: Normalizer = "sample",
-        normalizer_floor: float | None = None,
-        t_range: tuple[int, int] | None = None,
-        fake_rounds: int = 5,
-        fake_weighting: FakeWeighting | TimeFunction = "prediction",
-        discriminator: Discriminator | None = None,
-        gan_weight: float = 1.0,
-        fake_gan_weight: float = 1e-2,
-        gan_t_range: tuple[int, int] | None = None,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            generator,
-            fake,
-            reference,
-            schedule,
-            guidance_scale=guidance_scale,
-            t_range=t_range,
-            fake_rounds=fake_rounds,
-            fake_weighting=fake_weighting,
-            **options,
-        )
-        if normalizer not in get_args(Normalizer):
-            raise ValueError(f"normalizer must be one of {', '.join(get_args(Normalizer))}, got {normalizer!r}")
-        if normalizer_floor is not None and not normalizer_floor > 0.0:
-            raise ValueError(f"normalizer_floor must be above 0, or None, got {normalizer_floor}")
-        self.normalizer = normalizer
-        self.normalizer_floor = 1e-6 if normalizer_floor is None and normalizer == "batch" else normalizer_floor
-        self.discriminator = discriminator
-        self.gan_weight = gan_weight
-        self.fake_gan_weight = fake_gan_weight
-        self.gan_times = Times("gan_t_range", schedule, t_range if gan_t_range is None else gan_t_range)
+    fake_rounds: int = 5
+    normalizer: Normalizer = "sample"
+    normalizer_floor: float | None = None
+    discriminator: Discriminator | None = None
+    gan_weight: float = 1.0
+    fake_gan_weight: float = 1e-2
+    gan_t_range: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.normalizer not in get_args(Normalizer):
+            raise ValueError(f"normalizer must be one of {', '.join(get_args(Normalizer))}, got {self.normalizer!r}")
+        if self.normalizer_floor is not None and not self.normalizer_floor > 0.0:
+            raise ValueError(f"normalizer_floor must be above 0, or None, got {self.normalizer_floor}")
+        if self.normalizer_floor is None and self.normalizer == "batch":
+            self.normalizer_floor = 1e-6
+        self.gan_times = Times("gan_t_range", self.schedule, self.gan_t_range or self.t_range)
+        self.gan_t_range = self.gan_times.range
         if self.normalizer_floor is not None:  # else k cancels but for its sign
             self._refuse_large_gap_scale("the normalizer", self.times)
-
-    @property
-    def gan_t_range(self) -> tuple[int, int]:
-        """The diffusion times [low, high) at which the discriminator looks."""
-        return self.gan_times.range
 
     @property
     def normalizes_update(self) -> bool:

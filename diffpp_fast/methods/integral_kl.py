@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 
 from diffpp_fast import ops
-from diffpp_fast.methods.base import Batch, Denoiser, Generator, SampleGradient, TimeFunction, check_choice
+from diffpp_fast.methods.base import Batch, SampleGradient, TimeFunction, check_choice
 from diffpp_fast.methods.guidance import Guided
-from diffpp_fast.methods.method import AllOptions, Method, Noised
-from diffpp_fast.schedule import NoiseSchedule
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from diffpp_fast.methods.method import Method, Noised
 
 Weighting = Literal["x0", "score", "unit", "mean_abs"]
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class IntegralKL(Method):
     """A method whose gradient has the term h(t) d, with d = guided - fake.
 
@@ -27,21 +25,13 @@ class IntegralKL(Method):
             function w(t) for the difference of scores.
     """
 
-    def __init__(
-        self,
-        generator: Generator,
-        fake: Denoiser,
-        reference: Denoiser,
-        schedule: NoiseSchedule,
-        *,
-        weighting: Weighting | TimeFunction = "x0",
-        **options: Unpack[AllOptions],
-    ) -> None:
-        super().__init__(generator, fake, reference, schedule, **options)
-        check_choice("weighting", weighting, get_args(Weighting))
-        self.weighting = weighting
-        self._check_weighting("weighting", weighting, self._scale, self.times)
-        if weighting == "x0":
+    weighting: Weighting | TimeFunction = "x0"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("weighting", self.weighting, get_args(Weighting))
+        self._check_weighting("weighting", self.weighting, self._scale, self.times)
+        if self.weighting == "x0":
             self._refuse_large_gap_scale("weighting 'x0'", self.times)
 
     @torch.no_grad()

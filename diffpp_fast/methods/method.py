@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, get_args
 
 import torch
@@ -51,7 +51,7 @@ class Noised(NamedTuple):
 
 
 class Options(TypedDict, total=False):
-    """Arguments that every method takes with the same default, explained in `Method`."""
+    """Arguments of `Method` that no method gives a default of its own."""
 
     fake_t_range: tuple[int, int] | None
     time_distribution: TimeDistribution | None
@@ -60,19 +60,12 @@ class Options(TypedDict, total=False):
     prompt_dropout: float
 
 
-class AllOptions(Options, total=False):
-    """All arguments of `Method` by name, for methods that change no default."""
-
-    guidance_scale: float
-    t_range: tuple[int, int] | None
-    fake_rounds: int
-    fake_weighting: FakeWeighting | TimeFunction
-
-
+@dataclass(eq=False, repr=False)
 class Method(ABC):
     """Moves a one-step generator by a gradient on its samples, and keeps a teaching assistant (TA) on them.
 
-    A method says what that gradient is, in `_sample_gradient`; everything else is the same for all.
+    A method says what that gradient is, in `_sample_gradient`; everything else is the same for all. A subclass is a
+    dataclass, too: it adds arguments as fields and checks them in `__post_init__`.
 
     Args:
         generator: (z, conditioning) -> x0; gets gradient in `generator_loss` only.
@@ -101,69 +94,49 @@ class Method(ABC):
     #: Which of "fake" and "reference" the generator's loss is differentiated through; the others are under no_grad.
     differentiates: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(
-        self,
-        generator: Generator,
-        fake: Denoiser,
-        reference: Denoiser,
-        schedule: NoiseSchedule,
-        *,
-        guidance_scale: float = 1.0,
-        t_range: tuple[int, int] | None = None,
-        fake_rounds: int = 1,
-        fake_weighting: FakeWeighting | TimeFunction = "prediction",
-        fake_t_range: tuple[int, int] | None = None,
-        time_distribution: TimeDistribution | None = None,
-        fake_time_distribution: TimeDistribution | None = None,
-        guidance_rescale: float = 0.0,
-        prompt_dropout: float = 0.0,
-    ) -> None:
-        check_choice("fake_weighting", fake_weighting, get_args(FakeWeighting))
-        if fake_rounds < 1:
-            raise ValueError(f"fake_rounds must be at least 1, got {fake_rounds}")
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
-        if not 0.0 <= guidance_rescale <= 1.0:
-            raise ValueError(f"guidance_rescale must lie in [0, 1], got {guidance_rescale}")
-        if not 0.0 <= prompt_dropout < 1.0:
-            raise ValueError(f"prompt_dropout must lie in [0, 1), got {prompt_dropout}")
-        self.generator = generator
-        self.fake = fake
-        self.reference = reference
-        self.schedule = schedule
-        self.guidance_scale = guidance_scale
-        self.guidance_rescale = guidance_rescale
-        self.prompt_dropout = prompt_dropout
-        self.fake_rounds = fake_rounds
+    generator: Generator
+    fake: Denoiser
+    reference: Denoiser
+    schedule: NoiseSchedule
+    _: KW_ONLY
+    guidance_scale: float = 1.0
+    t_range: tuple[int, int] | None = None
+    fake_rounds: int = 1
+    fake_weighting: FakeWeighting | TimeFunction = "prediction"
+    fake_t_range: tuple[int, int] | None = None
+    time_distribution: TimeDistribution | None = None
+    fake_time_distribution: TimeDistribution | None = None
+    guidance_rescale: float = 0.0
+    prompt_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("fake_weighting", self.fake_weighting, get_args(FakeWeighting))
+        if self.fake_rounds < 1:
+            raise ValueError(f"fake_rounds must be at least 1, got {self.fake_rounds}")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale must be finite, got {self.guidance_scale}")
+        if not 0.0 <= self.guidance_rescale <= 1.0:
+            raise ValueError(f"guidance_rescale must lie in [0, 1], got {self.guidance_rescale}")
+        if not 0.0 <= self.prompt_dropout < 1.0:
+            raise ValueError(f"prompt_dropout must lie in [0, 1), got {self.prompt_dropout}")
         #: (losses [B], x0) -> d sum of losses / dx0, through the networks; a trainer that times the pass wraps it.
         self.differentiate = input_gradient
-        self.fake_weighting = fake_weighting
-        self.time_distribution = time_distribution
-        self.times = Times("t_range", schedule, t_range, time_distribution)
+        self.times = Times("t_range", self.schedule, self.t_range, self.time_distribution)
         self.fake_times = (
             self.times
-            if fake_t_range is None and fake_time_distribution is None
+            if self.fake_t_range is None and self.fake_time_distribution is None
             else Times(
-                "t_range" if fake_t_range is None else "fake_t_range",
-                schedule,
-                t_range if fake_t_range is None else fake_t_range,
-                fake_time_distribution or time_distribution,
+                "t_range" if self.fake_t_range is None else "fake_t_range",
+                self.schedule,
+                self.t_range if self.fake_t_range is None else self.fake_t_range,
+                self.fake_time_distribution or self.time_distribution,
             )
         )
+        self.t_range, self.fake_t_range = self.times.range, self.fake_times.range
         self._refuse_pure_noise(self.times)
-        self._check_weighting("fake_weighting", fake_weighting, self._fake_weight, self.fake_times)
-        if fake_weighting == "x0":
+        self._check_weighting("fake_weighting", self.fake_weighting, self._fake_weight, self.fake_times)
+        if self.fake_weighting == "x0":
             self._refuse_large_gap_scale("fake_weighting 'x0'", self.fake_times)
-
-    @property
-    def t_range(self) -> tuple[int, int]:
-        """The diffusion times [low, high) of the generator's loss."""
-        return self.times.range
-
-    @property
-    def fake_t_range(self) -> tuple[int, int]:
-        """The diffusion times [low, high) of the TA's loss."""
-        return self.fake_times.range
 
     def fake_loss(self, batch: Batch) -> StepOutput:
         """Denoising score matching of the TA on fresh samples of the generator (scalar; gradient to the TA only)."""

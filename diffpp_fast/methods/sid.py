@@ -11,20 +11,17 @@ Checked against the published code of SiD-LSG; docs/method.md says where this di
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 
 from diffpp_fast import ops
-from diffpp_fast.methods.base import Batch, Denoiser, Generator, SampleGradient
-from diffpp_fast.methods.method import AllOptions, Method, Noised
+from diffpp_fast.methods.base import Batch, SampleGradient
+from diffpp_fast.methods.method import Method, Noised
 from diffpp_fast.methods.through_networks import gradient_through
-from diffpp_fast.schedule import NoiseSchedule
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class SiD(Method):
     """Distils by matching scores through an identity that holds under the generator's own distribution.
 
@@ -39,24 +36,15 @@ class SiD(Method):
 
     differentiates = ("fake", "reference")
 
-    def __init__(
-        self,
-        generator: Generator,
-        fake: Denoiser,
-        reference: Denoiser,
-        schedule: NoiseSchedule,
-        *,
-        fake_guidance_scale: float = 1.0,
-        sid_alpha: float = 1.0,
-        **options: Unpack[AllOptions],
-    ) -> None:
-        super().__init__(generator, fake, reference, schedule, **options)
-        for name, value in (("fake_guidance_scale", fake_guidance_scale), ("sid_alpha", sid_alpha)):
+    fake_guidance_scale: float = 1.0
+    sid_alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("fake_guidance_scale", self.fake_guidance_scale), ("sid_alpha", self.sid_alpha)):
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
         self._refuse_large_gap_scale("SiD's loss", self.times)
-        self.fake_guidance_scale = fake_guidance_scale
-        self.sid_alpha = sid_alpha
 
     def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:
         """The gradient of `ops.sid_loss` through both networks and the target."""

@@ -12,25 +12,23 @@ neither w(t) nor c could be verified.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, get_args
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal, get_args
 
 import torch
 
 from diffpp_fast import ops
-from diffpp_fast.methods.base import Batch, Denoiser, Generator, Reward, SampleGradient, TimeFunction, check_choice
-from diffpp_fast.methods.method import AllOptions, FakeWeighting, Method, Noised, Options
+from diffpp_fast.methods.base import Batch, Reward, SampleGradient, TimeFunction, check_choice
+from diffpp_fast.methods.method import Method, Noised
 from diffpp_fast.methods.reward_term import RewardTerm
 from diffpp_fast.methods.through_networks import gradient_through
 from diffpp_fast.prediction import score_scale
-from diffpp_fast.schedule import NoiseSchedule
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 ScoreWeighting = Literal["x0", "score"]
 Guidance = Literal["inside", "outside"]
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class SIM(Method):
     """Distils by the pseudo-Huber distance between the scores of generator and reference.
 
@@ -42,24 +40,15 @@ class SIM(Method):
 
     differentiates = ("fake", "reference")
 
-    def __init__(
-        self,
-        generator: Generator,
-        fake: Denoiser,
-        reference: Denoiser,
-        schedule: NoiseSchedule,
-        *,
-        weighting: ScoreWeighting | TimeFunction = "x0",
-        huber_c: float = 1.0,
-        **options: Unpack[AllOptions],
-    ) -> None:
-        super().__init__(generator, fake, reference, schedule, **options)
-        check_choice("weighting", weighting, get_args(ScoreWeighting))
-        if not 0.0 < huber_c < math.inf:
-            raise ValueError(f"huber_c must be above 0 and finite, got {huber_c}")
-        self.weighting = weighting
-        self.huber_c = huber_c
-        self._check_weighting("weighting", weighting, self._weight, self.times)
+    weighting: ScoreWeighting | TimeFunction = "x0"
+    huber_c: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("weighting", self.weighting, get_args(ScoreWeighting))
+        if not 0.0 < self.huber_c < math.inf:
+            raise ValueError(f"huber_c must be above 0 and finite, got {self.huber_c}")
+        self._check_weighting("weighting", self.weighting, self._weight, self.times)
         self._refuse_beyond_use(f"the loss of {type(self).__name__}", self._slope, self.times)
 
     def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:
@@ -105,6 +94,7 @@ class SIM(Method):
         return score_scale(self.schedule.prediction_type, alpha, sigma) * self._weight(t, alpha, sigma)
 
 
+@dataclass(eq=False, repr=False)
 class DiffInstructStar(SIM):
     """SIM with a reward: human preference, while a distance of scores keeps the generator near the reference.
 
@@ -119,46 +109,24 @@ class DiffInstructStar(SIM):
 
     takes_reward = True
 
-    def __init__(
-        self,
-        generator: Generator,
-        fake: Denoiser,
-        reference: Denoiser,
-        schedule: NoiseSchedule,
-        reward: Reward | None = None,
-        reward_scale: float | None = None,
-        *,
-        guidance_scale: float = 1.0,
-        guidance: Guidance = "inside",
-        weighting: ScoreWeighting | TimeFunction = "x0",
-        huber_c: float = 1.0,
-        t_range: tuple[int, int] | None = None,
-        fake_rounds: int = 1,
-        fake_weighting: FakeWeighting | TimeFunction = "prediction",
-        reward_clip: float | None = None,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            generator,
-            fake,
-            reference,
-            schedule,
-            guidance_scale=guidance_scale if guidance == "inside" else 1.0,
-            weighting=weighting,
-            huber_c=huber_c,
-            t_range=t_range,
-            fake_rounds=fake_rounds,
-            fake_weighting=fake_weighting,
-            **options,
-        )
-        if guidance not in get_args(Guidance):
-            raise ValueError(f"guidance must be one of {', '.join(get_args(Guidance))}, got {guidance!r}")
-        if guidance == "outside" and self.guidance_rescale != 0.0:
+    reward: Reward | None = None
+    reward_scale: float | None = None
+    _: KW_ONLY
+    guidance: Guidance = "inside"
+    reward_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        self.outside_guidance_scale = 1.0
+        if self.guidance == "outside":
+            self.guidance_scale, self.outside_guidance_scale = 1.0, self.guidance_scale
+        super().__post_init__()
+        if self.guidance not in get_args(Guidance):
+            raise ValueError(f"guidance must be one of {', '.join(get_args(Guidance))}, got {self.guidance!r}")
+        if self.guidance == "outside" and self.guidance_rescale != 0.0:
             raise ValueError(
                 "guidance_rescale changes the guided output, which guidance='outside' does not form: leave it 0"
             )
-        self.outside_guidance_scale = guidance_scale if guidance == "outside" else 1.0
-        self.reward = RewardTerm(reward, reward_scale, reward_clip)
+        self.reward_term = RewardTerm(self.reward, self.reward_scale, self.reward_clip)
 
     def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:
         """SIM's gradient, less those of the two rewards."""
@@ -166,7 +134,7 @@ class DiffInstructStar(SIM):
         if self.outside_guidance_scale != 1.0:
             guidance = self._guidance_gradient(batch, self._noised(batch, x0), cond)
             found = found._replace(gradient=found.gradient - guidance)
-        return self.reward.subtract(found, self.reward.evaluate(batch, x0))
+        return self.reward_term.subtract(found, self.reward_term.evaluate(batch, x0))
 
     @torch.no_grad()
     def _guidance_gradient(self, batch: Batch, at: Noised, cond: torch.Tensor) -> torch.Tensor:

@@ -64,17 +64,7 @@ class Preprocessing:
 
     def __call__(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> [B, 3, size, size] in `dtype`."""
-        return ops.reward_pixels(
-            images,
-            self.size,
-            mean=self.mean,
-            std=self.std,
-            filter=self.filter,
-            antialias=self.antialias,
-            fit=self.fit,
-            clamp=self.clamp,
-            dtype=dtype,
-        )
+        return ops.reward_pixels(images, **vars(self), dtype=dtype)
 
 
 class ImageBatch:

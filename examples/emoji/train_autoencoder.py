@@ -9,12 +9,11 @@ unit-variance data.
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import make_parser, update
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
@@ -59,13 +58,9 @@ def normalise_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("build/emoji"))
-    parser.add_argument("--out", type=Path, default=Path("build/emoji/vae"))
-    parser.add_argument("--steps", type=int, default=3000)
+    parser = make_parser(__doc__, out="build/emoji/vae", steps=3000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     data = load_file(args.data / "pictures.safetensors")
@@ -80,11 +75,7 @@ def main() -> None:
         batch = batch.to(memory_format=torch.channels_last)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss, pixels = loss_of(vae, batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        update(loss, optimizer, schedule)
         if step % 100 == 0 or step == args.steps - 1:
             print(f"{step:5d}  |x - y| {float(pixels):.4f}  {time.monotonic() - began:.0f} s", flush=True)
 

@@ -8,11 +8,11 @@ addressed by (seed, sample number), so that a run stopped and started again with
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
 import torch
+from common import make_parser, update
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from rewards import captions
 from safetensors.torch import load_file
@@ -89,15 +89,11 @@ def sample(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("build/emoji"))
+    parser = make_parser(__doc__, out="build/emoji/reference", steps=6500)
     parser.add_argument("--vae", type=Path, default=Path("build/emoji/vae"))
-    parser.add_argument("--out", type=Path, default=Path("build/emoji/reference"))
-    parser.add_argument("--steps", type=int, default=6500)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.999)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
@@ -147,10 +143,7 @@ def main() -> None:
         factor = min(1.0, (step + 1) / 200, (args.steps - step) / (0.2 * args.steps))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * factor
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
+        update(loss, optimizer)
         decay = min(args.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.values()), list(unet.parameters()), 1 - decay)

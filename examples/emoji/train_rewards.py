@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from common import make_parser, update
 from diffusers import AutoencoderKL
 from rewards import ConvolutionalTower, ImageNetTower, PictureName, captions, convolutional, imagenet, sentence_encoder
 from safetensors.torch import load_file, save_file
@@ -23,6 +25,14 @@ from safetensors.torch import load_file, save_file
 from diffpp_fast import ops
 
 HELD_VIEWS = 8
+
+
+class Views(NamedTuple):
+    """Pictures [N, 3, 64, 64], the number of each one's caption, and the embeddings of all captions."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    text: torch.Tensor
 
 
 def shuffled_tiles(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -84,13 +94,9 @@ def sigmoid_loss(reward: PictureName, pictures: torch.Tensor, labels: torch.Tens
 
 
 def train_convolutional(
-    args: argparse.Namespace,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    text: torch.Tensor,
-    vae: AutoencoderKL,
-    generator: torch.Generator,
+    args: argparse.Namespace, views: Views, vae: AutoencoderKL, generator: torch.Generator
 ) -> PictureName:
+    images, labels, text = views
     reward = convolutional(weights=None)
     assert isinstance(reward.tower, ConvolutionalTower)
     nothing = malformed(images[torch.randperm(len(images), generator=generator)[:3000]], vae, generator)
@@ -105,25 +111,17 @@ def train_convolutional(
             embedded = reward.tower(ops.reward_pixels(batch, (44, 52, 64)[step % 3], **reward.normalisation))
         targets = torch.cat([labels[chosen], labels.new_full((len(none),), -1)])
         loss = sigmoid_loss(reward, F.normalize(embedded.float(), dim=1), targets, text)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(reward.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        update(loss, optimizer, schedule)
         if step % 200 == 0 or step == args.steps - 1:
             print(f"convolutional {step:5d}  loss {loss.item():.3f}  {time.monotonic() - began:.0f} s", flush=True)
     return reward.eval()
 
 
 def train_imagenet(
-    args: argparse.Namespace,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    text: torch.Tensor,
-    vae: AutoencoderKL,
-    generator: torch.Generator,
+    args: argparse.Namespace, views: Views, vae: AutoencoderKL, generator: torch.Generator
 ) -> PictureName:
     """The backbone is frozen, so its features are computed once, for a few augmentations of each picture."""
+    images, labels, text = views
     reward = imagenet(weights=None)
     assert isinstance(reward.tower, ImageNetTower)
     some = torch.arange(len(images)).view(len(text), -1)[:, :: args.feature_stride].reshape(-1)
@@ -142,10 +140,7 @@ def train_imagenet(
         chosen = torch.randint(len(features), (256,), generator=generator)
         embedded = F.normalize(reward.tower.head(F.dropout(features[chosen], 0.2)), dim=1)
         loss = sigmoid_loss(reward, embedded, targets[chosen], text)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        update(loss, optimizer, schedule, clip=None)
         if step % 500 == 0 or step == args.head_steps - 1:
             print(f"imagenet {step:5d}  loss {loss.item():.3f}  {time.monotonic() - began:.0f} s", flush=True)
     return reward.eval()
@@ -169,31 +164,28 @@ def report(name: str, reward: PictureName, held: torch.Tensor, labels: torch.Ten
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("build/emoji"))
+    parser = make_parser(__doc__, out="build/emoji", steps=2000)
     parser.add_argument("--vae", type=Path, default=Path("build/emoji/vae"))
-    parser.add_argument("--out", type=Path, default=Path("build/emoji"))
-    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--head-steps", type=int, default=4000)
     parser.add_argument("--feature-stride", type=int, default=8, help="every n-th view goes through EfficientNet")
     parser.add_argument("--only", choices=("convolutional", "imagenet"), default=None)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     data = load_file(args.data / "pictures.safetensors")
     count = len(captions())
     images = (data["images"].float() / 127.5 - 1).view(count, -1, 3, 64, 64)
     labels = data["caption"].view(count, -1)
-    seen, held = images[:, :-HELD_VIEWS].flatten(0, 1), images[:, -HELD_VIEWS:].flatten(0, 1)
-    seen_labels, held_labels = labels[:, :-HELD_VIEWS].flatten(), labels[:, -HELD_VIEWS:].flatten()
+    seen = Views(
+        images[:, :-HELD_VIEWS].flatten(0, 1), labels[:, :-HELD_VIEWS].flatten(), sentence_encoder()(captions())
+    )
+    held, held_labels = images[:, -HELD_VIEWS:].flatten(0, 1), labels[:, -HELD_VIEWS:].flatten()
     vae = AutoencoderKL.from_pretrained(args.vae).eval().requires_grad_(False)
-    text = sentence_encoder()(captions())
     for number, (name, train) in enumerate({"convolutional": train_convolutional, "imagenet": train_imagenet}.items()):
         if args.only not in (None, name):
             continue
         torch.manual_seed(args.seed + number)
         generator = torch.Generator().manual_seed(args.seed + number)
-        reward = train(args, seen, seen_labels, text, vae, generator)
+        reward = train(args, seen, vae, generator)
         report(name, reward, held, held_labels, vae)
         weights = {key: tensor.half().contiguous() for key, tensor in reward.state_dict().items()}
         save_file(weights, args.out / f"reward_{name}.safetensors")

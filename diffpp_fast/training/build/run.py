@@ -188,7 +188,7 @@ def build_run(
         reward if reward is None else phases.wrap(reward, "reward"),
     )
     method.differentiate = phases.wrap(method.differentiate, "networks_backward")
-    term = getattr(method, "reward", None)
+    term = getattr(method, "reward_term", None)
     if term is not None:
         term.differentiate = phases.wrap(term.differentiate, "reward_backward")
     null = text.null() if config.method.guided else None

@@ -40,6 +40,7 @@ class FileColumn:
     set: Callable[[int, torch.Tensor, torch.Tensor], object]
 
 
+@dataclass(eq=False, repr=False)
 class Engine(ABC):
     """A trained network with its optimizer and its average, in one process or spread over many.
 
@@ -56,29 +57,22 @@ class Engine(ABC):
         ema: keep a moving average of the weights.
     """
 
-    def __init__(
-        self,
-        role: str,
-        network: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        settings: config.Optimizer,
-        updates_in_all: int,
-        world: World,
-        ema: config.EmaSection | None = None,
-    ) -> None:
-        self.role = role
-        self.network = network
-        self.parameters = parameters
-        self.settings = settings
-        self.updates_in_all = updates_in_all
-        self.world = world
+    role: str
+    network: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    settings: config.Optimizer
+    updates_in_all: int
+    world: World
+    ema: config.EmaSection | None = None
+
+    def __post_init__(self) -> None:
         self.shards, self.optimizer = self._spread()
         self.optimizer_state = OptimizerState(self.optimizer)
         for group in self.shards.groups:
             with self.shards.held(group) as tensors:
                 for tensor in tensors:
                     self.optimizer_state.begin(tensor)
-        self.ema = MovingAverage(self.shards, ema.decay, ema.warmup) if ema is not None else None
+        self.average = None if self.ema is None else MovingAverage(self.shards, self.ema.decay, self.ema.warmup)
         self.updates = 0
 
     @abstractmethod
@@ -118,15 +112,15 @@ class Engine(ABC):
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the network computes with the averages, where they are kept (collective)."""
-        if self.ema is None:
+        if self.average is None:
             yield
             return
-        self.ema.exchange()
+        self.average.exchange()
         self.shards.publish()
         try:
             yield
         finally:
-            self.ema.exchange()
+            self.average.exchange()
             self.shards.publish()
 
     @torch.no_grad()
@@ -185,7 +179,7 @@ class Engine(ABC):
 
     def _columns(self) -> dict[str, list[FileColumn]]:
         """Return the columns of each file, by the end of its name."""
-        state, ema = self.optimizer_state, self.ema
+        state = self.optimizer_state
         columns = {
             "": [FileColumn("", lambda _, tensor: tensor, lambda _, tensor, values: tensor.copy_(values))],
             "_optimizer": [
@@ -193,8 +187,8 @@ class Engine(ABC):
                 for name in state.names
             ],
         }
-        if ema is not None:
-            averages = ema.averages
+        if self.average is not None:
+            averages = self.average.averages
             columns["_ema"] = [
                 FileColumn(
                     "", lambda number, _: averages[number], lambda number, _, values: averages[number].copy_(values)

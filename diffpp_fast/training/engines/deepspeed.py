@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from io import StringIO
 from typing import Any
 
@@ -82,6 +83,7 @@ def zero_config(zero: config.Zero, *, bfloat16: bool, clip: float | None, nvme_p
     }
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class DeepSpeedEngine(Engine):
     """A trained network whose float32 weights, optimizer state and average are spread over the processes.
 
@@ -97,32 +99,23 @@ class DeepSpeedEngine(Engine):
     Raises ConfigurationError where DeepSpeed is missing, and for stage 3 on a part of a network.
     """
 
-    def __init__(
-        self,
-        role: str,
-        network: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        settings: config.Optimizer,
-        updates_in_all: int,
-        world: World,
-        ema: config.EmaSection | None = None,
-        *,
-        zero: config.Zero,
-        bfloat16: bool = False,
-        nvme_path: str | None = None,
-    ) -> None:
-        if zero.stage == 3 and {id(weight) for weight in network.parameters()} != set(map(id, parameters.values())):
+    zero: config.Zero
+    bfloat16: bool = False
+    nvme_path: str | None = None
+
+    def __post_init__(self) -> None:
+        trained = set(map(id, self.parameters.values()))
+        if self.zero.stage == 3 and {id(weight) for weight in self.network.parameters()} != trained:
             raise ConfigurationError(
-                f"distributed.{role}.stage is 3, but only {len(parameters)} of the network's weights are trained: "
-                "stage 3 spreads whole networks, and the rest of this one may serve another role. Use stage 2; the "
-                "weights that are trained are few"
+                f"distributed.{self.role}.stage is 3, but only {len(self.parameters)} of the network's weights are "
+                "trained: stage 3 spreads whole networks, and the rest of this one may serve another role. Use stage "
+                "2; the weights that are trained are few"
             )
         # DeepSpeed shortens gradients and never lengthens them: those to be of norm 1 come to it long, and are clipped.
-        self._raise = 1.0 / NORM_FLOOR if settings.normalize else 1.0
-        clip = 1.0 if settings.normalize else settings.clip
-        self._stage = zero.stage
-        self._config = zero_config(zero, bfloat16=bfloat16, clip=clip, nvme_path=nvme_path)
-        super().__init__(role, network, parameters, settings, updates_in_all, world, ema)
+        self._raise = 1.0 / NORM_FLOOR if self.settings.normalize else 1.0
+        clip = 1.0 if self.settings.normalize else self.settings.clip
+        self._config = zero_config(self.zero, bfloat16=self.bfloat16, clip=clip, nvme_path=self.nvme_path)
+        super().__post_init__()
 
     def _spread(self) -> tuple[Shards, torch.optim.Optimizer]:
         deepspeed = import_deepspeed(self.world)
@@ -131,7 +124,7 @@ class DeepSpeedEngine(Engine):
             parameter.requires_grad_(True)
         exact = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
         # Stage 3 gathers a module's weights when it is called; the other stages need to know of the weights only.
-        module = self.network if self._stage == 3 else _Weights(self.parameters)
+        module = self.network if self.zero.stage == 3 else _Weights(self.parameters)
         optimizer = make_optimizer(module.parameters(), self.settings)
         # Its bfloat16 optimizer prints how much memory it takes.
         with redirect_stdout(StringIO()):
@@ -139,7 +132,7 @@ class DeepSpeedEngine(Engine):
                 model=module, optimizer=optimizer, config=self._config, dist_init_required=False
             )
         self._zero: Zero3Shards | Zero12Shards
-        if self._stage == 3:
+        if self.zero.stage == 3:
             self._zero = Zero3Shards(self._deepspeed, self.parameters, self.world)
         else:
             self._zero = Zero12Shards(self._deepspeed, optimizer, self.parameters, self.world)
@@ -162,8 +155,8 @@ class DeepSpeedEngine(Engine):
         norm = norm / self._raise
         if not self._deepspeed.was_step_applied():
             self._zero.forget_gradients()
-        elif self.ema is not None:
-            self.ema.update(self.updates)
+        elif self.average is not None:
+            self.average.update(self.updates)
         self.updates += 1
         return norm
 

@@ -50,8 +50,8 @@ class PlainEngine(Engine):
             if divisor is not None:
                 torch._foreach_div_(gradients, divisor)
             self.optimizer.step()
-            if self.ema is not None:
-                self.ema.update(self.updates)
+            if self.average is not None:
+                self.average.update(self.updates)
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         return norm
@@ -64,8 +64,8 @@ class PlainEngine(Engine):
         setattr(self.optimizer, "grad_scale", self._divisor(norm))  # noqa: B010
         setattr(self.optimizer, "found_inf", skipped)  # noqa: B010
         self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update(self.updates, skipped)
+        if self.average is not None:
+            self.average.update(self.updates, skipped)
 
     def _divisor(self, norm: torch.Tensor) -> torch.Tensor | None:
         """Return the number that normalises the gradient, or clips it; None where neither is asked for."""
