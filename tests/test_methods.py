@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -263,3 +264,34 @@ def test_guidance_without_null_conditioning_is_refused() -> None:
     batch = Batch(torch.arange(2), torch.zeros(2, 1, 1, 1), shape=SHAPE)
     with pytest.raises(ValueError, match="null_conditioning"):
         method.generator_loss(batch)
+
+
+def test_samples_of_the_generators_step_are_learnt_on_with_times_and_noise_of_their_own() -> None:
+    calls: list[int] = []
+
+    def generator(z: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        calls.append(len(z))
+        return network(z, conditioning)
+
+    network, fake = Convolution(0), Convolution(1)
+    method = DiffInstruct(generator, fake, Convolution(2), SCHEDULES["epsilon"], share_samples=True)
+    made = method.generator_loss(batch_of()).x0
+    assert made is not None and not made.requires_grad and calls == [4]
+    # The same latents and prompts looked at from other addresses: as if the numbers' latents had given these samples.
+    later = batch_of(first=104)
+    shared = method.fake_loss(replace(later, x0=made))
+    assert calls == [4]
+    method.generator = lambda z, conditioning: made
+    assert torch.equal(shared.loss, method.fake_loss(later).loss)
+    assert not torch.equal(shared.loss, method.fake_loss(batch_of()).loss)
+    shared.loss.backward()
+    assert fake.weight.grad is not None and network.weight.grad is None
+    assert method.fake_loss(later).x0 is None
+
+
+def test_shared_samples_are_checked() -> None:
+    networks = Convolution(0), Convolution(1), Convolution(2), SCHEDULES["epsilon"]
+    with pytest.raises(ValueError, match=r"Batch\.x0 must have shape \(4, 2, 3, 3\), got \(3, 2, 3, 3\)"):
+        DiffInstruct(*networks).fake_loss(replace(batch_of(), x0=torch.zeros(3, 2, 3, 3)))
+    with pytest.raises(ValueError, match="share_samples takes were made with it"):
+        DiffInstruct(*networks, share_samples=True, prompt_dropout=0.1)

@@ -146,9 +146,16 @@ def test_training_changes_both_networks_and_their_average(config_of) -> None:  #
     assert (after[f"generator_ema.{name}"] - before).norm() < (after[f"generator.{name}"] - before).norm()
 
 
-def test_micro_batches_change_memory_only(config_of) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("share", ["false", "true"])
+def test_micro_batches_change_memory_only(config_of, share: str) -> None:  # type: ignore[no-untyped-def]
     # A large eps: with the usual one Adam's first updates are sign(g), which magnifies rounding.
-    overrides = [*QUIET, "training.steps=2", "optimizers.generator.eps=1", "optimizers.fake.eps=1"]
+    overrides = [
+        *QUIET,
+        "training.steps=2",
+        "optimizers.generator.eps=1",
+        "optimizers.fake.eps=1",
+        f"method.share_samples={share}",
+    ]
     whole = config_of(*overrides, output="whole")
     Trainer(whole).run()
     names = ("fake/loss", "generator/loss", "generator/reward", "generator/reward_std", "generator/gradient_norm")
@@ -164,8 +171,10 @@ def test_micro_batches_change_memory_only(config_of) -> None:  # type: ignore[no
                 assert before[name] == pytest.approx(after[name], rel=1e-4)
 
 
-def test_an_interrupted_run_resumes_to_the_same_bits(config_of) -> None:  # type: ignore[no-untyped-def]
-    overrides = ("training.fake_warmup=3", "ema.warmup=true", "method.fake_rounds=2")
+@pytest.mark.parametrize("share", ["false", "true"])
+def test_an_interrupted_run_resumes_to_the_same_bits(config_of, share: str) -> None:  # type: ignore[no-untyped-def]
+    rounds = ("method.fake_rounds=2", f"method.share_samples={share}")
+    overrides = ("training.fake_warmup=3", "ema.warmup=true", *rounds)
     straight = config_of(*overrides, output="straight")
     Trainer(straight).run()
     for stop in (-1, 1, 3):

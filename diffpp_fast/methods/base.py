@@ -46,6 +46,8 @@ class Batch:
         real: real latents [B, *shape] of the same prompts; needed by a discriminator and by nothing else.
         normalizer: a scalar, the mean of `Method.normalizers` over the update of which these samples are a part; None:
             they are all of it. Asked for by methods with `normalizes_update` alone.
+        x0: samples of the generator [B, *shape] that a step of its own has made of this conditioning; the TA's loss
+            learns on them and calls no generator. None: it draws new ones.
     """
 
     samples: torch.Tensor
@@ -55,6 +57,7 @@ class Batch:
     null_conditioning: Any = None
     real: torch.Tensor | None = None
     normalizer: torch.Tensor | None = None
+    x0: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.samples.shape[0]
@@ -94,11 +97,13 @@ class StepOutput(NamedTuple):
         loss: float32, or float64 where the samples are.
         metrics: such scalars, by name.
         rewards: of the batch's samples, float32, in a generator's step of a method that has a reward; else None.
+        x0: the generator's samples in a step of its own, without graph; else None.
     """
 
     loss: torch.Tensor
     metrics: Mapping[str, torch.Tensor]
     rewards: RewardOutput | None = None
+    x0: torch.Tensor | None = None
 
 
 class _InjectGradient(torch.autograd.Function):

@@ -96,8 +96,7 @@ class DMD2(Method):
             raise ValueError(
                 f"the discriminator needs Batch.real, {(len(batch), *batch.shape)} real latents, got {got}"
             )
-        with torch.no_grad():
-            x0 = self._sample(batch)
+        x0 = self._fake_samples(batch)
         denoising = self._denoising_loss(batch, x0)
         generated, real = self._logits(batch, x0, SECOND_DIFFUSION), self._logits(batch, batch.real, REAL_DIFFUSION)
         adversarial = (F.softplus(generated) + F.softplus(-real)).mean()

@@ -53,6 +53,7 @@ class Noised(NamedTuple):
 class Options(TypedDict, total=False):
     """Arguments of `Method` that no method gives a default of its own."""
 
+    share_samples: bool
     fake_t_range: tuple[int, int] | None
     time_distribution: TimeDistribution | None
     fake_time_distribution: TimeDistribution | None
@@ -76,6 +77,8 @@ class Method(ABC):
             call 0 none mean w - 1. Anything but 1 needs `Batch.null_conditioning` and costs one more reference call.
         t_range: diffusion times [low, high) to draw from; None is the whole schedule.
         fake_rounds: TA updates per generator update. The method does not act on it: its caller does.
+        share_samples: the last of these updates learns on the samples of the generator's own step, after it, as DMD2's
+            published loop does: one call of the generator less. The method does not act on it, either.
         fake_weighting: lambda(t) of the TA's denoising loss: of the prediction itself (1), of the x0 that it implies
             (k^2), of the score (k^2 alpha^2 / sigma^4); or a function of t.
         fake_t_range: diffusion times of the TA's loss; None is `t_range`.
@@ -102,6 +105,7 @@ class Method(ABC):
     guidance_scale: float = 1.0
     t_range: tuple[int, int] | None = None
     fake_rounds: int = 1
+    share_samples: bool = False
     fake_weighting: FakeWeighting | TimeFunction = "prediction"
     fake_t_range: tuple[int, int] | None = None
     time_distribution: TimeDistribution | None = None
@@ -119,6 +123,11 @@ class Method(ABC):
             raise ValueError(f"guidance_rescale must lie in [0, 1], got {self.guidance_rescale}")
         if not 0.0 <= self.prompt_dropout < 1.0:
             raise ValueError(f"prompt_dropout must lie in [0, 1), got {self.prompt_dropout}")
+        if self.share_samples and self.prompt_dropout > 0.0:
+            raise ValueError(
+                f"prompt_dropout is {self.prompt_dropout}: it makes samples without their prompt, and those that "
+                "share_samples takes were made with it: leave one of them out"
+            )
         #: (losses [B], x0) -> d sum of losses / dx0, through the networks; a trainer that times the pass wraps it.
         self.differentiate = input_gradient
         self.times = Times("t_range", self.schedule, self.t_range, self.time_distribution)
@@ -147,9 +156,7 @@ class Method(ABC):
         return self._fake_loss(batch)
 
     def _fake_loss(self, batch: Batch) -> StepOutput:
-        with torch.no_grad():
-            x0 = self._sample(batch)
-        loss = self._denoising_loss(batch, x0)
+        loss = self._denoising_loss(batch, self._fake_samples(batch))
         return StepOutput(loss, {"loss": loss.detach()})
 
     def generator_loss(self, batch: Batch) -> StepOutput:
@@ -163,7 +170,7 @@ class Method(ABC):
         loss = inject_gradient(x0, found.gradient)
         samples = x0.detach()
         about = {"loss": loss.detach(), "x0_mean": samples.mean(), "x0_std": samples.std(correction=0)}
-        return StepOutput(loss, {**found.metrics, **about}, found.rewards)
+        return StepOutput(loss, {**found.metrics, **about}, found.rewards, samples)
 
     @property
     def normalizes_update(self) -> bool:
@@ -177,6 +184,15 @@ class Method(ABC):
     @abstractmethod
     def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:
         """Return the gradient on each sample, summed over elements and without graph, and what to log of it."""
+
+    @torch.no_grad()
+    def _fake_samples(self, batch: Batch) -> torch.Tensor:
+        """Return the samples that the TA learns on."""
+        if batch.x0 is None:
+            return self._sample(batch)
+        if batch.x0.shape != (len(batch), *batch.shape):
+            raise ValueError(f"Batch.x0 must have shape {(len(batch), *batch.shape)}, got {tuple(batch.x0.shape)}")
+        return batch.x0.detach()
 
     def _sample(self, batch: Batch) -> torch.Tensor:
         z = batch.noise(LATENT).normal(batch.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +28,10 @@ class MicroBatch:
     batch: Batch
     weight: float
     last: bool
+
+    def later(self, count: int) -> MicroBatch:
+        """The same samples of the generator, with sample numbers of a later batch for times and noise."""
+        return replace(self, batch=replace(self.batch, samples=self.batch.samples + count))
 
 
 class Batches:

@@ -197,6 +197,8 @@ class MethodSection(Section):
     fake_t_range: TimeRange | None = None
     fake_time_distribution: TimesSection | None = None
     fake_rounds: Positive = 1
+    #: The last of the rounds learns on the samples of the generator's update, after it.
+    share_samples: bool = False
     fake_weighting: FakeWeighting = "prediction"
     #: The share of the samples in the fake score's loss that are made and seen without their prompt.
     prompt_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

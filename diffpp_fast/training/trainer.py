@@ -251,9 +251,11 @@ class Trainer:
         if self.position.warmup < settings.fake_warmup:
             self._update(self.fake, method.fake_loss)
         else:
-            while self.position.rounds < method.fake_rounds:
+            while self.position.rounds < method.fake_rounds - method.share_samples:
                 self._update(self.fake, method.fake_loss)
-            self._update(self.generator, method.generator_loss)
+            made = self._update(self.generator, method.generator_loss)
+            if method.share_samples:
+                self._update(self.fake, method.fake_loss, made)
         self._tell("on_step", self.step)
         if self.step % settings.log_every == 0:
             self._log()
@@ -279,15 +281,29 @@ class Trainer:
                 "is exported."
             )
 
-    def _update(self, engine: Engine, loss_of: Callable[[Batch], StepOutput]) -> None:
-        """One update of one network on the next `global_batch` samples."""
+    def _update(
+        self, engine: Engine, loss_of: Callable[[Batch], StepOutput], shared: Sequence[MicroBatch] = ()
+    ) -> list[MicroBatch]:
+        """One update of one network on the next `global_batch` samples.
+
+        Args:
+            engine: of the network.
+            loss_of: the method's loss for it.
+            shared: the generator's update that has made the samples, which are looked at with times and noise of
+                the next `global_batch` numbers; empty: they are made anew.
+
+        Returns the micro-batches, with the samples that the generator has made of them in an update of its own.
+        """
         first = self.position.samples
+        later = self.batches.size  # from the numbers of the generator's update to the next ones
+        made: list[MicroBatch] = []
         trained = self.parts.trained(engine.role)
         defined = torch.zeros((), device=self.world.device)
         rewards: list[RewardOutput] = []
-        for part in self._micro_batches(engine, first):
+        for part in [part.later(later) for part in shared] or self._micro_batches(engine, first):
             with self.phases("loss"):
                 output = loss_of(part.batch)
+            made.append(replace(part, batch=replace(part.batch, x0=output.x0)))
             loss = part.weight * output.loss
             if "reward_undefined" in output.metrics:
                 defined = defined + (1.0 - output.metrics["reward_undefined"])
@@ -302,16 +318,21 @@ class Trainer:
         with self.phases("optimizer"):
             self._whole = False
             norm = engine.step()
-            self._count(engine)
-            self._whole = True
+            self._count(engine, shared=bool(shared))
+            # The samples of the generator's update are gone with an error before they are shared.
+            self._whole = engine is not self.generator or not self.parts.method.share_samples
         skipped = 1.0 - norm.isfinite().float()
         self._means.add({"gradient_norm": norm, "updates_skipped": skipped}, prefix=engine.role)
-        self._skips[engine.role].note(norm, first, self._note_rewards(rewards, first))
+        prompts_of = first - later if shared else first
+        self._skips[engine.role].note(norm, prompts_of, self._note_rewards(rewards, first))
+        return made
 
-    def _count(self, engine: Engine) -> None:
+    def _count(self, engine: Engine, *, shared: bool) -> None:
         """Brings the position behind an update."""
         position = self.position
         position.samples += self.batches.size
+        if shared:
+            return  # a round of the step that the generator's update has ended
         if engine is self.generator:
             position.step, position.rounds = position.step + 1, 0
         elif position.warmup < self.config.training.fake_warmup:
