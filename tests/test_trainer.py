@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 
+from diffpp_fast.methods import Batch, StepOutput
 from diffpp_fast.training import (
     Callback,
     CheckpointError,
@@ -350,3 +351,19 @@ def test_an_unknown_prediction_type_names_the_scheduler(config_of, tmp_path: Pat
     )
     with pytest.raises(ConfigurationError, match=rf"models.scheduler \({tmp_path}\).*'wavelet'"):
         Trainer(config_of(*QUIET, f"models.scheduler.path={tmp_path}"))
+
+
+def test_an_error_before_samples_were_shared_saves_no_half_step(config_of, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    config = config_of(*QUIET, "method.share_samples=true", "training.checkpoint_every=2")
+    trainer = Trainer(config)
+    fake_loss = trainer.parts.method.fake_loss
+
+    def fail_late(batch: Batch) -> StepOutput:
+        if batch.x0 is not None and trainer.step == 3:
+            raise MemoryError
+        return fake_loss(batch)
+
+    monkeypatch.setattr(trainer.parts.method, "fake_loss", fail_late)
+    with pytest.raises(MemoryError):
+        trainer.run()
+    assert [path.name for path in sorted((Path(config.output) / "checkpoints").glob("step_*"))] == ["step_000002"]
