@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from diffpp_fast.cli.quiet import hide_loading_bars
@@ -92,6 +95,19 @@ def add_machine(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--json", action="store_true", help="print data")
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Leave cycles of references alone: libraries make a million objects that stay, to be searched again and again."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+@_uncollected()
 def run(arguments: argparse.Namespace) -> int:
     from diffpp_fast.errors import ConfigurationError
 
@@ -108,8 +124,9 @@ def run(arguments: argparse.Namespace) -> int:
     return _print(arguments, _known_run(arguments))
 
 
+@_uncollected()
 def print_plan_of(arguments: argparse.Namespace) -> int:
-    """The plan of a configuration; 1 if it does not fit."""
+    """Print the plan of a configuration; 1 if it does not fit."""
     from diffpp_fast.training.loading import load_config
     from diffpp_fast.training.planning import run_of
 
