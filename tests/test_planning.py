@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from dataclasses import replace
@@ -184,6 +185,20 @@ def test_what_is_alive_is_what_autograd_saved(fused: bool, autocast: bool) -> No
         assert fuse(network)
     alive, saved = kept_on_meta(network, autocast)
     assert alive == pytest.approx(saved, rel=0.01)
+
+
+def test_calls_that_are_known_are_made_again() -> None:
+    """As new tensors of the right dtype, counted like the first ones; a number's type is part of the call."""
+    counts, weight = torch.ones(4, dtype=torch.int64, device="meta"), torch.empty(4, 4, device="meta")
+    with Ledger() as ledger:
+        first, second = weight @ weight, weight @ weight
+        assert ledger.alive.total() == 2 * weight.nbytes and ledger.operations == {FLOAT32: 2 * 2 * 4**3}
+        assert [(counts * factor).dtype for factor in (2, 2.0, 2, 2.0)] == [torch.int64, FLOAT32] * 2
+        for _ in range(2):
+            assert first.add_(second) is first and first.t().untyped_storage()._cdata == first.untyped_storage()._cdata
+            assert (weight.t() @ weight).stride() == (weight @ weight).stride() == (4, 1)
+        del first, second
+        assert ledger.alive.total() == 0
 
 
 def test_meta_keeps_what_the_cpu_keeps() -> None:
@@ -417,6 +432,16 @@ def test_a_plan_reads_no_weights(project: Path, capsys: pytest.CaptureFixture[st
     assert main(["plan", str(project), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == data
     assert not (project.parent / "run").exists()
+
+
+def test_a_plan_lets_the_collector_work_again() -> None:
+    for before in (gc.disable, gc.enable):
+        before()
+        was = gc.isenabled()
+        try:
+            assert main(["plan", "--model", "sd9"]) == 2 and gc.isenabled() == was
+        finally:
+            gc.enable()
 
 
 def test_a_plan_is_read_by_people(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

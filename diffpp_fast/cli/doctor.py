@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from diffpp_fast.cli.options import Commands, add_command
 from diffpp_fast.terminal import say
 
 if TYPE_CHECKING:
@@ -30,14 +31,8 @@ PACKAGES = (
 )
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "doctor",
-        help="show versions, devices and backends",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
+def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
+    add_command(commands, "doctor", run, help="show versions, devices and backends", description=DESCRIPTION)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+from diffpp_fast.cli.options import Commands, add_command, positive
 from diffpp_fast.cli.quiet import hide_loading_bars
 
 if TYPE_CHECKING:
@@ -24,7 +28,7 @@ Networks are built without numbers from their configurations alone, and the meth
 the run does not fit.
 """
 #: Options that describe a run without a configuration, with their defaults.
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "batch": 8,
     "micro_batch": None,
     "latent": None,
@@ -50,14 +54,11 @@ KEYS = {
 }
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "plan",
-        help="say what a run would take",
-        description=DESCRIPTION,
+def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = add_command(
+        commands, "plan", run, help="say what a run would take", description=DESCRIPTION,
         epilog="What is counted, and what is assumed, is in docs/planning.md.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    )  # fmt: skip
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="of the run; or --model")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="as for `diffpp-fast train`"
@@ -66,24 +67,23 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     known = parser.add_argument_group("a run without a configuration")
     known.add_argument("--model", metavar="NAME", help="sd15, sdxl or pixart")
     add = known.add_argument
-    add("--batch", type=_count, metavar="N", help="samples of an update, on all GPUs (8)")
-    add("--micro-batch", type=_count, metavar="N", help="samples that a GPU computes at a time (all of its own)")
-    add("--latent", type=_count, metavar="N", help="side of the latents (the model's)")
+    add("--batch", type=positive, metavar="N", help="samples of an update, on all GPUs (8)")
+    add("--micro-batch", type=positive, metavar="N", help="samples that a GPU computes at a time (all of its own)")
+    add("--latent", type=positive, metavar="N", help="side of the latents (the model's)")
     add("--precision", choices=["float32", "bfloat16"], help="(bfloat16)")
     add("--stage", type=int, choices=range(4), help="of ZeRO, for generator and fake (2, on one GPU 0)")
     add("--reference", choices=["replica", "shard", "offload"], help="where the frozen model is (replica)")
     add("--optimizer", metavar="NAME", help="of generator and fake (adamw)")
-    add("--lora", type=_count, metavar="RANK", help="train adapters of this rank instead of all weights")
+    add("--lora", type=positive, metavar="RANK", help="train adapters of this rank instead of all weights")
     add("--reward", metavar="NAME,...", help="pickscore, hpsv2.1, imagereward, clip, aesthetic, or none (hpsv2.1)")
     add("--checkpointing", action="store_true", default=None, help="compute blocks again in the backward pass")
     add("--decoder-checkpoint", action="store_true", default=None, help="compute the decode again, too")
-    add("--fake-rounds", type=_count, metavar="N", help="updates of the fake score for each of the generator (1)")
-    parser.set_defaults(run=run)
+    add("--fake-rounds", type=positive, metavar="N", help="updates of the fake score for each of the generator (1)")
 
 
 def add_machine(parser: argparse._ActionsContainer) -> None:
     """The options that say where a run would be, and how the plan is printed."""
-    parser.add_argument("--gpus", type=_count, default=1, metavar="N", help="how many (1)")
+    parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="how many (1)")
     parser.add_argument(
         "--gpu", default="h100", metavar="NAME", help="a100-40, a100-80, h100, h200, l40s, rtx4090 or b200 (h100)"
     )
@@ -92,47 +92,57 @@ def add_machine(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--json", action="store_true", help="print data")
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Leave cycles of references alone: libraries make a million objects that stay, to be searched again and again."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+@_uncollected()
 def run(arguments: argparse.Namespace) -> int:
     from diffpp_fast.errors import ConfigurationError
 
-    given = [name for name in DEFAULTS if getattr(arguments, name) is not None]
+    given = {name: value for name in DEFAULTS if (value := getattr(arguments, name)) is not None}
     if arguments.model is None:
         if arguments.config is None:
             raise ConfigurationError("plan what? Give a CONFIG.yaml, or --model sd15, sdxl or pixart")
         if given:
-            option = given[0].replace("_", "-")
+            option = next(iter(given)).replace("_", "-")
             raise ConfigurationError(f"--{option} belongs to --model: of a configuration override the key instead")
         return print_plan_of(arguments)
     if arguments.config is not None:
         raise ConfigurationError(f"plan either {arguments.config} or --model {arguments.model}")
-    return _print(arguments, _known_run(arguments))
+    return _print(arguments, _known_run(arguments.model, arguments.gpus, DEFAULTS | given))
 
 
+@_uncollected()
 def print_plan_of(arguments: argparse.Namespace) -> int:
-    """The plan of a configuration; 1 if it does not fit."""
+    """Print the plan of a configuration; 1 if it does not fit."""
     from diffpp_fast.training.loading import load_config
     from diffpp_fast.training.planning import run_of
 
     return _print(arguments, run_of(load_config(arguments.config, arguments.overrides), arguments.gpus))
 
 
-def _known_run(arguments: argparse.Namespace) -> PlannedRun:
+def _known_run(model: str, gpus: int, chosen: Mapping[str, Any]) -> PlannedRun:
     from diffpp_fast.training.planning import KNOWN, PlannedRun, known_config
 
-    chosen = {name: default if getattr(arguments, name) is None else getattr(arguments, name)
-              for name, default in DEFAULTS.items()}  # fmt: skip
-    changes = {key: chosen[name] for name, key in KEYS.items()}
-    stage = chosen["stage"] if chosen["stage"] is not None else (2 if arguments.gpus > 1 else 0)
-    changes["distributed.engine"] = "deepspeed" if stage or arguments.gpus > 1 else "auto"
+    changes = {key: chosen[name] for name, key in KEYS.items()} | _reward(chosen["reward"])
+    stage = chosen["stage"] if chosen["stage"] is not None else (2 if gpus > 1 else 0)
+    changes["distributed.engine"] = "deepspeed" if stage or gpus > 1 else "auto"
     for role in ("generator", "fake"):
         changes[f"distributed.{role}.stage"] = stage
         changes[f"optimizers.{role}.name"] = chosen["optimizer"]
         changes[f"models.{role}.lora"] = None if chosen["lora"] is None else {"rank": chosen["lora"]}
     if chosen["latent"] is not None:
         changes["models.latent_shape"] = (4, chosen["latent"], chosen["latent"])
-    changes |= _reward(str(chosen["reward"]))
-    config = known_config(arguments.model, changes)
-    return PlannedRun(config, KNOWN[arguments.model], arguments.gpus)
+    return PlannedRun(known_config(model, changes), KNOWN[model], gpus)
 
 
 def _reward(names: str) -> dict[str, object]:
@@ -173,12 +183,6 @@ def _print(arguments: argparse.Namespace, run: PlannedRun) -> int:
             plan, advice, console if console.is_terminal else Console(width=140, soft_wrap=True, highlight=False)
         )
     return 0 if plan.spare >= 0 else 1
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1 up, got {text}")
-    return int(text)
 
 
 def _share(text: str) -> float:

@@ -83,7 +83,7 @@ def refuse_misfits(config: Config, text: TextFacts | None = None) -> None:
         _check_decoder(config)
     with naming("models.scheduler", models.scheduler.path):
         schedule = load_schedule(models.scheduler.path)
-    name = _facts("models.reference", models.reference.path)["_class_name"]
+    name = facts_of("models.reference", models.reference.path)["_class_name"]
     if name in FLOW and schedule.prediction_type != "flow_prediction":
         raise ConfigurationError(
             f"models.scheduler ({models.scheduler.path}) has {schedule.prediction_type}, but models.reference is a "
@@ -126,7 +126,7 @@ def _idle_without_guidance(config: Config) -> dict[str, str]:
 
 
 def _is_told_sizes(models: Models) -> bool:
-    facts = _facts("models.reference", models.reference.path)
+    facts = facts_of("models.reference", models.reference.path)
     return facts.get("addition_embed_type") == "text_time" or wants_sizes(facts)
 
 
@@ -141,7 +141,8 @@ def refuse_denoisers(config: Config) -> dict[str, Inputs]:
     for key, path in paths.items():
         # A single file has the reference's architecture.
         if path is not None and not is_file(path):
-            inputs[key] = _inputs(key, path)
+            with naming(key, path):
+                inputs[key] = inputs_of(read_config(path), path)
             _check_latents(key, inputs[key], models.latent_shape)
     for key, found in inputs.items():
         for condition in ("pooled", "sizes"):
@@ -171,14 +172,23 @@ def text_length(section: TextEncoderSection, pixart: bool) -> int:
     return section.max_length or (PIXART_LENGTH if pixart else CLIP_LENGTH)
 
 
-def _inputs(key: str, path: str) -> Inputs:
-    with naming(key, path):
-        return inputs_of(read_config(path), path)
-
-
-def _facts(key: str, path: str) -> dict[str, Any]:
+def facts_of(key: str, path: str) -> dict[str, Any]:
+    """Return the `config.json` of a network; raises ConfigurationError, naming the key, where it can't be read."""
     with naming(key, path):
         return read_config(path)
+
+
+def text_config(key: str, section: TextEncoderSection) -> Any:
+    """Return transformers' configuration of a text encoder; raises like `facts_of`."""
+    from transformers import AutoConfig
+
+    with naming(key, section.path):
+        facts = read_config(section.path)
+        if "_class_name" in facts or "model_type" not in facts:
+            raise ValueError(
+                f"it is no text encoder of transformers but a {facts.get('_class_name', 'file of others')}"
+            )
+        return AutoConfig.from_pretrained(local_folder(section.path, ["config.json"]), trust_remote_code=False)
 
 
 def _check_latents(key: str, inputs: Inputs, latent_shape: tuple[int, int, int]) -> None:
@@ -202,7 +212,7 @@ def _check_latents(key: str, inputs: Inputs, latent_shape: tuple[int, int, int])
 def _check_decoder(config: Config) -> None:
     section = config.models.decoder
     assert section is not None
-    facts = _facts("models.decoder", section.path)
+    facts = facts_of("models.decoder", section.path)
     with naming("models.decoder", section.path):
         kind = diffusers_class(facts, section.path, "ModelMixin")
     if kind.__name__ not in STAGES:
@@ -225,7 +235,7 @@ def _check_scaling(config: Config, path: str, name: str, facts: Mapping[str, Any
     base = config.models.base
     if base is None or path == f"{base}/vae":
         return
-    own = _facts("models.base", f"{base}/vae")
+    own = facts_of("models.base", f"{base}/vae")
     if own.get("_class_name") != name:
         return
     own = with_defaults(own, diffusers_class(own, base, "ModelMixin"))
@@ -243,7 +253,7 @@ def text_facts(models: Models) -> TextFacts:
     Raises ConfigurationError for one too many or too few, for what is no text encoder of the reference's family, and
     for prompts of more tokens than it has positions.
     """
-    facts = _facts("models.reference", models.reference.path)
+    facts = facts_of("models.reference", models.reference.path)
     if takes_two_encoders(models, facts):
         assert models.text_encoder_2 is not None
         first = _text_settings("models.text_encoder", models.text_encoder, two=True)
@@ -255,16 +265,9 @@ def text_facts(models: Models) -> TextFacts:
 
 def _text_settings(key: str, section: TextEncoderSection, *, two: bool = False, pixart: bool = False) -> Any:
     """The configuration of a text encoder, of which class and length are as they should be."""
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES as KNOWN
 
-    with naming(key, section.path):
-        facts = read_config(section.path)
-        if "_class_name" in facts or "model_type" not in facts:
-            raise ValueError(
-                f"it is no text encoder of transformers but a {facts.get('_class_name', 'file of others')}"
-            )
-        found = AutoConfig.from_pretrained(local_folder(section.path, ["config.json"]), trust_remote_code=False)
+    found = text_config(key, section)
     clip = found.model_type in ("clip", "clip_text_model")
     classes = found.architectures or []
     if two and not clip:

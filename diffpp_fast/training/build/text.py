@@ -19,6 +19,7 @@ from diffpp_fast.training import config
 from diffpp_fast.training.build.agreement import (
     CLIP_LENGTH,
     TextFacts,
+    facts_of,
     naming,
     takes_two_encoders,
     text_facts,
@@ -66,8 +67,7 @@ def load_text(models: config.Models) -> tuple[TextEncoder | DualTextEncoder, Tex
 
     Raises ConfigurationError for what can't be loaded, and like `text_facts`.
     """
-    with naming("models.reference", models.reference.path):
-        facts = read_config(models.reference.path)
+    facts = facts_of("models.reference", models.reference.path)
     text_facts(models)
     if takes_two_encoders(models, facts):
         assert models.text_encoder_2 is not None
@@ -79,8 +79,7 @@ def load_text(models: config.Models) -> tuple[TextEncoder | DualTextEncoder, Tex
 
 def conditioning_facts(models: config.Models) -> dict[str, Any]:
     """Return the facts that conditioning depends on besides text encoders: the family, and settings that enter it."""
-    with naming("models.reference", models.reference.path):
-        facts = read_config(models.reference.path)
+    facts = facts_of("models.reference", models.reference.path)
     two = facts.get("addition_embed_type") == "text_time"
     sizes = models.size_conditions.model_dump(mode="json") | {"picture": list(_picture_size(models))}
     return {
@@ -165,8 +164,7 @@ def _picture_size(models: config.Models) -> tuple[int, int]:
     """Height and width of a decoded picture, in pixels."""
     scale = 8
     if models.decoder is not None:
-        with naming("models.decoder", models.decoder.path):
-            facts = read_config(models.decoder.path)
+        facts = facts_of("models.decoder", models.decoder.path)
         blocks = facts.get("block_out_channels") or facts.get("decoder_block_out_channels")
         scale = 2 ** (len(blocks) - 1) if blocks else scale
     _, height, width = models.latent_shape

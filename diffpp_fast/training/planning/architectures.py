@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks.conditioning import Conditioning
 from diffpp_fast.networks.inputs import is_pixart
-from diffpp_fast.networks.loading import build_network, is_file, local_folder, read_config
+from diffpp_fast.networks.loading import build_network, is_file
 from diffpp_fast.networks.text import check_tokenizer
 from diffpp_fast.rewards.base import ImageBatch, Preprocessing
 from diffpp_fast.rewards.clip_model import VIT_H_14, Clip
@@ -22,7 +22,7 @@ from diffpp_fast.rewards.scores import IMAGEREWARD
 from diffpp_fast.rewards.text import need_ftfy
 from diffpp_fast.rewards.towers import SelfAttention, TextAttention, recompute
 from diffpp_fast.schedule import NoiseSchedule
-from diffpp_fast.training.build.agreement import naming, refuse_misfits, text_length
+from diffpp_fast.training.build.agreement import facts_of, naming, refuse_misfits, text_config, text_length
 from diffpp_fast.training.build.run import load_checked_schedule
 from diffpp_fast.training.config import Config, RewardSection, TextEncoderSection
 from diffpp_fast.training.loading import make_config, with_keys
@@ -74,7 +74,7 @@ def architectures_of(config: Config) -> Architectures:
     def network(key: str, path: str | None) -> Recipe:
         # A single file has the reference's architecture.
         path = reference if path is None or is_file(path) else path
-        return partial(build_network, _facts(key, path), path)
+        return partial(build_network, facts_of(key, path), path)
 
     return Architectures(
         name=models.base or reference,
@@ -84,24 +84,18 @@ def architectures_of(config: Config) -> Architectures:
         decoder=None if models.decoder is None else network("models.decoder", models.decoder.path),
         text_encoders=tuple((recipe, width) for recipe, width, _ in encoders.values()),
         schedule=lambda: schedule,
-        tokens=text_length(first, is_pixart(_facts("models.reference", reference))),
+        tokens=text_length(first, is_pixart(facts_of("models.reference", reference))),
         masked=not encoders["models.text_encoder"][2].startswith("clip") if masked is None else masked,
     )
 
 
-def _facts(key: str, path: str) -> Mapping[str, Any]:
-    with naming(key, path):
-        return read_config(path)
-
-
 def _text_encoder(key: str, section: TextEncoderSection) -> tuple[Recipe, int, str]:
     """A text encoder in transformers' format, the bytes of an element of its weights, and what kind it is."""
-    from transformers import AutoConfig, AutoModelForTextEncoding, CLIPTextModelWithProjection
+    from transformers import AutoModelForTextEncoding, CLIPTextModelWithProjection
 
     with naming(f"{key}.tokenizer", section.tokenizer or section.path):
         check_tokenizer(section.tokenizer or section.path)
-    with naming(key, section.path):
-        facts = AutoConfig.from_pretrained(local_folder(section.path, ["config.json"]), trust_remote_code=False)
+    facts = text_config(key, section)
     kind = CLIPTextModelWithProjection if key == "models.text_encoder_2" else AutoModelForTextEncoding.from_config
     return partial(kind, facts), 4 if section.dtype in ("auto", "float32") else 2, facts.model_type
 
