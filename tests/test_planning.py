@@ -26,7 +26,7 @@ from diffpp_fast.training.planning.architectures import Towers, on_meta, paramet
 from diffpp_fast.training.planning.counting import Counted, GpuKernels, Ledger, NetworkSize
 from diffpp_fast.training.planning.plan import count_run
 from diffpp_fast.training.planning.states import frozen_state, optimizer_bytes, trained_state
-from diffpp_fast.training.planning.timing import Gpu
+from diffpp_fast.training.planning.timing import Gpu, estimate
 
 H100 = GPUS["h100"]
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
@@ -246,6 +246,18 @@ def test_methods_that_differentiate_networks_pay_for_two_backward_passes(small: 
     assert operations(checkpointed, "generator", "reference backward") > 1.5 * operations(
         checkpointed, "generator", "reference"
     )
+
+
+def test_shared_samples_save_one_call_of_the_generator(small: PlannedRun) -> None:
+    for rounds in (1, 3):
+        runs = [by(small, "dmd2", fake_rounds=rounds, share_samples=share) for share in (False, True)]
+        counted = [count_run(run) for run in runs]
+        fresh, shared = (
+            sum(estimate(run, each, H100, 0.4, 50.0).operations.values()) / 1e12
+            for run, each in zip(runs, counted, strict=True)
+        )
+        call = operations(counted[0], "fake", "generator")
+        assert call > 0 and fresh - shared == pytest.approx(call * runs[0].rounds)
 
 
 def test_every_call_of_a_network_is_counted(small: PlannedRun) -> None:

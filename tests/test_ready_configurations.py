@@ -47,8 +47,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         index = {"_class_name": pipeline, **{part: ["library", "class"] for part in parts}}
         (base / "model_index.json").write_text(json.dumps(index))
         (base / "prompts.txt").write_text("a red apple\n")
-        for part in ("tokenizer", "tokenizer_2")[: len(models.text_encoders)]:
-            (base / part).mkdir()
         folders[name] = base
     return folders
 

@@ -87,8 +87,11 @@ def estimate(run: PlannedRun, counted: Counted, gpu: Gpu, efficiency: float, net
     repeats = {"generator": 1, "fake": run.config.method.fake_rounds}
     operations: Counter[torch.dtype] = Counter()
     for phase in counted.phases:
+        times = repeats[phase.update]
+        if run.config.method.share_samples and (phase.update, phase.name) == ("fake", "generator"):
+            times -= 1
         for dtype, number in phase.operations.items():
-            operations[dtype] += repeats[phase.update] * run.rounds * number
+            operations[dtype] += times * run.rounds * number
     peaks = {torch.float32: gpu.float32 * 1e12}
     compute = sum(number / peaks.get(dtype, gpu.bfloat16 * 1e12) for dtype, number in operations.items())
     sent = sum(times * _sent(run, counted, role) for role, times in repeats.items())
