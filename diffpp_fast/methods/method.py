@@ -169,7 +169,8 @@ class Method(ABC):
         found = self._sample_gradient(batch, x0.detach())
         loss = inject_gradient(x0, found.gradient)
         samples = x0.detach()
-        about = {"loss": loss.detach(), "x0_mean": samples.mean(), "x0_std": samples.std(correction=0)}
+        std, mean = torch.std_mean(samples, correction=0)
+        about = {"loss": loss.detach(), "x0_mean": mean, "x0_std": std}
         return StepOutput(loss, {**found.metrics, **about}, found.rewards, samples)
 
     @property

@@ -15,11 +15,15 @@ from diffpp_fast.methods.base import (
     SampleGradient,
     finite_statistics,
     input_gradient,
+    is_finite,
     norms,
     per_sample,
 )
 from diffpp_fast.methods.outputs import check_per_sample
 from diffpp_fast.precision import widen
+
+#: A product of two lengths below it counts as this: one of the vectors is 0, and so is the cosine.
+SMALLEST = 1e-30
 
 
 class Evaluated(NamedTuple):
@@ -107,19 +111,17 @@ class RewardTerm:
             return SampleGradient(gradient, metrics, rewards)
         if factor is not None:
             term = term * per_sample(factor, term)
-        defined = rewards.values.isfinite() & term.flatten(1).isfinite().all(1)
+        lengths, given_lengths = norms(term), norms(gradient)
+        # A length is finite where all of its elements are.
+        defined = is_finite(lengths + rewards.values)
         metrics["reward_undefined"] = 1.0 - defined.float().mean()
-        term = term.where(per_sample(defined, term), 0.0)
-        lengths = norms(term)
+        term, lengths = term.where(per_sample(defined, term), 0.0), lengths.where(defined, 0.0)
         metrics["reward_gradient_norm"] = lengths.mean()
-        metrics["gradient_cosine"] = _cosines(gradient, -term).mean()
+        product = -torch.linalg.vecdot(widen(gradient).flatten(1), term.flatten(1))
+        metrics["gradient_cosine"] = (product / (given_lengths * lengths).clamp(min=SMALLEST)).mean()
         if self.clip is not None:
-            share = self.clip * norms(gradient) / lengths
+            share = self.clip * given_lengths / lengths
             metrics["reward_clipped"] = (share < 1.0).to(share.dtype).mean()
             # A sample without a reward gradient has nothing to shorten.
             term = term * per_sample(torch.where(lengths == 0.0, 1.0, share).clamp(max=1.0), term)
         return SampleGradient(gradient - term, metrics, rewards)
-
-
-def _cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cosine_similarity(widen(a).flatten(1), widen(b).flatten(1), dim=1)
