@@ -11,7 +11,7 @@ The derivation, and what of the paper could not be verified, is in docs/method.m
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
@@ -55,18 +55,9 @@ class DiffInstruct(Method):
         fake = self._ask_fake(batch, at)
         cond, uncond, scale = self._ask_reference(batch, at)
         # Only the normaliser needs the target; without it nothing regenerates the noise.
-        target: dict[str, Any] = {}
-        if self.weighting == "mean_abs":
-            target = {"normalizer": "mean_abs", "x0": x0, "noise": at.noise, "alpha": at.alpha, "sigma": at.sigma}
-        gap = ops.score_gap(
-            fake,
-            cond,
-            uncond,
-            guidance_scale=scale,
-            scale=self._scale(at.t, at.alpha, at.sigma),
-            prediction_type=self.schedule.prediction_type,
-            **target,
-        )
+        normalised = {"normalizer": "mean_abs", **self._target(x0, at)} if self.weighting == "mean_abs" else {}
+        factor = self._scale(at.t, at.alpha, at.sigma)
+        gap = ops.score_gap(fake, cond, uncond, guidance_scale=scale, scale=factor, **normalised)
         return SampleGradient(gap.gradient, self._gap_metrics(gap.gap_sq, gap.gradient))
 
     def _scale(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
