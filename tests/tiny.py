@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -340,10 +339,9 @@ def _seeded(build: Any, seed: int) -> Any:
 @contextmanager
 def project(folder: Path) -> Iterator[Path]:
     """Writes what `write` does; within the block, the folder is the working directory."""
+    import pytest
+
     write(folder)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         yield folder
-    finally:
-        os.chdir(before)
