@@ -55,6 +55,14 @@ def reproducible() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration file of a tiny run with all that it needs."""
+    import tiny
+
+    return tiny.write(tmp_path_factory.mktemp("project"))
+
+
 #: Where there is a GPU, the operators' tests also run there, on tensors that are made there by default.
 ON_GPU = ("triton", "cuda") if torch.cuda.is_available() else ()
 

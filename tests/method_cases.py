@@ -80,6 +80,11 @@ class Level(NamedTuple):
             return self.x_t - self.s * output
         return output
 
+    def guided(self, network: nn.Module, batch: Batch, scale: float) -> torch.Tensor:
+        """A network's guided output."""
+        cond, uncond = (network(self.x_t, self.t, given) for given in (batch.conditioning, batch.null_conditioning))
+        return uncond + scale * (cond - uncond)
+
 
 def level_of(
     x0: torch.Tensor,
@@ -93,12 +98,6 @@ def level_of(
     eps = Noise(batch.seed, batch.samples, stream=streams[1]).normal(SHAPE).double()
     a, s = (table.float().double()[t].view(-1, 1, 1, 1) for table in (schedule.alphas, schedule.sigmas))
     return Level(a * x0 + s * eps, t, a, s, eps)
-
-
-def guide(network: nn.Module, level: Level, batch: Batch, scale: float) -> torch.Tensor:
-    cond = network(level.x_t, level.t, batch.conditioning)
-    uncond = network(level.x_t, level.t, batch.null_conditioning)
-    return uncond + scale * (cond - uncond)
 
 
 def gradient_by_x0(

@@ -18,10 +18,7 @@ from diffpp_fast.cli.main import main
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny run, trained for two steps into runs/demo."""
-    folder = tmp_path_factory.mktemp("project")
-    tiny.write(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with tiny.project(tmp_path_factory.mktemp("project")) as folder:
         assert main(["train", "align.yaml", "output=runs/demo", "training.steps=2"]) == 0
     return folder
 

@@ -30,10 +30,7 @@ def controls(*arguments: str) -> int:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny configuration, whose four runs are in runs/all."""
-    folder = tmp_path_factory.mktemp("project")
-    tiny.write(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with tiny.project(tmp_path_factory.mktemp("project")) as folder:
         assert controls("output=runs/all") == 0
     return folder
 

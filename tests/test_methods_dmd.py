@@ -9,17 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from method_cases import (
-    SCHEDULES,
-    SHAPE,
-    Convolution,
-    assert_near,
-    batch_of,
-    gradient_by_x0,
-    guide,
-    level_of,
-    train_gaussian,
-)
+from method_cases import SCHEDULES, SHAPE, Convolution, assert_near, batch_of, gradient_by_x0, level_of, train_gaussian
 from torch import nn
 
 from diffpp_fast.methods import DMD2, Batch, DecoupledDMD, DiffInstruct
@@ -45,7 +35,7 @@ def test_gradient_by_x0_is_the_published_one(prediction_type: str, normalizer: s
     x0, gradient = gradient_by_x0(lambda g: DMD2(g, fake, reference, schedule, **options), batch)
     at = level_of(x0, batch, schedule, T_RANGE)
     with torch.no_grad():
-        outputs = guide(fake, at, batch, 1.0), guide(reference, at, batch, scale)
+        outputs = at.guided(fake, batch, 1.0), at.guided(reference, batch, scale)
     of_fake, of_guided = (at.x0_of(prediction_type, output) for output in outputs)
     distance = flat_mean(x0 - of_guided)
     if normalizer == "batch":

@@ -8,7 +8,6 @@ import pytest
 import tiny
 import torch
 from method_cases import SCHEDULES, Convolution, assert_near, batch_of, gradient_by_x0, level_of
-from method_cases import guide as guided_by_definition
 from torch import nn
 
 from diffpp_fast.methods import METHODS, Batch
@@ -28,7 +27,7 @@ def rescale(output: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
 
 def rescaled(reference: nn.Module, level: Any, batch: Batch) -> torch.Tensor:
     cond = reference(level.x_t, level.t, batch.conditioning)
-    return rescale(guided_by_definition(reference, level, batch, SCALE), cond)
+    return rescale(level.guided(reference, batch, SCALE), cond)
 
 
 def test_it_is_diffusers_rescaling() -> None:

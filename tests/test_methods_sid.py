@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_cases import SCHEDULES, Convolution, assert_near, batch_of, gradient_by_x0, guide, level_of, train_gaussian
+from method_cases import SCHEDULES, Convolution, assert_near, batch_of, gradient_by_x0, level_of, train_gaussian
 
 from diffpp_fast.methods import SiD
 
@@ -23,7 +23,7 @@ def test_gradient_by_x0_is_that_of_the_definition(prediction_type: str, sid_alph
     found, gradient = gradient_by_x0(lambda g: SiD(g, fake, reference, schedule, t_range=T_RANGE, **options), batch)
     x0 = found.requires_grad_()
     at = level_of(x0, batch, schedule, T_RANGE)
-    outputs = guide(fake, at, batch, fake_scale), guide(reference, at, batch, scale)
+    outputs = at.guided(fake, batch, fake_scale), at.guided(reference, batch, scale)
     of_fake, of_guided = (at.x0_of(prediction_type, output) for output in outputs)
     normaliser = (x0 - of_guided).abs().mean((1, 2, 3), keepdim=True).detach()
     gap = of_guided - of_fake
@@ -42,7 +42,7 @@ def test_the_guided_output_of_the_ta_is_what_denoises() -> None:
     with torch.no_grad():
         x0 = generator(batch.noise(0).normal(batch.shape), batch.conditioning).double()
     at = level_of(x0, batch, schedule, (0, 1000))
-    expected = (guide(fake, at, batch, scale) - at.eps).square().mean()
+    expected = (at.guided(fake, batch, scale) - at.eps).square().mean()
     expected.backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(found, fake.weight.grad, rtol=1e-4, atol=1e-6)

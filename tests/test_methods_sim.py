@@ -13,7 +13,6 @@ from method_cases import (
     assert_near,
     batch_of,
     gradient_by_x0,
-    guide,
     level_of,
     quadratic_reward,
     train_gaussian,
@@ -45,7 +44,7 @@ def test_gradient_by_x0_is_that_of_the_definition(prediction_type: str, weightin
         return (at.a * at.x0_of(prediction_type, output) - at.x_t) / at.s**2
 
     scales = {"inside": (scale, 0.0), "outside": (1.0, scale - 1.0)}[guidance]
-    of_fake, of_reference = score(guide(fake, at, batch, 1.0)), score(guide(reference, at, batch, scales[0]))
+    of_fake, of_reference = score(at.guided(fake, batch, 1.0)), score(at.guided(reference, batch, scales[0]))
     y = of_fake - of_reference
     w = {"x0": at.s**2 / at.a, "score": torch.ones_like(at.s), "function": weight_of(at.t).view(-1, 1, 1, 1)}[weighting]
     w = w.double()

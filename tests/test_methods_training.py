@@ -52,11 +52,6 @@ SPREAD = (
 )
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write(tmp_path_factory.mktemp("project"))
-
-
 def of(name: str, *overrides: str) -> list[str]:
     """Overrides that choose a method."""
     without = [] if METHODS[name].takes_reward else ["rewards.optimised=null"]

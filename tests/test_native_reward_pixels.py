@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from native import assert_compiles_once, assert_same_bits_for_any_threads, check_registration
+from test_ops_reward_pixels import MEAN, RESIZES, STD
 from torch import Tensor
 
 from diffpp_fast import ops, use_backend
@@ -15,7 +16,6 @@ from diffpp_fast import ops, use_backend
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 BICUBIC, CROP, HARD = 1, 0, 0  # in the schemas
 OPTIONS = (list(MEAN), list(STD), BICUBIC, True, CROP, -1.0, 1.0, HARD)
 
@@ -58,10 +58,7 @@ def test_compiles_once() -> None:
     height=st.integers(1, 70),
     width=st.integers(1, 70),
     size=st.integers(1, 40),
-    filter=st.sampled_from(["bicubic", "bilinear"]),
-    antialias=st.booleans(),
-    fit=st.sampled_from(["crop", "pad", "stretch"]),
-    clamp=st.sampled_from(["hard", "straight_through", "none"]),
+    **RESIZES,
     memory_format=st.sampled_from([torch.contiguous_format, torch.channels_last]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )

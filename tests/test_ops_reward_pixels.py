@@ -1,6 +1,7 @@
 """A reward model's preprocessing, against torch's and Pillow's resizing and torchvision's and open_clip's geometry."""
 
 from collections.abc import Callable
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -16,6 +17,12 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 F64 = torch.float64
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+RESIZES: dict[str, st.SearchStrategy[Any]] = {
+    "filter": st.sampled_from(["bicubic", "bilinear"]),
+    "antialias": st.booleans(),
+    "fit": st.sampled_from(["crop", "pad", "stretch"]),
+    "clamp": st.sampled_from(["hard", "straight_through", "none"]),
+}
 UNIT = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "value_range": (0.0, 1.0)}
 
 
@@ -57,10 +64,7 @@ def formula(images: Tensor, size: int, filter: str, antialias: bool, fit: str, c
     height=st.integers(1, 24),
     width=st.integers(1, 24),
     size=st.integers(1, 12),
-    filter=st.sampled_from(["bicubic", "bilinear"]),
-    antialias=st.booleans(),
-    fit=st.sampled_from(["crop", "pad", "stretch"]),
-    clamp=st.sampled_from(["hard", "straight_through", "none"]),
+    **RESIZES,
 )
 def test_formula_and_gradient(
     height: int, width: int, size: int, filter: str, antialias: bool, fit: str, clamp: str

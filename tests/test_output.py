@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from PIL import Image
 
@@ -26,12 +25,6 @@ from diffpp_fast.training.state import open_checkpoint
 
 QUIET = ("training.grid_every=null", "rewards.held_out=null", "training.baseline_steps=null")
 ALONE = World.alone("cpu")
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configuration file of a tiny run."""
-    return tiny.write(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="module")

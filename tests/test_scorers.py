@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
@@ -38,11 +37,6 @@ QUIET = (
 )
 NO_GRID = ("training.grid_every=null", "rewards.held_out=null")
 PROMPTS = ("a cat", "a dog")
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture

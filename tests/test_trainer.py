@@ -28,12 +28,6 @@ from diffpp_fast.training.checkpoint import read_tensors
 QUIET = ("training.grid_every=null", "rewards.held_out=null")
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configuration file of a tiny run with all that it needs."""
-    return tiny.write(tmp_path_factory.mktemp("project"))
-
-
 @pytest.fixture
 def config_of(project: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
     def load(*overrides: str, output: str = "run") -> Config:

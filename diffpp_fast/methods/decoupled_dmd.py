@@ -75,14 +75,5 @@ class DecoupledDMD(Method):
         self, x0: torch.Tensor, at: Noised, cond: torch.Tensor, other: torch.Tensor, factor: float
     ) -> ops.ScoreGap:
         """factor sign k (cond - other) / mean|cond - target|."""
-        return ops.score_gap(
-            other,
-            cond,
-            scale=factor * self.schedule.gap_scale(at.t).sign(),
-            normalizer="mean_abs",
-            x0=x0,
-            noise=at.noise,
-            alpha=at.alpha,
-            sigma=at.sigma,
-            prediction_type=self.schedule.prediction_type,
-        )
+        scale = factor * self.schedule.gap_scale(at.t).sign()
+        return ops.score_gap(other, cond, scale=scale, normalizer="mean_abs", **self._target(x0, at))

@@ -8,7 +8,7 @@ Checked against the published code; docs/method.md says where this differs from 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -150,10 +150,6 @@ class DMD2(Method):
             mean = distance.mean() if batch.normalizer is None else batch.normalizer
             distance = mean.expand_as(distance)
         return gap.gradient / per_sample(distance.clamp(min=self.normalizer_floor), gap.gradient), gap.gap_sq
-
-    def _target(self, x0: torch.Tensor, at: Noised) -> dict[str, Any]:
-        prediction_type = self.schedule.prediction_type
-        return {"x0": x0, "noise": at.noise, "alpha": at.alpha, "sigma": at.sigma, "prediction_type": prediction_type}
 
     def _distance(self, at: Noised, gap: ops.ScoreGap) -> torch.Tensor:
         """mean|x0 - X_guided|, [B]."""

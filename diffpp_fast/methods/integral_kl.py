@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -41,18 +41,9 @@ class IntegralKL(Method):
         """h d with the reference's outputs at hand, and what the operator says besides."""
         fake = self._ask_fake(batch, at)
         # Only the normaliser needs the target; without it nothing regenerates the noise.
-        target: dict[str, Any] = {}
-        if self.weighting == "mean_abs":
-            target = {"normalizer": "mean_abs", "x0": x0, "noise": at.noise, "alpha": at.alpha, "sigma": at.sigma}
-        gap = ops.score_gap(
-            fake,
-            guided.cond,
-            guided.uncond,
-            guidance_scale=guided.scale,
-            scale=self._scale(at.t, at.alpha, at.sigma),
-            prediction_type=self.schedule.prediction_type,
-            **target,
-        )
+        normalised = {"normalizer": "mean_abs", **self._target(x0, at)} if self.weighting == "mean_abs" else {}
+        factor = self._scale(at.t, at.alpha, at.sigma)
+        gap = ops.score_gap(fake, guided.cond, guided.uncond, guidance_scale=guided.scale, scale=factor, **normalised)
         return gap, SampleGradient(gap.gradient, self._gap_metrics(gap.gap_sq, gap.gradient))
 
     def _scale(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

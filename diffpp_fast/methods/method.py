@@ -214,19 +214,17 @@ class Method(ABC):
         noise = batch.noise(diffusion)
         return Noised(ops.add_noise(x0, alpha, sigma, noise), t, alpha, sigma, noise)
 
+    def _target(self, x0: torch.Tensor, at: Noised) -> dict[str, Any]:
+        """The arguments of operators that say what the network was to predict."""
+        prediction_type = self.schedule.prediction_type
+        return {"x0": x0, "noise": at.noise, "alpha": at.alpha, "sigma": at.sigma, "prediction_type": prediction_type}
+
     def _denoising_loss(self, batch: Batch, x0: torch.Tensor) -> torch.Tensor:
         at = self._noised(batch, x0, times=self.fake_times)
         prediction = self._ask_fake(batch, at)
         check_differentiable("the fake score", prediction, "its parameters")
-        return ops.denoising_loss(
-            prediction,
-            x0,
-            at.noise,
-            at.alpha,
-            at.sigma,
-            prediction_type=self.schedule.prediction_type,
-            weight=self._fake_weight(at.t, at.alpha, at.sigma),
-        )
+        weight = self._fake_weight(at.t, at.alpha, at.sigma)
+        return ops.denoising_loss(prediction, **self._target(x0, at), weight=weight)
 
     def _ask_fake(self, batch: Batch, at: Noised) -> torch.Tensor:
         return self._call("the fake score", self.fake, at, batch.conditioning)

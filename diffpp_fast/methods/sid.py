@@ -56,16 +56,7 @@ class SiD(Method):
             cond, uncond, scale = self._ask_reference(batch, at)
             gaps.append(ops.score_gap(fake, cond, uncond, guidance_scale=scale).gap_sq)
             return ops.sid_loss(
-                fake,
-                cond,
-                uncond,
-                x0,
-                at.noise,
-                at.alpha,
-                at.sigma,
-                guidance_scale=scale,
-                prediction_type=self.schedule.prediction_type,
-                sid_alpha=self.sid_alpha,
+                fake, cond, uncond, **self._target(x0, at), guidance_scale=scale, sid_alpha=self.sid_alpha
             )
 
         losses, gradient = gradient_through((self.fake, self.reference), losses_of, x0, self.differentiate)

@@ -66,16 +66,7 @@ class SIM(Method):
             gap = ops.score_gap(fake, cond, uncond, guidance_scale=scale)
             outputs.update(gap_sq=gap.gap_sq, cond=cond.detach())
             losses = ops.sim_loss(
-                fake,
-                cond,
-                uncond,
-                x0,
-                at.noise,
-                at.alpha,
-                at.sigma,
-                guidance_scale=scale,
-                prediction_type=self.schedule.prediction_type,
-                huber_c=self.huber_c,
+                fake, cond, uncond, **self._target(x0, at), guidance_scale=scale, huber_c=self.huber_c
             )
             return self._weight(at.t, at.alpha, at.sigma) * losses
 

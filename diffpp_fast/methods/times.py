@@ -34,18 +34,25 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class LogNormal:
-    """ln(sigma / alpha) is normal with this mean and standard deviation, as EDM and Diff-Instruct draw it (-1.2, 1.2).
-
-    A time gets the mass between the points midway, in ln(sigma / alpha), to its neighbours. Times at which alpha or
-    sigma is 0 are never drawn.
-    """
+class _FromNormal:
+    """A normal number of this mean and standard deviation decides the time."""
 
     mean: float
     std: float
 
     def __post_init__(self) -> None:
-        _check_normal(self.mean, self.std)
+        if not math.isfinite(self.mean) or not 0.0 < self.std < math.inf:
+            got = f"mean {self.mean} and std {self.std}"
+            raise ValueError(f"a distribution of times needs a finite mean and a std above 0, got {got}")
+
+
+@dataclass(frozen=True)
+class LogNormal(_FromNormal):
+    """ln(sigma / alpha) is normal with this mean and standard deviation, as EDM and Diff-Instruct draw it (-1.2, 1.2).
+
+    A time gets the mass between the points midway, in ln(sigma / alpha), to its neighbours. Times at which alpha or
+    sigma is 0 are never drawn.
+    """
 
     def cumulative(self, schedule: NoiseSchedule) -> torch.Tensor:
         levels = (schedule.sigmas / schedule.alphas).log()
@@ -64,14 +71,8 @@ class LogNormal:
 
 
 @dataclass(frozen=True)
-class LogitNormal:
+class LogitNormal(_FromNormal):
     """floor(T sigmoid(n)) with n normal of this mean and standard deviation, as in Stable Diffusion 3 (0, 1)."""
-
-    mean: float
-    std: float
-
-    def __post_init__(self) -> None:
-        _check_normal(self.mean, self.std)
 
     def cumulative(self, schedule: NoiseSchedule) -> torch.Tensor:
         return torch.special.ndtr((_edges(schedule).logit() - self.mean) / self.std)
@@ -165,10 +166,3 @@ class Times:
 def _edges(schedule: NoiseSchedule) -> torch.Tensor:
     """t / T for t = 0, ..., T."""
     return torch.arange(len(schedule) + 1, dtype=torch.float64) / len(schedule)
-
-
-def _check_normal(mean: float, std: float) -> None:
-    if not math.isfinite(mean) or not 0.0 < std < math.inf:
-        raise ValueError(
-            f"a distribution of times needs a finite mean and a std above 0, got mean {mean} and std {std}"
-        )
