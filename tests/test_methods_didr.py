@@ -15,7 +15,6 @@ from method_cases import (
     GaussianScore,
     batch_of,
     gradient_by_x0,
-    guide,
     level_of,
     quadratic_reward,
     train_gaussian,
@@ -43,7 +42,7 @@ def by_formula(
     level = level_of(x0.double(), batch, schedule, RANGE)
     x_t = level.x_t.detach().requires_grad_()
     level = level._replace(x_t=x_t)
-    guided = first = guide(reference, level, batch, scale)
+    guided = first = level.guided(reference, batch, scale)
     at = level
     for left in range(steps, 0, -1):
         sample = at.x0_of(prediction_type, guided)
@@ -53,7 +52,7 @@ def by_formula(
         t = at.t * (left - 1) // left
         a, s = (table.float().double()[t].view(-1, 1, 1, 1) for table in (schedule.alphas, schedule.sigmas))
         at = at._replace(x_t=a * sample + s * eps, t=t, a=a, s=s)
-        guided = guide(reference, at, batch, scale)
+        guided = at.guided(reference, batch, scale)
     (slope,) = torch.autograd.grad(quadratic_reward(sample, batch.conditioning).sum(), x_t)
     with torch.no_grad():
         a, s = level.a, level.s
