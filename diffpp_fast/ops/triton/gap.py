@@ -17,8 +17,8 @@ WARPS = 4
 #: number of each of them, and a single large sample still gives three or four programs to every multiprocessor.
 PROGRAMS = 512
 #: Programs of all samples, unless there are more samples: several times what runs at once, so that the last ones leave
-#: little of a GPU idle. What a program does before its first block and after its last is a quarter of the instructions of
-#: one block.
+#: little of a GPU idle. What a program does before its first block and after its last is a quarter of the instructions
+#: of one block.
 ALL_PROGRAMS = 4096
 
 _PROGRAMS = tl.constexpr(PROGRAMS)
