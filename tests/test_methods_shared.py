@@ -140,9 +140,14 @@ def test_the_same_addresses_give_the_same_step(name: str) -> None:
 def test_noise_that_is_kept_gives_the_same_bits(
     name: str, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[torch.Size] = []
+    drawn: list[Any] = []
     draw = Noise.normal
-    monkeypatch.setattr(Noise, "normal", lambda self, *shape: drawn.append(shape) or draw(self, *shape))
+
+    def count(self: Noise, *arguments: Any) -> torch.Tensor:
+        drawn.append(arguments)
+        return draw(self, *arguments)
+
+    monkeypatch.setattr(Noise, "normal", count)
 
     def losses() -> list[torch.Tensor]:
         def generator(z: torch.Tensor, conditioning: Any) -> torch.Tensor:

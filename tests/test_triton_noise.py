@@ -1,6 +1,7 @@
 """The formulas and tiles of noise in Triton, in the interpreter where there is no GPU."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ N = 1 << 16
 
 
 @triton.jit
-def pairs(p_words, p_normals, N: tl.constexpr):
+def pairs(p_words: Any, p_normals: Any, N: tl.constexpr) -> None:
     b = tl.arange(0, N)
     first, second = box_muller(tl.load(p_words + b).to(tl.uint32), tl.load(p_words + N + b).to(tl.uint32))
     tl.store(p_normals + b, first)
