@@ -60,7 +60,8 @@ class Order:
         can too where a Philox block stays within a row of pixels, and whole pixels fit in a block of elements.
         """
         if not drawn or not self.channels_last:
-            return 0, False
+            # Without 16-byte accesses a thread has no neighbours in memory: it gets Philox blocks all the same.
+            return 0, drawn and self.sample % 16 != 0
         channels, pixels = self.channels, self.sample // self.channels
         by_pixel = channels & (channels - 1) == 0 and channels <= MOST_PIXEL_CHANNELS and pixels % 4 == 0
         return (channels, False) if by_pixel else (0, True)
