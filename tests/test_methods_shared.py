@@ -10,6 +10,7 @@ import torch
 from method_cases import SCHEDULES, Convolution, batch_of, gradient_by_x0, quadratic_reward
 from torch import nn
 
+from diffpp_fast import Noise
 from diffpp_fast.methods import DIDR, DMD2, SIM, DecoupledDMD, DiffInstruct, DiffInstructPP, DiffInstructStar, SiD
 
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -133,6 +134,39 @@ def test_the_same_addresses_give_the_same_step(name: str) -> None:
     for loss in (method.generator_loss, method.fake_loss):
         assert torch.equal(loss(batch_of()).loss, loss(batch_of()).loss)
         assert not torch.equal(loss(batch_of()).loss, loss(batch_of(first=104)).loss)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", METHODS)
+def test_noise_that_is_kept_gives_the_same_bits(
+    name: str, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    draw = Noise.normal
+
+    def count(self: Noise, *arguments: Any) -> torch.Tensor:
+        drawn.append(arguments)
+        return draw(self, *arguments)
+
+    monkeypatch.setattr(Noise, "normal", count)
+
+    def losses() -> list[torch.Tensor]:
+        def generator(z: torch.Tensor, conditioning: Any) -> torch.Tensor:
+            return networks[0](z, conditioning).contiguous(memory_format=memory_format)
+
+        networks = [Convolution(seed) for seed in range(3)]
+        method = made(name, generator, *networks[1:])
+        outputs = method.fake_loss(batch_of()), method.generator_loss(batch_of())
+        for output in outputs:
+            output.loss.backward()
+        gradients = [network.weight.grad for network in networks[:2]]
+        return [*(output.loss for output in outputs), *gradients]
+
+    addressed, draws = losses(), len(drawn)
+    monkeypatch.setattr("diffpp_fast.methods.method.LEAST_KEPT_NOISE", 1)
+    kept = losses()
+    assert len(drawn) - draws > draws
+    assert all(torch.equal(one, other) for one, other in zip(addressed, kept, strict=True))
 
 
 @pytest.mark.parametrize("name", METHODS)

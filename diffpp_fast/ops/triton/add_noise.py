@@ -5,17 +5,19 @@ import triton.language as tl
 from torch import Tensor
 
 from diffpp_fast.ops.triton.device import on_its_device
-from diffpp_fast.ops.triton.layout import Order, in_memory, ordered_noise, place, sample_index
+from diffpp_fast.ops.triton.layout import Order, block_of_sample, in_order, ordered_noise, tile
 from diffpp_fast.ops.triton.random import normals
 from diffpp_fast.philox import is_drawn
 
-BLOCK = 1024
+#: With 128 threads, 16 elements each.
+BLOCK = 2048
 
 
 @on_its_device
 def forward(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor, seed: int, stream: int) -> Tensor:
     order = Order(x0)
     x_t = order.result(x0)
+    pixel, channels_last = order.walk(is_drawn(noise))
     if x0.numel():
         _forward[order.grid(BLOCK)](
             p_x0=order.of(x0),
@@ -30,7 +32,8 @@ def forward(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor, seed: int, 
             sample=order.sample,
             channels=order.channels,
             DRAWN=is_drawn(noise),
-            CHANNELS_LAST=order.channels_last,
+            PIXEL=pixel,
+            CHANNELS_LAST=channels_last,
             WIDE=order.wide,
             BLOCK=BLOCK,
         )
@@ -68,24 +71,25 @@ def _forward(
     sample,
     channels,
     DRAWN: tl.constexpr,
+    PIXEL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    b, block = place(sample, BLOCK)
+    b = tl.program_id(0)
+    start = b.to(tl.int64) * sample
     alpha = tl.load(p_alpha + b * alpha_stride).to(tl.float32)
     sigma = tl.load(p_sigma + b * sigma_stride).to(tl.float32)
-    first = sample_index(block, BLOCK, WIDE)
-    b_index = first + tl.arange(0, BLOCK)
-    m_inside = b_index < sample
-    b_at = b.to(tl.int64) * sample + in_memory(b_index, channels, sample // channels, CHANNELS_LAST)
-    b_x0 = tl.load(p_x0 + b_at, mask=m_inside).to(tl.float32)
+    b_at, m_inside, b_block, b_lane = tile(
+        block_of_sample(), sample, channels, p_x0, PIXEL, CHANNELS_LAST, False, WIDE, BLOCK
+    )
+    b_x0 = tl.load(p_x0 + start + b_at, mask=m_inside).to(tl.float32)
     if DRAWN:
-        b_eps = normals(noise_seed, noise_stream, tl.load(p_noise + b), first, BLOCK)
+        b_eps = normals(noise_seed, noise_stream, tl.load(p_noise + b), b_block, b_lane)
     else:
-        b_eps = tl.load(p_noise + b_at, mask=m_inside).to(tl.float32)
+        b_eps = tl.load(p_noise + start + b_at, mask=m_inside).to(tl.float32)
     b_x_t = tl.fma(b_eps, sigma, alpha * b_x0)
-    tl.store(p_x_t + b_at, b_x_t.to(p_x_t.dtype.element_ty), mask=m_inside)
+    tl.store(p_x_t + start + b_at, b_x_t.to(p_x_t.dtype.element_ty), mask=m_inside)
 
 
 @triton.jit
@@ -98,10 +102,9 @@ def _backward(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    b, block = place(sample, BLOCK)
+    b = tl.program_id(0)
+    start = b.to(tl.int64) * sample
     alpha = tl.load(p_alpha + b * alpha_stride).to(tl.float32)
-    b_index = sample_index(block, BLOCK, WIDE) + tl.arange(0, BLOCK)
-    m_inside = b_index < sample
-    b_at = b.to(tl.int64) * sample + b_index
-    b_grad = tl.load(p_grad_output + b_at, mask=m_inside).to(tl.float32)
-    tl.store(p_grad_x0 + b_at, (alpha * b_grad).to(p_grad_x0.dtype.element_ty), mask=m_inside)
+    b_at, m_inside = in_order(block_of_sample(), sample, p_grad_output, WIDE, BLOCK)
+    b_grad = tl.load(p_grad_output + start + b_at, mask=m_inside).to(tl.float32)
+    tl.store(p_grad_x0 + start + b_at, (alpha * b_grad).to(p_grad_x0.dtype.element_ty), mask=m_inside)

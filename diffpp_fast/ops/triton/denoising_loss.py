@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffpp_fast.ops.triton.device import on_its_device
 from diffpp_fast.ops.triton.gap import (
+    ALL_PROGRAMS,
     BLOCK,
     WARPS,
     Target,
@@ -15,13 +16,11 @@ from diffpp_fast.ops.triton.gap import (
     per_sample,
     regression_target,
     stride,
-    tile,
 )
-from diffpp_fast.ops.triton.layout import Order
+from diffpp_fast.ops.triton.layout import PER_THREAD, Order, block_of_sample, fold, in_order, tile
 
-#: Programs of the first launch, unless the batch is larger: several times what runs at once, so that the last ones
-#: leave little of a GPU idle, and no more than one program of the second launch adds up at once.
-PROGRAMS = 4096
+#: Programs of the first launch, unless the batch is larger, and no more than one program of the second adds up at once.
+PROGRAMS = ALL_PROGRAMS
 
 _PROGRAMS = tl.constexpr(PROGRAMS)
 
@@ -47,7 +46,7 @@ def forward(
     count = order.batch * programs
     partials = prediction.new_empty(count, dtype=torch.float32)
     loss = prediction.new_empty((), dtype=torch.float32)
-    _forward[(count,)](
+    _forward[order.batch, programs](
         p_partials=partials,
         p_residual=residual,
         p_prediction=order.of(prediction),
@@ -68,6 +67,7 @@ def forward(
         DRAWN=target.drawn,
         PIXEL=target.pixel,
         CHANNELS_LAST=target.channels_last,
+        EVEN=order.sample % BLOCK == 0,
         WIDE=order.wide,
         BLOCK=BLOCK,
         num_warps=WARPS,
@@ -117,16 +117,19 @@ def _forward(
     DRAWN: tl.constexpr,
     PIXEL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    EVEN: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    b = tl.program_id(0) // programs
-    program = tl.program_id(0) % programs
+    b = tl.program_id(0)
+    program = tl.program_id(1)
     start = b.to(tl.int64) * sample
     alpha, sigma, number = coefficients(p_alpha, alpha_stride, p_sigma, sigma_stride, p_noise, b, PREDICTION, DRAWN)
-    b_sum = tl.zeros([BLOCK], tl.float32)
-    for step in range(tl.cdiv(tl.cdiv(sample, BLOCK) - program, programs)):
-        first, b_at, m_inside = tile(program + step * programs, sample, channels, CHANNELS_LAST, WIDE, BLOCK)
+    b_sum = tl.zeros([BLOCK // PER_THREAD], tl.float32)
+    for block in range(program, tl.cdiv(sample, BLOCK), programs):
+        b_at, m_inside, b_block, b_lane = tile(
+            block, sample, channels, p_prediction, PIXEL, CHANNELS_LAST, EVEN, WIDE, BLOCK
+        )
         b_target = regression_target(
             p_x0=p_x0,
             p_noise=p_noise,
@@ -135,23 +138,21 @@ def _forward(
             number=number,
             seed=noise_seed,
             stream=noise_stream,
-            sample=sample,
             start=start,
-            first=first,
             b_at=b_at,
             m_inside=m_inside,
+            b_block=b_block,
+            b_lane=b_lane,
             PREDICTION=PREDICTION,
             DRAWN=DRAWN,
-            PIXEL=PIXEL,
-            BLOCK=BLOCK,
         )
         b_residual = load(p_prediction + start, b_at, m_inside) - b_target
         if p_residual is not None:
             tl.store(p_residual + start + b_at, b_residual.to(p_residual.dtype.element_ty), mask=m_inside)
         b_residual = tl.where(m_inside, b_residual, 0.0)
-        b_sum += b_residual * b_residual
+        b_sum += fold(b_residual * b_residual)
     weight = per_sample(p_weight, weight_stride, b, 1.0)
-    tl.store(p_partials + tl.program_id(0), weight * tl.sum(b_sum))
+    tl.store(p_partials + b * programs + program, weight * tl.sum(b_sum))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -180,10 +181,9 @@ def _backward(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(sample, BLOCK)
-    b = tl.program_id(0) // blocks
+    b = tl.program_id(0)
     start = b.to(tl.int64) * sample
     scale = tl.load(p_grad_output).to(tl.float32) * mean * per_sample(p_weight, weight_stride, b, 1.0)
-    _, b_at, m_inside = tile(tl.program_id(0) % blocks, sample, 1, False, WIDE, BLOCK)
+    b_at, m_inside = in_order(block_of_sample(), sample, p_residual, WIDE, BLOCK)
     b_gradient = scale * load(p_residual + start, b_at, m_inside)
     tl.store(p_gradient + start + b_at, b_gradient.to(p_gradient.dtype.element_ty), mask=m_inside)

@@ -5,19 +5,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffpp_fast.ops.triton.layout import Order, in_memory, ordered_noise, sample_index
-from diffpp_fast.ops.triton.random import normals, normals_of_pixels
+from diffpp_fast.ops.triton.layout import PER_THREAD, Order, fold, ordered_noise, tile
+from diffpp_fast.ops.triton.random import normals
 from diffpp_fast.philox import is_drawn
 from diffpp_fast.prediction import MEAN_ABS_FLOOR, PREDICTION_TYPES
 
-#: With 256 threads, 8 elements each: a 16-byte access per tensor in bfloat16 and two in float32.
+#: With 128 threads, 16 elements each: two 16-byte accesses per tensor in bfloat16 and four in float32.
 BLOCK = 2048
-WARPS = 8
+WARPS = 4
 #: Programs that share a sample, at most; beyond it each takes several blocks. A program of a second launch reads one
 #: number of each of them, and a single large sample still gives three or four programs to every multiprocessor.
 PROGRAMS = 512
-#: With more, a block would hold fewer than a Philox block of each channel's elements.
-MOST_PIXEL_CHANNELS = BLOCK // 4
+#: Programs of all samples, unless there are more samples: several times what runs at once, so that the last ones leave
+#: little of a GPU idle. What a program does before its first block and after its last is a quarter of the instructions
+#: of one block.
+ALL_PROGRAMS = 4096
 
 _PROGRAMS = tl.constexpr(PROGRAMS)
 _FLOOR = tl.constexpr(MEAN_ABS_FLOOR)
@@ -45,13 +47,7 @@ class Target:
         self.x0 = None if x0 is None or self.prediction == "epsilon" else order.of(x0)
         self.alpha, self.alpha_stride = alpha, stride(alpha)
         self.sigma, self.sigma_stride = sigma, stride(sigma)
-        # Only drawn noise depends on the logical index of an element: all else goes through memory in its order. Noise
-        # can too where a Philox block stays within a row of pixels, and whole pixels fit in a block of elements.
-        channels, pixels = order.channels, order.sample // order.channels
-        by_pixel = channels & (channels - 1) == 0 and channels <= MOST_PIXEL_CHANNELS and pixels % 4 == 0
-        moved = order.channels_last and self.drawn
-        self.pixel = channels if moved and by_pixel else 0
-        self.channels_last = moved and not by_pixel
+        self.pixel, self.channels_last = order.walk(self.drawn)
 
 
 class Gap:
@@ -59,7 +55,7 @@ class Gap:
 
     def __init__(self, fake: Tensor, cond: Tensor, uncond: Tensor | None, guidance_scale: float) -> None:
         self.order = order = Order(fake)
-        self.programs = min(triton.cdiv(order.sample, BLOCK), PROGRAMS)
+        self.programs = min(triton.cdiv(order.sample, BLOCK), PROGRAMS, ALL_PROGRAMS // max(order.batch, 1) + 1)
         self.fake = order.of(fake)
         self.cond = order.of(cond)
         self.uncond = None if uncond is None else order.of(uncond)
@@ -68,21 +64,24 @@ class Gap:
     def sums(
         self,
         target: Target,
-        curvature: float,
+        curvature: float | None,
         gradient: Tensor | None = None,
         scale: float = 1.0,
         scales: Tensor | None = None,
     ) -> Tensor:
-        """float32 [3, B, programs]: parts of sum d^2, sum |r|, sum d (r - curvature d). Writes `gradient` = scale d."""
+        """float32 [3, B, programs]: parts of sum d^2, sum |r|, sum d (r - curvature d). Writes `gradient` = scale d.
+
+        A `curvature` of 0 is None.
+        """
         order = self.order
         partials = self.fake.new_empty(3, order.batch, self.programs, dtype=torch.float32)
-        _sums[(order.batch * self.programs,)](
+        _sums[order.batch, self.programs](
             p_partials=partials,
             p_gradient=gradient,
             p_scale=scales,
             scale_stride=stride(scales),
             scale=float(scale),
-            curvature=float(curvature),
+            curvature=curvature,
             batch=order.batch,
             programs=self.programs,
             p_fake=self.fake,
@@ -103,6 +102,7 @@ class Gap:
             DRAWN=target.drawn,
             PIXEL=target.pixel,
             CHANNELS_LAST=target.channels_last,
+            EVEN=order.sample % BLOCK == 0,
             WIDE=order.wide,
             BLOCK=BLOCK,
             num_warps=WARPS,
@@ -123,14 +123,6 @@ def stride(values: Tensor | None) -> int:
 def per_sample(p_values, stride, b, otherwise):
     """A number of sample b as float32, `otherwise` where there are none."""
     return otherwise if p_values is None else tl.load(p_values + b * stride).to(tl.float32)
-
-
-@triton.jit
-def tile(block, sample, channels, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """The first element of a block, where its elements are in the sample's memory, and which are inside it."""
-    first = sample_index(block, BLOCK, WIDE)
-    b_index = first + tl.arange(0, BLOCK)
-    return first, in_memory(b_index, channels, sample // channels, CHANNELS_LAST), b_index < sample
 
 
 @triton.jit
@@ -163,21 +155,17 @@ def regression_target(
     number,
     seed,
     stream,
-    sample,
     start,
-    first,
     b_at,
     m_inside,
+    b_block,
+    b_lane,
     PREDICTION: tl.constexpr,
     DRAWN: tl.constexpr,
-    PIXEL: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    """o* of a block [BLOCK] of the sample that starts at `start`."""
-    if PIXEL:
-        b_target = normals_of_pixels(seed, stream, number, first, sample // PIXEL, PIXEL, BLOCK)
-    elif DRAWN:
-        b_target = normals(seed, stream, number, first, BLOCK)
+    """o* of a tile of the sample that starts at `start`."""
+    if DRAWN:
+        b_target = normals(seed, stream, number, b_block, b_lane)
     elif PREDICTION != "sample":
         b_target = load(p_noise + start, b_at, m_inside)
     if PREDICTION == "v_prediction":
@@ -220,7 +208,7 @@ def _sums(
     p_scale,  # [B], or None for `scale`
     scale_stride,
     scale,
-    curvature,
+    curvature,  # or None for 0
     batch,
     programs,
     p_fake,  # [B, sample]
@@ -241,23 +229,24 @@ def _sums(
     DRAWN: tl.constexpr,
     PIXEL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    EVEN: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    b = tl.program_id(0) // programs
-    program = tl.program_id(0) % programs
+    b = tl.program_id(0)
+    program = tl.program_id(1)
     start = b.to(tl.int64) * sample
     factor = per_sample(p_scale, scale_stride, b, scale)
     alpha, sigma, number = coefficients(p_alpha, alpha_stride, p_sigma, sigma_stride, p_noise, b, PREDICTION, DRAWN)
-    b_gap_sq = tl.zeros([BLOCK], tl.float32)
-    b_residual_abs = tl.zeros([BLOCK], tl.float32)
-    b_product = tl.zeros([BLOCK], tl.float32)
-    for step in range(tl.cdiv(tl.cdiv(sample, BLOCK) - program, programs)):
-        first, b_at, m_inside = tile(program + step * programs, sample, channels, CHANNELS_LAST, WIDE, BLOCK)
+    b_gap_sq = tl.zeros([BLOCK // PER_THREAD], tl.float32)
+    b_residual_abs = tl.zeros([BLOCK // PER_THREAD], tl.float32)
+    b_product = tl.zeros([BLOCK // PER_THREAD], tl.float32)
+    for block in range(program, tl.cdiv(sample, BLOCK), programs):
+        b_at, m_inside, b_block, b_lane = tile(block, sample, channels, p_fake, PIXEL, CHANNELS_LAST, EVEN, WIDE, BLOCK)
         b_guided = guide(p_cond, p_uncond, w, start, b_at, m_inside)
         b_gap = b_guided - load(p_fake + start, b_at, m_inside)
         b_gap = tl.where(m_inside, b_gap, 0.0)
-        b_gap_sq += b_gap * b_gap
+        b_gap_sq += fold(b_gap * b_gap)
         if PREDICTION is not None:
             b_target = regression_target(
                 p_x0=p_x0,
@@ -267,25 +256,27 @@ def _sums(
                 number=number,
                 seed=noise_seed,
                 stream=noise_stream,
-                sample=sample,
                 start=start,
-                first=first,
                 b_at=b_at,
                 m_inside=m_inside,
+                b_block=b_block,
+                b_lane=b_lane,
                 PREDICTION=PREDICTION,
                 DRAWN=DRAWN,
-                PIXEL=PIXEL,
-                BLOCK=BLOCK,
             )
             b_residual = tl.where(m_inside, b_guided - b_target, 0.0)
-            b_residual_abs += tl.abs(b_residual)
-            b_product += b_gap * tl.fma(b_gap, -curvature, b_residual)
+            b_residual_abs += fold(tl.abs(b_residual))
+            if curvature is not None:
+                b_residual = tl.fma(b_gap, -curvature, b_residual)
+            b_product += fold(b_gap * b_residual)
         # After all loads: they could not pass a store that may write what they read.
         if p_gradient is not None:
             tl.store(p_gradient + start + b_at, (factor * b_gap).to(p_gradient.dtype.element_ty), mask=m_inside)
     row = tl.cast(batch, tl.int64) * programs
-    p_partial = p_partials + tl.program_id(0)
-    tl.store(p_partial, tl.sum(b_gap_sq))
-    if PREDICTION is not None:
-        tl.store(p_partial + row, tl.sum(b_residual_abs))
-        tl.store(p_partial + 2 * row, tl.sum(b_product))
+    p_partial = p_partials + b * programs + program
+    if PREDICTION is None:
+        tl.store(p_partial, tl.sum(b_gap_sq))
+    else:
+        b_sums = tl.sum(tl.join(tl.join(b_gap_sq, b_residual_abs), tl.join(b_product, b_product)), axis=0)
+        b_row = tl.arange(0, 2)[:, None] + 2 * tl.arange(0, 2)[None, :]
+        tl.store(p_partial + b_row * row, b_sums, mask=b_row < 3)

@@ -21,8 +21,8 @@ from diffpp_fast.ops.triton.gap import (
     load,
     per_sample,
     regression_target,
-    tile,
 )
+from diffpp_fast.ops.triton.layout import block_of_sample, tile
 
 _GIVEN = len(Given._fields)
 
@@ -70,7 +70,7 @@ def _losses(given: Given, curvature: float, huber_c: float | None) -> tuple[Tens
             p_loss=loss,
             p_factor=factor,
             p_shrink=shrink,
-            p_partials=gap.sums(target, curvature),
+            p_partials=gap.sums(target, float(curvature)),
             batch=gap.order.batch,
             programs=gap.programs,
             elements=float(gap.order.sample),
@@ -212,13 +212,14 @@ def _gradients(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(sample, BLOCK)
-    b = tl.program_id(0) // blocks
+    b = tl.program_id(0)
     start = b.to(tl.int64) * sample
     alpha, sigma, number = coefficients(p_alpha, alpha_stride, p_sigma, sigma_stride, p_noise, b, PREDICTION, DRAWN)
     outer = tl.load(p_grad_output + b * grad_output_stride).to(tl.float32) * tl.load(p_factor + b)
     bend = curvature + per_sample(p_shrink, 1, b, 0.0)
-    first, b_at, m_inside = tile(tl.program_id(0) % blocks, sample, channels, CHANNELS_LAST, WIDE, BLOCK)
+    b_at, m_inside, b_block, b_lane = tile(
+        block_of_sample(), sample, channels, p_fake, PIXEL, CHANNELS_LAST, False, WIDE, BLOCK
+    )
     b_guided = guide(p_cond, p_uncond, w, start, b_at, m_inside)
     b_gap = b_guided - load(p_fake + start, b_at, m_inside)
     b_through_residual = outer * b_gap
@@ -231,15 +232,13 @@ def _gradients(
             number=number,
             seed=noise_seed,
             stream=noise_stream,
-            sample=sample,
             start=start,
-            first=first,
             b_at=b_at,
             m_inside=m_inside,
+            b_block=b_block,
+            b_lane=b_lane,
             PREDICTION=PREDICTION,
             DRAWN=DRAWN,
-            PIXEL=PIXEL,
-            BLOCK=BLOCK,
         )
         b_through_gap = outer * tl.fma(b_gap, -bend, b_guided - b_target)
         if p_grad_fake is not None:

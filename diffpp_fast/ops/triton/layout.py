@@ -9,6 +9,18 @@ from diffpp_fast.philox import is_drawn
 
 #: Beyond this many elements in a sample, indices within it need 64 bits.
 INT32_ELEMENTS = 2**31 - 2**16
+#: Programs along the second axis of a grid, at most; the first has room for 2^31.
+MOST_PROGRAMS = 65535
+#: With more, a block would hold fewer than a Philox block of each channel's elements.
+MOST_PIXEL_CHANNELS = 512
+
+#: Elements of a tile that a thread has: four Philox blocks, whose keys and addresses are computed once.
+PER_THREAD = tl.constexpr(16)
+
+#: Which dimension of a tile Triton spreads over threads, of two that are not contiguous: the later one, before 3.7 the
+#: earlier one.
+_ROWS_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7))
+_MOST_PROGRAMS = tl.constexpr(MOST_PROGRAMS)
 
 
 class Order:
@@ -36,9 +48,23 @@ class Order:
         """Whether an index within a sample needs 64 bits."""
         return self.sample >= INT32_ELEMENTS
 
-    def grid(self, block: int) -> tuple[int]:
-        """Programs for the blocks of a sample, times the batch: on one axis, for the others end at 65535."""
-        return (triton.cdiv(self.sample, block) * self.batch,)
+    def grid(self, block: int) -> tuple[int, int, int]:
+        """Programs for the samples, and for the blocks of each: `block_of_sample` says which one a program has."""
+        blocks = triton.cdiv(self.sample, block)
+        return self.batch, min(blocks, MOST_PROGRAMS), triton.cdiv(blocks, MOST_PROGRAMS)
+
+    def walk(self, drawn: bool) -> tuple[int, bool]:
+        """PIXEL and CHANNELS_LAST of a `tile`.
+
+        Only drawn noise depends on the logical index of an element: all else goes through memory in its order. Noise
+        can too where a Philox block stays within a row of pixels, and whole pixels fit in a block of elements.
+        """
+        if not drawn or not self.channels_last:
+            # Without 16-byte accesses a thread has no neighbours in memory: it gets Philox blocks all the same.
+            return 0, drawn and self.sample % 16 != 0
+        channels, pixels = self.channels, self.sample // self.channels
+        by_pixel = channels & (channels - 1) == 0 and channels <= MOST_PIXEL_CHANNELS and pixels % 4 == 0
+        return (channels, False) if by_pixel else (0, True)
 
     def of(self, tensor: Tensor) -> Tensor:
         """The tensor itself, or a copy in this order."""
@@ -69,22 +95,86 @@ def as_float(number):
 
 
 @triton.jit
-def place(sample, BLOCK: tl.constexpr):
-    """The sample of this program of `Order.grid`, and its block there."""
-    blocks = tl.cdiv(sample, BLOCK)
-    return tl.program_id(0) // blocks, tl.program_id(0) % blocks
+def block_of_sample():
+    """The block of a sample that this program of `Order.grid` has; the sample is `tl.program_id(0)`."""
+    return tl.program_id(1) + tl.program_id(2) * _MOST_PROGRAMS
 
 
 @triton.jit
-def sample_index(block, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """The first element of a block within its sample, in as many bits as it needs."""
+def tile(
+    block,
+    sample,
+    channels,
+    p_like,
+    PIXEL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Where the elements of a block are in the sample's memory, which are inside it, and what each is drawn from.
+
+    All are [rows, threads, vector] (`_ROWS_FIRST`): a thread has 16 elements, in rows of neighbours in memory. The last
+    are two, the Philox block and the lane there; a thread holds whole Philox blocks, in any order of memory.
+
+    Args:
+        p_like: a tensor in memory, for the width of accesses.
+        PIXEL: the channels of a channels_last sample, a power of two, whose pixels a multiple of 4 is; else 0.
+        CHANNELS_LAST: whether it is another such sample, of which noise is drawn. BLOCK counts logical elements then.
+        EVEN: whether all blocks are whole. The compiler drops the masks then.
+    """
     # Not an early return: what follows it is compiled too, and one function has one type.
-    return (block.to(tl.int64) if WIDE else block) * BLOCK
+    first = (tl.cast(block, tl.int64) if WIDE else block) * BLOCK
+    # 16 bytes, as wide as an access may be; but where a pixel has more channels, 4 of each of 4 pixels.
+    WIDEST: tl.constexpr = 8 if p_like.dtype.element_ty.primitive_bitwidth == 16 else 4
+    VECTOR: tl.constexpr = 1 if CHANNELS_LAST else 4 if PIXEL > 4 else WIDEST
+    THREADS: tl.constexpr = BLOCK // PER_THREAD
+    if _ROWS_FIRST:
+        b_row = tl.arange(0, PER_THREAD // VECTOR)[:, None, None]
+        b_thread = tl.arange(0, THREADS)[None, :, None]
+    else:
+        b_row = tl.arange(0, PER_THREAD // VECTOR)[None, :, None]
+        b_thread = tl.arange(0, THREADS)[:, None, None]
+    b_element = tl.arange(0, VECTOR)[None, None, :]
+    # Lanes come from rows and elements alone, of which a thread's are known when it is compiled.
+    if PIXEL:
+        if PIXEL > 4:
+            GROUPS: tl.constexpr = PIXEL // 4
+            b_four = b_thread // GROUPS
+            b_lane = b_row
+            b_channel = b_thread % GROUPS * 4 + b_element
+            b_at = first + (b_four * (4 * PIXEL) + b_thread % GROUPS * 4 + b_row * PIXEL + b_element)
+        else:
+            b_own = b_row * VECTOR + b_element
+            b_four = b_thread * (PER_THREAD // 4 // PIXEL) + b_own // (4 * PIXEL)
+            b_lane = b_own // PIXEL % 4
+            b_channel = b_own % PIXEL
+            b_at = first + (b_thread * PER_THREAD + b_own)
+        b_block = b_channel * (sample // (4 * PIXEL)) + (first // (4 * PIXEL) + b_four)
+        b_within = b_at
+    elif CHANNELS_LAST:
+        b_lane = b_row % 4 + b_element
+        b_block = first // 4 + (b_row // 4 * THREADS + b_thread)
+        b_within = 4 * b_block + b_lane
+        pixels = sample // channels
+        b_at = b_within % pixels * channels + b_within // pixels
+    else:
+        b_lane = b_element % 4
+        b_block = first // 4 + ((b_row * THREADS + b_thread) * (VECTOR // 4) + b_element // 4)
+        b_at = first + ((b_row * THREADS + b_thread) * VECTOR + b_element)
+        b_within = b_at
+    m_inside = tl.full(b_within.shape, True, tl.int1) if EVEN else b_within < sample
+    return b_at, m_inside, b_block, b_lane
 
 
 @triton.jit
-def in_memory(b_index, channels, pixels, CHANNELS_LAST: tl.constexpr):
-    """Where elements of logical index `b_index` are in memory, counted from the start of their sample."""
-    if CHANNELS_LAST:
-        return b_index % pixels * channels + b_index // pixels
-    return b_index
+def in_order(block, sample, p_like, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the elements of a block are in the sample's memory, and which are inside it."""
+    b_at, m_inside, _, _ = tile(block, sample, 1, p_like, 0, False, False, WIDE, BLOCK)
+    return b_at, m_inside
+
+
+@triton.jit
+def fold(b_values):
+    """The sum [threads] of the values of each thread of a `tile`."""
+    return tl.sum(tl.sum(b_values, axis=2), axis=0 if _ROWS_FIRST else 1)

@@ -6,10 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from diffpp_fast.ops.triton.device import on_its_device
-from diffpp_fast.ops.triton.layout import INT32_ELEMENTS, place, sample_index
+from diffpp_fast.ops.triton.layout import INT32_ELEMENTS, MOST_PROGRAMS, block_of_sample, tile
 from diffpp_fast.ops.triton.random import normals, words
 
-BLOCK = 1024
+#: With 128 threads, 16 elements each.
+BLOCK = 2048
 #: Samples of a program that draws one number for each.
 BLOCK_SAMPLES = 128
 
@@ -19,7 +20,8 @@ def normal(samples: Tensor, seed: int, stream: int, count: int, dtype: torch.dty
     batch = samples.shape[0]
     drawn = samples.new_empty((batch, count), dtype=dtype)
     if drawn.numel():
-        _normal[(triton.cdiv(count, BLOCK) * batch,)](
+        blocks = triton.cdiv(count, BLOCK)
+        _normal[batch, min(blocks, MOST_PROGRAMS), triton.cdiv(blocks, MOST_PROGRAMS)](
             p_to=drawn,
             p_samples=samples.contiguous(),
             noise_seed=seed,
@@ -67,11 +69,10 @@ def integers(samples: Tensor, seed: int, stream: int, low: int, span: int) -> Te
 
 @triton.jit(do_not_specialize=["noise_seed", "noise_stream"])
 def _normal(p_to, p_samples, noise_seed, noise_stream, count, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    b, block = place(count, BLOCK)
-    first = sample_index(block, BLOCK, WIDE)
-    b_index = first + tl.arange(0, BLOCK)
-    b_drawn = normals(noise_seed, noise_stream, tl.load(p_samples + b), first, BLOCK)
-    tl.store(p_to + b.to(tl.int64) * count + b_index, b_drawn.to(p_to.dtype.element_ty), mask=b_index < count)
+    b = tl.program_id(0)
+    b_at, m_inside, b_block, b_lane = tile(block_of_sample(), count, 1, p_to, 0, False, False, WIDE, BLOCK)
+    b_drawn = normals(noise_seed, noise_stream, tl.load(p_samples + b), b_block, b_lane)
+    tl.store(p_to + b.to(tl.int64) * count + b_at, b_drawn.to(p_to.dtype.element_ty), mask=m_inside)
 
 
 @triton.jit

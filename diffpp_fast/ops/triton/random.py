@@ -1,92 +1,114 @@
-"""Addressed noise inside Triton kernels: the words and the formula of csrc/common/cpu_noise.h."""
+"""Addressed noise inside Triton kernels: the words and the formula of csrc/common/cpu_noise.h, in few instructions.
+
+A kernel that draws is limited by its instructions: they are counted here, and the error that they leave is in
+tests/test_triton_noise.py.
+"""
 
 import triton
 import triton.language as tl
 
+from diffpp_fast.availability import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+#: Both halves of a product of 32-bit words by one multiplication. The compiler makes two of `umulhi` and `*`, and of a
+#: 64-bit product, too, where it vectorises.
+_TIMES_A = tl.constexpr("{ .reg .b64 p; mul.wide.u32 p, $2, 0xD2511F53; mov.b64 {$1, $0}, p; }")
+_TIMES_B = tl.constexpr("{ .reg .b64 p; mul.wide.u32 p, $2, 0xCD9E8D57; mov.b64 {$1, $0}, p; }")
+
 
 @triton.jit
-def log_normal(x):
-    """ln x for positive normal float32 x, within 1 ulp (Triton's own tl.log is an approximation)."""
+def minus_two_log(x):
+    """-2 ln x for float32 x in [2^-33, 1], within 2 ulp, and 0 at 1.
+
+    x = m 2^e with m in [0.6, 1.2): the minimax polynomial is best there, whose error counts as a part of -2 ln x.
+    """
     pattern = x.to(tl.int32, bitcast=True)
-    exponent = (pattern - 0x3F3504F3) >> 23
-    f = (pattern - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
-    e = exponent.to(tl.float32)
-    p = tl.fma(f, 7.0376836292e-2, -1.1514610310e-1)
-    p = tl.fma(p, f, 1.1676998740e-1)
-    p = tl.fma(p, f, -1.2420140846e-1)
-    p = tl.fma(p, f, 1.4249322787e-1)
-    p = tl.fma(p, f, -1.6668057665e-1)
-    p = tl.fma(p, f, 2.0000714765e-1)
-    p = tl.fma(p, f, -2.4999993993e-1)
-    p = tl.fma(p, f, 3.3333331174e-1)
-    square = f * f
-    y = tl.fma(e, -2.12194440e-4, p * f * square)
-    y = tl.fma(square, -0.5, y)
-    return tl.fma(e, 0.693359375, f + y)
+    # e 2^23, for the factor of e takes any scale.
+    exponent = (pattern - 0x3F19999A) & -0x800000
+    g = tl.fma((pattern - exponent).to(tl.float32, bitcast=True), -2.0, 2.0)
+    p = tl.fma(g, 0.0014193850802257657, 0.0002316185855306685)
+    p = tl.fma(p, g, 0.00216435338370502)
+    p = tl.fma(p, g, 0.005412716418504715)
+    p = tl.fma(p, g, 0.0124715780839324)
+    p = tl.fma(p, g, 0.031236380338668823)
+    p = tl.fma(p, g, 0.0833357572555542)
+    p = tl.fma(p, g, 0.2500000596046448)
+    # -2 ln m = g + g (p g): near 1 the error is that of the last sum alone.
+    return tl.fma(exponent.to(tl.float32), -1.6525916635146132e-07, tl.fma(g, p * g, g))
 
 
 @triton.jit
-def cos_sin_turns(u):
-    """cos(2 pi u) and sin(2 pi u) for float32 u in [0, 1], reduced exactly to an eighth of a turn."""
-    quarters = u * 4.0
-    quadrant = (quarters + 0.5).to(tl.int32)
-    f = (quarters - quadrant.to(tl.float32)) * 1.5707963267948966
-    square = f * f
-    s = tl.fma(square, -1.9515295891e-4, 8.3321608736e-3)
-    s = tl.fma(s, square, -1.6666654611e-1)
-    s = tl.fma(s * square, f, f)
-    c = tl.fma(square, 2.443315711809948e-5, -1.388731625493765e-3)
-    c = tl.fma(c, square, 4.166664568298827e-2)
-    c = tl.fma(c, square * square, tl.fma(square, -0.5, 1.0))
-    odd = (quadrant & 1) != 0
-    along, across = tl.where(odd, s, c), tl.where(odd, c, s)
-    cosine = tl.where(((quadrant + 1) & 2) != 0, -along, along)
-    sine = tl.where((quadrant & 2) != 0, -across, across)
-    return cosine, sine
+def cos_sin_turns(x):
+    """cos(2 pi u) and sin(2 pi u) up to one sign for both, and that sign as the top bit of a word.
+
+    x is float32, u = x 2^-32 in [0, 1]. It is reduced exactly to q quarter turns around a half turn, q in [-1, 1]; odd
+    half turns change both signs.
+    """
+    # At this size float32 holds even integers alone: the sum is rounded to the nearest, and its last bit counts halves.
+    shifted = tl.fma(x, 9.313225746154785e-10, 25165824.0)
+    q = tl.fma(x, 9.313225746154785e-10, 25165824.0 - shifted)
+    square = q * q
+    s = tl.fma(square, 0.0001501699589425698, -0.004671237897127867)
+    s = tl.fma(s, square, 0.0796881765127182)
+    s = tl.fma(s, square, -0.6459634304046631)
+    s = tl.fma(s, square, 0.5707963109016418)
+    # 1 - q^2 has the zeros of the cosine, which keeps its error a part of it.
+    c = tl.fma(square, 2.3599621272296645e-05, -0.000893543241545558)
+    c = tl.fma(c, square, 0.01996862143278122)
+    c = tl.fma(c, square, -0.23370051383972168)
+    zeros = tl.fma(-q, q, 1.0)
+    return tl.fma(zeros, c * square, zeros), tl.fma(q, s, q), shifted.to(tl.uint32, bitcast=True) << 31
 
 
 @triton.jit
 def box_muller(word_a, word_b):
     """Two standard normals from two 32-bit words."""
-    u1 = word_a.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-    u2 = word_b.to(tl.float32) * 2.3283064365386963e-10
-    radius = tl.sqrt_rn(-2.0 * log_normal(u1))
-    cosine, sine = cos_sin_turns(u2)
+    u1 = tl.fma(word_a.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
+    # The approximate root is within 2^-23 of it.
+    radius = tl.sqrt(minus_two_log(u1))
+    cosine, sine, sign = cos_sin_turns(word_b.to(tl.float32))
+    radius = (radius.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
     return radius * cosine, radius * sine
 
 
 @triton.jit
+def _multiply(a, FACTOR: tl.constexpr, BY_FACTOR: tl.constexpr):
+    """Upper and lower 32 bits of the product of 32-bit words with a constant."""
+    if _INTERPRETED:
+        product = a.to(tl.uint64) * FACTOR
+        high, low = (product >> 32).to(tl.uint32), product.to(tl.uint32)
+    else:
+        high, low = tl.inline_asm_elementwise(
+            BY_FACTOR, "=r,=r,r", [a], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1
+        )
+    return high, low
+
+
+@triton.jit
 def words(seed, stream, sample, b_block):
-    """The four words of each Philox4x32-10 block of a sample. b_block: int32 or int64 [N], element index // 4."""
-    low = (sample & 0xFFFFFFFF).to(tl.uint32)
-    high = ((sample >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    index = b_block.to(tl.uint32)
-    zero = index ^ index
-    return tl.philox(seed, index, zero + tl.cast(stream, tl.uint32), zero + low, zero + high)
+    """The four words of each Philox4x32-10 block of a sample. b_block: int32 or int64, element index // 4."""
+    seed = tl.cast(seed, tl.uint64)
+    sample = tl.cast(sample, tl.uint64)
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c0, c1 = b_block.to(tl.uint32), tl.cast(stream, tl.uint32)
+    c2, c3 = sample.to(tl.uint32), (sample >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        high_a, low_a = _multiply(c0, 0xD2511F53, _TIMES_A)
+        high_b, low_b = _multiply(c2, 0xCD9E8D57, _TIMES_B)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
 
 
 @triton.jit
-def _normals(seed, stream, sample, b_block):
-    """The normals of Philox blocks [..., N] of a sample: float32 [..., 4 N]."""
-    r0, r1, r2, r3 = words(seed, stream, sample, b_block)
-    n0, n1 = box_muller(r0, r1)
-    n2, n3 = box_muller(r2, r3)
-    # Element 4 j + l is lane l of block j.
-    return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+def normals(seed, stream, sample, b_block, b_lane):
+    """The normals of elements of a sample, each by its Philox block and its lane of the four there.
 
-
-@triton.jit
-def normals(seed, stream, sample, first, BLOCK: tl.constexpr):
-    """The normals of the elements [first, first + BLOCK) of a sample: float32 [BLOCK], both multiples of 4."""
-    return _normals(seed, stream, sample, first // 4 + tl.arange(0, BLOCK // 4))
-
-
-@triton.jit
-def normals_of_pixels(seed, stream, sample, first, pixels, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """The normals of the elements [first, first + BLOCK) of a channels_last sample in memory: float32 [BLOCK].
-
-    They are whole pixels. CHANNELS is a power of two; `first` and BLOCK are multiples of 4 CHANNELS, `pixels` of 4.
+    Written for each element by itself. Where a thread holds the elements of a block, as in a `tile`, the compiler finds
+    what they have in common, and knows the lanes: it computes words once and nothing that is not chosen.
     """
-    b_channel = tl.arange(0, CHANNELS)[:, None] * (pixels // 4)
-    b_pixel = (first // CHANNELS // 4 + tl.arange(0, BLOCK // CHANNELS // 4))[None, :]
-    return tl.reshape(tl.trans(_normals(seed, stream, sample, b_channel + b_pixel)), [BLOCK])
+    r0, r1, r2, r3 = words(seed, stream, sample, b_block)
+    second = (b_lane & 2) != 0
+    cosine, sine = box_muller(tl.where(second, r2, r0), tl.where(second, r3, r1))
+    return tl.where((b_lane & 1) != 0, sine, cosine)

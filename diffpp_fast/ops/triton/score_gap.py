@@ -16,8 +16,8 @@ from diffpp_fast.ops.triton.gap import (
     load,
     per_sample,
     stride,
-    tile,
 )
+from diffpp_fast.ops.triton.layout import in_order
 
 
 @on_its_device
@@ -46,8 +46,8 @@ def forward(
     residual_abs = None if noise is None else gap.statistic()
     gap_dot_residual = None if noise is None else gap.statistic()
     if fake.numel():
-        partials = gap.sums(target, 0.0, None if mean_abs else gradient, scale, scales)
-        _finish[(order.batch * (programs if mean_abs else 1),)](
+        partials = gap.sums(target, None, None if mean_abs else gradient, scale, scales)
+        _finish[order.batch, programs if mean_abs else 1](
             p_gap_sq=gap_sq,
             p_residual_abs=residual_abs,
             p_gap_dot_residual=gap_dot_residual,
@@ -98,17 +98,16 @@ def _finish(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sharing = 1 if p_gradient is None else programs
-    b = tl.program_id(0) // sharing
-    program = tl.program_id(0) % sharing
+    b = tl.program_id(0)
+    program = tl.program_id(1)
     if p_residual_abs is not None:
         # Every program of a sample adds up the same numbers in the same order: none has to wait for another.
         mean, divisor = floored_mean(combine(p_partials, 1, batch, b, programs), elements)
     if p_gradient is not None:
         start = b.to(tl.int64) * sample
         factor = tl.div_rn(per_sample(p_scale, scale_stride, b, scale), divisor)
-        for step in range(tl.cdiv(tl.cdiv(sample, BLOCK) - program, programs)):
-            _, b_at, m_inside = tile(program + step * programs, sample, 1, False, WIDE, BLOCK)
+        for block in range(program, tl.cdiv(sample, BLOCK), programs):
+            b_at, m_inside = in_order(block, sample, p_fake, WIDE, BLOCK)
             b_gap = guide(p_cond, p_uncond, w, start, b_at, m_inside) - load(p_fake + start, b_at, m_inside)
             tl.store(p_gradient + start + b_at, (factor * b_gap).to(p_gradient.dtype.element_ty), mask=m_inside)
     if program == 0:
