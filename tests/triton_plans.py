@@ -95,7 +95,7 @@ def alternations() -> Iterator[tuple[str, Any, list[torch.Tensor]]]:
     alpha = torch.rand(4)
     base = torch.randn(4, 4, 8, 8)
     misaligned = torch.randn(base.numel() + 1)[1:].view(base.shape)
-    for name, x, eps, a in (
+    for name, x, noise, a in (
         ("aligned", base, base, alpha),
         ("misaligned", misaligned, base, alpha),
         ("noise misaligned", base, misaligned, alpha),
@@ -108,13 +108,13 @@ def alternations() -> Iterator[tuple[str, Any, list[torch.Tensor]]]:
         ("bfloat16", base.bfloat16(), base.bfloat16(), alpha),
         ("transposed", base.transpose(2, 3), base, alpha),
     ):
-        yield f"add_noise, {name}", lambda x=x, eps=eps, a=a: ops.add_noise(x, a, alpha, eps), [x, eps, a, alpha]
+        yield f"add_noise, {name}", partial(ops.add_noise, x, a, alpha, noise), [x, noise, a, alpha]
 
     samples = torch.arange(4)
     for seed in (0, 1, 5, 2**31 - 1, 2**31, 2**40, 2**63):
         for stream in (0, 1, 2**31):
-            noise = Noise(seed, samples, stream)
-            yield f"add_noise, {noise}", partial(ops.add_noise, base, alpha, alpha, noise), [base, alpha, samples]
+            drawn = Noise(seed, samples, stream)
+            yield f"add_noise, {drawn}", partial(ops.add_noise, base, alpha, alpha, drawn), [base, alpha, samples]
     for groups, eps, activation in ((8, 1e-5, "silu"), (16, 1e-5, "silu"), (16, 1.0, "silu"), (16, 1.0, "identity")):
         x = torch.randn(1, 16, 7, 7)
         norm = partial(ops.group_norm_silu, x, groups, eps=eps, activation=activation)

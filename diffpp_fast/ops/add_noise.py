@@ -51,7 +51,7 @@ def add_noise(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Noise | Tensor) -
     elif needs_gradient(x0):
         x_t = _AddNoise.apply(x0, alpha, sigma, eps, seed, stream)
     else:
-        x_t = kernels(op, x0.device, x0.dtype).forward(x0, alpha, sigma, eps, seed, stream)
+        x_t = kernels(op, x0.device, x0.dtype, x0.numel()).forward(x0, alpha, sigma, eps, seed, stream)
     return checks.cast(x_t, dtype)
 
 
@@ -71,7 +71,7 @@ def backward(grad_output: Tensor, alpha: Tensor) -> Tensor:
 class _AddNoise(Function):
     @staticmethod
     def forward(ctx: Any, x0: Tensor, alpha: Tensor, *others: Any) -> Tensor:
-        ctx.kernels = kernels("add_noise", x0.device, x0.dtype)
+        ctx.kernels = kernels("add_noise", x0.device, x0.dtype, x0.numel())
         ctx.save_for_backward(alpha)
         x_t: Tensor = ctx.kernels.forward(x0, alpha, *others)
         return x_t

@@ -70,7 +70,7 @@ def denoising_loss(
     elif needs_gradient(prediction):
         loss, _ = _DenoisingLoss.apply(*arguments)
     else:
-        loss, _ = kernels(op, prediction.device, prediction.dtype).forward(*arguments, False)
+        loss, _ = kernels(op, prediction.device, prediction.dtype, prediction.numel()).forward(*arguments, False)
     return loss
 
 
@@ -112,7 +112,7 @@ class _DenoisingLoss(Function):
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         """Return the loss and the residual, an output so that second derivatives can go through it."""
-        ctx.kernels = kernels("denoising_loss", prediction.device, prediction.dtype)
+        ctx.kernels = kernels("denoising_loss", prediction.device, prediction.dtype, prediction.numel())
         ctx.set_materialize_grads(False)
         loss, residual = ctx.kernels.forward(prediction, *others, True)
         ctx.save_for_backward(residual, others[-1])

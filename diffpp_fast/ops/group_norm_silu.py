@@ -72,7 +72,7 @@ def group_norm_silu(
     elif needs_gradient(x, weight, bias):
         y = _GroupNormSilu.apply(x, num_groups, weight, bias, eps, silu)
     else:
-        y, _, _ = kernels(op, x.device, x.dtype).forward(x, num_groups, weight, bias, eps, silu)
+        y, _, _ = kernels(op, x.device, x.dtype, x.numel()).forward(x, num_groups, weight, bias, eps, silu)
     return y
 
 
@@ -150,7 +150,7 @@ class _GroupNormSilu(Function):
     def forward(
         ctx: Any, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
     ) -> Tensor:
-        ctx.kernels = kernels("group_norm_silu", x.device, x.dtype)
+        ctx.kernels = kernels("group_norm_silu", x.device, x.dtype, x.numel())
         ctx.eps, ctx.silu = eps, silu
         y: Tensor
         y, mean, rstd = ctx.kernels.forward(x, num_groups, weight, bias, eps, silu)
