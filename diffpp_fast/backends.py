@@ -42,9 +42,9 @@ LIMITS: dict[str, Limits] = {
 PREFERENCE = tuple(LIMITS)
 BACKENDS = ("auto", *PREFERENCE)
 #: Up to so many elements "cuda" comes before "triton" on GPUs. There a call takes the host longer than its kernels take
-#: the GPU: 2^22 elements of bfloat16, at 4 to 10 bytes each, are 4 to 10 us of an H200; a pass is 5 to 14 us of the host
-#: in the functions of Triton, and half of that in the compiled library (`python -m benchmarks host` measures calls). With
-#: more the GPU is behind, and what counts is the kernels, of which Triton's are tuned first.
+#: the GPU: 2^22 elements of bfloat16, at 4 to 10 bytes each, are 4 to 10 us of an H200; a pass is 5 to 14 us of the
+#: host in the functions of Triton, and half of that in the compiled library (`python -m benchmarks host` measures
+#: calls). With more the GPU is behind, and what counts is the kernels, of which Triton's are tuned first.
 SMALL = 2**22
 PREFERENCE_OF_SMALL = ("cpu", "cuda", "triton", "reference")
 ENVIRONMENT = "DIFFPP_FAST_BACKEND"

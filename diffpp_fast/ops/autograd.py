@@ -40,7 +40,7 @@ def recorded() -> bool:
 
 def only_needed(gradients: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """Return the gradients as autograd takes them: None where a kernel left an empty tensor, for none was needed."""
-    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
+    return tuple([gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)])
 
 
 class _Refused(Function):

@@ -11,8 +11,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -22,13 +23,16 @@ from triton.runtime import JITFunction, driver
 #: The kinds that a function has plans for, at most: beyond it they are made anew.
 MOST_PLANS = 256
 
-#: A function, and where its arguments are among the values of a call.
-Step = tuple[Callable[..., Any], Callable[[Sequence[Any]], Sequence[Any]]]
+
+#: Does a call again: takes the device and the arguments.
+Plan = Callable[[int, Sequence[Any]], Any]
+#: A function's plans by device and kind of arguments; None after the first call.
+Known = dict[tuple[Any, ...], Plan | None]
 
 
-def kind(arguments: Sequence[Any]) -> tuple[Any, ...]:
+def kind(device: int, arguments: Sequence[Any]) -> tuple[Any, ...]:
     """Return all that host code and Triton's compiler may look at, the alignment as the address modulo 16."""
-    found: list[Any] = []
+    found: list[Any] = [device]
     for value in arguments:
         if isinstance(value, Tensor):
             found += value.dtype, value.shape, value.stride(), value.data_ptr() & 15
@@ -36,34 +40,6 @@ def kind(arguments: Sequence[Any]) -> tuple[Any, ...]:
             # The type, for 1, 1.0 and True are equal, and three kernels to Triton.
             found += value.__class__, value
     return tuple(found)
-
-
-class Plan(NamedTuple):
-    """The steps of a call. Their values are the stream, the call's arguments, constants, then each step's result."""
-
-    steps: Sequence[Step]
-    constants: list[Any]
-    result: Callable[[Sequence[Any]], Any]
-    stream: Callable[[int], int]
-
-    def run(self, device: int, arguments: Sequence[Any]) -> Any:
-        values = [self.stream(device), *arguments, *self.constants]
-        for function, pick in self.steps:
-            values.append(function(*pick(values)))
-        return self.result(values)
-
-
-class AsWritten(NamedTuple):
-    """Instead of a plan: the function, which can't be repeated by one."""
-
-    function: Callable[..., Any]
-
-    def run(self, device: int, arguments: Sequence[Any]) -> Any:
-        return self.function(*arguments)
-
-
-#: A function's plans by device and kind of arguments; None after the first call.
-Known = dict[tuple[Any, ...], Plan | AsWritten | None]
 
 
 class _Name:
@@ -108,7 +84,7 @@ class _Recorder(TorchFunctionMode):
         if any(isinstance(value, Tensor) for value in (*inner, *options.values())):
             self.refused = True
         names = [self._name(value) for value in arguments]
-        self.steps.append((_with(function, options), names, self._new(result), in_place))
+        self.steps.append((partial(function, **options) if options else function, names, self._new(result), in_place))
 
     def launched(self, compiled: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
         """Note a launch of Triton's."""
@@ -132,7 +108,10 @@ class _Recorder(TorchFunctionMode):
         return self._names.setdefault(id(value), _Name())
 
     def plan(self, result: Any, stream: Callable[[int], int]) -> Plan | None:
-        """Return the plan of a call with this result; None where something can't be repeated."""
+        """Return the plan of a call with this result; None where something can't be repeated.
+
+        The values of a call are the stream, the arguments, constants, then the result of each step.
+        """
         if self.refused:
             return None
         several = isinstance(result, tuple)
@@ -145,9 +124,16 @@ class _Recorder(TorchFunctionMode):
             if made.place < 0:  # else a step in place, whose result has a name already
                 made.place = first + number
         picked = [(function, _picker(names)) for function, names, _, _ in steps]
-        pick = _picker(results)
-        whole = pick if several else itemgetter(results[0].place)
-        return Plan(picked, [value for value, _ in self.constants], whole, stream)
+        constants = [value for value, _ in self.constants]
+        whole = _picker(results) if several else itemgetter(results[0].place)
+
+        def again(device: int, arguments: Sequence[Any]) -> Any:
+            values = [stream(device), *arguments, *constants]
+            for function, pick in picked:
+                values.append(function(*pick(values)))
+            return whole(values)
+
+        return again
 
     def _needed(self, results: Sequence[_Name]) -> list[tuple[Callable[..., Any], list[_Name], _Name, bool]]:
         """Leave out the steps that nothing comes of, such as a tensor that was made for its strides."""
@@ -158,10 +144,6 @@ class _Recorder(TorchFunctionMode):
                 used.update(names)
                 needed.append(step)
         return needed[::-1]
-
-
-def _with(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    return function if not options else lambda *arguments: function(*arguments, **options)
 
 
 def _picker(names: Sequence[_Name]) -> Callable[[Sequence[Any]], Sequence[Any]]:
@@ -207,13 +189,13 @@ def run(
     """Call a function that launches on the current device: by its plan for arguments of this kind, if there is one."""
     if options or hooked():
         return function(*arguments, **options)
-    key = device, *kind(arguments)
+    key = kind(device, arguments)
     plan = known.get(key)
     if plan is not None:
-        return plan.run(device, arguments)
+        return plan(device, arguments)
     if key in known:
         result, plan = _record(function, arguments)
-        known[key] = plan or AsWritten(function)
+        known[key] = plan or (lambda device, arguments: function(*arguments))
         return result
     if len(known) >= MOST_PLANS:
         known.clear()
