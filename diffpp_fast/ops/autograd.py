@@ -1,4 +1,7 @@
-"""Derivatives that kernels have not: the plain definition has them, and what has none is refused by name."""
+"""Derivatives that kernels have not: the plain definition has them, and what has none is refused by name.
+
+What an operator's Function has no gradient for goes to it in one tuple: torch looks at every argument, in both passes.
+"""
 
 from __future__ import annotations
 
