@@ -37,6 +37,8 @@ PROVIDERS = ("eager", "cpu", "triton")
 #: Of eager and the compiled binding; of Triton.
 TINY, LATENT = (1, 4, 4, 4), (1, 4, 64, 64)
 CPU = torch.device("cpu")
+#: Before any is timed: two until a plan is there, and some that find their way into the processor's caches.
+FIRST_CALLS = 50
 COLUMNS = ("op", "case", "pass", "dtype", "provider", "median_us", "quartile1_us", "quartile3_us", "rounds", "of_eager")
 
 
@@ -186,11 +188,15 @@ class Row(NamedTuple):
 
 def measure(subject: Subject, dtype: torch.dtype, backward: bool, min_time: float) -> Row:
     """Time one operator; within `stubbed`."""
-    contexts = {"eager": "cpu", "cpu": "cpu", "triton": "triton"}
     contenders = [
-        Contender(name, call, partial(backends.use, contexts[name]))
+        Contender(name, call, partial(backends.use, "cpu" if name == "eager" else name))
         for name, call in calls(subject, dtype, backward).items()
     ]
+    # The first calls compile, and would pass for slow ones, of which a round holds few.
+    for contender in contenders:
+        with contender.context():
+            for _ in range(FIRST_CALLS):
+                contender.call()
     return Row(subject, backward, dtype, interleave(contenders, min_time, process_clock))
 
 
