@@ -32,8 +32,7 @@ OPS = (
     "geglu",
     "ada_layer_norm",
 )
-# In order of preference. On the CPU "cpu" comes before Triton's interpreter; it serves nothing on GPUs. There Triton
-# comes first until both were measured.
+# In order of preference. On the CPU "cpu" comes before Triton's interpreter; it serves nothing on GPUs.
 LIMITS: dict[str, Limits] = {
     "cpu": Limits(availability.library_unavailable, availability.only_cpu),
     "triton": Limits(availability.triton_unavailable, availability.triton_refuses),
@@ -42,6 +41,12 @@ LIMITS: dict[str, Limits] = {
 }
 PREFERENCE = tuple(LIMITS)
 BACKENDS = ("auto", *PREFERENCE)
+#: Up to so many elements "cuda" comes before "triton" on GPUs. There a call takes the host longer than its kernels take
+#: the GPU: 2^22 elements of bfloat16, at 4 to 10 bytes each, are 4 to 10 us of an H200; a pass is 5 to 14 us of the
+#: host in the functions of Triton, and half of that in the compiled library (`python -m benchmarks host` measures
+#: calls). With more the GPU is behind, and what counts is the kernels, of which Triton's are tuned first.
+SMALL = 2**22
+PREFERENCE_OF_SMALL = ("cpu", "cuda", "triton", "reference")
 ENVIRONMENT = "DIFFPP_FAST_BACKEND"
 
 
@@ -58,8 +63,8 @@ class Row(NamedTuple):
 _sources: dict[str, dict[str, Callable[[], Any]]] = {op: {} for op in OPS}
 #: The functions by "operator backend", once an operator was called.
 _loaded: dict[str, Any] = {}
-#: The key in `_loaded` for (operator, `use_backend`, device, dtype).
-_chosen: dict[tuple[str, str | None, torch.device, torch.dtype], str] = {}
+#: The key in `_loaded` for (operator, `use_backend`, device, dtype, small).
+_chosen: dict[tuple[str, str | None, torch.device, torch.dtype, bool], str] = {}
 _requested: ContextVar[str | None] = ContextVar("diffpp_fast_backend", default=None)
 
 
@@ -122,37 +127,49 @@ def _known(name: str, source: str) -> str:
     return name
 
 
-def kernels(op: str, device: torch.device, dtype: torch.dtype) -> Any:
+def kernels(op: str, device: torch.device, dtype: torch.dtype, elements: int | None = None) -> Any:
     """Return the functions that serve `op` on tensors of this device and dtype.
+
+    Args:
+        op: the operator.
+        device: of the tensors.
+        dtype: of the large ones.
+        elements: of a large tensor: few of them prefer another backend. None for many, and so are any number under
+            torch.compile, which takes the host's time off a call.
 
     Raises:
         RuntimeError: the requested backend can't serve, or with "auto" none can; the message says why.
     """
-    return _loaded[_choose(op, device, dtype)]
+    small = elements is not None and not torch.compiler.is_compiling() and elements <= SMALL
+    return _loaded[_choose(op, device, dtype, small)]
 
 
 # torch.compile can't trace context variables and imports: it fixes the choice when it traces.
 @decided_when_traced
-def _choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    key = op, _requested.get(), device, dtype
+def _choose(op: str, device: torch.device, dtype: torch.dtype, small: bool) -> str:
+    key = op, _requested.get(), device, dtype, small
     chosen = _chosen.get(key)
     if chosen is None:
-        chosen = f"{op} {_best(op, requested_backend(), device, dtype)}"
+        chosen = f"{op} {_best(op, requested_backend(), device, dtype, small)}"
         if chosen not in _loaded:
             _load_all()
         _chosen[key] = chosen
     return chosen
 
 
-def _best(op: str, requested: str, device: torch.device, dtype: torch.dtype) -> str:
+def _best(op: str, requested: str, device: torch.device, dtype: torch.dtype, small: bool) -> str:
     reasons = {}
-    for backend in PREFERENCE if requested == "auto" else (requested,):
+    for backend in _order(small) if requested == "auto" else (requested,):
         reason = why_not(op, backend, device, dtype)
         if reason is None:
             return backend
         reasons[backend] = reason
     said = (f"backend {backend!r} can't serve: {reason}" for backend, reason in reasons.items())
     raise RuntimeError(f"{op}: {'; '.join(said)}")
+
+
+def _order(small: bool) -> tuple[str, ...]:
+    return PREFERENCE_OF_SMALL if small else PREFERENCE
 
 
 # All at once: torch.compile copies `_loaded` at the first operator of a graph, and would not find the second's.
@@ -175,9 +192,11 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
     return LIMITS[backend].unavailable() or LIMITS[backend].refuses(device, dtype)
 
 
-def default_backend(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+def default_backend(
+    op: str, device: torch.device, dtype: torch.dtype = torch.float32, small: bool = False
+) -> str | None:
     """Return the backend that serves `op` where none is asked for, None if none does."""
-    return next((backend for backend in PREFERENCE if why_not(op, backend, device, dtype) is None), None)
+    return next((backend for backend in _order(small) if why_not(op, backend, device, dtype) is None), None)
 
 
 def table(device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> list[Row]:

@@ -90,12 +90,14 @@ class Noise:
         if dtype not in DTYPES:
             known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
             raise TypeError(f"{op}: dtype must be a floating-point type, one of {known}; got {dtype}")
-        drawn: Tensor = self._kernels().normal(self.samples, self.seed_bits, self.stream, shape.numel(), dtype)
+        drawn: Tensor = self._kernels(shape.numel()).normal(
+            self.samples, self.seed_bits, self.stream, shape.numel(), dtype
+        )
         return drawn.view(self.samples.shape[0], *shape)
 
     def uniform(self) -> Tensor:
         """[B] float32, uniform in [0, 1), from element 0 of each sample."""
-        drawn: Tensor = self._kernels().uniform(self.samples, self.seed_bits, self.stream)
+        drawn: Tensor = self._kernels(1).uniform(self.samples, self.seed_bits, self.stream)
         return drawn
 
     def integers(self, low: int, high: int) -> Tensor:
@@ -107,14 +109,16 @@ class Noise:
             raise ValueError(f"Noise.integers: high - low must be at most 2^32, got {high - low}")
         if low < -(2**63) or high > 2**63:
             raise ValueError(f"Noise.integers: [{low}, {high}) does not fit in int64")
-        drawn: Tensor = self._kernels().integers(self.samples, self.seed_bits, self.stream, low, high - low)
+        drawn: Tensor = self._kernels(1).integers(self.samples, self.seed_bits, self.stream, low, high - low)
         return drawn
 
     def __repr__(self) -> str:
         return f"Noise(seed={self.seed}, samples={self.samples}, stream={self.stream})"
 
-    def _kernels(self) -> Any:
-        return philox if transforms.functional() else kernels("philox", self.samples.device, torch.float32)
+    def _kernels(self, count: int) -> Any:
+        if transforms.functional():
+            return philox
+        return kernels("philox", self.samples.device, torch.float32, self.samples.shape[0] * count)
 
 
 register("philox", normal=philox.normal, uniform=philox.uniform, integers=philox.integers)

@@ -90,11 +90,12 @@ def failure(variant: Variant, device: torch.device, graph: bool) -> str | None:
     """
     call = variants.make(variant, device)
     before = _clones(call)
-    results = [_detached(call.run()) for _ in range(2)]
+    # Triton's launches are those of a plan from the third time on.
+    results = [_detached(call.run()) for _ in range(3)]
     if not _same(before, _clones(call)):
         return "an input was overwritten"
-    if not _same(*results):
-        return "the second call gave other bits than the first"
+    if not all(_same(results[0], later) for later in results[1:]):
+        return "a later call gave other bits than the first"
     wrong = _against_oracle(variant, call, results[0]) or _strides(call, results[0])
     if wrong is not None or not graph:
         return wrong

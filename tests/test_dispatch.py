@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffpp_fast import backends, ops, use_backend
-from diffpp_fast.availability import Limits
+from diffpp_fast.availability import UNLIMITED, Limits
 
 CPU = torch.device("cpu")
 
@@ -68,6 +68,24 @@ def test_a_request_that_cannot_be_served_says_why(doubled: SimpleNamespace) -> N
             backends.kernels("add_noise", CPU, torch.float64)
         with pytest.raises(RuntimeError, match="score_gap: backend 'cpu' can't serve: it has no kernel"):
             ops.score_gap(torch.zeros(1, 2), torch.zeros(1, 2))
+
+
+def test_few_elements_prefer_the_backend_with_the_shorter_call(
+    monkeypatch: pytest.MonkeyPatch, definition: Any
+) -> None:
+    found = {name: SimpleNamespace(forward=definition.forward) for name in ("triton", "cuda")}
+    for name, kernels in found.items():
+        monkeypatch.setitem(backends._sources["add_noise"], name, lambda kernels=kernels: kernels)
+        monkeypatch.setitem(backends.LIMITS, name, UNLIMITED)
+    many = backends.SMALL + 1
+    for elements, name in ((None, "triton"), (many, "triton"), (backends.SMALL, "cuda"), (0, "cuda")):
+        assert backends.kernels("add_noise", CPU, torch.float32, elements) is found[name]
+    assert [backends.default_backend("add_noise", CPU, small=small) for small in (True, False)] == ["cuda", "triton"]
+    with use_backend("triton"):
+        assert backends.kernels("add_noise", CPU, torch.float32, 0) is found["triton"]
+    # A compiled graph costs no host time, whatever the sizes, on which it would have to be guarded.
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert backends.kernels("add_noise", CPU, torch.float32, 0) is found["triton"]
 
 
 def test_an_unavailable_backend_says_why(monkeypatch: pytest.MonkeyPatch, definition: Any) -> None:

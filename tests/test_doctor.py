@@ -51,6 +51,20 @@ def test_doctor_finds_a_wrong_backend(capsys: pytest.CaptureFixture[str], monkey
     assert "WRONG: triton on cpu: add_noise(): output has a relative error of" in said
 
 
+def test_doctor_shows_both_defaults(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = backends._sources["add_noise"]["reference"]
+    monkeypatch.setitem(backends.LIMITS, "cpu", backends.LIMITS["triton"])
+    for name in ("triton", "cuda"):
+        monkeypatch.setitem(backends.LIMITS, name, availability.UNLIMITED)
+        for op in backends.OPS:
+            monkeypatch.delitem(backends._sources[op], name, raising=False)
+        monkeypatch.setitem(backends._sources["add_noise"], name, right)
+    assert main(["doctor"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert any(line.startswith("add_noise cuda | triton ") for line in lines)
+    assert any(line.startswith("score_gap reference ") for line in lines)
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_doctor_on_every_instruction_set(isa: str) -> None:
     command = [sys.executable, "-m", "diffpp_fast", "doctor"]

@@ -81,3 +81,10 @@ def test_every_operator_compiles_to_one_graph() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu-check compiles them for the GPU that is there")
 def test_every_kernel_compiles_whatever_its_integers_are() -> None:
     assert compiled_by("triton_arguments.py") == ""
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="make gpu-check calls each operator twice on the GPU that is there"
+)
+def test_a_plan_launches_what_triton_would_without_asking_it() -> None:
+    assert compiled_by("triton_plans.py") == ""

@@ -49,9 +49,9 @@ def add_noise(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Noise | Tensor) -
     if by_definition(alpha, sigma, eps):
         x_t = forward(x0, alpha, sigma, eps, seed, stream)
     elif needs_gradient(x0):
-        x_t = _AddNoise.apply(x0, alpha, sigma, eps, seed, stream)
+        x_t = _AddNoise.apply(x0, (alpha, sigma, eps, seed, stream))
     else:
-        x_t = kernels(op, x0.device, x0.dtype).forward(x0, alpha, sigma, eps, seed, stream)
+        x_t = kernels(op, x0.device, x0.dtype, x0.numel()).forward(x0, alpha, sigma, eps, seed, stream)
     return checks.cast(x_t, dtype)
 
 
@@ -70,17 +70,17 @@ def backward(grad_output: Tensor, alpha: Tensor) -> Tensor:
 
 class _AddNoise(Function):
     @staticmethod
-    def forward(ctx: Any, x0: Tensor, alpha: Tensor, *others: Any) -> Tensor:
-        ctx.kernels = kernels("add_noise", x0.device, x0.dtype)
-        ctx.save_for_backward(alpha)
-        x_t: Tensor = ctx.kernels.forward(x0, alpha, *others)
+    def forward(ctx: Any, x0: Tensor, others: tuple[Any, ...]) -> Tensor:
+        ctx.kernels = kernels("add_noise", x0.device, x0.dtype, x0.numel())
+        ctx.save_for_backward(others[0])
+        x_t: Tensor = ctx.kernels.forward(x0, *others)
         return x_t
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (alpha,) = ctx.saved_tensors
         differentiate = backward if recorded() else ctx.kernels.backward
-        return differentiate(grad_output, alpha), None, None, None, None, None
+        return differentiate(grad_output, alpha), None
 
 
 register("add_noise", forward=forward, backward=backward)

@@ -1,4 +1,7 @@
-"""Derivatives that kernels have not: the plain definition has them, and what has none is refused by name."""
+"""Derivatives that kernels have not: the plain definition has them, and what has none is refused by name.
+
+What an operator's Function has no gradient for goes to it in one tuple: torch looks at every argument, in both passes.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def recorded() -> bool:
 
 def only_needed(gradients: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """Return the gradients as autograd takes them: None where a kernel left an empty tensor, for none was needed."""
-    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
+    return tuple([gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)])
 
 
 class _Refused(Function):

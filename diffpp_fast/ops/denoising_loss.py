@@ -68,9 +68,9 @@ def denoising_loss(
     if by_definition(x0, eps, alpha, sigma, weight):
         loss, _ = forward(*arguments, False)
     elif needs_gradient(prediction):
-        loss, _ = _DenoisingLoss.apply(*arguments)
+        loss, _ = _DenoisingLoss.apply(prediction, arguments[1:])
     else:
-        loss, _ = kernels(op, prediction.device, prediction.dtype).forward(*arguments, False)
+        loss, _ = kernels(op, prediction.device, prediction.dtype, prediction.numel()).forward(*arguments, False)
     return loss
 
 
@@ -110,9 +110,9 @@ def backward(grad_output: Tensor, residual: Tensor, weight: Tensor | None) -> Te
 
 class _DenoisingLoss(Function):
     @staticmethod
-    def forward(ctx: Any, prediction: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, prediction: Tensor, others: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """Return the loss and the residual, an output so that second derivatives can go through it."""
-        ctx.kernels = kernels("denoising_loss", prediction.device, prediction.dtype)
+        ctx.kernels = kernels("denoising_loss", prediction.device, prediction.dtype, prediction.numel())
         ctx.set_materialize_grads(False)
         loss, residual = ctx.kernels.forward(prediction, *others, True)
         ctx.save_for_backward(residual, others[-1])
@@ -127,7 +127,7 @@ class _DenoisingLoss(Function):
             grad = differentiate(grad_loss, residual, weight)
             if grad_residual is not None:
                 grad = grad + grad_residual
-        return grad, None, None, None, None, None, None, None, None
+        return grad, None
 
 
 def _shapes(prediction: Tensor, *others: Any) -> tuple[Tensor, Tensor]:

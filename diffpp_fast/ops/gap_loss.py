@@ -21,7 +21,7 @@ from diffpp_fast.arguments import number, positive
 from diffpp_fast.backends import kernels, register
 from diffpp_fast.noise import Noise
 from diffpp_fast.ops import checks
-from diffpp_fast.ops.autograd import by_definition, needs_gradient, recorded
+from diffpp_fast.ops.autograd import by_definition, needs_gradient, only_needed, recorded
 from diffpp_fast.plain import compute_dtype, mean_abs_per_sample, per_sample, stored_like, sum_per_sample
 from diffpp_fast.prediction import (
     MEAN_ABS_FLOOR,
@@ -268,7 +268,7 @@ def _loss(op: str, given: Given, option: float) -> Tensor:
     if by_definition(given.noise, given.alpha, given.sigma):
         loss, *_ = _DEFINITIONS[op].forward(*given, option)
     elif needs_gradient(fake, given.cond, given.uncond, given.x0):
-        loss = _GapLoss.apply(*given, option, op)
+        loss = _GapLoss.apply(*given[:4], (*given[4:], option), op)
     else:
         loss, *_ = kernels(op, fake.device, fake.dtype).forward(*given, option)
     return loss
@@ -276,13 +276,15 @@ def _loss(op: str, given: Given, option: float) -> Tensor:
 
 class _GapLoss(Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *given, option, ctx.op = arguments
-        fake, cond, uncond, x0, noise, seed, stream, alpha, sigma, guidance_scale, kind = given
+    def forward(
+        ctx: Any, fake: Tensor, cond: Tensor, uncond: Tensor | None, x0: Tensor, others: tuple[Any, ...], op: str
+    ) -> Tensor:
+        noise, seed, stream, alpha, sigma, *numbers = others
+        ctx.op = op
         ctx.kernels = kernels(ctx.op, fake.device, fake.dtype)
-        ctx.numbers = seed, stream, guidance_scale, kind, option
+        ctx.numbers = seed, stream, *numbers
         loss: Tensor
-        loss, *statistics = ctx.kernels.forward(*given, option)
+        loss, *statistics = ctx.kernels.forward(fake, cond, uncond, x0, *others)
         ctx.save_for_backward(fake, cond, uncond, x0, noise, alpha, sigma, *statistics)
         return loss
 
@@ -300,8 +302,7 @@ class _GapLoss(Function):
             arguments = arguments[:-1]  # huber_c is in the statistics
         needs = ctx.needs_input_grad[:4]
         gradients = differentiate(grad_output, *statistics, *arguments, *needs)
-        wanted = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
-        return (*wanted, None, None, None, None, None, None, None, None, None)
+        return (*only_needed(gradients, needs), None, None)
 
 
 def _statistic_shapes(fake: Tensor, count: int) -> tuple[Tensor, ...]:

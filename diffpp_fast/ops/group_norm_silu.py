@@ -70,9 +70,9 @@ def group_norm_silu(
     if transforms.active():
         y, _, _ = forward(x, num_groups, weight, bias, eps, silu)
     elif needs_gradient(x, weight, bias):
-        y = _GroupNormSilu.apply(x, num_groups, weight, bias, eps, silu)
+        y = _GroupNormSilu.apply(x, weight, bias, (num_groups, eps, silu))
     else:
-        y, _, _ = kernels(op, x.device, x.dtype).forward(x, num_groups, weight, bias, eps, silu)
+        y, _, _ = kernels(op, x.device, x.dtype, x.numel()).forward(x, num_groups, weight, bias, eps, silu)
     return y
 
 
@@ -148,12 +148,12 @@ def _sum_per_channel(values: Tensor) -> Tensor:
 class _GroupNormSilu(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, numbers: tuple[int, float, bool]
     ) -> Tensor:
-        ctx.kernels = kernels("group_norm_silu", x.device, x.dtype)
-        ctx.eps, ctx.silu = eps, silu
+        num_groups, ctx.eps, ctx.silu = numbers
+        ctx.kernels = kernels("group_norm_silu", x.device, x.dtype, x.numel())
         y: Tensor
-        y, mean, rstd = ctx.kernels.forward(x, num_groups, weight, bias, eps, silu)
+        y, mean, rstd = ctx.kernels.forward(x, num_groups, weight, bias, ctx.eps, ctx.silu)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         return y
 
@@ -164,11 +164,9 @@ class _GroupNormSilu(Function):
         if recorded():
             differentiate = backward
             _, mean, rstd = forward(x, mean.shape[1], weight, bias, ctx.eps, ctx.silu)  # which depend on x
-        needs_x, _, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
-        needs = needs_x, needs_weight, needs_bias
+        needs = ctx.needs_input_grad[:3]
         grads = differentiate(grad_output, x, mean, rstd, weight, bias, ctx.silu, *needs)
-        grad_x, grad_weight, grad_bias = only_needed(grads, needs)
-        return grad_x, None, grad_weight, grad_bias, None, None
+        return (*only_needed(grads, needs), None)
 
 
 def _fake(x: Tensor, num_groups: int, *others: Any) -> tuple[Tensor, Tensor, Tensor]:

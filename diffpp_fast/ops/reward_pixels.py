@@ -105,7 +105,7 @@ def reward_pixels(
     elif needs_gradient(images):
         pixels = _RewardPixels.apply(images, arguments, dtype)
     else:
-        pixels = kernels(op, images.device, images.dtype).forward(images, *arguments, dtype)
+        pixels = kernels(op, images.device, images.dtype, images.numel()).forward(images, *arguments, dtype)
     return pixels
 
 
@@ -277,7 +277,7 @@ def _per_channel(values: tuple[float, ...], device: torch.device, dtype: torch.d
 class _RewardPixels(Function):
     @staticmethod
     def forward(ctx: Any, images: Tensor, arguments: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-        ctx.kernels = kernels("reward_pixels", images.device, images.dtype)
+        ctx.kernels = kernels("reward_pixels", images.device, images.dtype, images.numel())
         ctx.arguments = arguments
         ctx.save_for_backward(images)
         pixels: Tensor = ctx.kernels.forward(images, *arguments, dtype)

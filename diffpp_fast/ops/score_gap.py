@@ -109,9 +109,9 @@ def score_gap(
         results = forward(*refused(message, arguments))
     elif needs_gradient(fake, cond, uncond, scales, x0, eps, alpha, sigma):
         with torch.no_grad():
-            results = kernels(op, fake.device, fake.dtype).forward(*arguments)
+            results = kernels(op, fake.device, fake.dtype, fake.numel()).forward(*arguments)
     else:
-        results = kernels(op, fake.device, fake.dtype).forward(*arguments)
+        results = kernels(op, fake.device, fake.dtype, fake.numel()).forward(*arguments)
     return ScoreGap(*results) if eps is not None else ScoreGap(results[0], results[1], None, None)
 
 

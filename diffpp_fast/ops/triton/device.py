@@ -1,4 +1,4 @@
-"""Triton launches on the current device, whichever device the tensors are on."""
+"""Triton launches on the current device, whichever device the tensors are on, and by a plan where there is one."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -7,23 +7,30 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from diffpp_fast.ops.triton import plans
+
 P = ParamSpec("P")
 R = TypeVar("R")
+
+#: Whether tensors that are not on a GPU have plans too, so that host code is measured where there is none.
+everywhere = False
 
 
 def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, run on the device of its first argument, a tensor."""
+    known: plans.Known = {}
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        # The code that torch.compile makes of a launch changes devices itself.
-        if torch.compiler.is_compiling():
-            return function(*args, **kwargs)
         tensor = args[0]
         assert isinstance(tensor, Tensor)
-        if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        # The code that torch.compile makes of a launch changes devices itself.
+        if torch.compiler.is_compiling() or not (tensor.is_cuda or everywhere):
             return function(*args, **kwargs)
-        with torch.cuda.device(tensor.device):
-            return function(*args, **kwargs)
+        device = tensor.get_device()
+        if device != torch.cuda.current_device():
+            with torch.cuda.device(tensor.device):
+                return plans.run(function, known, device, args, kwargs)
+        return plans.run(function, known, device, args, kwargs)
 
     return call
