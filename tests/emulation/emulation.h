@@ -223,7 +223,16 @@ inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
 
 inline float __fdividef(float a, float b) { return b > 0x1p126f ? 0.0f : a / b; }
 
-inline void sincospif(float x, float* sine, float* cosine) {
-  *sine = static_cast<float>(std::sin(M_PI * static_cast<double>(x)));
-  *cosine = static_cast<float>(std::cos(M_PI * static_cast<double>(x)));
+inline float __fmul_rn(float a, float b) { return a * b; }
+
+inline int __float_as_int(float x) {
+  int bits;
+  std::memcpy(&bits, &x, sizeof(x));
+  return bits;
+}
+
+inline float __int_as_float(int bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
 }
