@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <initializer_list>
 #include <stdexcept>
@@ -152,6 +153,71 @@ inline dim3 grid_of(int64_t threads, int64_t batch = 1) {
       static_cast<unsigned>(blocks < share ? blocks : share), static_cast<unsigned>(batch < kMostY ? batch : kMostY));
 }
 
+// Clusters of blocks, which read each other's shared memory: from sm_90 on. A kernel for them is empty on older GPUs.
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define DIFFPP_CLUSTERS 1
+#else
+#define DIFFPP_CLUSTERS 0
+#endif
+
+// What a block may have of its SM's shared memory, and what leaves room for a second block; 20 KiB of each are static arrays'.
+constexpr int64_t kMostShared = (227 - 20) << 10, kHalfOfShared = (113 - 20) << 10;
+constexpr int kMostBlocks = 8;  // of a cluster, on any GPU that has them
+
+#if DIFFPP_CLUSTERS
+__device__ inline void cluster_sync() {
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+}
+
+// The sum of what the blocks of a cluster hold in the same place of their shared memory, in their order.
+__device__ inline double cluster_sum(double& value, int blocks) {
+  double sum = 0.0;
+  for (int block = 0; block < blocks; ++block)
+    sum += *static_cast<const double*>(__cluster_map_shared_rank(&value, static_cast<unsigned>(block)));
+  return sum;
+}
+#endif
+
+// The shared memory whose size a launch names.
+template <typename T>
+__device__ inline T* dynamic_shared() {
+#if defined(__CUDACC__)
+  extern __shared__ uint4 memory[];
+  return reinterpret_cast<T*>(memory);
+#else
+  return static_cast<T*>(emulation::dynamic_shared());
+#endif
+}
+
+// Whether the current GPU has clusters, and this kernel was compiled for them: all kernels are for the same GPUs.
+template <typename Kernel>
+bool clusters_serve(Kernel* kernel) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  if (known[device] == 0) {
+    cudaFuncAttributes attributes{};
+    const bool found = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess;
+    known[device] = found && attributes.ptxVersion >= 90 ? 1 : -1;
+  }
+  return known[device] == 1;
+}
+
+// Launches clusters of `blocks`, each block with `shared` bytes.
+template <typename... Parameters, typename... Arguments>
+void launch_clusters(
+    void (*kernel)(Parameters...), unsigned grid, int blocks, int64_t shared, cudaStream_t on, const Arguments&... arguments) {
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  const cudaLaunchConfig_t config{dim3(grid), dim3(kThreads), static_cast<size_t>(shared), on, &cluster, 1};
+  cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 // Sums over a warp and over a block, in an order that depends on nothing but the number of threads
 
 constexpr int kWarp = 32;
@@ -202,6 +268,17 @@ __device__ inline float approximate_root(float x) {
   return result;
 #else
   return sqrtf(x);
+#endif
+}
+
+// 2^x
+__device__ inline float approximate_power(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return exp2f(x);
 #endif
 }
 
