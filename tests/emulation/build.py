@@ -40,7 +40,7 @@ extern "C" cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, con
 
 
 def rewritten(kernels: str, file: str, launches: list[str]) -> str:
-    """`kernel<<<grid, threads, ...>>>(arguments)` as a call of emulation::launch; shared arrays as static ones; so with clusters.
+    """`kernel<<<grid, threads, ...>>>(arguments)` as a call of emulation::launch, so with clusters; shared arrays as static.
 
     Adds the file's launches to `launches`, one for each kernel that a place chooses among.
     """

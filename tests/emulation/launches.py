@@ -39,7 +39,9 @@ def main() -> None:
     for arch in ARCHS:
         # A process for each: a library asks for its GPU once.
         environment = os.environ | {"DIFFPP_EMULATED_ARCH": arch}
-        done = subprocess.run([sys.executable, __file__], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, __file__], env=environment, stdout=subprocess.PIPE, text=True, check=True
+        )
         launched.update(done.stdout.splitlines())
     missed = set(Path(sys.argv[1], "launches.txt").read_text().splitlines()) - launched
     for launch in sorted(missed):
