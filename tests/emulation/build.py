@@ -40,7 +40,7 @@ extern "C" cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, con
 
 
 def rewritten(kernels: str, file: str, launches: list[str]) -> str:
-    """`kernel<<<grid, threads, ...>>>(arguments)` as a call of emulation::launch, so with clusters; shared arrays as static.
+    """Launches, `kernel<<<grid, threads, ...>>>(arguments)` and of clusters, as calls of `emulation`; shared arrays as static.
 
     Adds the file's launches to `launches`, one for each kernel that a place chooses among.
     """
