@@ -105,15 +105,17 @@ def test_many_channels_and_pixels(shape: tuple[int, ...], channels_last: bool) -
         torch.testing.assert_close(actual, with_gradients(x, 8, weight, bias))
 
 
-# Tiles of whole groups and packs, on GPUs kept by clusters of blocks: of eight, of one, with several groups in a pack,
-# and with fewer pixels than blocks.
+# What clusters of blocks keep on GPUs: eight or a single block, several groups in a pack, fewer pixels than blocks.
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 @pytest.mark.parametrize(
-    ("shape", "groups"), [((1, 80, 24, 24), 8), ((2, 128, 3, 3), 32), ((1, 48, 9, 11), 16), ((1, 16, 50, 41), 2)]
+    ("shape", "groups"), [((1, 80, 24, 24), 8), ((2, 128, 3, 3), 32), ((1, 48, 9, 11), 16), ((1, 16, 50, 48), 2)]
 )
-def test_groups_in_channels_last_against_float64(shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_whole_groups_against_float64(
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
     x, weight, bias = inputs(*shape, dtype=dtype)
-    x = (x + 3).detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    x = (x + 3).detach().contiguous(memory_format=memory_format).requires_grad_()
     actual = with_gradients(x, groups, weight, bias)
     again = with_gradients(x, groups, weight, bias)
     with use_backend("reference"):

@@ -534,6 +534,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // tile's pixels, so that memory is read once.
 
 constexpr int kMostGroups = 32, kMostColumns = 64;  // of a tile
+constexpr int64_t kMultiprocessors = 132;           // of a large GPU
 
 struct Tiles {
   int64_t width;    // channels of a tile: whole groups and whole packs
@@ -548,7 +549,6 @@ struct Tiles {
 
 // `kept`: bytes of an element in shared memory.
 Tiles tiles_of(const Shape& shape, int64_t pack, int64_t kept) {
-  constexpr int64_t kMultiprocessors = 132;  // of a large GPU
   constexpr int64_t kBytes = 64;             // of a pixel at least, two sectors: memory is read by sectors
   Tiles result{};
   result.width = std::lcm(shape.per_group(), pack);
@@ -847,6 +847,235 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
+// The same where a group is contiguous: each block of a cluster keeps a share of the pixels of all of a group's channels, and each
+// of its warps takes channels in turn.
+
+struct Lines {
+  int64_t share;  // pixels of a block, whole packs; the last may be shorter
+  int blocks;     // of a cluster; 0 where a group does not fit
+
+  __host__ __device__ int64_t bytes(const Shape& shape, int64_t per_element) const {
+    return share * shape.per_group() * per_element;
+  }
+};
+
+// `kept`: bytes of an element in shared memory.
+Lines lines_of(const Shape& shape, int64_t pack, int64_t kept) {
+  Lines result{};
+  const int64_t groups = shape.batch * shape.groups;
+  int blocks = 1;
+  const auto wants_more = [&] {
+    result.share = divide_up(divide_up(shape.pixels, blocks), pack) * pack;
+    if (result.bytes(shape, kept) > kHalfOfShared) return true;
+    return groups * blocks < kMultiprocessors && result.share > 2 * kWarp * pack;
+  };
+  while (wants_more() && blocks < kMostBlocks) blocks *= 2;
+  const bool fits = result.bytes(shape, kept) <= kMostShared && groups < (int64_t{1} << 27);
+  result.blocks = fits ? blocks : 0;
+  return result;
+}
+
+// A block's part of a group.
+template <int kPack>
+struct Lot {
+  int64_t b, group, first_channel;
+  int block;         // in its cluster
+  int packs, share;  // of a channel, and those that each block of the cluster has room for
+  int channels;
+  int64_t first, step;  // the first pack, and from a channel to the next, in packs of the whole tensor
+
+  __device__ Lot(const Shape& shape, const Lines& cut) {
+    group = blockIdx.x / static_cast<unsigned>(cut.blocks);
+    block = static_cast<int>(blockIdx.x % static_cast<unsigned>(cut.blocks));
+    b = group / shape.groups;
+    channels = static_cast<int>(shape.per_group());
+    first_channel = group % shape.groups * channels;
+    const int64_t pixel = block * cut.share, left = shape.pixels - pixel;
+    packs = static_cast<int>((left < 0 ? 0 : left < cut.share ? left : cut.share) / kPack);
+    share = static_cast<int>(cut.share / kPack);
+    step = shape.pixels / kPack;
+    first = group * channels * step + pixel / kPack;
+  }
+
+  // Calls work(channel of the group) for the warp's channels.
+  template <typename Work>
+  __device__ void for_channels(const Work& work) const {
+    for (int c = threadIdx.x / kWarp; c < channels; c += kWarps) work(c);
+  }
+
+  // Calls work(pack of x, pack of grad, index in shared memory) for the thread's packs of a channel, from memory.
+  template <typename P, bool kGrad, typename Work>
+  __device__ void for_pixels(int c, const void* x, const void* grad, const Work& work) const {
+    const int64_t line = first + c * step;
+    for_packs<P, kGrad>(
+        static_cast<const P*>(x) + line, kGrad ? static_cast<const P*>(grad) + line : nullptr, threadIdx.x % kWarp, kWarp, packs,
+        [&](const P& of_x, const P& of_grad, int64_t i) { work(of_x, of_grad, c * share + static_cast<int>(i)); });
+  }
+
+  // Calls work(index in shared memory, index in memory) for them.
+  template <typename Work>
+  __device__ void for_kept(int c, const Work& work) const {
+#pragma unroll 2
+    for (int i = threadIdx.x % kWarp; i < packs; i += kWarp) work(c * share + i, first + c * step + i);
+  }
+};
+
+template <typename S, int kPack, bool kSilu>
+__global__ void __launch_bounds__(kThreads, 2)
+    clustered_lines_forward(const __grid_constant__ Forward a, const __grid_constant__ Lines cut) {
+#if DIFFPP_CLUSTERS
+  using C = typename Storage<S>::Compute;
+  using P = Pack<S, kPack>;
+  __shared__ double sum_of_block, squares_of_block, rounded_off;
+  __shared__ Pair<C> moments;
+  P* kept = dynamic_shared<P>();
+  const Lot<kPack> lot(a.shape, cut);
+  const double n = static_cast<double>(a.shape.per_group() * a.shape.pixels);
+
+  // Distances from the thread's first value: no large mean is rounded at each step.
+  C first = 0, sums[kPack] = {};
+  int seen = 0;
+  lot.for_channels([&](int c) {
+    lot.template for_pixels<P, false>(c, a.x, nullptr, [&](const P& x, const P&, int at) {
+      kept[at] = x;
+      if (seen == 0) first = to_compute(x.values[0]);
+      seen += kPack;
+#pragma unroll
+      for (int lane = 0; lane < kPack; ++lane) sums[lane] += to_compute(x.values[lane]) - first;
+    });
+  });
+  double total[1] = {static_cast<double>(seen) * static_cast<double>(first)};
+#pragma unroll
+  for (int lane = 0; lane < kPack; ++lane) total[0] += static_cast<double>(sums[lane]);
+  block_sum(total);
+  if (threadIdx.x == 0) sum_of_block = total[0];
+  cluster_sync();
+  if (threadIdx.x == 0) {
+    const double mean = cluster_sum(sum_of_block, cut.blocks) / n;
+    moments.first = static_cast<C>(mean);
+    rounded_off = mean - static_cast<double>(moments.first);
+  }
+  __syncthreads();
+
+  // Squared deviations from the mean as it was rounded.
+  const C mean = moments.first;
+  C squares[kPack] = {};
+  lot.for_channels([&](int c) {
+    lot.for_kept(c, [&](int at, int64_t) {
+      const P x = kept[at];
+#pragma unroll
+      for (int lane = 0; lane < kPack; ++lane) {
+        const C d = to_compute(x.values[lane]) - mean;
+        squares[lane] = fma(d, d, squares[lane]);
+      }
+    });
+  });
+  total[0] = 0.0;
+#pragma unroll
+  for (int lane = 0; lane < kPack; ++lane) total[0] += static_cast<double>(squares[lane]);
+  block_sum(total);
+  if (threadIdx.x == 0) squares_of_block = total[0];
+  cluster_sync();
+  if (threadIdx.x == 0) {
+    const double variance = cluster_sum(squares_of_block, cut.blocks) / n - rounded_off * rounded_off;
+    moments.second = static_cast<C>(1.0 / sqrt((variance < 0.0 ? 0.0 : variance) + a.eps));
+    if (lot.block == 0) {
+      static_cast<C*>(a.mean)[lot.group] = moments.first;
+      static_cast<C*>(a.rstd)[lot.group] = moments.second;
+    }
+  }
+  __syncthreads();
+  lot.for_channels([&](int c) {
+    const Affine<C> affine(a, lot.first_channel + c, mean, moments.second);
+    lot.for_kept(c, [&](int at, int64_t i) {
+      const P x = kept[at];
+      C y[kPack];
+#pragma unroll
+      for (int lane = 0; lane < kPack; ++lane) y[lane] = activate<S, kSilu>(affine(to_compute(x.values[lane])));
+      store_pack(y, static_cast<P*>(a.y) + i);
+    });
+  });
+  // Another block may be reading from this one's shared memory.
+  cluster_sync();
+#endif
+}
+
+// The gradient of x, and the channels' pairs [B, C, blocks].
+template <typename S, int kPack, bool kSilu>
+__global__ void __launch_bounds__(kThreads, 2)
+    clustered_lines_backward(const __grid_constant__ Backward a, const __grid_constant__ Lines cut) {
+#if DIFFPP_CLUSTERS
+  using C = typename Storage<S>::Compute;
+  using P = Pack<S, kPack>;
+  __shared__ double sum_of_block, product_of_block;
+  __shared__ Terms<C> of_group;
+  P* kept = dynamic_shared<P>();
+  const Lot<kPack> lot(a.shape, cut);
+  P* kept_grad = kept + static_cast<int64_t>(lot.share) * lot.channels;
+
+  double totals[2] = {};
+  lot.for_channels([&](int c) {
+    const int64_t channel = lot.first_channel + c;
+    const Affine<C> affine = affine_of<C>(a, lot.b, channel);
+    C sums[kPack] = {}, products[kPack] = {};
+    lot.template for_pixels<P, true>(c, a.x, a.grad_output, [&](const P& xs, const P& grads, int at) {
+      kept[at] = xs;
+      kept_grad[at] = grads;
+#pragma unroll
+      for (int lane = 0; lane < kPack; ++lane) {
+        const C x = to_compute(xs.values[lane]);
+        const C g = through<S, kSilu>(to_compute(grads.values[lane]), affine(x));
+        sums[lane] += g;
+        products[lane] = fma(g, x - affine.mean, products[lane]);
+      }
+    });
+    double sum = 0.0, product = 0.0;
+#pragma unroll
+    for (int lane = 0; lane < kPack; ++lane) {
+      sum += static_cast<double>(sums[lane]);
+      product += static_cast<double>(products[lane]);
+    }
+    sum = warp_sum(sum);
+    product = warp_sum(product);
+    if (threadIdx.x % kWarp != 0) return;
+    if (needs_parameters(a))
+      static_cast<Pair<C>*>(a.partials)[(lot.b * a.shape.channels + channel) * cut.blocks + lot.block] = {
+          static_cast<C>(sum), static_cast<C>(product)};
+    const double weight = static_cast<double>(number<C>(a.weight, channel, C(1)));
+    totals[0] += weight * sum;
+    totals[1] += weight * product;
+  });
+  block_sum(totals);
+  if (threadIdx.x == 0) {
+    sum_of_block = totals[0];
+    product_of_block = totals[1];
+  }
+  cluster_sync();
+  if (threadIdx.x == 0)
+    of_group = Terms<C>(
+        a.shape, static_cast<double>(static_cast<const C*>(a.rstd)[lot.group]), cluster_sum(sum_of_block, cut.blocks),
+        cluster_sum(product_of_block, cut.blocks));
+  __syncthreads();
+  const Terms<C> terms = of_group;
+  lot.for_channels([&](int c) {
+    const Affine<C> affine = affine_of<C>(a, lot.b, lot.first_channel + c);
+    lot.for_kept(c, [&](int at, int64_t i) {
+      const P xs = kept[at], grads = kept_grad[at];
+      C result[kPack];
+#pragma unroll
+      for (int lane = 0; lane < kPack; ++lane) {
+        const C x = to_compute(xs.values[lane]);
+        const C g = through<S, kSilu>(to_compute(grads.values[lane]), affine(x));
+        result[lane] = fma(g, affine.scale, fma(terms.slope, x - affine.mean, terms.offset));
+      }
+      store_pack(result, static_cast<P*>(a.grad_x) + i);
+    });
+  });
+  // Another block may be reading from this one's shared memory.
+  cluster_sync();
+#endif
+}
+
 // The part of the tensor that a warp of the row-major kernels works on: a piece of channel `line` = b C + c.
 template <int kPack>
 struct Strip {
@@ -1071,12 +1300,21 @@ void forward(const Forward& a, void* stream) {
     using S = std::remove_pointer_t<decltype(kind)>;
     constexpr int kPack = decltype(pack)::value;
     if constexpr (kPack > 1 && sizeof(S) < 8) {
-      const Tiles cut = a.shape.channels_last ? tiles_of(a.shape, kPack, sizeof(S)) : Tiles{};
-      if (cut.blocks > 0 && clusters_serve(&clustered_forward<S, kPack, true>)) {
-        const unsigned grid = static_cast<unsigned>(a.shape.batch * cut.tiles * cut.blocks);
+      const bool serve = clusters_serve(&clustered_forward<S, kPack, true>);
+      const Tiles tiles = serve && a.shape.channels_last ? tiles_of(a.shape, kPack, sizeof(S)) : Tiles{};
+      const Lines lines = serve && !a.shape.channels_last ? lines_of(a.shape, kPack, sizeof(S)) : Lines{};
+      if (tiles.blocks > 0) {
+        const unsigned grid = static_cast<unsigned>(a.shape.batch * tiles.tiles * tiles.blocks);
         launch_clusters(
-            (a.silu ? clustered_forward<S, kPack, true> : clustered_forward<S, kPack, false>), grid, cut.blocks,
-            cut.bytes(sizeof(S)), on, a, cut);
+            (a.silu ? clustered_forward<S, kPack, true> : clustered_forward<S, kPack, false>), grid, tiles.blocks,
+            tiles.bytes(sizeof(S)), on, a, tiles);
+        return;
+      }
+      if (lines.blocks > 0) {
+        const unsigned grid = static_cast<unsigned>(a.shape.batch * a.shape.groups * lines.blocks);
+        launch_clusters(
+            (a.silu ? clustered_lines_forward<S, kPack, true> : clustered_lines_forward<S, kPack, false>), grid, lines.blocks,
+            lines.bytes(a.shape, sizeof(S)), on, a, lines);
         return;
       }
     }
@@ -1109,9 +1347,12 @@ int64_t bytes_of_partials(const Backward& a) {
     if (a.shape.channels_last) {
       const Bands cut = bands_of(a.shape, pack, sizeof(S));
       pairs = a.shape.batch * (cut.bands * a.shape.channels + a.shape.groups * cut.entries(a.shape));
-      // Which GPU it will be is not known yet.
-      if constexpr (pack > 1 && sizeof(S) < 8)
-        pairs = std::max(pairs, a.shape.batch * tiles_of(a.shape, pack, 2 * sizeof(S)).blocks * a.shape.channels);
+    }
+    // Which GPU it will be is not known yet.
+    if constexpr (pack > 1 && sizeof(S) < 8) {
+      const int64_t kept = 2 * sizeof(S);
+      const int blocks = a.shape.channels_last ? tiles_of(a.shape, pack, kept).blocks : lines_of(a.shape, pack, kept).blocks;
+      pairs = std::max(pairs, a.shape.batch * a.shape.channels * blocks);
     }
     bytes = pairs * static_cast<int64_t>(sizeof(Pair<C>));
   });
@@ -1132,15 +1373,24 @@ void backward(const Backward& a, void* stream) {
     constexpr int kPack = decltype(pack)::value;
     if (empty(a.shape)) return add_up_parameters(C(), 0, 0, 0);
     if constexpr (kPack > 1 && sizeof(S) < 8) {
-      const bool whole = a.shape.channels_last && a.grad_x != nullptr;
-      const Tiles cut = whole ? tiles_of(a.shape, kPack, 2 * sizeof(S)) : Tiles{};
-      if (cut.blocks > 0 && clusters_serve(&clustered_backward<S, kPack, true>)) {
-        const unsigned grid = static_cast<unsigned>(a.shape.batch * cut.tiles * cut.blocks);
+      const bool serve = a.grad_x != nullptr && clusters_serve(&clustered_backward<S, kPack, true>);
+      const Tiles tiles = serve && a.shape.channels_last ? tiles_of(a.shape, kPack, 2 * sizeof(S)) : Tiles{};
+      const Lines lines = serve && !a.shape.channels_last ? lines_of(a.shape, kPack, 2 * sizeof(S)) : Lines{};
+      if (tiles.blocks > 0) {
+        const unsigned grid = static_cast<unsigned>(a.shape.batch * tiles.tiles * tiles.blocks);
         launch_clusters(
-            (a.silu ? clustered_backward<S, kPack, true> : clustered_backward<S, kPack, false>), grid, cut.blocks,
-            cut.bytes(2 * sizeof(S)), on, a, cut);
+            (a.silu ? clustered_backward<S, kPack, true> : clustered_backward<S, kPack, false>), grid, tiles.blocks,
+            tiles.bytes(2 * sizeof(S)), on, a, tiles);
         check_launch(op);
-        return add_up_parameters(C(), cut.blocks, a.shape.channels, 1);
+        return add_up_parameters(C(), tiles.blocks, a.shape.channels, 1);
+      }
+      if (lines.blocks > 0) {
+        const unsigned grid = static_cast<unsigned>(a.shape.batch * a.shape.groups * lines.blocks);
+        launch_clusters(
+            (a.silu ? clustered_lines_backward<S, kPack, true> : clustered_lines_backward<S, kPack, false>), grid, lines.blocks,
+            lines.bytes(a.shape, 2 * sizeof(S)), on, a, lines);
+        check_launch(op);
+        return add_up_parameters(C(), lines.blocks, 1, lines.blocks);
       }
     }
     if (a.shape.channels_last) {

@@ -40,7 +40,7 @@ extern "C" cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, con
 
 
 def rewritten(kernels: str, file: str, launches: list[str]) -> str:
-    """Launches, `kernel<<<grid, threads, ...>>>(arguments)` and of clusters, as calls of `emulation`; shared arrays as static.
+    """Rewrite launches, `kernel<<<grid, threads, ...>>>(arguments)` and clusters, for `emulation`; make shared arrays static.
 
     Adds the file's launches to `launches`, one for each kernel that a place chooses among.
     """
