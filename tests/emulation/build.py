@@ -40,9 +40,9 @@ extern "C" cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, con
 
 
 def rewritten(kernels: str, file: str, launches: list[str]) -> str:
-    """Rewrite launches, `kernel<<<grid, threads, ...>>>(arguments)` and clusters, for `emulation`; make shared arrays static.
+    """Rewrite launches, `kernel<<<grid, threads, ...>>>(arguments)` and those of clusters, for `emulation`.
 
-    Adds the file's launches to `launches`, one for each kernel that a place chooses among.
+    Shared arrays become static ones. Adds the file's launches, one for each kernel that a place chooses among.
     """
     kernels = kernels.replace("__shared__", "static thread_local")
     # launch_clusters((kernel), grid, blocks, shared, stream, arguments...), where it is called.
