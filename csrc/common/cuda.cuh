@@ -210,7 +210,9 @@ bool clusters_serve(Kernel* kernel) {
 template <typename... Parameters, typename... Arguments>
 void launch_clusters(
     void (*kernel)(Parameters...), unsigned grid, int blocks, int64_t shared, cudaStream_t on, const Arguments&... arguments) {
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  // What any launch may have, less static arrays, needs no asking for.
+  if (shared > (48 - 20) << 10)
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};

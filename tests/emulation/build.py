@@ -48,9 +48,9 @@ def rewritten(kernels: str, file: str, launches: list[str]) -> str:
     # launch_clusters((kernel), grid, blocks, shared, stream, arguments...), where it is called.
     for match in reversed(list(re.finditer(r"(?<=\s)launch_clusters\((?=\s*\()", kernels))):
         close = closing(kernels, match.end() - 1)
-        kernel, grid, blocks, shared, _, *arguments = split(kernels[match.end() : close - 1])
+        kernel, grid, blocks, shared, _, *given = split(kernels[match.end() : close - 1])
         call = f"{name_of(kernel, file, launches)}, {grid}, kThreads, {blocks}, {shared}"
-        run = f"[&] {{ {kernel}({', '.join(arguments)}); }}"
+        run = f"[&] {{ {kernel}({', '.join(given)}); }}"
         kernels = f"{kernels[: match.start()]}::emulation::launch_clusters({call}, {run}){kernels[close:]}"
     while (at := kernels.find("<<<")) >= 0:
         begin = kernel_begins(kernels, at)
