@@ -133,13 +133,15 @@ sanitize: $(READY)
 
 # A copy of the package whose backend "cpu" runs csrc's GPU kernels, a fiber for each thread (tests/emulation/emulation.h). Left out:
 # statistics that the CPU's kernels round less, and their exponential of numbers below -87.
+# The emulated GPU has clusters of blocks; where a kernel is for them, the one for GPUs without them is tested as well.
 EMULATED := build/emulated
+EMULATE := PYTHONPATH=../$(EMULATED) PYTHONSAFEPATH=1 $(abspath $(BIN))/pytest -p no:cacheprovider \
+  -m "not slow" -k "not compiles and not reference and not far_apart and not every_magnitude"
 emulate: $(READY)
 	$(BIN)/python tests/emulation/build.py $(EMULATED)
 	cd tests && PYTHONPATH=../$(EMULATED):.. PYTHONSAFEPATH=1 $(abspath $(BIN))/python emulation/launches.py ../$(EMULATED)
-	cd tests && PYTHONPATH=../$(EMULATED) PYTHONSAFEPATH=1 $(abspath $(BIN))/pytest -p no:cacheprovider \
-	  -m "not slow" -k "not compiles and not reference and not far_apart and not every_magnitude" \
-	  $(foreach op,add_noise denoising_loss score_gap reward_pixels group_norm_silu,test_native_$(op).py test_ops_$(op).py) test_noise.py
+	cd tests && $(EMULATE) $(foreach op,add_noise denoising_loss score_gap reward_pixels group_norm_silu,test_native_$(op).py test_ops_$(op).py) test_noise.py
+	cd tests && DIFFPP_EMULATED_ARCH=80 $(EMULATE) test_native_group_norm_silu.py test_ops_group_norm_silu.py
 
 # Any arguments of `python -m benchmarks`.
 BENCH ?= kernels

@@ -129,7 +129,7 @@ def ordered(op: str, dtypes: Sequence[torch.dtype] = DTYPES) -> tuple[list[Varia
     Faults of a kernel lie in one option or in two together far more often than in three.
     """
     rest = list(every(op, dtypes))
-    pairs = {variant: set(itertools.combinations(variant.options, 2)) for variant in rest}
+    pairs = {variant: {*itertools.combinations(variant.options, 2), *_three(variant)} for variant in rest}
     missing = set().union(*pairs.values())
     chosen: list[Variant] = []
     while missing:
@@ -138,6 +138,13 @@ def ordered(op: str, dtypes: Sequence[torch.dtype] = DTYPES) -> tuple[list[Varia
         chosen.append(best)
         rest.remove(best)
     return chosen + rest, len(chosen)
+
+
+def _three(variant: Variant) -> Iterator[tuple[Any, ...]]:
+    """Yield what goes a way of its own only together: noise drawn in channels_last, by whole Philox blocks."""
+    options = dict(variant.options)
+    if [options.get(name) for name in ("noise", "layout", "shape")] == ["drawn", "channels_last", "even"]:
+        yield "tiles", variant.dtype
 
 
 def make(variant: Variant, device: torch.device) -> Call:

@@ -91,6 +91,18 @@ def test_video_in_channels_last() -> None:
     assert torch.equal(x_t, ops.add_noise(x0, alpha, sigma, noise))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 4, 4, 5), (1, 16, 6, 10), (3, 12, 2, 2), (2, 8, 3, 3), (2, 6, 4, 4)])
+def test_whole_philox_blocks_in_channels_last(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x0, alpha, sigma, noise = inputs(*shape, dtype=dtype)
+    laid_out = x0.contiguous(memory_format=torch.channels_last)
+    x_t = ops.add_noise(laid_out, alpha, sigma, noise)
+    assert torch.equal(x_t, ops.add_noise(x0, alpha, sigma, noise))
+    stored = noise.normal(shape[1:], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    if dtype in (torch.float32, torch.float64):
+        assert torch.equal(x_t, ops.add_noise(laid_out, alpha, sigma, stored))
+
+
 def test_inputs_are_not_written_and_coefficients_may_be_expanded() -> None:
     x0, _, _, noise = inputs(3, 4, 8, 8)
     before = x0.clone()

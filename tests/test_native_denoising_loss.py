@@ -104,8 +104,9 @@ def test_layouts_hold_the_same_numbers(
             assert torch.equal(same, loss)
 
 
-def test_video_in_channels_last() -> None:
-    prediction, x0, noise, alpha, sigma = inputs(2, 3, 4, 5, 6)
+@pytest.mark.parametrize("channels", [3, 4])
+def test_video_in_channels_last(channels: int) -> None:
+    prediction, x0, noise, alpha, sigma = inputs(2, channels, 4, 5, 6)
     video = prediction.detach().contiguous(memory_format=torch.channels_last_3d).requires_grad_()
     loss, gradient = loss_and_gradient(prediction, x0, noise, alpha, sigma, prediction_type="flow_prediction")
     same, moved = loss_and_gradient(video, x0, noise, alpha, sigma, prediction_type="flow_prediction")

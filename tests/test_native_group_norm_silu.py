@@ -105,6 +105,27 @@ def test_many_channels_and_pixels(shape: tuple[int, ...], channels_last: bool) -
         torch.testing.assert_close(actual, with_gradients(x, 8, weight, bias))
 
 
+# What clusters of blocks keep on GPUs: eight or a single block, several groups in a pack, fewer pixels than blocks.
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((1, 80, 24, 24), 8), ((2, 128, 3, 3), 32), ((1, 48, 9, 11), 16), ((1, 16, 50, 48), 2)]
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_whole_groups_against_float64(
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    x, weight, bias = inputs(*shape, dtype=dtype)
+    x = (x + 3).detach().contiguous(memory_format=memory_format).requires_grad_()
+    actual = with_gradients(x, groups, weight, bias)
+    again = with_gradients(x, groups, weight, bias)
+    with use_backend("reference"):
+        expected = with_gradients(x.double(), groups, weight.double(), bias.double())
+    tolerance = 8 * torch.finfo(dtype).eps
+    for value, same, correct in zip(actual, again, expected, strict=True):
+        assert torch.equal(value, same)
+        torch.testing.assert_close(value.double(), correct, rtol=tolerance, atol=tolerance * correct.abs().max().item())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts_hold_the_same_numbers(layout: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     x, weight, bias = inputs(2, 6, 19, 31, dtype=dtype)

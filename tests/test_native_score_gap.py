@@ -145,8 +145,9 @@ def test_layouts_hold_the_same_numbers(
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_video_in_channels_last() -> None:
-    three, target = inputs(2, 3, 4, 5, 6)
+@pytest.mark.parametrize("channels", [3, 4])
+def test_video_in_channels_last(channels: int) -> None:
+    three, target = inputs(2, channels, 4, 5, 6)
     video = three[0].contiguous(memory_format=torch.channels_last_3d)
     expected = ops.score_gap(*three, guidance_scale=4.5, normalizer="mean_abs", **target)
     actual = ops.score_gap(video, *three[1:], guidance_scale=4.5, normalizer="mean_abs", **target)

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <initializer_list>
 #include <stdexcept>
@@ -44,8 +45,50 @@ struct alignas(kCount * sizeof(S) > 16 ? 16 : kCount * sizeof(S)) Pack {
   S values[kCount];
 };
 
-template <typename S>
-using Four = Pack<S, 4>;
+// Two neighbours of a 2-byte dtype, rounded by one instruction.
+__device__ inline uint32_t to_stored_pair(float first, float second, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ inline uint32_t to_stored_pair(float first, float second, __half) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// One store of 8 or 16 bytes. Of an assignment the compiler makes several, where it has computed the words one by one.
+template <int kWords>
+__device__ inline void store_words(const uint32_t (&words)[kWords], void* to) {
+#if defined(__CUDA_ARCH__)
+  const size_t global = __cvta_generic_to_global(to);
+  if constexpr (kWords == 4)
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                 "r"(words[3])
+                 : "memory");
+  else
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(global), "r"(words[0]), "r"(words[1]) : "memory");
+#else
+  for (int i = 0; i < kWords; ++i) static_cast<uint32_t*>(to)[i] = words[i];
+#endif
+}
+
+template <typename S, int kCount, typename C>
+__device__ inline void store_pack(const C (&values)[kCount], Pack<S, kCount>* to) {
+  if constexpr (sizeof(S) < 8) {
+    constexpr int kEach = 4 / sizeof(S);
+    uint32_t words[kCount / kEach];
+#pragma unroll
+    for (int i = 0; i < kCount / kEach; ++i) {
+      if constexpr (kEach == 2) words[i] = to_stored_pair(values[2 * i], values[2 * i + 1], S());
+      else words[i] = static_cast<uint32_t>(__float_as_int(values[i]));
+    }
+    store_words(words, to);
+  } else {
+    Pack<S, kCount> pack;
+#pragma unroll
+    for (int lane = 0; lane < kCount; ++lane) pack.values[lane] = to_stored<S>(values[lane]);
+    *to = pack;
+  }
+}
 
 template <typename P>
 bool aligned(const void* pointer) {
@@ -91,10 +134,9 @@ void dispatch(Dtype dtype, const F& f) {
 
 constexpr int kThreads = 256;
 
-// Blocks that an SM must hold at least, for a kernel of elements S: 128 registers are a thread's then. Left alone, the compiler
-// spills for a larger share of the SM; float64 pairs do not fit in what it chooses.
-template <typename S>
-constexpr int kBlocksPerSm = sizeof(S) == sizeof(double) ? 2 : 0;
+// Blocks that an SM must hold at least, for a kernel of so many numbers in flight a thread: 128 or 64 registers are a thread's then.
+// Left alone, the compiler spills for a larger share of the SM; float64 and tiles do not fit in what it chooses.
+constexpr int blocks_per_sm(size_t size, int count) { return size == sizeof(double) || count > 8 ? 2 : 4; }
 
 inline void check_launch(const char* op) {
   const cudaError_t error = cudaGetLastError();
@@ -102,12 +144,80 @@ inline void check_launch(const char* op) {
     throw std::runtime_error(std::string(op) + ": the kernel was not launched: " + cudaGetErrorString(error));
 }
 
-// Blocks of kThreads for the threads of a sample, times the batch. Kernels stride over what a grid of this size leaves.
+// Blocks of kThreads for the threads of a sample, times the batch. Kernels stride over what a grid of this size leaves: from 31
+// blocks for each SM of a large GPU on, what a thread does before its first elements would be done more often instead.
 inline dim3 grid_of(int64_t threads, int64_t batch = 1) {
-  constexpr int64_t kMostX = 1 << 20, kMostY = 65535;
-  const int64_t blocks = (threads + kThreads - 1) / kThreads;
+  constexpr int64_t kMost = 4096, kMostY = 65535;
+  const int64_t blocks = (threads + kThreads - 1) / kThreads, share = batch < kMost ? kMost / batch : 1;
   return dim3(
-      static_cast<unsigned>(blocks < kMostX ? blocks : kMostX), static_cast<unsigned>(batch < kMostY ? batch : kMostY));
+      static_cast<unsigned>(blocks < share ? blocks : share), static_cast<unsigned>(batch < kMostY ? batch : kMostY));
+}
+
+// Clusters of blocks, which read each other's shared memory: from sm_90 on. A kernel for them is empty on older GPUs.
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define DIFFPP_CLUSTERS 1
+#else
+#define DIFFPP_CLUSTERS 0
+#endif
+
+// What a block may have of its SM's shared memory, and what leaves room for a second block; 20 KiB of each are static arrays'.
+constexpr int64_t kMostShared = (227 - 20) << 10, kHalfOfShared = (113 - 20) << 10;
+constexpr int kMostBlocks = 8;  // of a cluster, on any GPU that has them
+
+#if DIFFPP_CLUSTERS
+__device__ inline void cluster_sync() {
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+}
+
+// The sum of what the blocks of a cluster hold in the same place of their shared memory, in their order.
+__device__ inline double cluster_sum(double& value, int blocks) {
+  double sum = 0.0;
+  for (int block = 0; block < blocks; ++block)
+    sum += *static_cast<const double*>(__cluster_map_shared_rank(&value, static_cast<unsigned>(block)));
+  return sum;
+}
+#endif
+
+// The shared memory whose size a launch names.
+template <typename T>
+__device__ inline T* dynamic_shared() {
+#if defined(__CUDACC__)
+  extern __shared__ uint4 memory[];
+  return reinterpret_cast<T*>(memory);
+#else
+  return static_cast<T*>(emulation::dynamic_shared());
+#endif
+}
+
+// Whether the current GPU has clusters, and this kernel was compiled for them: all kernels are for the same GPUs.
+template <typename Kernel>
+bool clusters_serve(Kernel* kernel) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  if (known[device] == 0) {
+    cudaFuncAttributes attributes{};
+    const bool found = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess;
+    known[device] = found && attributes.ptxVersion >= 90 ? 1 : -1;
+  }
+  return known[device] == 1;
+}
+
+// Launches clusters of `blocks`, each block with `shared` bytes.
+template <typename... Parameters, typename... Arguments>
+void launch_clusters(
+    void (*kernel)(Parameters...), unsigned grid, int blocks, int64_t shared, cudaStream_t on, const Arguments&... arguments) {
+  // What any launch may have, less static arrays, needs no asking for.
+  if (shared > (48 - 20) << 10)
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  const cudaLaunchConfig_t config{dim3(grid), dim3(kThreads), static_cast<size_t>(shared), on, &cluster, 1};
+  cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 // Sums over a warp and over a block, in an order that depends on nothing but the number of threads
@@ -141,7 +251,53 @@ __device__ inline void block_sum(double (&sums)[kSums]) {
   __syncthreads();
 }
 
+// What one instruction of a GPU approximates, within 2^-23 of its value
+
+__device__ inline float approximate_reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 1.0f / x;
+#endif
+}
+
+__device__ inline float approximate_root(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return sqrtf(x);
+#endif
+}
+
+// 2^x
+__device__ inline float approximate_power(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return exp2f(x);
+#endif
+}
+
 // Addressed noise: the words and the formula of cpu_noise.h, one block of four normals per call
+
+// Both words of a product of 32 bits by 32. Written in C++, where the first factor is the same for all threads in one round, the
+// compiler adds a carry that is always 0 in all others.
+__device__ inline uint2 product(uint32_t a, uint32_t b) {
+  uint2 words;
+#if defined(__CUDA_ARCH__)
+  asm("{ .reg .b64 both; mul.wide.u32 both, %2, %3; mov.b64 {%0, %1}, both; }" : "=r"(words.x), "=r"(words.y) : "r"(a), "r"(b));
+#else
+  const uint64_t both = static_cast<uint64_t>(a) * b;
+  words = make_uint2(static_cast<uint32_t>(both), static_cast<uint32_t>(both >> 32));
+#endif
+  return words;
+}
 
 __device__ inline uint4 philox(uint32_t index, uint32_t stream, uint64_t sample, uint64_t seed) {
   uint4 c = make_uint4(index, stream, static_cast<uint32_t>(sample), static_cast<uint32_t>(sample >> 32));
@@ -149,31 +305,54 @@ __device__ inline uint4 philox(uint32_t index, uint32_t stream, uint64_t sample,
   uint32_t k1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(c.x) * 0xD2511F53u;
-    const uint64_t p1 = static_cast<uint64_t>(c.z) * 0xCD9E8D57u;
-    c = make_uint4(
-        static_cast<uint32_t>(p1 >> 32) ^ c.y ^ k0, static_cast<uint32_t>(p1), static_cast<uint32_t>(p0 >> 32) ^ c.w ^ k1,
-        static_cast<uint32_t>(p0));
+    const uint2 p0 = product(c.x, 0xD2511F53u), p1 = product(c.z, 0xCD9E8D57u);
+    c = make_uint4(p1.y ^ c.y ^ k0, p1.x, p0.y ^ c.w ^ k1, p0.x);
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
   return c;
 }
 
+// sqrt(-2 ln u) for u in (0, 1]: u = m 2^e with m in [sqrt(1/2), sqrt(2)), and -2 ln m = -4 artanh(s) with s = (m - 1) / (m + 1),
+// whose series in s^2 needs four terms. It keeps its relative precision near u = 1.
+__device__ inline float radius_of(float u) {
+  const int bits = __float_as_int(u);
+  const int exponent = (bits - 0x3F3504F3) & static_cast<int>(0xFF800000);  // e 2^23
+  const float m = __int_as_float(bits - exponent);
+  const float s = (m - 1.0f) * approximate_reciprocal(m + 1.0f);
+  const float square = s * s;
+  float p = fmaf(square, -0.59851582f, -0.7994958f);
+  p = fmaf(p, square, -1.33333632f);
+  p = fmaf(p, square, -4.0f);
+  constexpr float kStep = -1.3862943611198906f * 0x1p-23f;  // -2 ln 2
+  return approximate_root(fmaf(static_cast<float>(exponent), kStep, s * p));
+}
+
+// sin(pi x) for x in [-1/2, 1/2], relatively within 2 ulp.
+__device__ inline float sine_of_half_turns(float x) {
+  const float square = x * x;
+  float p = fmaf(square, 0.07756039f, -0.59824213f);
+  p = fmaf(p, square, 2.55006973f);
+  p = fmaf(p, square, -5.16770968f);
+  return x * fmaf(p, square, 3.14159264f);
+}
+
+// Two normals from two words. No product is left to be fused with what a caller does: noise that is drawn where it is used has
+// the bits of noise that was stored.
 __device__ inline void box_muller(uint32_t a, uint32_t b, float& first, float& second) {
-  const float u1 = static_cast<float>(a) * 0x1p-32f + 0x1p-33f;
-  const float u2 = static_cast<float>(b) * 0x1p-32f;
-  const float radius = sqrtf(-2.0f * logf(u1));
-  float sine, cosine;
-  sincospif(2.0f * u2, &sine, &cosine);
-  first = radius * cosine;
-  second = radius * sine;
+  const float radius = radius_of(fmaf(static_cast<float>(a), 0x1p-32f, 0x1p-33f));
+  // An angle of 2 u2 half turns, 2 u2 = h + x: the nearest whole number h comes as the low bits of a sum with 1.5 2^23.
+  const float word = static_cast<float>(b);
+  const float sum = fmaf(word, 0x1p-31f, 12582912.0f);
+  const float x = fmaf(word, 0x1p-31f, 12582912.0f - sum);
+  const float towards = __int_as_float(__float_as_int(radius) ^ (__float_as_int(sum) << 31));
+  first = __fmul_rn(towards, sine_of_half_turns(0.5f - fabsf(x)));
+  second = __fmul_rn(towards, sine_of_half_turns(x));
 }
 
 // The normals of the elements [4 block, 4 block + 4) of a sample.
-__device__ inline float4 normals(int64_t block, const Noise& noise, int64_t b) {
-  const uint4 words = philox(
-      static_cast<uint32_t>(block), noise.stream, static_cast<uint64_t>(noise.samples[b]), noise.seed);
+__device__ inline float4 normals(int64_t block, const Noise& noise, uint64_t sample) {
+  const uint4 words = philox(static_cast<uint32_t>(block), noise.stream, sample, noise.seed);
   float4 result;
   box_muller(words.x, words.y, result.x, result.y);
   box_muller(words.z, words.w, result.z, result.w);
@@ -215,78 +394,117 @@ class Walk {
 
 // Runs of neighbouring elements: targets, d = guided - fake and r = guided - target
 
-// A thread's elements: 16 bytes of each tensor, and whole Philox blocks. They are neighbours in logical order; `kPacked` says
-// that every tensor has them aligned and in the order of its memory, in every sample.
-template <typename S, bool kPacked>
+// How a thread reaches the elements of a run.
+enum class Access {
+  any,     // four neighbours in logical order, one at a time
+  packed,  // packs that every tensor has aligned and in the order of its memory; the noise, if any, is stored
+  drawn,   // the same, and the noise is drawn: whole Philox blocks
+  tiled,   // channels_last with noise drawn: four pixels of four channels are four Philox blocks, and a pack of each pixel
+};
+
+// A thread's elements.
+template <typename S, Access kAccess>
 class Run {
  public:
   using C = typename Storage<S>::Compute;
-  static constexpr int kCount = kPacked && sizeof(S) == 2 ? 8 : 4;
+  static constexpr bool kAny = kAccess == Access::any;
+  static constexpr bool kTiled = kAccess == Access::tiled;
+  static constexpr int kPack = !kAny && !kTiled && sizeof(S) == 2 ? 8 : 4;
+  static constexpr int kCount = kTiled ? 16 : kPack;
 
   // How many runs a sample has.
   __host__ __device__ static int64_t per_sample(const Layout& layout) {
     return (layout.sample() + kCount - 1) / kCount;
   }
 
-  // A thread knows this of every run before the first.
-  struct Start {
+  // What a thread knows of a sample before its first run.
+  struct Sample {
     const Layout& layout;
-    uint64_t per_pixels;
+    int64_t b;
+    uint64_t per_pixels;  // of a Walk
+    uint64_t number = 0;  // in the noise's address
+    C alpha = C(1), sigma = C(1);
 
-    __device__ explicit Start(const Layout& layout)
-        : layout(layout), per_pixels(kPacked ? 0 : Walk::reciprocal(layout)) {}
+    __device__ Sample(const Layout& layout, int64_t b)
+        : layout(layout), b(b), per_pixels(kAny ? Walk::reciprocal(layout) : 0) {}
+    __device__ Sample(const Layout& layout, int64_t b, const Noise& noise) : Sample(layout, b) {
+      if (noise.samples != nullptr) number = static_cast<uint64_t>(noise.samples[b]);
+    }
+    __device__ Sample(const Layout& layout, int64_t b, const Target& target) : Sample(layout, b, target.noise) {
+      if (target.prediction != Prediction::v_prediction) return;
+      alpha = number_of(target.alpha, b);
+      sigma = number_of(target.sigma, b);
+    }
+
+   private:
+    __device__ static C number_of(const PerSample& values, int64_t b) { return diffpp::number<C>(values, b); }
   };
 
-  __device__ Run(const Start& start, int64_t b, int64_t number) : b_(b), number_(number) {
-    const Layout& layout = start.layout;
-    if constexpr (kPacked) {
-      at_[0] = b * layout.sample() + number * kCount;
-    } else {
-      Walk walk(layout, start.per_pixels, number * kCount);
+  __device__ Run(const Sample& sample, int64_t number) : sample_(sample), number_(number) {
+    const Layout& layout = sample.layout;
+    const int64_t first = sample.b * layout.sample();
+    if constexpr (kAny) {
+      Walk walk(layout, sample.per_pixels, number * kCount);
 #pragma unroll
       for (int lane = 0; lane < kCount; ++lane, walk.next())
-        at_[lane] = number * kCount + lane < layout.sample() ? b * layout.sample() + walk.in_memory() : -1;
+        at_[lane] = number * kCount + lane < layout.sample() ? first + walk.in_memory() : -1;
+    } else if constexpr (kTiled) {
+      // Neighbouring threads take neighbouring channels. A sample has fewer than 2^34 elements where noise is drawn.
+      const uint32_t channels = static_cast<uint32_t>(layout.channels) / 4;
+      const uint32_t pixels = static_cast<uint32_t>(number) / channels, channel = static_cast<uint32_t>(number) % channels;
+      at_[0] = first + 4 * (pixels * layout.channels + channel);
+      number_ = 4 * channel * (layout.pixels / 4) + pixels;
+    } else {
+      at_[0] = first + number * kCount;
     }
   }
 
   // Whether a lane holds an element: the last run of a sample may be shorter. Other lanes load as zero.
-  __device__ bool holds(int lane) const { return kPacked || at_[lane] >= 0; }
+  __device__ bool holds(int lane) const { return !kAny || at_[lane] >= 0; }
 
   __device__ void load(const void* array, C (&to)[kCount]) const {
     const S* from = static_cast<const S*>(array);
-    if constexpr (kPacked) {
-      const auto pack = *reinterpret_cast<const Pack<S, kCount>*>(from + at_[0]);
-#pragma unroll
-      for (int lane = 0; lane < kCount; ++lane) to[lane] = to_compute(pack.values[lane]);
-    } else {
+    if constexpr (kAny) {
 #pragma unroll
       for (int lane = 0; lane < kCount; ++lane) to[lane] = holds(lane) ? to_compute(from[at_[lane]]) : C(0);
+    } else {
+#pragma unroll
+      for (int pack = 0; pack < kCount / kPack; ++pack) {
+        const auto values = *reinterpret_cast<const Pack<S, kPack>*>(from + at_[0] + pack * sample_.layout.channels);
+#pragma unroll
+        for (int lane = 0; lane < kPack; ++lane) to[pack * kPack + lane] = to_compute(values.values[lane]);
+      }
     }
   }
 
   __device__ void store(const C (&values)[kCount], void* array) const {
     S* to = static_cast<S*>(array);
-    if constexpr (kPacked) {
-      Pack<S, kCount> pack;
-#pragma unroll
-      for (int lane = 0; lane < kCount; ++lane) pack.values[lane] = to_stored<S>(values[lane]);
-      *reinterpret_cast<Pack<S, kCount>*>(to + at_[0]) = pack;
-    } else {
+    if constexpr (kAny) {
 #pragma unroll
       for (int lane = 0; lane < kCount; ++lane)
         if (holds(lane)) to[at_[lane]] = to_stored<S>(values[lane]);
+    } else {
+#pragma unroll
+      for (int pack = 0; pack < kCount / kPack; ++pack) {
+        C of_pack[kPack];
+#pragma unroll
+        for (int lane = 0; lane < kPack; ++lane) of_pack[lane] = values[pack * kPack + lane];
+        store_pack(of_pack, reinterpret_cast<Pack<S, kPack>*>(to + at_[0] + pack * sample_.layout.channels));
+      }
     }
   }
 
   __device__ void noise(const Noise& noise, C (&to)[kCount]) const {
-    if (noise.stored != nullptr) return load(noise.stored, to);
+    if (kAccess == Access::packed || (kAny && noise.stored != nullptr)) return load(noise.stored, to);
+    // Of tiles, a block is four pixels of a channel.
+    constexpr int to_lane = kTiled ? 4 : 1, to_block = kTiled ? 1 : 4;
 #pragma unroll
     for (int block = 0; block < kCount / 4; ++block) {
-      const float4 drawn = normals(number_ * (kCount / 4) + block, noise, b_);
-      to[4 * block] = static_cast<C>(drawn.x);
-      to[4 * block + 1] = static_cast<C>(drawn.y);
-      to[4 * block + 2] = static_cast<C>(drawn.z);
-      to[4 * block + 3] = static_cast<C>(drawn.w);
+      const int64_t number = kTiled ? number_ + block * (sample_.layout.pixels / 4) : number_ * (kCount / 4) + block;
+      const float4 drawn = normals(number, noise, sample_.number);
+      const float lanes[4] = {drawn.x, drawn.y, drawn.z, drawn.w};
+#pragma unroll
+      for (int lane = 0; lane < 4; ++lane) to[block * to_block + lane * to_lane] = static_cast<C>(lanes[lane]);
     }
   }
 
@@ -294,13 +512,10 @@ class Run {
     if (a.prediction == Prediction::sample) return load(a.x0, to);
     noise(a.noise, to);
     if (a.prediction == Prediction::epsilon) return;
-    const bool v = a.prediction == Prediction::v_prediction;
-    const C alpha = v ? number<C>(a.alpha, b_) : C(1);
-    const C sigma = v ? number<C>(a.sigma, b_) : C(1);
     C x0[kCount];
     load(a.x0, x0);
 #pragma unroll
-    for (int lane = 0; lane < kCount; ++lane) to[lane] = fma(alpha, to[lane], -sigma * x0[lane]);
+    for (int lane = 0; lane < kCount; ++lane) to[lane] = fma(sample_.alpha, to[lane], -sample_.sigma * x0[lane]);
   }
 
   __device__ void guided(const Outputs& a, C (&to)[kCount]) const {
@@ -314,21 +529,28 @@ class Run {
   }
 
  private:
-  int64_t b_;
-  int64_t number_;
-  int64_t at_[kPacked ? 1 : kCount];
+  const Sample& sample_;
+  int64_t number_;  // of tiles, that of their first Philox block
+  int64_t at_[kAny ? kCount : 1];
 };
 
 // For work that no noise takes part in: elements go by their place in memory.
 __device__ inline Layout in_any_order(const Layout& layout) { return {layout.batch, 1, layout.sample()}; }
 
-// Whether kPacked holds. `addressed`: noise is drawn, whose logical order is that of memory in row-major tensors alone.
+// The best access that there is. Noise that is drawn has the order of memory in row-major tensors alone.
 template <typename S>
-bool packed(const Layout& layout, bool addressed, std::initializer_list<const void*> arrays) {
-  using R = Run<S, true>;
-  bool result = layout.sample() % R::kCount == 0 && (layout.channels == 1 || !addressed);
-  for (const void* array : arrays) result = result && aligned<Pack<S, R::kCount>>(array);
-  return result;
+Access access(const Layout& layout, bool drawn, std::initializer_list<const void*> arrays) {
+  constexpr int kPack = Run<S, Access::packed>::kPack;
+  bool packs = layout.sample() % kPack == 0, fours = true;
+  for (const void* array : arrays) {
+    packs = packs && aligned<Pack<S, kPack>>(array);
+    fours = fours && aligned<Pack<S, 4>>(array);
+  }
+  if (!drawn) return packs ? Access::packed : Access::any;
+  if (layout.channels == 1) return packs ? Access::drawn : Access::any;
+  // Sixteen float64 are more than a thread's registers hold.
+  const bool tiles = fours && sizeof(S) < 8 && layout.channels % 4 == 0 && layout.pixels % 4 == 0;
+  return tiles ? Access::tiled : Access::any;
 }
 
 // Blocks that share a sample's sum, each of which leaves a partial one: enough in the batch for eight on each SM of a large

@@ -5,17 +5,18 @@ namespace diffpp::denoising_loss::cuda {
 namespace {
 
 // The partial sums of r^2, r = prediction - target: [B, gridDim.x]; and r itself where it is kept.
-template <typename S, bool kPacked>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm<S>) forward(const __grid_constant__ Forward a) {
-  using R = Run<S, kPacked>;
+template <typename S, Access kAccess>
+__global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(S), Run<S, kAccess>::kCount))
+    forward(const __grid_constant__ Forward a) {
+  using R = Run<S, kAccess>;
   using C = typename R::C;
   const int64_t runs = R::per_sample(a.layout);
-  const typename R::Start start(a.layout);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t b = blockIdx.y; b < a.layout.batch; b += gridDim.y) {
+    const typename R::Sample sample(a.layout, b, a.target);
     double total[1] = {};
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < runs; i += step) {
-      const R run(start, b, i);
+      const R run(sample, i);
       C residual[R::kCount], target[R::kCount];
       run.load(a.prediction, residual);
       run.target(a.target, target);
@@ -44,19 +45,19 @@ __global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Forw
     *static_cast<C*>(a.loss) = static_cast<C>(total[0] / static_cast<double>(a.layout.batch * a.layout.sample()));
 }
 
-template <typename S, bool kPacked>
+template <typename S, Access kAccess>
 __global__ void __launch_bounds__(kThreads) backward(const __grid_constant__ Backward a) {
-  using R = Run<S, kPacked>;
+  using R = Run<S, kAccess>;
   using C = typename R::C;
   const Layout layout = in_any_order(a.layout);
   const int64_t runs = R::per_sample(layout);
-  const typename R::Start start(layout);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   const C mean = static_cast<C>(2.0 / static_cast<double>(a.layout.batch * a.layout.sample()));
   for (int64_t b = blockIdx.y; b < a.layout.batch; b += gridDim.y) {
+    const typename R::Sample sample(layout, b);
     const C scale = number<C>(a.grad_output, 0) * mean * number<C>(a.weight, b, C(1));
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < runs; i += step) {
-      const R run(start, b, i);
+      const R run(sample, i);
       C values[R::kCount];
       run.load(a.residual, values);
 #pragma unroll
@@ -77,11 +78,17 @@ void forward(const Forward& a, void* stream) {
     int64_t partials = 0;
     if (a.layout.batch * a.layout.sample() > 0) {
       const Noise& noise = a.target.noise;
-      const bool packs = packed<S>(
+      const Access by = access<S>(
           a.layout, noise.samples != nullptr, {a.prediction, a.residual, a.target.x0, noise.stored});
       const dim3 grid = grid_of_sums(a.layout);
       partials = grid.x;
-      (packs ? forward<S, true> : forward<S, false>)<<<grid, kThreads, 0, on>>>(a);
+      if (by == Access::tiled) {
+        if constexpr (sizeof(S) < 8) forward<S, Access::tiled><<<grid, kThreads, 0, on>>>(a);
+      } else if (by == Access::any) {
+        forward<S, Access::any><<<grid, kThreads, 0, on>>>(a);
+      } else {
+        (by == Access::drawn ? forward<S, Access::drawn> : forward<S, Access::packed>)<<<grid, kThreads, 0, on>>>(a);
+      }
       check_launch("denoising_loss");
     }
     combine<typename Storage<S>::Compute><<<1, kThreads, 0, on>>>(a, partials);
@@ -94,12 +101,10 @@ void backward(const Backward& a, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   dispatch(a.dtype, [&](auto* kind) {
     using S = std::remove_pointer_t<decltype(kind)>;
-    const bool packs = packed<S>(a.layout, false, {a.residual, a.gradient});
-    if (packs) {
-      backward<S, true><<<grid_of(Run<S, true>::per_sample(a.layout), a.layout.batch), kThreads, 0, on>>>(a);
-    } else {
-      backward<S, false><<<grid_of(Run<S, false>::per_sample(a.layout), a.layout.batch), kThreads, 0, on>>>(a);
-    }
+    const bool packs = access<S>(a.layout, false, {a.residual, a.gradient}) == Access::packed;
+    const int64_t runs = packs ? Run<S, Access::packed>::per_sample(a.layout) : Run<S, Access::any>::per_sample(a.layout);
+    const dim3 grid = grid_of(runs, a.layout.batch);
+    (packs ? backward<S, Access::packed> : backward<S, Access::any>)<<<grid, kThreads, 0, on>>>(a);
   });
   check_launch("denoising_loss_backward");
 }

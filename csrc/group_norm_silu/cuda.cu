@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "../common/cuda.cuh"
 #include "arguments.h"
@@ -76,30 +78,25 @@ Strips strips_of(const Shape& shape, int64_t pack) {
   return {length, divide_up(shape.pixels, length)};
 }
 
-template <typename C>
-__device__ inline C sigmoid(C y);
-
-// Within 4 ulp, but for y below -87, where it may be 0.
-template <>
-__device__ inline float sigmoid(float y) {
-  return __fdividef(1.0f, 1.0f + expf(-y));
+// For float32 within 4 ulp, but for y below -87, where it may be 0. For 2-byte dtypes by two instructions that approximate, relatively
+// within 2^-22 and 2^-24 |y|.
+template <typename S, typename C>
+__device__ inline C sigmoid(C y) {
+  if constexpr (sizeof(S) == 8) return 1.0 / (1.0 + exp(-y));
+  else if constexpr (sizeof(S) == 4) return __fdividef(1.0f, 1.0f + expf(-y));
+  else return approximate_reciprocal(1.0f + approximate_power(-1.44269504f * y));
 }
 
-template <>
-__device__ inline double sigmoid(double y) {
-  return 1.0 / (1.0 + exp(-y));
-}
-
-template <bool kSilu, typename C>
+template <typename S, bool kSilu, typename C>
 __device__ inline C activate(C y) {
-  return kSilu ? y * sigmoid(y) : y;
+  return kSilu ? y * sigmoid<S>(y) : y;
 }
 
 // grad times the derivative of the activation at y.
-template <bool kSilu, typename C>
+template <typename S, bool kSilu, typename C>
 __device__ inline C through(C grad, C y) {
   if (!kSilu) return grad;
-  const C s = sigmoid(y);
+  const C s = sigmoid<S>(y);
   return grad * s * fma(y, C(1) - s, C(1));
 }
 
@@ -404,7 +401,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         P result;
 #pragma unroll
         for (int lane = 0; lane < kPack; ++lane)
-          result.values[lane] = to_stored<S>(activate<kSilu>(affine[lane](to_compute(x.values[lane]))));
+          result.values[lane] = to_stored<S>(activate<S, kSilu>(affine[lane](to_compute(x.values[lane]))));
         y[i] = result;
       });
     }
@@ -436,7 +433,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int lane = 0; lane < kPack; ++lane) {
           const C x = to_compute(xs.values[lane]);
-          const C g = through<kSilu>(to_compute(grads.values[lane]), affine[lane](x));
+          const C g = through<S, kSilu>(to_compute(grads.values[lane]), affine[lane](x));
           sum[lane] += g;
           product[lane] = fma(g, x - affine[lane].mean, product[lane]);
         }
@@ -522,7 +519,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int lane = 0; lane < kPack; ++lane) {
           const C x = to_compute(xs.values[lane]);
-          const C g = through<kSilu>(to_compute(grads.values[lane]), affine[lane](x));
+          const C g = through<S, kSilu>(to_compute(grads.values[lane]), affine[lane](x));
           const C rest = fma(terms[lane].slope, x - affine[lane].mean, terms[lane].offset);
           result.values[lane] = to_stored<S>(fma(g, affine[lane].scale, rest));
         }
@@ -531,6 +528,552 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     __syncthreads();
   }
+}
+
+// From Hopper on, where a tile of channels fits in the shared memory of a cluster: each block of the cluster keeps a share of the
+// tile's pixels, so that memory is read once.
+
+constexpr int kMostGroups = 32, kMostColumns = 64;  // of a tile
+constexpr int64_t kMultiprocessors = 132;           // of a large GPU
+
+struct Tiles {
+  int64_t width;    // channels of a tile: whole groups and whole packs
+  int64_t tiles;    // of a sample
+  int64_t columns;  // threads side by side
+  int64_t rows;
+  int64_t share;  // pixels of a block; the last may be shorter
+  int blocks;     // of a cluster; 0 where a tile does not fit
+
+  __host__ __device__ int64_t bytes(int64_t per_element) const { return share * width * per_element; }
+};
+
+// `kept`: bytes of an element in shared memory.
+Tiles tiles_of(const Shape& shape, int64_t pack, int64_t kept) {
+  constexpr int64_t kBytes = 64;             // of a pixel at least, two sectors: memory is read by sectors
+  Tiles result{};
+  result.width = std::lcm(shape.per_group(), pack);
+  while (result.width * 16 < kBytes * pack && shape.channels % (2 * result.width) == 0) result.width *= 2;
+  result.columns = result.width / pack;
+  if (result.columns > kMostColumns || result.width > kMostGroups * shape.per_group()) return result;
+  result.rows = kThreads / result.columns;
+  result.tiles = shape.channels / result.width;
+  int blocks = 1;
+  const auto wants_more = [&] {
+    result.share = divide_up(shape.pixels, blocks);
+    if (result.bytes(kept) > kHalfOfShared) return true;
+    return shape.batch * result.tiles * blocks < kMultiprocessors && result.share > 2 * result.rows;
+  };
+  while (wants_more() && blocks < kMostBlocks) blocks *= 2;
+  const bool fits = result.bytes(kept) <= kMostShared && shape.batch * result.tiles < (int64_t{1} << 27);
+  result.blocks = fits ? blocks : 0;
+  return result;
+}
+
+// A block's part of a tile, and each thread's share of it.
+template <int kPack>
+struct Part {
+  const Shape& shape;
+  const Tiles& cut;
+  int64_t b;
+  int block;                            // in its cluster
+  int64_t first_channel, first_group;   // of the tile
+  int64_t first_pixel;
+  int pixels, groups, row, column;
+  int each, rest;   // pixels of a row of threads, of which the first `rest` have one more
+  int64_t channel;  // of the thread
+  bool works;
+
+  __device__ Part(const Shape& shape, const Tiles& cut) : shape(shape), cut(cut) {
+    const int64_t tile = blockIdx.x / static_cast<unsigned>(cut.blocks);
+    block = static_cast<int>(blockIdx.x % static_cast<unsigned>(cut.blocks));
+    b = tile / cut.tiles;
+    first_channel = tile % cut.tiles * cut.width;
+    first_group = first_channel / shape.per_group();
+    groups = static_cast<int>(cut.width / shape.per_group());
+    first_pixel = block * cut.share;
+    const int64_t left = shape.pixels - first_pixel;
+    pixels = static_cast<int>(left < 0 ? 0 : left < cut.share ? left : cut.share);
+    each = pixels / static_cast<int>(cut.rows);
+    rest = pixels % static_cast<int>(cut.rows);
+    row = static_cast<int>(threadIdx.x) / static_cast<int>(cut.columns);
+    column = static_cast<int>(threadIdx.x) % static_cast<int>(cut.columns);
+    channel = first_channel + column * kPack;
+    works = row < cut.rows;
+  }
+
+  __device__ int group_of(int lane) const { return static_cast<int>(cuda::group_of(shape, channel + lane) - first_group); }
+
+  // Where a lane's number is in an array [row][channel of the tile].
+  __device__ int at(int lane) const { return row * static_cast<int>(cut.width) + column * kPack + lane; }
+
+  // Pixels that a row of threads works on.
+  __device__ int pixels_of(int row) const { return each + (row < rest ? 1 : 0); }
+
+  // The pack of the thread's channels at the block's first pixel, as an index.
+  __device__ int64_t first_pack() const { return ((b * shape.pixels + first_pixel) * shape.channels + channel) / kPack; }
+
+  // Calls work(pack of x, pack of grad, index in shared memory) for the thread's pixels, from memory.
+  template <typename P, bool kGrad, typename Work>
+  __device__ void for_pixels(const void* x, const void* grad, const Work& work) const {
+    if (!works) return;
+    const int64_t step = shape.channels / kPack, first = first_pack();
+    int kept = row * static_cast<int>(cut.columns) + column;
+    for_packs<P, kGrad>(
+        static_cast<const P*>(x) + first, kGrad ? static_cast<const P*>(grad) + first : nullptr, row * step, cut.rows * step,
+        pixels * step, [&](const P& of_x, const P& of_grad, int64_t) {
+          work(of_x, of_grad, kept);
+          kept += static_cast<int>(cut.rows * cut.columns);
+        });
+  }
+
+  // Calls work(index in shared memory, index of the pack in memory) for the thread's pixels.
+  template <typename Work>
+  __device__ void for_kept(const Work& work) const {
+    if (!works) return;
+    const int64_t step = cut.rows * (shape.channels / kPack);
+    int64_t in_memory = first_pack() + row * (shape.channels / kPack);
+    const int end = pixels * static_cast<int>(cut.columns), rows = static_cast<int>(cut.rows * cut.columns);
+#pragma unroll 2
+    for (int kept = row * static_cast<int>(cut.columns) + column; kept < end; kept += rows, in_memory += step)
+      work(kept, in_memory);
+  }
+
+  // The sums over groups of an array [row][channel of the tile], to sums [groups]: entry(row, number) is added up. The whole
+  // block's, first over rows and then over channels; `columns_of` is room for a number for each channel.
+  template <typename C, typename Entry>
+  __device__ void add_up(const C* array, double* columns_of, double* sums, const Entry& entry) const {
+    const int width = static_cast<int>(cut.width), channels = static_cast<int>(shape.per_group());
+    __syncthreads();
+    for (int c = threadIdx.x; c < width; c += kThreads) {
+      double sum = 0.0;
+      for (int in_row = 0; in_row < static_cast<int>(cut.rows); ++in_row)
+        sum += entry(in_row, static_cast<double>(array[in_row * width + c]));
+      columns_of[c] = sum;
+    }
+    __syncthreads();
+    for (int g = threadIdx.x / kWarp; g < groups; g += kWarps) {
+      double sum = 0.0;
+      for (int c = threadIdx.x % kWarp; c < channels; c += kWarp) sum += columns_of[g * channels + c];
+      sum = warp_sum(sum);
+      if (threadIdx.x % kWarp == 0) sums[g] = sum;
+    }
+  }
+};
+
+template <typename S, int kPack, bool kSilu>
+__global__ void __launch_bounds__(kThreads, 2)
+    clustered_forward(const __grid_constant__ Forward a, const __grid_constant__ Tiles cut) {
+#if DIFFPP_CLUSTERS
+  using C = typename Storage<S>::Compute;
+  using P = Pack<S, kPack>;
+  __shared__ C parts[kThreads * kPack];  // [row][channel of the tile]
+  __shared__ double of_channels[kMostColumns * kPack];
+  __shared__ double sums[kMostGroups], squares[kMostGroups], rounded_off[kMostGroups];
+  __shared__ Pair<C> moments[kMostGroups];
+  P* kept = dynamic_shared<P>();
+  const Part<kPack> part(a.shape, cut);
+  const int thread = static_cast<int>(threadIdx.x);
+  const double n = static_cast<double>(a.shape.per_group() * a.shape.pixels);
+
+  // Means of each lane's pixels, of their distances from the first one: no large mean is rounded at each step.
+  C first[kPack] = {}, sum[kPack] = {};
+  if (part.works && part.row < part.pixels) {
+    const P pack = static_cast<const P*>(a.x)[part.first_pack() + part.row * (a.shape.channels / kPack)];
+#pragma unroll
+    for (int lane = 0; lane < kPack; ++lane) first[lane] = to_compute(pack.values[lane]);
+  }
+  part.template for_pixels<P, false>(a.x, nullptr, [&](const P& x, const P&, int at) {
+    kept[at] = x;
+#pragma unroll
+    for (int lane = 0; lane < kPack; ++lane) sum[lane] += to_compute(x.values[lane]) - first[lane];
+  });
+  if (part.works) {
+    const C share = C(1) / static_cast<C>(part.row < part.pixels ? part.pixels_of(part.row) : 1);
+#pragma unroll
+    for (int lane = 0; lane < kPack; ++lane) parts[part.at(lane)] = fma(sum[lane], share, first[lane]);
+  }
+  part.add_up(parts, of_channels, sums, [&](int row, double of_row) { return static_cast<double>(part.pixels_of(row)) * of_row; });
+  cluster_sync();
+  if (thread < part.groups) {
+    const double mean = cluster_sum(sums[thread], cut.blocks) / n;
+    moments[thread].first = static_cast<C>(mean);
+    rounded_off[thread] = mean - static_cast<double>(moments[thread].first);
+  }
+  __syncthreads();
+
+  // Squared deviations from the mean as it was rounded.
+  C mean[kPack], square[kPack] = {};
+#pragma unroll
+  for (int lane = 0; lane < kPack; ++lane) mean[lane] = part.works ? moments[part.group_of(lane)].first : C(0);
+  part.for_kept([&](int at, int64_t) {
+    const P x = kept[at];
+#pragma unroll
+    for (int lane = 0; lane < kPack; ++lane) {
+      const C d = to_compute(x.values[lane]) - mean[lane];
+      square[lane] = fma(d, d, square[lane]);
+    }
+  });
+  if (part.works) {
+#pragma unroll
+    for (int lane = 0; lane < kPack; ++lane) parts[part.at(lane)] = square[lane];
+  }
+  part.add_up(parts, of_channels, squares, [](int, double of_row) { return of_row; });
+  cluster_sync();
+  if (thread < part.groups) {
+    const double off = rounded_off[thread];
+    const double variance = cluster_sum(squares[thread], cut.blocks) / n - off * off;
+    moments[thread].second = static_cast<C>(1.0 / sqrt((variance < 0.0 ? 0.0 : variance) + a.eps));
+    if (part.block == 0) {
+      const int64_t group = part.b * a.shape.groups + part.first_group + thread;
+      static_cast<C*>(a.mean)[group] = moments[thread].first;
+      static_cast<C*>(a.rstd)[group] = moments[thread].second;
+    }
+  }
+  __syncthreads();
+
+  if (part.works) {
+    Affine<C> affine[kPack];
+#pragma unroll
+    for (int lane = 0; lane < kPack; ++lane) {
+      const Pair<C> of_group = moments[part.group_of(lane)];
+      affine[lane] = Affine<C>(a, part.channel + lane, of_group.first, of_group.second);
+    }
+    part.for_kept([&](int at, int64_t i) {
+      const P x = kept[at];
+      C y[kPack];
+#pragma unroll
+      for (int lane = 0; lane < kPack; ++lane) y[lane] = activate<S, kSilu>(affine[lane](to_compute(x.values[lane])));
+      store_pack(y, static_cast<P*>(a.y) + i);
+    });
+  }
+  // Another block may be reading from this one's shared memory.
+  cluster_sync();
+#endif
+}
+
+// The gradient of x, and sums.channels [B, blocks, C].
+template <typename S, int kPack, bool kSilu>
+__global__ void __launch_bounds__(kThreads, 2)
+    clustered_backward(const __grid_constant__ Backward a, const __grid_constant__ Tiles cut) {
+#if DIFFPP_CLUSTERS
+  using C = typename Storage<S>::Compute;
+  using P = Pack<S, kPack>;
+  __shared__ C first[kThreads * kPack], second[kThreads * kPack];  // [row][channel of the tile]
+  __shared__ double sums[kMostGroups], products[kMostGroups];
+  __shared__ Terms<C> of_groups[kMostGroups];
+  P* kept = dynamic_shared<P>();
+  P* kept_grad = kept + cut.share * cut.columns;
+  const Part<kPack> part(a.shape, cut);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, width = static_cast<int>(cut.width);
+
+  Affine<C> affine[kPack];
+  if (part.works) {
+    C sum[kPack] = {}, product[kPack] = {};
+#pragma unroll
+    for (int lane = 0; lane < kPack; ++lane) affine[lane] = affine_of<C>(a, part.b, part.channel + lane);
+    part.template for_pixels<P, true>(a.x, a.grad_output, [&](const P& xs, const P& grads, int at) {
+      kept[at] = xs;
+      kept_grad[at] = grads;
+#pragma unroll
+      for (int lane = 0; lane < kPack; ++lane) {
+        const C x = to_compute(xs.values[lane]);
+        const C g = through<S, kSilu>(to_compute(grads.values[lane]), affine[lane](x));
+        sum[lane] += g;
+        product[lane] = fma(g, x - affine[lane].mean, product[lane]);
+      }
+    });
+#pragma unroll
+    for (int lane = 0; lane < kPack; ++lane) {
+      first[part.at(lane)] = sum[lane];
+      second[part.at(lane)] = product[lane];
+    }
+  }
+  __syncthreads();
+  Pair<C>* channels = static_cast<Pair<C>*>(a.partials) + (part.b * cut.blocks + part.block) * a.shape.channels;
+  for (int c = thread; c < width; c += kThreads) {
+    double sum = 0.0, product = 0.0;
+    for (int row = 0; row < cut.rows; ++row) {
+      sum += static_cast<double>(first[row * width + c]);
+      product += static_cast<double>(second[row * width + c]);
+    }
+    const int64_t channel = part.first_channel + c;
+    if (needs_parameters(a)) channels[channel] = {static_cast<C>(sum), static_cast<C>(product)};
+    const double weight = static_cast<double>(number<C>(a.weight, channel, C(1)));
+    first[c] = static_cast<C>(weight * sum);
+    second[c] = static_cast<C>(weight * product);
+  }
+  __syncthreads();
+  const int per_group = static_cast<int>(a.shape.per_group());
+  for (int g = warp; g < part.groups; g += kWarps) {
+    double sum = 0.0, product = 0.0;
+    for (int c = g * per_group + thread % kWarp; c < (g + 1) * per_group; c += kWarp) {
+      sum += static_cast<double>(first[c]);
+      product += static_cast<double>(second[c]);
+    }
+    sum = warp_sum(sum);
+    product = warp_sum(product);
+    if (thread % kWarp == 0) {
+      sums[g] = sum;
+      products[g] = product;
+    }
+  }
+  cluster_sync();
+  if (thread < part.groups) {
+    const int64_t group = part.b * a.shape.groups + part.first_group + thread;
+    of_groups[thread] = Terms<C>(
+        a.shape, static_cast<double>(static_cast<const C*>(a.rstd)[group]), cluster_sum(sums[thread], cut.blocks),
+        cluster_sum(products[thread], cut.blocks));
+  }
+  __syncthreads();
+  if (part.works) {
+    Terms<C> terms[kPack];
+#pragma unroll
+    for (int lane = 0; lane < kPack; ++lane) terms[lane] = of_groups[part.group_of(lane)];
+    part.for_kept([&](int at, int64_t i) {
+      const P xs = kept[at], grads = kept_grad[at];
+      C result[kPack];
+#pragma unroll
+      for (int lane = 0; lane < kPack; ++lane) {
+        const C x = to_compute(xs.values[lane]);
+        const C g = through<S, kSilu>(to_compute(grads.values[lane]), affine[lane](x));
+        const C rest = fma(terms[lane].slope, x - affine[lane].mean, terms[lane].offset);
+        result[lane] = fma(g, affine[lane].scale, rest);
+      }
+      store_pack(result, static_cast<P*>(a.grad_x) + i);
+    });
+  }
+  // Another block may be reading from this one's shared memory.
+  cluster_sync();
+#endif
+}
+
+// The same where a group is contiguous: each block of a cluster keeps a share of the pixels of all of a group's channels, and each
+// of its warps takes channels in turn.
+
+struct Lines {
+  int64_t share;  // pixels of a block, whole packs; the last may be shorter
+  int blocks;     // of a cluster; 0 where a group does not fit
+
+  __host__ __device__ int64_t bytes(const Shape& shape, int64_t per_element) const {
+    return share * shape.per_group() * per_element;
+  }
+};
+
+// `kept`: bytes of an element in shared memory.
+Lines lines_of(const Shape& shape, int64_t pack, int64_t kept) {
+  Lines result{};
+  const int64_t groups = shape.batch * shape.groups;
+  int blocks = 1;
+  const auto wants_more = [&] {
+    result.share = divide_up(divide_up(shape.pixels, blocks), pack) * pack;
+    if (result.bytes(shape, kept) > kHalfOfShared) return true;
+    return groups * blocks < kMultiprocessors && result.share > 2 * kWarp * pack;
+  };
+  while (wants_more() && blocks < kMostBlocks) blocks *= 2;
+  const bool fits = result.bytes(shape, kept) <= kMostShared && groups < (int64_t{1} << 27);
+  result.blocks = fits ? blocks : 0;
+  return result;
+}
+
+// A block's part of a group.
+template <int kPack>
+struct Lot {
+  int64_t b, group, first_channel;
+  int block;         // in its cluster
+  int packs, share;  // of a channel, and those that each block of the cluster has room for
+  int channels;
+  int64_t first, step;  // the first pack, and from a channel to the next, in packs of the whole tensor
+
+  __device__ Lot(const Shape& shape, const Lines& cut) {
+    group = blockIdx.x / static_cast<unsigned>(cut.blocks);
+    block = static_cast<int>(blockIdx.x % static_cast<unsigned>(cut.blocks));
+    b = group / shape.groups;
+    channels = static_cast<int>(shape.per_group());
+    first_channel = group % shape.groups * channels;
+    const int64_t pixel = block * cut.share, left = shape.pixels - pixel;
+    packs = static_cast<int>((left < 0 ? 0 : left < cut.share ? left : cut.share) / kPack);
+    share = static_cast<int>(cut.share / kPack);
+    step = shape.pixels / kPack;
+    first = group * channels * step + pixel / kPack;
+  }
+
+  // Calls work(channel of the group) for the warp's channels.
+  template <typename Work>
+  __device__ void for_channels(const Work& work) const {
+    for (int c = threadIdx.x / kWarp; c < channels; c += kWarps) work(c);
+  }
+
+  // Calls work(pack of x, pack of grad, index in shared memory) for the thread's packs of a channel, from memory.
+  template <typename P, bool kGrad, typename Work>
+  __device__ void for_pixels(int c, const void* x, const void* grad, const Work& work) const {
+    const int64_t line = first + c * step;
+    for_packs<P, kGrad>(
+        static_cast<const P*>(x) + line, kGrad ? static_cast<const P*>(grad) + line : nullptr, threadIdx.x % kWarp, kWarp, packs,
+        [&](const P& of_x, const P& of_grad, int64_t i) { work(of_x, of_grad, c * share + static_cast<int>(i)); });
+  }
+
+  // Calls work(index in shared memory, index in memory) for them.
+  template <typename Work>
+  __device__ void for_kept(int c, const Work& work) const {
+#pragma unroll 2
+    for (int i = threadIdx.x % kWarp; i < packs; i += kWarp) work(c * share + i, first + c * step + i);
+  }
+};
+
+template <typename S, int kPack, bool kSilu>
+__global__ void __launch_bounds__(kThreads, 2)
+    clustered_lines_forward(const __grid_constant__ Forward a, const __grid_constant__ Lines cut) {
+#if DIFFPP_CLUSTERS
+  using C = typename Storage<S>::Compute;
+  using P = Pack<S, kPack>;
+  __shared__ double sum_of_block, squares_of_block, rounded_off;
+  __shared__ Pair<C> moments;
+  P* kept = dynamic_shared<P>();
+  const Lot<kPack> lot(a.shape, cut);
+  const double n = static_cast<double>(a.shape.per_group() * a.shape.pixels);
+
+  // Distances from the thread's first value: no large mean is rounded at each step.
+  C first = 0, sums[kPack] = {};
+  int seen = 0;
+  lot.for_channels([&](int c) {
+    lot.template for_pixels<P, false>(c, a.x, nullptr, [&](const P& x, const P&, int at) {
+      kept[at] = x;
+      if (seen == 0) first = to_compute(x.values[0]);
+      seen += kPack;
+#pragma unroll
+      for (int lane = 0; lane < kPack; ++lane) sums[lane] += to_compute(x.values[lane]) - first;
+    });
+  });
+  double total[1] = {static_cast<double>(seen) * static_cast<double>(first)};
+#pragma unroll
+  for (int lane = 0; lane < kPack; ++lane) total[0] += static_cast<double>(sums[lane]);
+  block_sum(total);
+  if (threadIdx.x == 0) sum_of_block = total[0];
+  cluster_sync();
+  if (threadIdx.x == 0) {
+    const double mean = cluster_sum(sum_of_block, cut.blocks) / n;
+    moments.first = static_cast<C>(mean);
+    rounded_off = mean - static_cast<double>(moments.first);
+  }
+  __syncthreads();
+
+  // Squared deviations from the mean as it was rounded.
+  const C mean = moments.first;
+  C squares[kPack] = {};
+  lot.for_channels([&](int c) {
+    lot.for_kept(c, [&](int at, int64_t) {
+      const P x = kept[at];
+#pragma unroll
+      for (int lane = 0; lane < kPack; ++lane) {
+        const C d = to_compute(x.values[lane]) - mean;
+        squares[lane] = fma(d, d, squares[lane]);
+      }
+    });
+  });
+  total[0] = 0.0;
+#pragma unroll
+  for (int lane = 0; lane < kPack; ++lane) total[0] += static_cast<double>(squares[lane]);
+  block_sum(total);
+  if (threadIdx.x == 0) squares_of_block = total[0];
+  cluster_sync();
+  if (threadIdx.x == 0) {
+    const double variance = cluster_sum(squares_of_block, cut.blocks) / n - rounded_off * rounded_off;
+    moments.second = static_cast<C>(1.0 / sqrt((variance < 0.0 ? 0.0 : variance) + a.eps));
+    if (lot.block == 0) {
+      static_cast<C*>(a.mean)[lot.group] = moments.first;
+      static_cast<C*>(a.rstd)[lot.group] = moments.second;
+    }
+  }
+  __syncthreads();
+  lot.for_channels([&](int c) {
+    const Affine<C> affine(a, lot.first_channel + c, mean, moments.second);
+    lot.for_kept(c, [&](int at, int64_t i) {
+      const P x = kept[at];
+      C y[kPack];
+#pragma unroll
+      for (int lane = 0; lane < kPack; ++lane) y[lane] = activate<S, kSilu>(affine(to_compute(x.values[lane])));
+      store_pack(y, static_cast<P*>(a.y) + i);
+    });
+  });
+  // Another block may be reading from this one's shared memory.
+  cluster_sync();
+#endif
+}
+
+// The gradient of x, and the channels' pairs [B, C, blocks].
+template <typename S, int kPack, bool kSilu>
+__global__ void __launch_bounds__(kThreads, 2)
+    clustered_lines_backward(const __grid_constant__ Backward a, const __grid_constant__ Lines cut) {
+#if DIFFPP_CLUSTERS
+  using C = typename Storage<S>::Compute;
+  using P = Pack<S, kPack>;
+  __shared__ double sum_of_block, product_of_block;
+  __shared__ Terms<C> of_group;
+  P* kept = dynamic_shared<P>();
+  const Lot<kPack> lot(a.shape, cut);
+  P* kept_grad = kept + static_cast<int64_t>(lot.share) * lot.channels;
+
+  double totals[2] = {};
+  lot.for_channels([&](int c) {
+    const int64_t channel = lot.first_channel + c;
+    const Affine<C> affine = affine_of<C>(a, lot.b, channel);
+    C sums[kPack] = {}, products[kPack] = {};
+    lot.template for_pixels<P, true>(c, a.x, a.grad_output, [&](const P& xs, const P& grads, int at) {
+      kept[at] = xs;
+      kept_grad[at] = grads;
+#pragma unroll
+      for (int lane = 0; lane < kPack; ++lane) {
+        const C x = to_compute(xs.values[lane]);
+        const C g = through<S, kSilu>(to_compute(grads.values[lane]), affine(x));
+        sums[lane] += g;
+        products[lane] = fma(g, x - affine.mean, products[lane]);
+      }
+    });
+    double sum = 0.0, product = 0.0;
+#pragma unroll
+    for (int lane = 0; lane < kPack; ++lane) {
+      sum += static_cast<double>(sums[lane]);
+      product += static_cast<double>(products[lane]);
+    }
+    sum = warp_sum(sum);
+    product = warp_sum(product);
+    if (threadIdx.x % kWarp != 0) return;
+    if (needs_parameters(a))
+      static_cast<Pair<C>*>(a.partials)[(lot.b * a.shape.channels + channel) * cut.blocks + lot.block] = {
+          static_cast<C>(sum), static_cast<C>(product)};
+    const double weight = static_cast<double>(number<C>(a.weight, channel, C(1)));
+    totals[0] += weight * sum;
+    totals[1] += weight * product;
+  });
+  block_sum(totals);
+  if (threadIdx.x == 0) {
+    sum_of_block = totals[0];
+    product_of_block = totals[1];
+  }
+  cluster_sync();
+  if (threadIdx.x == 0)
+    of_group = Terms<C>(
+        a.shape, static_cast<double>(static_cast<const C*>(a.rstd)[lot.group]), cluster_sum(sum_of_block, cut.blocks),
+        cluster_sum(product_of_block, cut.blocks));
+  __syncthreads();
+  const Terms<C> terms = of_group;
+  lot.for_channels([&](int c) {
+    const Affine<C> affine = affine_of<C>(a, lot.b, lot.first_channel + c);
+    lot.for_kept(c, [&](int at, int64_t i) {
+      const P xs = kept[at], grads = kept_grad[at];
+      C result[kPack];
+#pragma unroll
+      for (int lane = 0; lane < kPack; ++lane) {
+        const C x = to_compute(xs.values[lane]);
+        const C g = through<S, kSilu>(to_compute(grads.values[lane]), affine(x));
+        result[lane] = fma(g, affine.scale, fma(terms.slope, x - affine.mean, terms.offset));
+      }
+      store_pack(result, static_cast<P*>(a.grad_x) + i);
+    });
+  });
+  // Another block may be reading from this one's shared memory.
+  cluster_sync();
+#endif
 }
 
 // The part of the tensor that a warp of the row-major kernels works on: a piece of channel `line` = b C + c.
@@ -610,7 +1153,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       P result;
 #pragma unroll
       for (int lane = 0; lane < kPack; ++lane)
-        result.values[lane] = to_stored<S>(activate<kSilu>(affine(to_compute(x.values[lane]))));
+        result.values[lane] = to_stored<S>(activate<S, kSilu>(affine(to_compute(x.values[lane]))));
       static_cast<P*>(a.y)[i] = result;
     });
   }
@@ -629,7 +1172,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int lane = 0; lane < kPack; ++lane) {
         const C x = to_compute(xs.values[lane]);
-        const C g = through<kSilu>(to_compute(grads.values[lane]), affine(x));
+        const C g = through<S, kSilu>(to_compute(grads.values[lane]), affine(x));
         sums[lane] += g;
         products[lane] = fma(g, x - affine.mean, products[lane]);
       }
@@ -673,7 +1216,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int lane = 0; lane < kPack; ++lane) {
         const C x = to_compute(xs.values[lane]);
-        const C g = through<kSilu>(to_compute(grads.values[lane]), affine(x));
+        const C g = through<S, kSilu>(to_compute(grads.values[lane]), affine(x));
         result.values[lane] = to_stored<S>(fma(g, affine.scale, fma(terms.slope, x - affine.mean, terms.offset)));
       }
       static_cast<P*>(a.grad_x)[i] = result;
@@ -756,6 +1299,25 @@ void forward(const Forward& a, void* stream) {
   with_packs(a, {a.x, a.y}, [&](auto* kind, auto pack) {
     using S = std::remove_pointer_t<decltype(kind)>;
     constexpr int kPack = decltype(pack)::value;
+    if constexpr (kPack > 1 && sizeof(S) < 8) {
+      const bool serve = clusters_serve(&clustered_forward<S, kPack, true>);
+      const Tiles tiles = serve && a.shape.channels_last ? tiles_of(a.shape, kPack, sizeof(S)) : Tiles{};
+      const Lines lines = serve && !a.shape.channels_last ? lines_of(a.shape, kPack, sizeof(S)) : Lines{};
+      if (tiles.blocks > 0) {
+        const unsigned grid = static_cast<unsigned>(a.shape.batch * tiles.tiles * tiles.blocks);
+        launch_clusters(
+            (a.silu ? clustered_forward<S, kPack, true> : clustered_forward<S, kPack, false>), grid, tiles.blocks,
+            tiles.bytes(sizeof(S)), on, a, tiles);
+        return;
+      }
+      if (lines.blocks > 0) {
+        const unsigned grid = static_cast<unsigned>(a.shape.batch * a.shape.groups * lines.blocks);
+        launch_clusters(
+            (a.silu ? clustered_lines_forward<S, kPack, true> : clustered_lines_forward<S, kPack, false>), grid, lines.blocks,
+            lines.bytes(a.shape, sizeof(S)), on, a, lines);
+        return;
+      }
+    }
     if (a.shape.channels_last) {
       const Bands cut = bands_of(a.shape, kPack, sizeof(S));
       const unsigned grid = grid_of_items(cut.items(a.shape));
@@ -786,6 +1348,12 @@ int64_t bytes_of_partials(const Backward& a) {
       const Bands cut = bands_of(a.shape, pack, sizeof(S));
       pairs = a.shape.batch * (cut.bands * a.shape.channels + a.shape.groups * cut.entries(a.shape));
     }
+    // Which GPU it will be is not known yet.
+    if constexpr (pack > 1 && sizeof(S) < 8) {
+      const int64_t kept = 2 * sizeof(S);
+      const int blocks = a.shape.channels_last ? tiles_of(a.shape, pack, kept).blocks : lines_of(a.shape, pack, kept).blocks;
+      pairs = std::max(pairs, a.shape.batch * a.shape.channels * blocks);
+    }
     bytes = pairs * static_cast<int64_t>(sizeof(Pair<C>));
   });
   return bytes;
@@ -804,6 +1372,27 @@ void backward(const Backward& a, void* stream) {
     using C = typename Storage<S>::Compute;
     constexpr int kPack = decltype(pack)::value;
     if (empty(a.shape)) return add_up_parameters(C(), 0, 0, 0);
+    if constexpr (kPack > 1 && sizeof(S) < 8) {
+      const bool serve = a.grad_x != nullptr && clusters_serve(&clustered_backward<S, kPack, true>);
+      const Tiles tiles = serve && a.shape.channels_last ? tiles_of(a.shape, kPack, 2 * sizeof(S)) : Tiles{};
+      const Lines lines = serve && !a.shape.channels_last ? lines_of(a.shape, kPack, 2 * sizeof(S)) : Lines{};
+      if (tiles.blocks > 0) {
+        const unsigned grid = static_cast<unsigned>(a.shape.batch * tiles.tiles * tiles.blocks);
+        launch_clusters(
+            (a.silu ? clustered_backward<S, kPack, true> : clustered_backward<S, kPack, false>), grid, tiles.blocks,
+            tiles.bytes(2 * sizeof(S)), on, a, tiles);
+        check_launch(op);
+        return add_up_parameters(C(), tiles.blocks, a.shape.channels, 1);
+      }
+      if (lines.blocks > 0) {
+        const unsigned grid = static_cast<unsigned>(a.shape.batch * a.shape.groups * lines.blocks);
+        launch_clusters(
+            (a.silu ? clustered_lines_backward<S, kPack, true> : clustered_lines_backward<S, kPack, false>), grid, lines.blocks,
+            lines.bytes(a.shape, 2 * sizeof(S)), on, a, lines);
+        check_launch(op);
+        return add_up_parameters(C(), lines.blocks, 1, lines.blocks);
+      }
+    }
     if (a.shape.channels_last) {
       const Bands cut = bands_of(a.shape, kPack, sizeof(S));
       const unsigned grid = grid_of_items(cut.items(a.shape));

@@ -4,27 +4,19 @@
 namespace diffpp::noise::cuda {
 namespace {
 
-// One thread makes the four normals of one Philox block.
-template <typename S>
+template <typename S, Access kAccess>
 __global__ void __launch_bounds__(kThreads) normal(const __grid_constant__ Normals a) {
-  const int64_t sample = a.layout.pixels;
-  const int64_t per_sample = (sample + 3) / 4;
+  using R = Run<S, kAccess>;
+  const int64_t runs = R::per_sample(a.layout);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t b = blockIdx.y; b < a.layout.batch; b += gridDim.y) {
-    for (int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; block < per_sample; block += step) {
-      const float4 drawn = normals(block, a.noise, b);
-      const float lanes[4] = {drawn.x, drawn.y, drawn.z, drawn.w};
-      S* to = static_cast<S*>(a.to) + b * sample + 4 * block;
-      if (sample % 4 == 0) {  // then a fresh tensor's blocks are aligned
-        Four<S> four;
-#pragma unroll
-        for (int lane = 0; lane < 4; ++lane) four.values[lane] = to_stored<S>(lanes[lane]);
-        *reinterpret_cast<Four<S>*>(to) = four;
-      } else {
-#pragma unroll
-        for (int lane = 0; lane < 4; ++lane)
-          if (4 * block + lane < sample) to[lane] = to_stored<S>(lanes[lane]);
-      }
+    const typename R::Sample sample(a.layout, b, a.noise);
+#pragma unroll 1
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < runs; i += step) {
+      const R run(sample, i);
+      typename R::C values[R::kCount];
+      run.noise(a.noise, values);
+      run.store(values, a.to);
     }
   }
 }
@@ -47,8 +39,10 @@ void draw_normals(const Normals& a, void* stream) {
   if (a.layout.batch * a.layout.pixels == 0) return;
   dispatch(a.dtype, [&](auto* kind) {
     using S = std::remove_pointer_t<decltype(kind)>;
-    const dim3 grid = grid_of((a.layout.pixels + 3) / 4, a.layout.batch);
-    normal<S><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a);
+    const bool packs = access<S>(a.layout, true, {a.to}) == Access::drawn;
+    const int64_t runs = packs ? Run<S, Access::drawn>::per_sample(a.layout) : Run<S, Access::any>::per_sample(a.layout);
+    const dim3 grid = grid_of(runs, a.layout.batch);
+    (packs ? normal<S, Access::drawn> : normal<S, Access::any>)<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a);
   });
   check_launch("normal");
 }

@@ -9,21 +9,22 @@ template <typename S>
 constexpr bool kKeepsGap = sizeof(S) >= sizeof(float);
 
 // The partial sums of d^2, |r| and d r: [3, B, gridDim.x]; and factor d to the gradient.
-template <typename S, bool kPacked, bool kTarget>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm<S>) sums(const __grid_constant__ Arguments a) {
-  using R = Run<S, kPacked>;
+template <typename S, Access kAccess, bool kTarget>
+__global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(S), Run<S, kAccess>::kCount))
+    sums(const __grid_constant__ Arguments a) {
+  using R = Run<S, kAccess>;
   using C = typename R::C;
   const Outputs& outputs = a.outputs;
   const Layout& layout = outputs.layout;
   const int64_t runs = R::per_sample(layout);
-  const typename R::Start start(layout);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   const bool write = !a.mean_abs || kKeepsGap<S>;
   for (int64_t b = blockIdx.y; b < layout.batch; b += gridDim.y) {
     const C factor = a.mean_abs ? C(1) : number<C>(a.scales, b, static_cast<C>(a.scale));
+    const typename R::Sample sample(layout, b, outputs.target);
     double totals[3] = {};
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < runs; i += step) {
-      const R run(start, b, i);
+      const R run(sample, i);
       C guided[R::kCount], fake[R::kCount], target[R::kCount];
       run.load(outputs.fake, fake);
       run.guided(outputs, guided);
@@ -88,22 +89,22 @@ __global__ void __launch_bounds__(kThreads) statistics(const __grid_constant__ A
 
 // scale / N d to the gradient. Each block adds up N for itself, all of a sample in the same order; the first of a sample
 // writes the statistics.
-template <typename S, bool kPacked>
+template <typename S, Access kAccess>
 __global__ void __launch_bounds__(kThreads) normalize(const __grid_constant__ Arguments a) {
-  using R = Run<S, kPacked>;
+  using R = Run<S, kAccess>;
   using C = typename R::C;
   const Outputs& outputs = a.outputs;
   const Layout layout = in_any_order(outputs.layout);
   const int64_t runs = R::per_sample(layout);
-  const typename R::Start start(layout);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t b = blockIdx.y; b < layout.batch; b += gridDim.y) {
+    const typename R::Sample sample(layout, b);
     if (blockIdx.x == 0 && threadIdx.x < kWarp) write_statistics<C>(a, b, gridDim.x);
     const C mean = static_cast<C>(sample_sum(a, 1, b, gridDim.x) / static_cast<double>(layout.sample()));
     const C floor = static_cast<C>(kMeanAbsFloor);
     const C factor = number<C>(a.scales, b, static_cast<C>(a.scale)) / (mean < floor ? floor : mean);
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < runs; i += step) {
-      const R run(start, b, i);
+      const R run(sample, i);
       C gap[R::kCount];
       if constexpr (kKeepsGap<S>) {
         run.load(a.gradient, gap);
@@ -134,19 +135,23 @@ void forward(const Arguments& a, void* stream) {
     using S = std::remove_pointer_t<decltype(kind)>;
     using C = typename Storage<S>::Compute;
     const Noise& noise = outputs.target.noise;
-    const bool packs = packed<S>(
+    const Access by = access<S>(
         layout, noise.samples != nullptr,
         {outputs.fake, outputs.cond, outputs.uncond, outputs.target.x0, noise.stored, a.gradient});
     const dim3 grid = grid_of_sums(layout);
-    if (outputs.has_target) {
-      (packs ? sums<S, true, true> : sums<S, false, true>)<<<grid, kThreads, 0, on>>>(a);
+    if (!outputs.has_target) {
+      (by == Access::any ? sums<S, Access::any, false> : sums<S, Access::packed, false>)<<<grid, kThreads, 0, on>>>(a);
+    } else if (by == Access::tiled) {
+      if constexpr (sizeof(S) < 8) sums<S, Access::tiled, true><<<grid, kThreads, 0, on>>>(a);
+    } else if (by == Access::any) {
+      sums<S, Access::any, true><<<grid, kThreads, 0, on>>>(a);
     } else {
-      (packs ? sums<S, true, false> : sums<S, false, false>)<<<grid, kThreads, 0, on>>>(a);
+      (by == Access::drawn ? sums<S, Access::drawn, true> : sums<S, Access::packed, true>)<<<grid, kThreads, 0, on>>>(a);
     }
     check_launch("score_gap");
     if (a.mean_abs) {
-      const bool whole = packed<S>(layout, false, {outputs.fake, outputs.cond, outputs.uncond, a.gradient});
-      (whole ? normalize<S, true> : normalize<S, false>)<<<grid, kThreads, 0, on>>>(a);
+      const bool whole = access<S>(layout, false, {outputs.fake, outputs.cond, outputs.uncond, a.gradient}) == Access::packed;
+      (whole ? normalize<S, Access::packed> : normalize<S, Access::any>)<<<grid, kThreads, 0, on>>>(a);
     } else {
       statistics<C><<<grid_of(kWarp * layout.batch), kThreads, 0, on>>>(a, grid.x);
     }

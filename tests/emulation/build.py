@@ -26,15 +26,32 @@ extern "C" __attribute__((visibility("default"))) const char* diffpp_launched() 
 }
 extern "C" cudaError_t cudaGetLastError() { return cudaSuccess; }
 extern "C" const char* cudaGetErrorString(cudaError_t) { return "none"; }
+extern "C" cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+// Which GPU is emulated: 80 has no clusters, 90 has them.
+extern "C" cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  const char* arch = std::getenv("DIFFPP_EMULATED_ARCH");
+  attributes->ptxVersion = arch == nullptr ? 90 : std::atoi(arch);
+  return cudaSuccess;
+}
 """
 
 
 def rewritten(kernels: str, file: str, launches: list[str]) -> str:
-    """`kernel<<<grid, threads, ...>>>(arguments)` as a call of emulation::launch; shared arrays as static ones.
+    """Rewrite launches, `kernel<<<grid, threads, ...>>>(arguments)` and those of clusters, for `emulation`.
 
-    Adds the file's launches to `launches`, one for each kernel that a place chooses among.
+    Shared arrays become static ones. Adds the file's launches, one for each kernel that a place chooses among.
     """
     kernels = kernels.replace("__shared__", "static thread_local")
+    # launch_clusters((kernel), grid, blocks, shared, stream, arguments...), where it is called.
+    for match in reversed(list(re.finditer(r"(?<=\s)launch_clusters\((?=\s*\()", kernels))):
+        close = closing(kernels, match.end() - 1)
+        kernel, grid, blocks, shared, _, *given = split(kernels[match.end() : close - 1])
+        call = f"{name_of(kernel, file, launches)}, {grid}, kThreads, {blocks}, {shared}"
+        run = f"[&] {{ {kernel}({', '.join(given)}); }}"
+        kernels = f"{kernels[: match.start()]}::emulation::launch_clusters({call}, {run}){kernels[close:]}"
     while (at := kernels.find("<<<")) >= 0:
         begin = kernel_begins(kernels, at)
         grid, threads = split(kernels[at + 3 : (end := kernels.index(">>>", at))])[:2]

@@ -1,6 +1,8 @@
 // The part of CUDA's language that csrc's kernels for GPUs use, on one processor: every thread of a block is a fiber. Included before each
 // source; build.py has rewritten launches to `emulation::launch` and shared arrays to static ones.
 //
+// The blocks of a cluster are threads of the processor, so that each has its own shared arrays: what is static there is a thread's.
+//
 // The order in which warps, lanes and blocks run is drawn anew at every turn, so that code which misses a barrier or relies on
 // the order of blocks computes something else from run to run. What real GPUs would leave undefined aborts: a shuffle in which
 // a lane of the warp takes no part, and a barrier that other threads are past.
@@ -10,14 +12,17 @@
 #include <ucontext.h>
 
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <set>
 #include <string>
+#include <thread>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -48,7 +53,45 @@ constexpr size_t kStack = 256 << 10;
   std::abort();
 }
 
-enum class State { ready, shuffle, barrier, done };
+enum class State { ready, shuffle, barrier, cluster, done };
+
+constexpr int kMostBlocks = 8;  // of a cluster
+
+// Something of a thread's static memory: another thread has all of it at the same distances from its own.
+inline thread_local char anchor;
+
+// The blocks of a cluster.
+class Cluster {
+ public:
+  explicit Cluster(int blocks) : blocks_(blocks) {}
+
+  // Waits for the other blocks. `last`: there is nothing more that this one does.
+  void wait(bool last) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (waiting_ == 0) last_ = last;
+    if (last_ != last) fail("a barrier that some blocks of the cluster never reach");
+    const int phase = phase_;
+    if (++waiting_ == blocks_) {
+      waiting_ = 0;
+      ++phase_;
+      changed_.notify_all();
+    } else {
+      changed_.wait(lock, [&] { return phase_ != phase; });
+    }
+  }
+
+  char* anchors[kMostBlocks] = {};
+
+ private:
+  int blocks_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int waiting_ = 0, phase_ = 0;
+  bool last_ = false;
+};
+
+inline thread_local Cluster* cluster = nullptr;
+inline thread_local std::vector<char> shared_memory;
 
 struct Fiber {
   ucontext_t context;
@@ -70,19 +113,31 @@ class Block {
     while (true) {
       const int turn = draw(warps);
       for (int w = 0; w < warps; ++w) run_warp((w + turn) % warps);
-      int done = 0, waiting = 0;
+      int done = 0, waiting = 0, clustered = 0;
       for (int t = 0; t < threads; ++t) {
         done += fibers_[t]->state == State::done;
         waiting += fibers_[t]->state == State::barrier;
+        clustered += fibers_[t]->state == State::cluster;
       }
       if (done == threads) return;
       if (done > 0) fail("a barrier that some threads of the block never reach");
+      if (clustered == threads) {
+        cluster->wait(false);
+        waiting = threads;
+      }
       if (waiting != threads) fail("threads wait for each other for ever");
       for (int t = 0; t < threads; ++t) fibers_[t]->state = State::ready;
     }
   }
 
   void wait() { yield(State::barrier); }
+
+  void wait_for_cluster() {
+    if (cluster == nullptr) fail("a barrier of a cluster in a launch without clusters");
+    yield(State::cluster);
+  }
+
+  void seed(uint64_t number) { random_ = number; }
 
   template <typename T>
   T shuffle_xor(unsigned mask, T value, int lanes) {
@@ -204,7 +259,45 @@ inline void launch(const char* name, dim3 grid, int threads, const std::function
   }
 }
 
+// Launches clusters of `blocks` blocks, of which each has `shared` bytes beside its static arrays.
+inline void launch_clusters(
+    const char* name, unsigned grid, int threads, int blocks, int64_t shared, const std::function<void()>& kernel) {
+  launched.insert(name);
+  if (grid == 0 || grid > 0x7FFFFFFFu || blocks < 1 || blocks > kMostBlocks || grid % static_cast<unsigned>(blocks) != 0)
+    fail("a grid of clusters that no GPU takes");
+  if (threads < 1 || threads > 1024 || shared < 0 || shared > 227 << 10) fail("a block that no GPU takes");
+  Cluster together(blocks);
+  const unsigned clusters = grid / static_cast<unsigned>(blocks), turn = static_cast<unsigned>(block.draw(1 << 30)) % clusters;
+  const auto work = [&](int rank, uint64_t seed) {
+    cluster = &together;
+    together.anchors[rank] = &anchor;
+    together.wait(true);
+    block.seed(seed);
+    grid_size = dim3(grid);
+    for (unsigned i = 0; i < clusters; ++i) {
+      block_index = uint3{(i + turn) % clusters * static_cast<unsigned>(blocks) + static_cast<unsigned>(rank), 0, 0};
+      // NaN in every dtype: what no thread has written is no number.
+      shared_memory.assign(static_cast<size_t>(shared), static_cast<char>(0xFF));
+      block.run(threads, kernel);
+      together.wait(true);
+    }
+  };
+  std::vector<std::thread> others;
+  for (int rank = 0; rank < blocks; ++rank) others.emplace_back(work, rank, static_cast<uint64_t>(block.draw(1 << 30)));
+  for (std::thread& other : others) other.join();
+}
+
+inline void* dynamic_shared() { return shared_memory.data(); }
+
 }  // namespace emulation
+
+inline void __cluster_barrier_arrive() {}
+inline void __cluster_barrier_wait() { emulation::block.wait_for_cluster(); }
+
+// Of a static array.
+inline void* __cluster_map_shared_rank(const void* pointer, unsigned rank) {
+  return emulation::cluster->anchors[rank] + (static_cast<const char*>(pointer) - &emulation::anchor);
+}
 
 #define threadIdx ::emulation::thread_index
 #define blockIdx ::emulation::block_index
@@ -223,7 +316,16 @@ inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
 
 inline float __fdividef(float a, float b) { return b > 0x1p126f ? 0.0f : a / b; }
 
-inline void sincospif(float x, float* sine, float* cosine) {
-  *sine = static_cast<float>(std::sin(M_PI * static_cast<double>(x)));
-  *cosine = static_cast<float>(std::cos(M_PI * static_cast<double>(x)));
+inline float __fmul_rn(float a, float b) { return a * b; }
+
+inline int __float_as_int(float x) {
+  int bits;
+  std::memcpy(&bits, &x, sizeof(x));
+  return bits;
+}
+
+inline float __int_as_float(int bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
 }
