@@ -20,7 +20,18 @@ from benchmarks.timing import Timing
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a process has one driver, and here it is CUDA's")
 def test_a_call_is_measured_down_to_the_driver(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks", "host", "--ops", "geglu", "--min-time", "0.001", "--out", tmp_path]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "host",
+        "--ops",
+        "geglu",
+        "--min-time",
+        "0.001",
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     with (tmp_path / "host.csv").open() as file:
