@@ -118,8 +118,10 @@ def test_how_large_tensors_are_cut() -> None:
             assert how.block_c * (how.tiles - 1) < how.span <= how.block_c * how.tiles
             tile = kernels.TILE // 2 if shape[1] == 30 else kernels.TILE  # whole loads of 16 bytes, or single elements
             assert how.chunk % how.block_p == 0 and how.block_c * how.block_p == tile
-            tiles = how.grid[0] * how.chunk // how.block_p
-            assert how.grid[0] >= min(tiles, kernels.PROGRAMS)
+            programs = how.grid[0] * how.grid[1]
+            tiles = programs * how.chunk // how.block_p
+            assert min(tiles, kernels.PROGRAMS // 2) <= programs <= 2 * kernels.PROGRAMS
+            assert how.full == (shape[1] != 30)
             assert how.span != how.per_group or how.per_group * how.chunks <= kernels.MOST_PARTIALS
 
 
@@ -134,7 +136,7 @@ def test_mean_and_deviation_far_apart(
     x = 3e4 + torch.randn(1, 4, 19, 23).to(triton_backend)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    _, mean, rstd = kernels.forward(x, 2, None, None, 0.0, True)
+    _, mean, rstd = kernels.forward(x, 2, None, None, 0.0, True, None)
     variance, expected = torch.var_mean(x.double().reshape(1, 2, -1), dim=2, correction=0)
     torch.testing.assert_close(mean, expected.float(), rtol=1.2e-7, atol=0.0)
     torch.testing.assert_close(rstd, variance.rsqrt().float(), rtol=1e-6, atol=0.0)
@@ -163,14 +165,14 @@ def test_each_gradient_only_where_needed(
         monkeypatch.setattr(kernels, "MOST_IN_ONE", 8)
     x, grad = torch.randn(2, 2, 4, 5, device=triton_backend)
     weight, bias = parameters(4, triton_backend)
-    _, mean, rstd = kernels.forward(x, 2, weight, bias, 1e-5, True)
-    every = kernels.backward(grad, x, mean, rstd, weight, bias, True, True, True, True)
+    _, mean, rstd = kernels.forward(x, 2, weight, bias, 1e-5, True, None)
+    every = kernels.backward(grad, None, x, mean, rstd, weight, bias, None, True, True, True, True)
     for needs in ((True, False, False), (False, True, False), (False, False, True), (False, False, False)):
-        grads = kernels.backward(grad, x, mean, rstd, weight, bias, True, *needs)
+        grads = kernels.backward(grad, None, x, mean, rstd, weight, bias, None, True, *needs)
         for value, expected, needed in zip(grads, every, needs, strict=True):
             # The same bits: nothing depends on the order in which programs run.
             assert torch.equal(value, expected) if needed else value is None
-    assert kernels.backward(grad, x, mean, rstd, None, None, True, False, True, True) == (None, None, None)
+    assert kernels.backward(grad, None, x, mean, rstd, None, None, None, True, False, True, True) == (None, None, None)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
