@@ -299,6 +299,7 @@ class _NormCall:
             BLOCK_P=how.block_p // how.halves,
             HALVES=how.halves,
             num_warps=WARPS,
+            maxnreg=MOST_REGISTERS,
         )
 
     def moments(self, partials: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> Tensor:
@@ -618,9 +619,11 @@ def _offset(p_offset, row, stride, b, b_c, m_c):
 def _group_of(b_c, per_group, WIDE: tl.constexpr):
     """b_c // per_group, by a multiplication that is exact while channels x channels of a group fit in 32 bits."""
     if WIDE:
-        return b_c // per_group
-    inverse = tl.cast(0xFFFFFFFF, tl.uint32) // tl.cast(per_group, tl.uint32)
-    return tl.umulhi((b_c + 1).to(tl.uint32), inverse).to(tl.int32)
+        b_group = b_c // per_group
+    else:
+        inverse = tl.cast(0xFFFFFFFF, tl.uint32) // tl.cast(per_group, tl.uint32)
+        b_group = tl.umulhi((b_c + 1).to(tl.uint32), inverse)
+    return b_group.to(tl.int32)
 
 
 @triton.jit
@@ -1004,7 +1007,9 @@ def _moments(
         b_c, m_c = g * per_group + b_i, b_i < per_group
         b_to = b * 2 * channels + b_c[:, None]
         b_scale = _per_channel(p_weight, weight_stride, b_c, m_c, 1.0) * rstd
-        tl.store(p_coefficients + b_to, mean - _offset(p_offset, offset_row, offset_stride, b, b_c, m_c), mask=m_c[:, None])
+        tl.store(
+            p_coefficients + b_to, mean - _offset(p_offset, offset_row, offset_stride, b, b_c, m_c), mask=m_c[:, None]
+        )
         tl.store(p_coefficients + b_to + channels, b_scale, mask=m_c[:, None])
 
 
@@ -1222,7 +1227,18 @@ def _terms(
 ):
     b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first_mean, second_mean = _group_terms(
-        p_partials, p_weight, weight_stride, b, g * per_group, channels, pixels, per_group, chunks, AT_ONCE, BLOCK_K, BLOCK_G
+        p_partials,
+        p_weight,
+        weight_stride,
+        b,
+        g * per_group,
+        channels,
+        pixels,
+        per_group,
+        chunks,
+        AT_ONCE,
+        BLOCK_K,
+        BLOCK_G,
     )
     b_at = b * (channels // per_group) + g
     mean, rstd = tl.load(p_mean + b_at), tl.load(p_rstd + b_at)
@@ -1231,8 +1247,14 @@ def _terms(
         b_c, m_c = g * per_group + b_i, b_i < per_group
         b_to = b * 4 * channels + b_c[:, None]
         b_zero = tl.zeros([BLOCK_G, 1], tl.float32)
-        tl.store(p_coefficients + b_to, mean - _offset(p_offset, offset_row, offset_stride, b, b_c, m_c), mask=m_c[:, None])
-        tl.store(p_coefficients + b_to + channels, _per_channel(p_weight, weight_stride, b_c, m_c, 1.0) * rstd, mask=m_c[:, None])
+        tl.store(
+            p_coefficients + b_to, mean - _offset(p_offset, offset_row, offset_stride, b, b_c, m_c), mask=m_c[:, None]
+        )
+        tl.store(
+            p_coefficients + b_to + channels,
+            _per_channel(p_weight, weight_stride, b_c, m_c, 1.0) * rstd,
+            mask=m_c[:, None],
+        )
         tl.store(p_coefficients + b_to + 2 * channels, b_zero - rstd * rstd * second_mean, mask=m_c[:, None])
         tl.store(p_coefficients + b_to + 3 * channels, b_zero - rstd * first_mean, mask=m_c[:, None])
 
@@ -1274,7 +1296,18 @@ def _input_gradient(
     b, group, first, _, b_c, m_c = _place(channels, span, tiles, BLOCK_C)
     if p_coefficients is None:
         first_mean, second_mean = _group_terms(
-            p_partials, p_weight, weight_stride, b, first, channels, pixels, per_group, chunks, AT_ONCE, BLOCK_K, BLOCK_G
+            p_partials,
+            p_weight,
+            weight_stride,
+            b,
+            first,
+            channels,
+            pixels,
+            per_group,
+            chunks,
+            AT_ONCE,
+            BLOCK_K,
+            BLOCK_G,
         )
         at_group = b * (channels // per_group) + group
         rstd = tl.load(p_rstd + at_group)
