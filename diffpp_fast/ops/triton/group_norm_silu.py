@@ -573,10 +573,7 @@ def _within(b_c, b_p, channels, pixels, CHANNELS_LAST: tl.constexpr, WIDE: tl.co
 @triton.jit
 def _loaded(p_values, b_at, m_inside, FULL: tl.constexpr):
     """Elements as float32, 0 outside."""
-    if FULL:
-        b_values = tl.load(p_values + b_at)
-    else:
-        b_values = tl.load(p_values + b_at, mask=m_inside, other=0.0)
+    b_values = tl.load(p_values + b_at) if FULL else tl.load(p_values + b_at, mask=m_inside, other=0.0)
     return b_values.to(tl.float32)
 
 
