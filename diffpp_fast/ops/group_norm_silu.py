@@ -246,6 +246,7 @@ class _GroupNormSilu(Function):
         y: Tensor
         y, mean, rstd = ctx.kernels.forward(x, num_groups, weight, bias, eps, silu, offset)
         ctx.save_for_backward(x, mean, rstd, weight, bias, offset)
+        ctx.offset_dtype = None if offset is None else offset.dtype
         return y
 
     @staticmethod
@@ -258,7 +259,7 @@ class _GroupNormSilu(Function):
             assert grad_x is not None
             # Every pixel of a channel has it.
             grad_offset = grad_x.flatten(2).sum(2) if grad_x.dim() > 2 else grad_x
-            grad_offset = grad_offset.to(ctx.saved_tensors[-1].dtype)
+            grad_offset = grad_offset.to(ctx.offset_dtype)
         return grad_x if needs_x else None, None, grad_weight, grad_bias, None, None, grad_offset
 
 
