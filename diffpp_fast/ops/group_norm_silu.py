@@ -297,7 +297,7 @@ class _GroupNormSiluOfSum(Function):
 def _gradients(
     ctx: Any, grad_output: Tensor, grad_sum: Tensor | None, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, ...]:
-    """Of x, weight and bias."""
+    """Return those of x, weight and bias, each where it is needed."""
     x, mean, rstd, weight, bias, offset = ctx.saved_tensors
     differentiate = ctx.kernels.backward
     if recorded():

@@ -604,7 +604,7 @@ def _per_channel(p_values, stride, b_c, m_c, DEFAULT: tl.constexpr):
 
 @triton.jit
 def _offset(p_offset, row, stride, b, b_c, m_c):
-    """What is added to the channels of a sample before they are normalised, as a column. [BLOCK_C, 1]"""
+    """The offsets of a sample's channels, as a column. [BLOCK_C, 1]"""
     if p_offset is None:
         b_offset = tl.zeros([b_c.shape[0], 1], tl.float32)
     else:
