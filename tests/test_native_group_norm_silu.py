@@ -57,15 +57,15 @@ def test_registration_of_what_is_optional(cpu_backend: Any) -> None:
     check_registration(cpu_backend.group_norm_silu_of_sum.default, x, x, 2, None, bias.double(), 1e-5, False)
 
 
-def with_what_is_added(x: Tensor, groups: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+def with_what_is_added(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     """Results and gradients of the sum with a residual, then of offsets, which depend on the shape alone."""
     generator = torch.Generator().manual_seed(2)
     residual, outer = (torch.randn(x.shape, generator=generator).to(x).requires_grad_() for _ in range(2))
     offset = torch.randn(x.shape[:2], generator=generator, dtype=torch.float64).requires_grad_()
-    outputs = ops.group_norm_silu(x, groups, *parameters, residual=residual)
-    grads = torch.autograd.grad(outputs, (x, residual, *parameters), (outer, residual))
-    y = ops.group_norm_silu(x, groups, *parameters, offset=offset)
-    return (*outputs, *grads, y, *torch.autograd.grad(y, (x, offset, *parameters), outer))
+    outputs = ops.group_norm_silu(x, groups, weight, bias, residual=residual)
+    grads = torch.autograd.grad(outputs, (x, residual, weight, bias), (outer, residual))
+    y = ops.group_norm_silu(x, groups, weight, bias, offset=offset)
+    return (*outputs, *grads, y, *torch.autograd.grad(y, (x, offset, weight, bias), outer))
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 61, 67), (3, 6, 95, 97), (1, 96, 41, 43)])

@@ -134,10 +134,10 @@ def test_gradcheck_of_what_is_added(groups: int, memory_format: torch.memory_for
     residual = torch.randn(2, 4, 3, 2, dtype=F64, requires_grad=True)
     offset = torch.randn(8, 2, dtype=F64)[::2].T.requires_grad_()
     torch.autograd.gradcheck(
-        lambda x, r, *p: ops.group_norm_silu(x, groups, *p, 1e-3, residual=r), (x, residual, weight, bias)
+        lambda x, r, w, b: ops.group_norm_silu(x, groups, w, b, 1e-3, residual=r), (x, residual, weight, bias)
     )
     torch.autograd.gradcheck(
-        lambda x, o, *p: ops.group_norm_silu(x, groups, *p, 1e-3, offset=o), (x, offset, weight, bias)
+        lambda x, o, w, b: ops.group_norm_silu(x, groups, w, b, 1e-3, offset=o), (x, offset, weight, bias)
     )
 
 
@@ -154,8 +154,9 @@ def test_low_precision_of_what_is_added(
         return formula(total, 4, weight, bias, 1e-5, "silu"), total
 
     def fused(x: Tensor, more: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        result = ops.group_norm_silu(x, 4, weight, bias, **{added: more})
-        return result if added == "residual" else (result,)
+        if added == "residual":
+            return ops.group_norm_silu(x, 4, weight, bias, residual=more)
+        return (ops.group_norm_silu(x, 4, weight, bias, offset=more),)
 
     narrow = x, more, weight, bias
     outer = torch.randn_like(x)
@@ -233,6 +234,6 @@ def test_errors_name_what_is_wrong() -> None:
     with pytest.raises(ValueError, match=r"group_norm_silu: offset must have shape \[B, C\] = \[2, 4\], got \[4\]"):
         ops.group_norm_silu(x, 2, offset=weight)
     with pytest.raises(ValueError, match="group_norm_silu: takes a residual or an offset, not both"):
-        ops.group_norm_silu(x, 2, residual=x, offset=x[..., 0])
+        ops.group_norm_silu(x, 2, residual=x, offset=x[..., 0])  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="eps must not be negative"):
         ops.group_norm_silu(x, 2, eps=-1.0)

@@ -1,6 +1,7 @@
 """The Triton kernels of group_norm_silu, in the interpreter where there is no GPU."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,9 @@ def assert_agrees_on_what_is_added(x: Tensor, groups: int, weight: Tensor | None
     for dtype, backend in ((x.dtype, "triton"), (torch.float64, "reference")):
         with use_backend(backend):
             given = (x, residual, offset, weight, bias)
-            leaves = [None if value is None else value.detach().to(dtype).requires_grad_() for value in given]
+            leaves: list[Any] = [
+                None if value is None else value.detach().to(dtype).requires_grad_() for value in given
+            ]
             y, total = ops.group_norm_silu(leaves[0], groups, *leaves[3:], residual=leaves[1])
             affine = [leaf for leaf in leaves[3:] if leaf is not None]
             grads = torch.autograd.grad(
