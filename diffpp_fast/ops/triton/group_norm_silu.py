@@ -124,10 +124,10 @@ def cut(x: Tensor, num_groups: int, order: Order) -> Cut:
         span = per_group
         block_p = min(powers[1], tile)
         block_c = min(powers[0], tile // block_p)
-        if block_p == powers[1]:
-            # Several of short channels give a program several tiles, too.
-            while order.batch * channels > block_c * PROGRAMS and span % (2 * block_c) == 0 and block_p > SHORTEST:
-                block_c, block_p = 2 * block_c, block_p // 2
+        # Several short channels give a program several tiles, too, while there are more programs than that.
+        most_channels = triton.cdiv(order.batch * channels, PROGRAMS) if pixels <= tile else 1
+        while block_c < most_channels and span % (2 * block_c) == 0 and block_p > SHORTEST:
+            block_c, block_p = 2 * block_c, block_p // 2
     tiles = triton.cdiv(span, block_c)
     tiles_of_pixels = triton.cdiv(pixels, block_p)
     programs = order.batch * (channels // span) * tiles * tiles_of_pixels
