@@ -22,7 +22,13 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Cuts small tensors as large ones are: several channels, tiles of channels, tiles and chunks of pixels."""
-    for name, value in (("MOST_IN_ONE", 16), ("TILE", 128), ("TILE_CHANNELS", 8), ("MOST_PARTIALS", 8)):
+    for name, value in (
+        ("MOST_IN_ONE", 16),
+        ("TILE", 128),
+        ("TILE_CHANNELS", 8),
+        ("MOST_PARTIALS", 8),
+        ("SHORTEST", 8),
+    ):
         monkeypatch.setattr(kernels, name, value)
     return monkeypatch
 

@@ -124,7 +124,7 @@ def cut(x: Tensor, num_groups: int, order: Order) -> Cut:
         span = per_group
         block_p = min(powers[1], tile)
         block_c = min(powers[0], tile // block_p)
-        # Several short channels give a program several tiles, too, while there are more programs than that.
+        # Short channels are several to a program, so that it has several tiles, too.
         most_channels = triton.cdiv(order.batch * channels, PROGRAMS) if pixels <= tile else 1
         while block_c < most_channels and span % (2 * block_c) == 0 and block_p > SHORTEST:
             block_c, block_p = 2 * block_c, block_p // 2
