@@ -74,6 +74,7 @@ OPTIONS: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "group_norm_silu": {
         "activation": ("silu", "identity"),
         "affine": ("both", "weight", "none"),
+        "added": ("nothing", "residual", "offset"),
         "wrt": ("x", "parameters", "all", "none"),
         "shape": (*ACTIVATIONS,),
     },

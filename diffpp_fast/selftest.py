@@ -51,7 +51,11 @@ CHECKED: dict[str, Sequence[dict[str, Any]]] = {
     "sid_loss": ({"noise": "stored"}, {"noise": "drawn"}, FLOW),
     "sim_loss": ({"noise": "stored"}, {"noise": "drawn"}, FLOW),
     "reward_pixels": LAYOUTS,
-    "group_norm_silu": [{"wrt": wrt, **layout} for wrt in ("x", "all") for layout in LAYOUTS],
+    "group_norm_silu": [
+        {"wrt": wrt, "added": added, **layout}
+        for wrt, added in (("x", "nothing"), ("all", "nothing"), ("x", "residual"), ("all", "offset"))
+        for layout in LAYOUTS
+    ],
 }
 
 
@@ -62,7 +66,7 @@ class Call:
     op: str
     arguments: dict[str, Any]
     wrt: tuple[str, ...]  # the arguments that get gradients
-    outer: Tensor | None  # the gradient of the first output; None where that is a scalar, or nothing gets a gradient
+    outer: Tensor | None  # the gradient of every output; None where that is a scalar, or nothing gets a gradient
 
     @property
     def forward(self) -> Callable[..., Any]:
@@ -77,7 +81,7 @@ class Call:
     @property
     def names(self) -> list[str]:
         """Names of what `run` returns, for messages."""
-        outputs = ["output"]
+        outputs = ["output", "sum"] if "residual" in self.arguments else ["output"]
         if self.op == "score_gap":
             outputs = ["gradient", "gap_sq", "residual_abs", "gap_dot_residual"]
             del outputs[len(outputs) if "noise" in self.arguments else 2 :]
@@ -129,7 +133,9 @@ def step(forward: Callable[..., Any], arguments: dict[str, Any], wrt: Sequence[s
     outputs = (result,) if isinstance(result, Tensor) else tuple(value for value in result if value is not None)
     if not wrt:
         return outputs
-    return outputs + torch.autograd.grad(outputs[0], [arguments[name] for name in wrt], outer)
+    differentiable = [output for output in outputs if output.requires_grad]
+    outers = None if outer is None else [outer] * len(differentiable)
+    return outputs + torch.autograd.grad(differentiable, [arguments[name] for name in wrt], outers)
 
 
 def compare(names: Sequence[str], actual: Outputs, oracle: Outputs, tolerance: float) -> str | None:
@@ -284,14 +290,25 @@ def _reward_pixels(
 
 
 def _group_norm_silu(
-    draw: _Draw, op: str, *, groups: int = 32, activation: str = "silu", affine: str = "both", wrt: str = "x"
+    draw: _Draw,
+    op: str,
+    *,
+    groups: int = 32,
+    activation: str = "silu",
+    affine: str = "both",
+    wrt: str = "x",
+    added: str = "nothing",
 ) -> Call:
     names = {"both": ("weight", "bias"), "weight": ("weight",), "none": ()}[affine]
     arguments: dict[str, Any] = {"x": draw.normal(mean=0.5), "num_groups": groups}
     arguments |= {"eps": 1e-5, "activation": activation}
     for name in names:
         arguments[name] = draw.normal(draw.shape[1:2], scale=0.2, mean=1.0 if name == "weight" else 0.0)
-    wanted = {"x": ("x",), "parameters": names, "all": ("x", *names), "none": ()}[wrt]
+    inputs: tuple[str, ...] = ("x",)
+    if added != "nothing":
+        arguments[added] = draw.normal(None if added == "residual" else draw.shape[:2])
+        inputs = ("x", added)
+    wanted = {"x": inputs, "parameters": names, "all": (*inputs, *names), "none": ()}[wrt]
     return _with_gradients(op, arguments, wanted, draw.normal())
 
 

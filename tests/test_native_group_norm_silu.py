@@ -40,18 +40,32 @@ def test_registration(dtype: torch.dtype, cpu_backend: Any) -> None:
     # One order that kernels know, one that they copy.
     x = grad.contiguous(memory_format=torch.channels_last) if dtype.itemsize > 2 else grad.mT.contiguous().mT
     forward, backward = cpu_backend.group_norm_silu.default, cpu_backend.group_norm_silu_backward.default
-    check_registration(forward, x, 2, weight, bias, 1e-5, True)
-    _, mean, rstd = forward(x, 2, weight, bias, 1e-5, True)
-    check_registration(backward, grad, x, mean, rstd, weight, bias, True, True, True, True)
+    offset = torch.randn(2, 6).to(dtype)
+    check_registration(forward, x, 2, weight, bias, 1e-5, True, offset)
+    _, mean, rstd = forward(x, 2, weight, bias, 1e-5, True, offset)
+    check_registration(backward, grad, grad, x, mean, rstd, weight, bias, offset, True, True, True, True)
+    check_registration(cpu_backend.group_norm_silu_of_sum.default, x, grad, 2, weight, bias, 1e-5, True)
 
 
 def test_registration_of_what_is_optional(cpu_backend: Any) -> None:
     x, weight, bias = (tensor.detach() for tensor in inputs(2, 6, 3, dtype=torch.bfloat16))
     forward, backward = cpu_backend.group_norm_silu.default, cpu_backend.group_norm_silu_backward.default
-    check_registration(forward, x, 2, None, bias.double(), 1e-5, False)
-    _, mean, rstd = forward(x, 2, None, bias, 1e-5, True)
-    check_registration(backward, x, x, mean, rstd, weight.double(), None, False, True, True, False)
-    check_registration(backward, x, x, mean, rstd, None, bias, True, False, False, True)
+    check_registration(forward, x, 2, None, bias.double(), 1e-5, False, None)
+    _, mean, rstd = forward(x, 2, None, bias, 1e-5, True, None)
+    check_registration(backward, x, None, x, mean, rstd, weight.double(), None, None, False, True, True, False)
+    check_registration(backward, x, None, x, mean, rstd, None, bias, None, True, False, False, True)
+    check_registration(cpu_backend.group_norm_silu_of_sum.default, x, x, 2, None, bias.double(), 1e-5, False)
+
+
+def with_what_is_added(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """Results and gradients of the sum with a residual, then of offsets, which depend on the shape alone."""
+    generator = torch.Generator().manual_seed(2)
+    residual, outer = (torch.randn(x.shape, generator=generator).to(x).requires_grad_() for _ in range(2))
+    offset = torch.randn(x.shape[:2], generator=generator, dtype=torch.float64).requires_grad_()
+    outputs = ops.group_norm_silu(x, groups, weight, bias, residual=residual)
+    grads = torch.autograd.grad(outputs, (x, residual, weight, bias), (outer, residual))
+    y = ops.group_norm_silu(x, groups, weight, bias, offset=offset)
+    return (*outputs, *grads, y, *torch.autograd.grad(y, (x, offset, weight, bias), outer))
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 61, 67), (3, 6, 95, 97), (1, 96, 41, 43)])
@@ -61,6 +75,7 @@ def test_same_bits_for_any_threads(shape: tuple[int, ...], channels_last: bool) 
     if channels_last:
         x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     assert_same_bits_for_any_threads(lambda: with_gradients(x, 2, weight, bias))
+    assert_same_bits_for_any_threads(lambda: with_what_is_added(x, 2, weight, bias))
 
 
 def test_compiles_once() -> None:
@@ -68,6 +83,15 @@ def test_compiles_once() -> None:
         return ops.group_norm_silu(x, 2, weight, bias)
 
     assert_compiles_once(norm, *(inputs(2, 4, 8, 8) for _ in range(3)))
+
+
+def test_compiles_once_with_what_is_added() -> None:
+    def norm(x: Tensor, residual: Tensor, offset: Tensor) -> Tensor:
+        y, total = ops.group_norm_silu(x, 2, residual=residual)
+        return ops.group_norm_silu(y + total, 2, offset=offset)
+
+    drawn = ((torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.randn(2, 4)) for _ in range(3))
+    assert_compiles_once(norm, *(tuple(value.requires_grad_() for value in values) for values in drawn))
 
 
 @given(
@@ -90,6 +114,10 @@ def test_any_size_agrees_with_the_reference(
     with use_backend("reference"):
         expected = with_gradients(x, groups, weight, bias, activation, 1e-2)
     torch.testing.assert_close(actual, expected)
+    if per_group * x.shape[2:].numel() > 2:  # of one or two values the gradient is rounding
+        more = with_what_is_added(x, groups, weight, bias)
+        with use_backend("reference"):
+            torch.testing.assert_close(more, with_what_is_added(x, groups, weight, bias), rtol=1e-6, atol=1e-6)
     assert [tensor.stride() for tensor in actual] == [tensor.stride() for tensor in expected]
 
 
@@ -101,8 +129,10 @@ def test_many_channels_and_pixels(shape: tuple[int, ...], channels_last: bool) -
     if channels_last and len(shape) == 4:
         x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     actual = with_gradients(x, 8, weight, bias)
+    more = with_what_is_added(x, 8, weight, bias)
     with use_backend("reference"):
         torch.testing.assert_close(actual, with_gradients(x, 8, weight, bias))
+        torch.testing.assert_close(more, with_what_is_added(x, 8, weight, bias))
 
 
 # What clusters of blocks keep on GPUs: eight or a single block, several groups in a pack, fewer pixels than blocks.
@@ -142,7 +172,7 @@ def test_mean_and_deviation_far_apart(channels_last: bool, cpu_backend: Any) -> 
     x = 3e4 + torch.randn(1, 4, 61, 67)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    _, mean, rstd = cpu_backend.group_norm_silu.default(x, 2, None, None, 0.0, True)
+    _, mean, rstd = cpu_backend.group_norm_silu.default(x, 2, None, None, 0.0, True, None)
     variance, expected = torch.var_mean(x.double().reshape(1, 2, -1), dim=2, correction=0)
     torch.testing.assert_close(mean, expected.float(), rtol=1e-7, atol=0.0)
     torch.testing.assert_close(rstd, variance.rsqrt().float(), rtol=1e-6, atol=0.0)
@@ -214,8 +244,14 @@ def test_the_binding_itself_refuses_what_it_does_not_serve(cpu_backend: Any) -> 
         ((x, 2, weight, bias.int()), f"group_norm_silu: bias must be {dtypes}, got Int"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            forward(*arguments, 1e-5, True)
-    _, mean, rstd = forward(x, 2, weight, bias, 1e-5, True)
+            forward(*arguments, 1e-5, True, None)
+    with pytest.raises(RuntimeError, match=r"group_norm_silu: offset must have shape \[B, C\] = \[2, 4\]"):
+        forward(x, 2, weight, bias, 1e-5, True, x[:, :2, 0])
+    with pytest.raises(RuntimeError, match="group_norm_silu_of_sum: residual must have the shape"):
+        cpu_backend.group_norm_silu_of_sum.default(x, x[:1], 2, weight, bias, 1e-5, True)
+    _, mean, rstd = forward(x, 2, weight, bias, 1e-5, True, None)
+    with pytest.raises(RuntimeError, match="group_norm_silu_backward: grad_sum is Double, the tensors before"):
+        backward(x, x.double(), x, mean, rstd, weight, bias, None, True, True, True, True)
     for arguments, message in (
         ((x[:1], x, mean, rstd), "group_norm_silu_backward: grad_output must have the shape"),
         ((x.double(), x, mean, rstd), "group_norm_silu_backward: grad_output is Double, the tensors before"),
@@ -224,15 +260,16 @@ def test_the_binding_itself_refuses_what_it_does_not_serve(cpu_backend: Any) -> 
         ((x, x, mean[:1], rstd[:1]), "group_norm_silu_backward: mean must have the batch of x"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            backward(*arguments, weight, bias, True, True, True, True)
+            backward(arguments[0], None, *arguments[1:], weight, bias, None, True, True, True, True)
 
 
 def test_fakes_beyond_2_to_the_31_elements(cpu_backend: Any) -> None:
     with torch.device("meta"):
         x = torch.empty(2, 4, 2**15, 2**15, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
         weight = torch.empty(4)
-        y, mean, rstd = cpu_backend.group_norm_silu.default(x, 2, weight, None, 1e-5, True)
-        grads = cpu_backend.group_norm_silu_backward.default(y, x, mean, rstd, weight, None, True, True, True, False)
+        y, mean, rstd = cpu_backend.group_norm_silu.default(x, 2, weight, None, 1e-5, True, None)
+        backward = cpu_backend.group_norm_silu_backward.default
+        grads = backward(y, None, x, mean, rstd, weight, None, None, True, True, True, False)
     for result in (y, grads[0]):
         assert result.shape == x.shape and result.stride() == x.stride() and result.dtype == x.dtype
     assert mean.shape == rstd.shape == (2, 2) and mean.dtype == rstd.dtype == torch.float32

@@ -26,6 +26,8 @@ OPS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "sim_loss": (ops.sim_loss, OUTPUTS),
     "reward_pixels": (ops.reward_pixels, {"images": X, "size": 3, "mean": [0.5] * 4, "std": [0.5] * 4}),
     "group_norm_silu": (ops.group_norm_silu, {"x": X, "num_groups": 2, "weight": torch.ones(4), "bias": torch.ones(4)}),
+    "group_norm_silu, of a sum": (ops.group_norm_silu, {"x": X, "num_groups": 2, "residual": Y}),
+    "group_norm_silu, offset": (ops.group_norm_silu, {"x": X, "num_groups": 2, "offset": Y[:, :, 0, 0]}),
     "geglu": (ops.geglu, {"x": ROWS}),
     "ada_layer_norm": (ops.ada_layer_norm, {"x": ROWS, "scale": ROWS[:, 0], "shift": ROWS[:, 1]}),
 }
@@ -68,7 +70,7 @@ def refused(op: str, argument: str, value: Any) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
         function(**{**arguments, argument: value})
     message = str(caught.value)
-    assert message.startswith(f"{op}: "), message
+    assert message.startswith(f"{op.partition(',')[0]}: "), message
     assert argument.replace("_", " ") in message.replace("_", " "), message
 
 
@@ -80,7 +82,7 @@ def test_what_is_no_dense_floating_tensor(op: str) -> None:
         if isinstance(value, Tensor) and (op, argument) != ("score_gap", "scale"):
             for wrong in no_tensors(value):
                 refused(op, argument, wrong)
-            if argument not in ("weight", "bias", "uncond", *TARGET):
+            if argument not in ("weight", "bias", "residual", "offset", "uncond", *TARGET):
                 refused(op, argument, None)
 
 
@@ -99,7 +101,8 @@ def test_images_of_another_layout_are_named(shape: tuple[int, ...]) -> None:
 def test_numpys_numbers_do() -> None:
     by_numpy = ops.reward_pixels(X, np.int64(3), mean=np.full(4, 0.5, np.float32), std=torch.full((4,), 0.5))
     assert torch.equal(by_numpy, ops.reward_pixels(**OPS["reward_pixels"][1]))
-    assert torch.equal(ops.group_norm_silu(X, np.int32(2), eps=np.float64(1e-5)), ops.group_norm_silu(X, 2))
+    by_numpy = ops.group_norm_silu(X, np.int32(2), eps=np.float64(1e-5))  # type: ignore[call-overload]
+    assert torch.equal(by_numpy, ops.group_norm_silu(X, 2))
 
 
 def test_guidance_that_is_not_stated_is_refused() -> None:

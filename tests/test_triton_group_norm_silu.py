@@ -1,6 +1,7 @@
 """The Triton kernels of group_norm_silu, in the interpreter where there is no GPU."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,13 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Cuts small tensors as large ones are: several channels, tiles of channels, tiles and chunks of pixels."""
-    for name, value in (("MOST_IN_ONE", 16), ("TILE", 128), ("TILE_CHANNELS", 8), ("MOST_PARTIALS", 8)):
+    for name, value in (
+        ("MOST_IN_ONE", 16),
+        ("TILE", 128),
+        ("TILE_CHANNELS", 8),
+        ("MOST_PARTIALS", 8),
+        ("SHORTEST", 8),
+    ):
         monkeypatch.setattr(kernels, name, value)
     return monkeypatch
 
@@ -53,6 +60,34 @@ def assert_agrees(
         assert value.stride() == torch.empty_like(x).stride()
 
 
+def assert_agrees_on_what_is_added(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> None:
+    """The sum with a residual and its norm, then offsets, with every gradient."""
+    generator = torch.Generator().manual_seed(2)
+    residual, outer = (torch.randn(x.shape, generator=generator).to(x) for _ in range(2))
+    offset = torch.randn(x.shape[1::-1], generator=generator).to(x).T
+    results = []
+    for dtype, backend in ((x.dtype, "triton"), (torch.float64, "reference")):
+        with use_backend(backend):
+            given = (x, residual, offset, weight, bias)
+            leaves: list[Any] = [
+                None if value is None else value.detach().to(dtype).requires_grad_() for value in given
+            ]
+            y, total = ops.group_norm_silu(leaves[0], groups, *leaves[3:], residual=leaves[1])
+            affine = [leaf for leaf in leaves[3:] if leaf is not None]
+            grads = torch.autograd.grad(
+                (y, total), (*leaves[:2], *affine), (outer.to(dtype), residual.to(dtype)), retain_graph=True
+            )
+            alone = torch.autograd.grad(y, leaves[:2], outer.to(dtype))
+            moved = ops.group_norm_silu(leaves[0], groups, *leaves[3:], offset=leaves[2])
+            more = torch.autograd.grad(moved, (leaves[0], leaves[2], *affine), outer.to(dtype))
+            results.append((y, total, *grads, *alone, moved, *more))
+    tolerance = TOLERANCE[x.dtype]
+    for value, oracle in zip(*results, strict=True):
+        torch.testing.assert_close(value.double(), oracle, rtol=tolerance, atol=tolerance * float(oracle.abs().max()))
+    for value in (*results[0][:2], *results[0][2:4]):
+        assert value.stride() == torch.empty_like(x).stride()
+
+
 def parameters(channels: int, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     weight, bias = torch.randn(2, channels).to(device, dtype)
     return weight, bias
@@ -64,6 +99,7 @@ def test_formula_in_any_layout(
 ) -> None:
     x = torch.randn(2, 6, 5, 7).to(triton_backend, dtype)
     assert_agrees(layout(x), 2, *parameters(6, triton_backend, dtype))
+    assert_agrees_on_what_is_added(layout(x), 2, None, None)
 
 
 @pytest.mark.parametrize("shape", [(2, 6), (2, 6, 1), (1, 10, 13), (1, 6, 2, 3, 5)])
@@ -74,6 +110,46 @@ def test_dimensions(shape: tuple[int, ...], activation: str, triton_backend: tor
     if x.dim() in CHANNELS_LAST:
         x = x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
         assert_agrees(x, 2, *parameters(shape[1], triton_backend), activation, 1e-2)
+
+
+# Tiles that end where the tensor does, which are not masked, and others.
+@pytest.mark.parametrize(("shape", "programs"), [((1, 8, 4, 16), 2), ((1, 6, 3, 11), 1000)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_what_is_added(
+    shape: tuple[int, ...],
+    programs: int,
+    channels_last: bool,
+    triton_backend: torch.device,
+    small_tiles: pytest.MonkeyPatch,
+) -> None:
+    small_tiles.setattr(kernels, "PROGRAMS", programs)
+    x = torch.randn(shape).to(triton_backend)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    assert kernels.cut(x, 2, kernels.Order(x)).full == (shape[1] == 8)
+    assert_agrees_on_what_is_added(x, 2, *parameters(shape[1], triton_backend))
+
+
+def test_offsets_far_from_the_values_around_a_large_mean(
+    triton_backend: torch.device, small_tiles: pytest.MonkeyPatch
+) -> None:
+    x = 3e4 + torch.randn(1, 4, 8, 8).to(triton_backend)
+    offset = 2e4 * torch.randn(1, 4).to(triton_backend)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        _, mean, rstd = kernels.forward(x.contiguous(memory_format=memory_format), 2, None, None, 0.0, True, offset)
+        moved = (x.double() + offset.double()[:, :, None, None]).reshape(1, 2, -1)
+        variance, expected = torch.var_mean(moved, dim=2, correction=0)
+        torch.testing.assert_close(mean, expected.float(), rtol=3e-7, atol=3e-3)
+        torch.testing.assert_close(rstd, variance.rsqrt().float(), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("size", [1, 5, 6, 10, 40, 4096, 65535])
+def test_the_group_of_a_channel(size: int, triton_backend: torch.device) -> None:
+    """The multiplication that stands for a division, up to the largest channel that it serves."""
+    inverse = 0xFFFFFFFF // size
+    for channel in {*range(0, 65536, 97), *range(65536 // size * size - 2, 65536), 65535, size - 1, size}:
+        if 0 <= channel <= kernels.MOST_CHANNELS:
+            assert (channel + 1) * inverse >> 32 == channel // size
 
 
 # Row-major, a tile is one channel of the first two shapes, of the others several of a group's. A program takes one tile
@@ -118,8 +194,10 @@ def test_how_large_tensors_are_cut() -> None:
             assert how.block_c * (how.tiles - 1) < how.span <= how.block_c * how.tiles
             tile = kernels.TILE // 2 if shape[1] == 30 else kernels.TILE  # whole loads of 16 bytes, or single elements
             assert how.chunk % how.block_p == 0 and how.block_c * how.block_p == tile
-            tiles = how.grid[0] * how.chunk // how.block_p
-            assert how.grid[0] >= min(tiles, kernels.PROGRAMS)
+            programs = how.grid[0] * how.grid[1]
+            tiles = programs * how.chunk // how.block_p
+            assert min(tiles, kernels.PROGRAMS // 2) <= programs <= 2 * kernels.PROGRAMS
+            assert how.full == (shape[1] != 30)
             assert how.span != how.per_group or how.per_group * how.chunks <= kernels.MOST_PARTIALS
 
 
@@ -134,7 +212,7 @@ def test_mean_and_deviation_far_apart(
     x = 3e4 + torch.randn(1, 4, 19, 23).to(triton_backend)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    _, mean, rstd = kernels.forward(x, 2, None, None, 0.0, True)
+    _, mean, rstd = kernels.forward(x, 2, None, None, 0.0, True, None)
     variance, expected = torch.var_mean(x.double().reshape(1, 2, -1), dim=2, correction=0)
     torch.testing.assert_close(mean, expected.float(), rtol=1.2e-7, atol=0.0)
     torch.testing.assert_close(rstd, variance.rsqrt().float(), rtol=1e-6, atol=0.0)
@@ -163,14 +241,14 @@ def test_each_gradient_only_where_needed(
         monkeypatch.setattr(kernels, "MOST_IN_ONE", 8)
     x, grad = torch.randn(2, 2, 4, 5, device=triton_backend)
     weight, bias = parameters(4, triton_backend)
-    _, mean, rstd = kernels.forward(x, 2, weight, bias, 1e-5, True)
-    every = kernels.backward(grad, x, mean, rstd, weight, bias, True, True, True, True)
+    _, mean, rstd = kernels.forward(x, 2, weight, bias, 1e-5, True, None)
+    every = kernels.backward(grad, None, x, mean, rstd, weight, bias, None, True, True, True, True)
     for needs in ((True, False, False), (False, True, False), (False, False, True), (False, False, False)):
-        grads = kernels.backward(grad, x, mean, rstd, weight, bias, True, *needs)
+        grads = kernels.backward(grad, None, x, mean, rstd, weight, bias, None, True, *needs)
         for value, expected, needed in zip(grads, every, needs, strict=True):
             # The same bits: nothing depends on the order in which programs run.
             assert torch.equal(value, expected) if needed else value is None
-    assert kernels.backward(grad, x, mean, rstd, None, None, True, False, True, True) == (None, None, None)
+    assert kernels.backward(grad, None, x, mean, rstd, None, None, None, True, False, True, True) == (None, None, None)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

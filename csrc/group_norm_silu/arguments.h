@@ -26,13 +26,17 @@ struct Inputs {
   Dtype dtype;  // of x, y and their gradients
   bool silu;
   const void* x;
-  PerSample weight;  // [C] in any dtype; none for 1
-  PerSample bias;    // [C] in any dtype; none for 0
+  PerSample weight;   // [C] in any dtype; none for 1
+  PerSample bias;     // [C] in any dtype; none for 0
+  PerSample offset{};  // [B, C] in any dtype, its stride that of the channels; none for 0
+  int64_t offset_row = 0;
 };
 
 struct Forward : Inputs {
   double eps;
-  void* y;                   // like x
+  void* y;                          // like x
+  const void* residual = nullptr;  // like x, or null
+  void* sum = nullptr;             // like x: x + residual, which is then normalised
   void* mean;                // T [B, G]
   void* rstd;                // T [B, G]
   void* partials = nullptr;  // mean and sum of squared deviations from it of parts of the groups
@@ -40,6 +44,7 @@ struct Forward : Inputs {
 
 struct Backward : Inputs {
   const void* grad_output;   // like x
+  const void* grad_sum;      // like x, added to grad_x, or null
   const void* mean;          // T [B, G]
   const void* rstd;          // T [B, G]
   void* grad_x;              // like x, or null

@@ -29,16 +29,39 @@ PerSample per_channel(const char* op, const char* name, const optional<Tensor>& 
   return {values->const_data_ptr(), dtype_of(op, name, *values), values->stride(0)};
 }
 
+PerSample per_sample_and_channel(const char* op, const optional<Tensor>& offset, const Tensor& x) {
+  if (!offset.has_value()) return {};
+  STD_TORCH_CHECK(
+      offset->dim() == 2 && offset->size(0) == x.size(0) && offset->size(1) == x.size(1), op,
+      ": offset must have shape [B, C] = [", x.size(0), ", ", x.size(1), "]");
+  return {offset->const_data_ptr(), dtype_of(op, "offset", *offset), offset->stride(1)};
+}
+
+// a + b, in the dtype of a.
+Tensor added(const Tensor& a, const Tensor& b) {
+  return torch::stable::subtract(a, torch::stable::to(b, a.scalar_type()), -1.0);
+}
+
+// What kernels for GPUs normalise: they know no offset.
+Tensor with_offset(const Tensor& x, const optional<Tensor>& offset) {
+  Tensor column = *offset;
+  for (int64_t axis = 2; axis < x.dim(); ++axis) column = torch::stable::unsqueeze(column, axis);
+  return added(x, column);
+}
+
 Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype, const Tensor& beside) {
   const int64_t sizes[] = {rows, columns};
   return torch::stable::empty({sizes, 2}, dtype, std::nullopt, beside.device());
 }
 
-// x [B, C, ...], weight [C], bias [C] -> y like x; mean and rstd [B, num_groups] in the compute dtype.
-std::tuple<Tensor, Tensor, Tensor> outputs(
-    const Tensor& x, int64_t num_groups, const optional<Tensor>& weight, const optional<Tensor>& bias, double eps,
-    bool silu) {
-  constexpr auto op = "group_norm_silu";
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// x [B, C, ...], residual like x, weight [C], bias [C], offset [B, C] -> y and x + residual like x; mean and rstd
+// [B, num_groups] in the compute dtype.
+Outputs outputs(
+    const char* op, const Tensor& x, const optional<Tensor>& residual, int64_t num_groups,
+    const optional<Tensor>& weight, const optional<Tensor>& bias, double eps, bool silu,
+    const optional<Tensor>& offset) {
   check_dim(op, x);
   const Dtype dtype = dtype_of(op, "x", x);
   const Order order(x, kMostChannels);
@@ -53,11 +76,23 @@ std::tuple<Tensor, Tensor, Tensor> outputs(
       .silu = silu,
       .x = ordered.const_data_ptr(),
       .weight = per_channel(op, "weight", weight, shape.channels),
-      .bias = per_channel(op, "bias", bias, shape.channels)}};
+      .bias = per_channel(op, "bias", bias, shape.channels),
+      .offset = per_sample_and_channel(op, offset, x),
+      .offset_row = offset.has_value() ? offset->stride(0) : 0}};
   arguments.eps = eps;
   arguments.y = y.data();
   arguments.mean = mean.mutable_data_ptr();
   arguments.rstd = rstd.mutable_data_ptr();
+  Tensor ordered_residual = ordered;
+  optional<Result> sum;
+  if (residual.has_value()) {
+    check_same_shape(op, "residual", *residual, x);
+    check_same_dtype(op, "residual", *residual, x);
+    ordered_residual = order.of(*residual);
+    sum.emplace(x, order);
+    arguments.residual = ordered_residual.const_data_ptr();
+    arguments.sum = sum->data();
+  }
   if (kCuda && x.is_cuda()) {
     const GpuMemory partials(cuda::bytes_of_partials(arguments), x);
     arguments.partials = partials.data();
@@ -65,7 +100,27 @@ std::tuple<Tensor, Tensor, Tensor> outputs(
   } else {
     cpu::forward(arguments, pool());
   }
-  return {y.finish(), mean, rstd};
+  return {y.finish(), sum.has_value() ? sum->finish() : x, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> outputs_of_x(
+    const Tensor& x, int64_t num_groups, const optional<Tensor>& weight, const optional<Tensor>& bias, double eps,
+    bool silu, const optional<Tensor>& offset) {
+  constexpr auto op = "group_norm_silu";
+  const bool before = kCuda && x.is_cuda() && offset.has_value();
+  const auto [y, unused, mean, rstd] =
+      before ? outputs(op, with_offset(x, offset), std::nullopt, num_groups, weight, bias, eps, silu, std::nullopt)
+             : outputs(op, x, std::nullopt, num_groups, weight, bias, eps, silu, offset);
+  return {y, mean, rstd};
+}
+
+Outputs outputs_of_sum(
+    const Tensor& x, const Tensor& residual, int64_t num_groups, const optional<Tensor>& weight,
+    const optional<Tensor>& bias, double eps, bool silu) {
+  constexpr auto op = "group_norm_silu_of_sum";
+  if (kCuda && x.is_cuda())
+    return outputs(op, added(x, residual), std::nullopt, num_groups, weight, bias, eps, silu, std::nullopt);
+  return outputs(op, x, residual, num_groups, weight, bias, eps, silu, std::nullopt);
 }
 
 void check_saved(const char* op, const char* name, const Tensor& saved, Dtype dtype) {
@@ -74,10 +129,18 @@ void check_saved(const char* op, const char* name, const Tensor& saved, Dtype dt
       " must be as group_norm_silu returned it");
 }
 
-// The gradients of x, weight and bias, each where needed.
+// The gradients of x, weight and bias, each where needed; grad_sum is added to that of x.
 std::tuple<Tensor, Tensor, Tensor> gradients(
-    const Tensor& grad_output, const Tensor& x, const Tensor& mean, const Tensor& rstd, const optional<Tensor>& weight,
-    const optional<Tensor>& bias, bool silu, bool needs_x, bool needs_weight, bool needs_bias) {
+    const Tensor& grad_output, const optional<Tensor>& grad_sum, const Tensor& x, const Tensor& mean,
+    const Tensor& rstd, const optional<Tensor>& weight, const optional<Tensor>& bias, const optional<Tensor>& offset,
+    bool silu, bool needs_x, bool needs_weight, bool needs_bias) {
+  if (kCuda && x.is_cuda() && (offset.has_value() || grad_sum.has_value())) {
+    const Tensor normalised = offset.has_value() ? with_offset(x, offset) : x;
+    const auto [grad_x, grad_weight, grad_bias] = gradients(
+        grad_output, std::nullopt, normalised, mean, rstd, weight, bias, std::nullopt, silu, needs_x, needs_weight,
+        needs_bias);
+    return {needs_x && grad_sum.has_value() ? added(grad_x, *grad_sum) : grad_x, grad_weight, grad_bias};
+  }
   constexpr auto op = "group_norm_silu_backward";
   check_dim(op, x);
   const Dtype dtype = dtype_of(op, "x", x);
@@ -92,6 +155,12 @@ std::tuple<Tensor, Tensor, Tensor> gradients(
   const Shape shape = shape_of(op, x, groups, order);
   const Tensor ordered_x = order.of(x);
   const Tensor ordered_grad = order.of(grad_output);
+  Tensor ordered_more = ordered_grad;
+  if (grad_sum.has_value()) {
+    check_same_shape(op, "grad_sum", *grad_sum, x);
+    check_same_dtype(op, "grad_sum", *grad_sum, x);
+    ordered_more = order.of(*grad_sum);
+  }
   optional<Result> grad_x;
   if (needs_x) grad_x.emplace(x, order);
   const auto parameter = [&](const optional<Tensor>& values, bool needed) {
@@ -109,8 +178,11 @@ std::tuple<Tensor, Tensor, Tensor> gradients(
       .silu = silu,
       .x = ordered_x.const_data_ptr(),
       .weight = per_channel(op, "weight", weight, shape.channels),
-      .bias = per_channel(op, "bias", bias, shape.channels)}};
+      .bias = per_channel(op, "bias", bias, shape.channels),
+      .offset = per_sample_and_channel(op, offset, x),
+      .offset_row = offset.has_value() ? offset->stride(0) : 0}};
   arguments.grad_output = ordered_grad.const_data_ptr();
+  arguments.grad_sum = grad_sum.has_value() ? ordered_more.const_data_ptr() : nullptr;
   arguments.mean = mean.const_data_ptr();
   arguments.rstd = rstd.const_data_ptr();
   arguments.grad_x = needs_x ? grad_x->data() : nullptr;
@@ -130,15 +202,20 @@ std::tuple<Tensor, Tensor, Tensor> gradients(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(diffpp_fast, m) {
   m.def(
-      "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu)"
+      "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? offset)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
-      "group_norm_silu_backward(Tensor grad_output, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias,"
-      " bool silu, bool needs_x, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)");
+      "group_norm_silu_of_sum(Tensor x, Tensor residual, int num_groups, Tensor? weight, Tensor? bias, float eps,"
+      " bool silu) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "group_norm_silu_backward(Tensor grad_output, Tensor? grad_sum, Tensor x, Tensor mean, Tensor rstd,"
+      " Tensor? weight, Tensor? bias, Tensor? offset, bool silu, bool needs_x, bool needs_weight, bool needs_bias)"
+      " -> (Tensor, Tensor, Tensor)");
 }
 
 DIFFPP_ON_EVERY_DEVICE(m) {
-  m.impl("group_norm_silu", TORCH_BOX(&outputs));
+  m.impl("group_norm_silu", TORCH_BOX(&outputs_of_x));
+  m.impl("group_norm_silu_of_sum", TORCH_BOX(&outputs_of_sum));
   m.impl("group_norm_silu_backward", TORCH_BOX(&gradients));
 }
 

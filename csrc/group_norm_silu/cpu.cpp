@@ -43,6 +43,8 @@ inline Pieces channel_pieces(const Shape& shape) {
 
 struct ForwardStages : Forward {
   double* pieces;  // mean, sum of squared deviations from it: [B, group pieces, 2, G]
+
+  const void* normalised() const { return residual == nullptr ? x : sum; }
 };
 
 struct BackwardStages : Backward {
@@ -99,10 +101,18 @@ struct Affine {
   T operator()(T x, int64_t i) const { return madd(x - mean[i], scale[i], bias[i]); }
 };
 
+// What is added to a channel before it is normalised.
+template <typename T>
+inline T offset_of(const Inputs& a, int64_t b, int64_t c) {
+  return a.offset.data == nullptr
+             ? T(0)
+             : number<T>({a.offset.data, a.offset.dtype, 1}, b * a.offset_row + c * a.offset.stride);
+}
+
 template <typename T>
 inline Affine<T, Same<T>> channel_affine(const Inputs& a, const T* mean, const T* rstd, int64_t b, int64_t c) {
   const int64_t at = b * a.shape.groups + c / a.shape.per_group();
-  return {{mean[at]}, {number<T>(a.weight, c, T(1)) * rstd[at]}, {number<T>(a.bias, c)}};
+  return {{mean[at] - offset_of<T>(a, b, c)}, {number<T>(a.weight, c, T(1)) * rstd[at]}, {number<T>(a.bias, c)}};
 }
 
 // The coefficients of each element of a row in channels_last: tables for one sample, filled when a piece of another sample
@@ -133,7 +143,7 @@ class RowTables {
   Affine<T, const T*> affine(const Inputs& a, const T* mean, const T* rstd) {
     mean += b_ * shape_.groups;
     rstd += b_ * shape_.groups;
-    fill(0, [&](int64_t g, int64_t) { return mean[g]; });
+    fill(0, [&](int64_t g, int64_t c) { return mean[g] - offset_of<T>(a, b_, c); });
     fill(1, [&](int64_t g, int64_t c) { return number<T>(a.weight, c, T(1)) * rstd[g]; });
     fill(2, [&](int64_t, int64_t c) { return number<T>(a.bias, c); });
     return {(*this)[0], (*this)[1], (*this)[2]};
@@ -199,14 +209,42 @@ inline void store_partial(double* partial, int64_t apart, double pivot, const Su
   partial[apart] = squares < 0.0 ? 0.0 : squares;
 }
 
+// The elements [offset, offset + n) of x, or of x + residual as it is stored: then that is stored here.
+template <typename T>
+inline const T* summed(const ForwardStages& a, int64_t offset, int64_t n, T* scratch, T* residual_scratch) {
+  const T* x = load(a.x, a.dtype, offset, n, scratch);
+  if (a.residual == nullptr) return x;
+  const T* residual = load(a.residual, a.dtype, offset, n, residual_scratch);
+  T* sum = destination(a.sum, a.dtype, offset, scratch);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) sum[i] = x[i] + residual[i];
+  store(sum, a.sum, a.dtype, offset, n);
+  return load<T>(a.sum, a.dtype, offset, n, scratch);
+}
+
+// A piece of a group with the offsets of its channels added.
+template <typename T>
+inline const T* with_offsets(const ForwardStages& a, const Piece& piece, const T* x, T* shifted) {
+  if (a.offset.data == nullptr) return x;
+  const int64_t b = piece.line / a.shape.groups, first_channel = piece.line % a.shape.groups * a.shape.per_group();
+  for (int64_t i = 0; i < piece.n;) {
+    const int64_t c = (piece.first + i) / a.shape.pixels;
+    const int64_t until = smaller(piece.n, (c + 1) * a.shape.pixels - piece.first);
+    const T offset = offset_of<T>(a, b, first_channel + c);
+    for (; i < until; ++i) shifted[i] = x[i] + offset;
+  }
+  return shifted;
+}
+
 template <typename T>
 void row_major_statistics(const ForwardStages& a, int64_t begin, int64_t end) {
-  alignas(64) T scratch[kScratch<T>];
+  alignas(64) T scratch[kScratch<T>], residual_scratch[kScratch<T>], shifted[kChunk];
   const Pieces pieces = group_pieces(a.shape);
   const int64_t groups = a.shape.groups;
   for (int64_t item = begin; item < end; ++item) {
     const Piece piece(pieces, item);
-    const T* x = load(a.x, a.dtype, piece.line * pieces.line + piece.first, piece.n, scratch);
+    const T* stored = summed(a, piece.line * pieces.line + piece.first, piece.n, scratch, residual_scratch);
+    const T* x = with_offsets(a, piece, stored, shifted);
     const T pivot = sum_of(x, piece.n) / static_cast<T>(piece.n);
     double* partial = a.pieces + (piece.line / groups * pieces.per_line + piece.number) * 2 * groups;
     store_partial(partial + piece.line % groups, groups, pivot, deviations(x, piece.n, pivot), piece.n);
@@ -223,9 +261,17 @@ inline double group_sum(const Shape& shape, const T* row, int64_t g) {
   return sum;
 }
 
+// The sum of the offsets of group g's channels.
+inline double group_offset(const Inputs& a, int64_t b, int64_t g) {
+  double sum = 0.0;
+  if (a.offset.data != nullptr)
+    for (int64_t c = g * a.shape.per_group(); c < (g + 1) * a.shape.per_group(); ++c) sum += offset_of<double>(a, b, c);
+  return sum;
+}
+
 template <typename T>
 void channels_last_statistics(const ForwardStages& a, int64_t begin, int64_t end) {
-  alignas(64) T scratch[kScratch<T>];
+  alignas(64) T scratch[kScratch<T>], residual_scratch[kScratch<T>];
   RowTables<T, 3> tables(a.shape);
   T* pivot = tables[0];
   T* first = tables[1];
@@ -240,17 +286,19 @@ void channels_last_statistics(const ForwardStages& a, int64_t begin, int64_t end
     for (int64_t i = 0; i < row; ++i) first[i] = second[i] = T(0);
     for (int64_t at = 0; at < piece.n; at += row) {
       const int64_t width = smaller(row, piece.n - at);
-      const T* x = load(a.x, a.dtype, offset + at, width, scratch);
+      const T* x = summed(a, offset + at, width, scratch, residual_scratch);
 #pragma omp simd
       for (int64_t i = 0; i < width; ++i) first[i] += x[i];
     }
     double* partial = a.pieces + item * 2 * groups;
-    for (int64_t g = 0; g < groups; ++g) partial[g] = group_sum(a.shape, first, g) / static_cast<double>(n);
-    tables.fill(0, [&](int64_t g, int64_t) { return static_cast<T>(partial[g]); });
+    const double rows = static_cast<double>(piece.n / a.shape.channels);
+    for (int64_t g = 0; g < groups; ++g)
+      partial[g] = (group_sum(a.shape, first, g) + rows * group_offset(a, piece.line, g)) / static_cast<double>(n);
+    tables.fill(0, [&](int64_t g, int64_t c) { return static_cast<T>(partial[g]) - offset_of<T>(a, piece.line, c); });
     for (int64_t i = 0; i < row; ++i) first[i] = T(0);
     for (int64_t at = 0; at < piece.n; at += row) {
       const int64_t width = smaller(row, piece.n - at);
-      const T* x = load(a.x, a.dtype, offset + at, width, scratch);
+      const T* x = load(a.normalised(), a.dtype, offset + at, width, scratch);
 #pragma omp simd
       for (int64_t i = 0; i < width; ++i) {
         const T d = x[i] - pivot[i];
@@ -311,7 +359,7 @@ void activate_pieces(const ForwardStages& a, int64_t begin, int64_t end) {
   const T* mean = static_cast<const T*>(a.mean);
   const T* rstd = static_cast<const T*>(a.rstd);
   const auto run = [&](int64_t offset, int64_t n, const auto& affine) {
-    const T* x = load(a.x, a.dtype, offset, n, x_scratch);
+    const T* x = load(a.normalised(), a.dtype, offset, n, x_scratch);
     T* y = destination(a.y, a.dtype, offset, y_scratch);
     activate_run<kSilu>(x, n, affine, y);
     store(y, a.y, a.dtype, offset, n);
@@ -469,6 +517,11 @@ void input_gradient_pieces(const BackwardStages& a, int64_t begin, int64_t end) 
     const T* grad = load(a.grad_output, a.dtype, at, n, grad_scratch);
     T* grad_x = destination(a.grad_x, a.dtype, at, result_scratch);
     input_gradient_run<kSilu>(grad, x, n, affine, slope, offset, grad_x);
+    if (a.grad_sum != nullptr) {
+      const T* more = load(a.grad_sum, a.dtype, at, n, x_scratch);
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) grad_x[i] += more[i];
+    }
     store(grad_x, a.grad_x, a.dtype, at, n);
   };
   if (shape.channels_last) {

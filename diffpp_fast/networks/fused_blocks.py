@@ -27,11 +27,20 @@ class FusedGroupNorm(Fused, nn.GroupNorm):
     unfused_class = nn.GroupNorm
 
     def forward(
-        self, input: Tensor, activation: str = "identity", scale: Tensor | None = None, shift: Tensor | None = None
+        self,
+        input: Tensor,
+        activation: str = "identity",
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        offset: Tensor | None = None,
     ) -> Tensor:
-        """input [B, C, ...] -> the same shape; with scale and shift [B, C], activation(norm (1 + scale) + shift)."""
+        """input [B, C, ...] -> the same shape; with scale and shift [B, C], activation(norm (1 + scale) + shift).
+
+        Without them an offset [B, C] is added to the input first.
+        """
         if scale is None or shift is None:
-            return ops.group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps, activation)
+            affine = self.weight, self.bias
+            return ops.group_norm_silu(input, self.num_groups, *affine, self.eps, activation, offset=offset)
         if len(input) == 0 or not input.is_contiguous():
             y = ops.group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps, "identity")
             pixels = [1] * (input.dim() - 2)
@@ -109,6 +118,8 @@ class ResnetForward(Fused):
             if self.time_embedding_norm == "scale_shift":
                 scale, shift = temb.chunk(2, dim=1)
                 hidden = self.norm2(hidden, activation="silu", scale=scale, shift=shift)
+            elif temb.dtype == hidden.dtype:
+                hidden = self.norm2(hidden, activation="silu", offset=temb)
             else:
                 hidden = self.norm2(hidden + temb[:, :, None, None], activation="silu")
         hidden = self.conv2(self.dropout(hidden))

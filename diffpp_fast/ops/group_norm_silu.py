@@ -1,6 +1,6 @@
 """Group normalisation with its activation, forward and backward."""
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from diffpp_fast.plain import compute_dtype, stored_like
 ACTIVATIONS = ("silu", "identity")
 
 
+@overload
 def group_norm_silu(
     x: Tensor,
     num_groups: int,
@@ -24,7 +25,37 @@ def group_norm_silu(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     activation: str = "silu",
-) -> Tensor:
+    *,
+    residual: None = None,
+    offset: Tensor | None = None,
+) -> Tensor: ...
+
+
+@overload
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+    *,
+    residual: Tensor,
+    offset: None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+    *,
+    residual: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """silu(y) or y, with y = (x - mean) / sqrt(variance + eps) * weight + bias over groups of channels.
 
     Equals `torch.nn.functional.group_norm` followed by `silu`. The variance is the biased one, in two passes.
@@ -36,22 +67,26 @@ def group_norm_silu(
         bias: [C] or None for 0.
         eps: added to the variance.
         activation: "silu" or "identity".
+        residual: added to x before the norm, in the shape and dtype of `x`, to which the sum is rounded.
+        offset: [B, C], added to the channels of x before the norm and not rounded, as a time embedding is; its dtype
+            may differ from that of `x`. Not beside a residual.
 
     Returns:
-        [B, C, ...] in the dtype and memory format of `x`. An empty batch gives an empty result.
+        [B, C, ...] in the dtype and memory format of `x`; with a residual a pair of it and x + residual. An empty
+        batch gives an empty result.
 
     Transforms:
-        Kernels compute the value and the gradients of `x`, `weight` and `bias`. Plain torch computes second
-        derivatives, tangents (forward mode) and what `torch.func` makes of the operator, `vmap` among it; all are
-        exact.
+        Kernels compute the value and the gradients of every tensor. Plain torch computes second derivatives, tangents
+        (forward mode) and what `torch.func` makes of the operator, `vmap` among it; all are exact.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, num_groups not an integer, or eps not a number.
-        ValueError: wrong shapes, num_groups does not divide C, a sample has no elements, eps is negative or not
-            finite, unknown activation.
+        ValueError: wrong shapes or dtypes, num_groups does not divide C, a sample has no elements, eps is negative or
+            not finite, unknown activation, both residual and offset.
     """
     op = "group_norm_silu"
-    checks.floating(op, {"x": x, "weight": weight, "bias": bias}, optional=("weight", "bias"))
+    tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual, "offset": offset}
+    checks.floating(op, tensors, optional=("weight", "bias", "residual", "offset"))
     if x.dim() < 2:
         raise ValueError(f"{op}: x must have shape [B, C, ...], got {list(x.shape)}")
     checks.elements(op, "x", x)
@@ -62,25 +97,57 @@ def group_norm_silu(
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.shape != (channels,):
             raise ValueError(f"{op}: {name} must have shape [C] = [{channels}], got {list(parameter.shape)}")
+    if residual is not None:
+        if offset is not None:
+            raise ValueError(f"{op}: takes a residual or an offset, not both")
+        if residual.shape != x.shape or residual.dtype != x.dtype:
+            expected, got = (f"{list(tensor.shape)} {tensor.dtype}" for tensor in (x, residual))
+            raise ValueError(f"{op}: residual must be as x, {expected}, got {got}")
+    if offset is not None and offset.shape != x.shape[:2]:
+        raise ValueError(f"{op}: offset must have shape [B, C] = {list(x.shape[:2])}, got {list(offset.shape)}")
     eps = checks.eps(op, eps)
     checks.one_of(op, "activation", activation, ACTIVATIONS)
     # A bool: torch 2.13's stable ABI leaks every string that an operator takes.
     silu = activation == "silu"
+    if residual is not None:
+        return _of_sum(x, residual, num_groups, weight, bias, eps, silu)
     y: Tensor
     if transforms.active():
-        y, _, _ = forward(x, num_groups, weight, bias, eps, silu)
-    elif needs_gradient(x, weight, bias):
-        y = _GroupNormSilu.apply(x, weight, bias, (num_groups, eps, silu))
+        y, _, _ = forward(x, num_groups, weight, bias, eps, silu, offset)
+    elif needs_gradient(x, weight, bias, offset):
+        y = _GroupNormSilu.apply(x, weight, bias, offset, (num_groups, eps, silu))
     else:
-        y, _, _ = kernels(op, x.device, x.dtype, x.numel()).forward(x, num_groups, weight, bias, eps, silu)
+        serving = kernels(op, x.device, x.dtype, x.numel())
+        y, _, _ = serving.forward(x, num_groups, weight, bias, eps, silu, offset)
     return y
 
 
+def _of_sum(
+    x: Tensor, residual: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
+) -> tuple[Tensor, Tensor]:
+    y: Tensor
+    total: Tensor
+    if transforms.active():
+        y, total, _, _ = forward_of_sum(x, residual, num_groups, weight, bias, eps, silu)
+    elif needs_gradient(x, residual, weight, bias):
+        y, total = _GroupNormSiluOfSum.apply(x, residual, weight, bias, (num_groups, eps, silu))
+    else:
+        serving = kernels("group_norm_silu", x.device, x.dtype, x.numel())
+        y, total, _, _ = serving.group_norm_silu_of_sum(x, residual, num_groups, weight, bias, eps, silu)
+    return y, total
+
+
 def forward(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    offset: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, and each group's mean and 1 / sqrt(variance + eps): [B, num_groups] in the compute dtype."""
-    groups = _grouped(x, num_groups)
+    groups = _grouped(x, num_groups, offset)
     mean = groups.mean(dim=2)
     centered = groups - mean[:, :, None]
     # Two passes: E[x^2] - E[x]^2 loses the variance where the mean is large.
@@ -90,28 +157,43 @@ def forward(
     return stored_like(y * torch.sigmoid(y) if silu else y, x), mean, rstd
 
 
+def forward_of_sum(
+    x: Tensor, residual: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y of x + residual, that sum, and each group's mean and 1 / sqrt(variance + eps)."""
+    total = stored_like(x + residual, x)
+    y, mean, rstd = forward(total, num_groups, weight, bias, eps, silu, None)
+    return y, total, mean, rstd
+
+
 def backward(
     grad_output: Tensor,
+    grad_sum: Tensor | None,
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    offset: Tensor | None,
     silu: bool,
     needs_x: bool,
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x, weight and bias, each where it is needed."""
+    """Return the gradients of x, to which `grad_sum` is added, weight and bias, each where it is needed."""
     num_groups = mean.shape[1]
-    normalized = ((_grouped(x, num_groups) - mean[:, :, None]) * rstd[:, :, None]).reshape(x.shape)
+    normalized = ((_grouped(x, num_groups, offset) - mean[:, :, None]) * rstd[:, :, None]).reshape(x.shape)
     grad_y = grad_output.to(normalized.dtype)
     if silu:
         y = _affine(normalized, weight, bias)
         sigmoid = torch.sigmoid(y)
         grad_y = grad_y * sigmoid * (1.0 + y * (1.0 - sigmoid))
+    grad_x = None
+    if needs_x:
+        grad_x = _input_gradient(grad_y, normalized, rstd, weight)
+        grad_x = stored_like(grad_x if grad_sum is None else grad_x + grad_sum, x)
     return (
-        stored_like(_input_gradient(grad_y, normalized, rstd, weight), x) if needs_x else None,
+        grad_x,
         _sum_per_channel(grad_y * normalized).to(weight.dtype) if needs_weight and weight is not None else None,
         _sum_per_channel(grad_y).to(bias.dtype) if needs_bias and bias is not None else None,
     )
@@ -127,9 +209,12 @@ def _input_gradient(grad_y: Tensor, normalized: Tensor, rstd: Tensor, weight: Te
     return (rstd[:, :, None] * (g - g_mean - n * gn_mean)).reshape(grad_y.shape)
 
 
-def _grouped(x: Tensor, num_groups: int) -> Tensor:
-    """[B, C, ...] -> [B, num_groups, C / num_groups * ...] in the compute dtype."""
-    return x.to(compute_dtype(x)).reshape(x.shape[0], num_groups, x.shape[1:].numel() // num_groups)
+def _grouped(x: Tensor, num_groups: int, offset: Tensor | None = None) -> Tensor:
+    """[B, C, ...], plus the offset of each channel -> [B, num_groups, C / num_groups * ...] in the compute dtype."""
+    wide = x.to(compute_dtype(x))
+    if offset is not None:
+        wide = wide + offset.to(wide.dtype).reshape(*offset.shape, *[1] * (x.dim() - 2))
+    return wide.reshape(x.shape[0], num_groups, x.shape[1:].numel() // num_groups)
 
 
 def _affine(values: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -148,25 +233,77 @@ def _sum_per_channel(values: Tensor) -> Tensor:
 class _GroupNormSilu(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, numbers: tuple[int, float, bool]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        offset: Tensor | None,
+        numbers: tuple[int, float, bool],
     ) -> Tensor:
         num_groups, ctx.eps, ctx.silu = numbers
         ctx.kernels = kernels("group_norm_silu", x.device, x.dtype, x.numel())
         y: Tensor
-        y, mean, rstd = ctx.kernels.forward(x, num_groups, weight, bias, ctx.eps, ctx.silu)
-        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        y, mean, rstd = ctx.kernels.forward(x, num_groups, weight, bias, ctx.eps, ctx.silu, offset)
+        ctx.save_for_backward(x, mean, rstd, weight, bias, offset)
+        ctx.offset_dtype = None if offset is None else offset.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight, bias = ctx.saved_tensors
-        differentiate = ctx.kernels.backward
-        if recorded():
-            differentiate = backward
-            _, mean, rstd = forward(x, mean.shape[1], weight, bias, ctx.eps, ctx.silu)  # which depend on x
-        needs = ctx.needs_input_grad[:3]
-        grads = differentiate(grad_output, x, mean, rstd, weight, bias, ctx.silu, *needs)
-        return (*only_needed(grads, needs), None)
+        needs_x, needs_weight, needs_bias, needs_offset, _ = ctx.needs_input_grad
+        needs = needs_x or needs_offset, needs_weight, needs_bias
+        grad_x, grad_weight, grad_bias = _gradients(ctx, grad_output, None, needs)
+        grad_offset = None
+        if needs_offset:
+            assert grad_x is not None
+            # Every pixel of a channel has it.
+            grad_offset = grad_x.flatten(2).sum(2) if grad_x.dim() > 2 else grad_x
+            grad_offset = grad_offset.to(ctx.offset_dtype)
+        return grad_x if needs_x else None, grad_weight, grad_bias, grad_offset, None
+
+
+class _GroupNormSiluOfSum(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        numbers: tuple[int, float, bool],
+    ) -> tuple[Tensor, Tensor]:
+        num_groups, ctx.eps, ctx.silu = numbers
+        ctx.kernels = kernels("group_norm_silu", x.device, x.dtype, x.numel())
+        ctx.set_materialize_grads(False)
+        y: Tensor
+        total: Tensor
+        y, total, mean, rstd = ctx.kernels.group_norm_silu_of_sum(
+            x, residual, num_groups, weight, bias, ctx.eps, ctx.silu
+        )
+        ctx.save_for_backward(total, mean, rstd, weight, bias, None)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs_x, needs_residual, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs = needs_x or needs_residual, needs_weight, needs_bias
+        grads = (grad_sum, None, None) if grad_output is None else _gradients(ctx, grad_output, grad_sum, needs)
+        grad_x, grad_weight, grad_bias = grads
+        # One tensor for both.
+        return grad_x if needs_x else None, grad_x if needs_residual else None, grad_weight, grad_bias, None
+
+
+def _gradients(
+    ctx: Any, grad_output: Tensor, grad_sum: Tensor | None, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, ...]:
+    """Return those of x, weight and bias, each where it is needed."""
+    x, mean, rstd, weight, bias, offset = ctx.saved_tensors
+    differentiate = ctx.kernels.backward
+    if recorded():
+        differentiate = backward
+        _, mean, rstd = forward(x, mean.shape[1], weight, bias, ctx.eps, ctx.silu, offset)  # which depend on x
+    grads = differentiate(grad_output, grad_sum, x, mean, rstd, weight, bias, offset, ctx.silu, *needs)
+    return only_needed(grads, needs)
 
 
 def _fake(x: Tensor, num_groups: int, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,13 +311,20 @@ def _fake(x: Tensor, num_groups: int, *others: Any) -> tuple[Tensor, Tensor, Ten
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
 
+def _fake_of_sum(x: Tensor, residual: Tensor, num_groups: int, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, mean, rstd = _fake(x, num_groups)
+    return y, torch.empty_like(x), mean, rstd
+
+
 def _fake_backward(
     grad_output: Tensor,
+    grad_sum: Tensor | None,
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    offset: Tensor | None,
     silu: bool,
     needs_x: bool,
     *needs: bool,
@@ -192,6 +336,7 @@ def _fake_backward(
     return (torch.empty_like(x) if needs_x else x.new_empty(0), *parameters)
 
 
-register("group_norm_silu", forward=forward, backward=backward)
+register("group_norm_silu", forward=forward, backward=backward, group_norm_silu_of_sum=forward_of_sum)
 fake("group_norm_silu", _fake)
+fake("group_norm_silu_of_sum", _fake_of_sum)
 fake("group_norm_silu_backward", _fake_backward)

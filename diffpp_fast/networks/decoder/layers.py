@@ -70,11 +70,14 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
 def group_norm(x: Tensor, layer: nn.GroupNorm, activation: str = "silu") -> Tensor:
     """activation(layer(x)). Keeps x and two statistics per group."""
-    if transforms.active():
-        weight, bias = _frozen(layer)
-    else:
-        weight, bias = (None if value is None else value.detach() for value in (layer.weight, layer.bias))
+    weight, bias = _parameters(layer)
     return ops.group_norm_silu(x, layer.num_groups, weight, bias, layer.eps, activation)
+
+
+def group_norm_of_sum(x: Tensor, residual: Tensor, layer: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    """silu(layer(x + residual)), and the sum. Keeps the sum and two statistics per group."""
+    weight, bias = _parameters(layer)
+    return ops.group_norm_silu(x, layer.num_groups, weight, bias, layer.eps, residual=residual)
 
 
 def layout(x: Tensor) -> torch.memory_format:
@@ -143,6 +146,14 @@ class _Linear(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         return F.linear(grad, weight.to(grad.dtype).t()), None, None
+
+
+def _parameters(layer: nn.GroupNorm) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a norm, which get no gradient."""
+    if transforms.active():
+        return _frozen(layer)
+    weight, bias = (None if value is None else value.detach() for value in (layer.weight, layer.bias))
+    return weight, bias
 
 
 def _frozen(layer: Any, like: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

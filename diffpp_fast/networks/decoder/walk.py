@@ -6,7 +6,7 @@ enlargement, where the tensor between two steps is smallest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from diffpp_fast.networks.decoder.layers import (
     enlarged_convolution,
     enlarging_taps,
     group_norm,
+    group_norm_of_sum,
     linear,
 )
 
@@ -33,14 +34,14 @@ def kl_stages(vae: Any, like: Tensor) -> list[Stage]:
     entrance = [layer for layer in (vae.post_quant_conv, decoder.conv_in) if layer is not None]
     steps: Stage = [partial(convolution, layer=layer) for layer in entrance]
     first, *rest = decoder.mid_block.resnets
-    steps.append(partial(_resnet, first))
+    steps.append(partial(_resnets, [first]))
     for attention, resnet in zip(decoder.mid_block.attentions, rest, strict=True):
         if attention is not None:
             steps.append(partial(_attention, attention))
-        steps.append(partial(_resnet, resnet))
+        steps.append(partial(_resnets, [resnet]))
     stages = [steps]
     for block in decoder.up_blocks:
-        stages[-1] += [partial(_resnet, resnet) for resnet in block.resnets]
+        stages[-1].append(partial(_resnets, block.resnets))
         for upsampler in block.upsamplers or ():
             stages.append([partial(enlarged_convolution, layer=upsampler.conv, taps=taps)])
     stages[-1] += [partial(group_norm, layer=decoder.conv_norm_out), partial(convolution, layer=decoder.conv_out)]
@@ -71,12 +72,25 @@ def tiny_stages(vae: Any, like: Tensor) -> list[Stage]:
     return stages
 
 
-def _resnet(block: Any, x: Tensor) -> Tensor:
-    """A `ResnetBlock2D` without time embedding."""
-    h = convolution(group_norm(x, block.norm1), block.conv1)
-    shortcut = x if block.conv_shortcut is None else convolution(x, block.conv_shortcut)
-    y = convolution(group_norm(h, block.norm2), block.conv2, residual=shortcut)
-    return y if block.output_scale_factor == 1.0 else y / block.output_scale_factor
+def _resnets(blocks: Sequence[Any], x: Tensor) -> Tensor:
+    """`ResnetBlock2D`s without time embedding, one after the other.
+
+    What a block adds to its shortcut is added by the norm of the next one, which reads both anyway.
+    """
+    residual = None
+    for block in blocks:
+        if residual is None:
+            h = group_norm(x, block.norm1)
+        else:
+            h, x = group_norm_of_sum(x, residual, block.norm1)
+        h = group_norm(convolution(h, block.conv1), block.norm2)
+        residual = x if block.conv_shortcut is None else convolution(x, block.conv_shortcut)
+        if block is blocks[-1] or block.output_scale_factor != 1.0:
+            x, residual = convolution(h, block.conv2, residual=residual), None
+            x = x if block.output_scale_factor == 1.0 else x / block.output_scale_factor
+        else:
+            x = convolution(h, block.conv2)
+    return x
 
 
 def _attention(block: Any, x: Tensor) -> Tensor:
