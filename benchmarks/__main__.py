@@ -15,7 +15,7 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
 
 import torch
 
-from benchmarks import backends, blocks, cases, kernels, loops, reward, tables
+from benchmarks import backends, blocks, cases, kernels, loops, reward, static, tables
 from benchmarks.kernels import KernelPlan
 from benchmarks.tables import Place
 from benchmarks.timing import load_sentence, provenance
@@ -128,6 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch", type=lambda text: text if text == "fill" else _count(text), metavar="N", help=fill)
     add("--dtype", choices=DTYPES[:2], help="(bfloat16 on a GPU, else float32)")
     _add_rounds(add)
+    static.add_arguments(subject("static", static.run, "GPU kernels, counted", static.__doc__, "performance"))
     loops.add_arguments(subject("loops", loops.run, "training loops, before and after", loops.__doc__, "embedding"))
     return parser
 
