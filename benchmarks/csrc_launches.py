@@ -30,6 +30,8 @@ from diffpp_fast.errors import ConfigurationError
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path(__file__).with_suffix(".cpp")
 ALLOCATIONS = SOURCE.with_name("allocations.cpp")
+#: Loaded before a process begins, it remembers where torch's tensors lie.
+REMEMBERED = "allocations.so"
 #: Operators whose kernels read tables of integers that the host has made.
 WITH_TABLES = ("reward_pixels",)
 
@@ -39,7 +41,7 @@ _ON_LAUNCH = ctypes.CFUNCTYPE(
 
 
 def build(folder: Path) -> Path:
-    """Compile and link the library that tells of launches. Return its path."""
+    """Compile and link the library that tells of launches, and the one that remembers memory. Return the former's path."""
     objects = _objects()
     sys.path.insert(0, str(ROOT / "csrc"))
     try:
@@ -47,28 +49,31 @@ def build(folder: Path) -> Path:
         import toolchain
     finally:
         sys.path.pop(0)
-    found = toolchain.find_toolchain()
-    if found is None or found.nvcc is None:
-        raise ConfigurationError("csrc's launches can't be told without a C++ compiler and nvcc: use --no-csrc")
-    bindings = folder / "bindings.h"
+    found, torch = toolchain.find_toolchain(), toolchain.find_torch()
+    if found is None or found.nvcc is None or torch is None:
+        raise ConfigurationError("csrc's launches can't be told without a C++ compiler, nvcc and torch: use --no-csrc")
+    bindings, told, library = folder / "bindings.h", folder / "told.o", folder / "library.so"
     sources = sorted((ROOT / "csrc").glob("*/binding.cpp"))
     bindings.write_text("".join(f'#include "{source}"\n' for source in sources), encoding="utf-8")
-    dry = subprocess.run([found.nvcc, "--dryrun", "-c", "probe.cu"], capture_output=True, text=True).stderr
-    headers = re.search(r'INCLUDES="(-I\S+?)"?\s', dry)
-    told, library = folder / "told.o", folder / "library.so"
-    torch_folder = toolchain.find_torch()
-    compile_ = [
-        *found.compiler, *toolchain.DIALECT, "-O1", compilation.TORCH_TARGET, f"-I{torch_folder / 'include'}",
-        headers[1] if headers else "", f"-I{ROOT / 'csrc'}", f'-DBINDINGS="{bindings}"', "-c", str(SOURCE), "-o", str(told),
-    ]  # fmt: skip
-    link = [*found.compiler, "-shared", str(told), *map(str, objects), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
-    remember = [*found.compiler, *toolchain.DIALECT, "-O1", "-shared", str(ALLOCATIONS), "-o", str(folder / "allocations.so"), "-ldl"]
-    remember = [part for part in remember if part != "-fvisibility=hidden"]
-    for command in (compile_, [*link, "-o", str(library)], remember):
-        done = subprocess.run([part for part in command if part], capture_output=True, text=True)
+    compiler = [*found.compiler, *toolchain.DIALECT, "-O1", "-fvisibility=default"]
+    includes = [f"-I{torch / 'include'}", *_cuda_headers(found.nvcc), f"-I{ROOT / 'csrc'}"]
+    defined = [compilation.TORCH_TARGET, f'-DBINDINGS="{bindings}"']
+    for command in (
+        [*compiler, "-fvisibility=hidden", *includes, *defined, "-c", str(SOURCE), "-o", str(told)],
+        [*compiler, "-shared", str(told), *map(str, objects), f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(library)],
+        [*compiler, "-shared", str(ALLOCATIONS), "-o", str(folder / REMEMBERED), "-ldl"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise ConfigurationError(f"the library that tells of csrc's launches can't be built: {done.stderr[-2000:]}")
     return library
+
+
+def _cuda_headers(nvcc: str) -> list[str]:
+    """Return the flag for CUDA's headers, as nvcc itself passes it on."""
+    told = subprocess.run([nvcc, "--dryrun", "-c", "probe.cu"], capture_output=True, text=True).stderr
+    match = re.search(r'INCLUDES="(-I\S+?)"?\s', told)
+    return [match[1]] if match else []
 
 
 def _objects() -> list[Path]:
@@ -85,20 +90,28 @@ def _objects() -> list[Path]:
 
 
 class _Library:
-    """The library, loaded, with the machine code for one GPU."""
+    """The library, loaded, with the machine code for one GPU, of which a kernel is read when it is launched."""
 
     def __init__(self, path: Path, arch: int) -> None:
-        self.path, self.arch = path, arch
-        with tempfile.TemporaryDirectory() as folder:
-            command = [gpu_build.cuobjdump(), "-xelf", f"sm_{arch}", str(path)]
-            subprocess.run(command, cwd=folder, capture_output=True, check=True)
-            cubins = sorted(Path(folder).glob("*.cubin"))
-            self.functions: dict[str, Function] = {}
-            self.usage: dict[str, gpu_build.Resources] = {}
-            for cubin in cubins:
-                self.functions |= machine_code.read(cubin.read_bytes(), disassembly(cubin))
-                self.usage |= {each.kernel: each for each in gpu_build.dump(cubin)}
         self.handle = ctypes.CDLL(str(path))
+        self._folder = tempfile.TemporaryDirectory()
+        command = [gpu_build.cuobjdump(), "-xelf", f"sm_{arch}", str(path)]
+        subprocess.run(command, cwd=self._folder.name, capture_output=True, check=True)
+        self._cubins = {
+            name.removeprefix(".text."): cubin
+            for cubin in Path(self._folder.name).glob("*.cubin")
+            for name, _ in machine_code.sections(cubin.read_bytes())
+            if name.startswith(".text.")
+        }
+        self._read: dict[str, tuple[Function, gpu_build.Resources]] = {}
+
+    def kernel(self, mangled: str) -> tuple[Function, gpu_build.Resources]:
+        if mangled not in self._read:
+            cubin = self._cubins[mangled]
+            usage = {each.kernel: each for each in gpu_build.dump(cubin)}
+            functions = machine_code.read(cubin.read_bytes(), disassembly(cubin))
+            self._read |= {name: (function, usage[name]) for name, function in functions.items()}
+        return self._read[mangled]
 
 
 @cache
@@ -111,6 +124,8 @@ def csrc_launches(
     path: Path, arch: int, op: str, tensors: Sequence[tuple[str, Tensor]], launched: Callable[[Launch], None]
 ) -> Iterator[None]:
     """Within the block, `launched` is called for each launch of a csrc kernel by an operator on CPU tensors.
+
+    The process began with `REMEMBERED` and has loaded the library instead of the real one.
 
     Args:
         path: of the library.
@@ -126,7 +141,7 @@ def csrc_launches(
     def on_launch(name: bytes, sizes: Any, shared: int, arguments: Any) -> None:
         try:
             mangled = name.decode()
-            function, usage = library.functions[mangled], library.usage[mangled]
+            function, usage = library.kernel(mangled)
             parameters = [ctypes.string_at(arguments[n], size) for n, (_, size) in enumerate(function.layout)]
             shape = Shape((sizes[3], sizes[4], sizes[5]), (sizes[0], sizes[1], sizes[2]))
             launched(
