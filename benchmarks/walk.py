@@ -3,7 +3,7 @@
 Some programs of a launch are walked, all their threads in lockstep, with the arguments that the launch has: integers,
 predicates and addresses are computed as the GPU would, so that every loop turns as often as it would there. Numbers
 that are read from tensors, and what follows from them, are unknown and are not asked for: only a branch can depend on
-them, and it is then taken as ordinary numbers would have it (`_Branches`).
+them, and it is then taken as ordinary numbers would have it (`Walk._ordinary`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from benchmarks.machine_code import Function, Instruction
 WARP = 32
 #: A loop that turns more often than this is taken for one that has no end.
 MOST_STEPS = 1_000_000
-#: How far a path is looked along for a call.
-FAR = 12
+#: How many instructions of a path tell whether it is for rare numbers.
+FAR = 40
 
 #: Words of a program's shared memory, and the bits of an address in it; those above tell the program in its cluster.
 MOST_SHARED = 2**16
@@ -437,15 +437,21 @@ class Walk(_Threads):
         """
         if to <= here:
             raise WalkError(f"a loop at {self.kernel.code[here].address:#x} depends on data")
-        if self._calls(here + 1) != self._calls(to):
-            return self._calls(here + 1)
+        slow = self._slow(here + 1, to), self._slow(to, to + FAR)
+        if slow[0] != slow[1]:
+            return slow[0]
         self.counts.doubts.add(f"a branch at {self.kernel.code[here].address:#x} depends on data and is not taken")
         return False
 
-    def _calls(self, begin: int) -> bool:
-        for instruction in self.kernel.code[begin : begin + FAR]:
-            if instruction.name in ("CALL", "BRA", "EXIT", "BSYNC"):
-                return instruction.name == "CALL"
+    def _slow(self, begin: int, end: int) -> bool:
+        """Say whether a path is for rare numbers: before it joins others it calls a function, loops or uses the stack."""
+        for number, instruction in enumerate(self.kernel.code[begin:end], begin):
+            if instruction.name in ("CALL", "STL", "LDL"):
+                return True
+            if instruction.name == "BRA":
+                return self.kernel.number[int(instruction.operands[-1].strip("`()"), 16)] <= number
+            if instruction.name in ("EXIT", "RET", "BSYNC"):
+                return False
         return False
 
     # Memory
