@@ -146,9 +146,14 @@ def csrc_launches(
             shape = Shape((sizes[3], sizes[4], sizes[5]), (sizes[0], sizes[1], sizes[2]))
             launched(
                 Launch(
-                    gpu_build.kernel_name(mangled), function, fill_bank(function, shape, parameters), shape,
+                    gpu_build.kernel_name(mangled),
+                    function,
+                    fill_bank(function, shape, parameters),
+                    shape,
                     Memory(_regions(b"".join(parameters), known, op)),
-                    usage.registers, usage.shared + shared, usage.spilled,
+                    usage.registers,
+                    usage.shared + shared,
+                    usage.spilled,
                 )  # fmt: skip
             )
         except BaseException as error:  # of any kind: C++ is between here and who can handle it

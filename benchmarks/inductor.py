@@ -146,8 +146,15 @@ def _generated(traced: Any, is_backward: bool, is_inference: bool) -> Callable[.
 
 def _on_cpu(code: str) -> str:
     """Return the code around the kernels without what only a GPU has."""
-    code = re.sub(r"^from torch\._C import _cuda_getCurrentRawStream.*$", "get_raw_stream = lambda device: 0", code, flags=re.M)
-    code = re.sub(r"^empty_strided_cuda = .*$", "empty_strided_cuda = lambda *of: torch.empty_strided(of[0], of[1], dtype=of[2])", code, flags=re.M)
+    code = re.sub(
+        r"^from torch\._C import _cuda_getCurrentRawStream.*$", "get_raw_stream = lambda device: 0", code, flags=re.M
+    )
+    code = re.sub(
+        r"^empty_strided_cuda = .*$",
+        "empty_strided_cuda = lambda *of: torch.empty_strided(of[0], of[1], dtype=of[2])",
+        code,
+        flags=re.M,
+    )
     code = code.replace("with torch.cuda._DeviceGuard(0):", "if True:").replace("torch.cuda.set_device(0)", "pass")
     return re.sub(r"device=(torch\.)?device\([^)]*\)", "device='cpu'", code)
 

@@ -320,11 +320,15 @@ def amounts(passes: Iterable[Pass], arch: int) -> Iterator[tuple[str, str, dict[
         for count in each.counts:
             kernels.setdefault(count.kernel, []).append(count)
         for kernel, counts in kernels.items():
-            yield f"{kernel}: {each.case.name}, {each.dtype}, {each.direction}", f"sm_{arch}", {
-                "launches": len(counts),
-                "instructions": math.ceil(100 * sum(count.instructions for count in counts) / each.elements) / 100,
-                "bytes": math.ceil(100 * sum(count.moved for count in counts) / each.elements) / 100,
-            }
+            yield (
+                f"{kernel}: {each.case.name}, {each.dtype}, {each.direction}",
+                f"sm_{arch}",
+                {
+                    "launches": len(counts),
+                    "instructions": math.ceil(100 * sum(count.instructions for count in counts) / each.elements) / 100,
+                    "bytes": math.ceil(100 * sum(count.moved for count in counts) / each.elements) / 100,
+                },
+            )
 
 
 # The command
@@ -333,7 +337,7 @@ def amounts(passes: Iterable[Pass], arch: int) -> Iterator[tuple[str, str, dict[
 def add_arguments(add: Callable[..., Any]) -> None:
     add("--ops", type=_names, metavar="NAME,...", help="operators (all)")
     add("--backends", type=_names, default=[*BACKENDS], metavar="NAME,...", help="triton,cuda,compile (all)")
-    sizes = f'{", ".join(SELECTIONS)} or names (full)'
+    sizes = f"{', '.join(SELECTIONS)} or names (full)"
     add("--sizes", type=_names, default=["full"], metavar="NAME,...", help=sizes)
     add("--dtypes", type=_names, default=[*DTYPES], metavar="NAME,...", help=f"of {', '.join(DTYPES)} (all)")
     add("--gpu", default="H200", choices=[*GPUS], help="the GPU (H200)")

@@ -204,7 +204,10 @@ class _Threads:
     def pair(self, text: str) -> NDArray[np.uint64]:
         """Read two registers as a number of 64 bits."""
         negative = text.startswith("-") and not _INTEGER.fullmatch(text)
-        low, high = self.word(text.lstrip("-") if negative else text), self.word(text.lstrip("-") if negative else text, 1)
+        low, high = (
+            self.word(text.lstrip("-") if negative else text),
+            self.word(text.lstrip("-") if negative else text, 1),
+        )
         both = low.astype(np.uint64) | (high.astype(np.uint64) << _ABOVE)
         return ~both + np.uint64(1) if negative else both
 
