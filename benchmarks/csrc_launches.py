@@ -41,7 +41,7 @@ _ON_LAUNCH = ctypes.CFUNCTYPE(
 
 
 def build(folder: Path) -> Path:
-    """Compile and link the library that tells of launches, and the one that remembers memory. Return the former's path."""
+    """Compile and link the library that tells of launches, and one that remembers memory. Return the former's path."""
     objects = _objects()
     sys.path.insert(0, str(ROOT / "csrc"))
     try:
@@ -144,18 +144,10 @@ def csrc_launches(
             function, usage = library.kernel(mangled)
             parameters = [ctypes.string_at(arguments[n], size) for n, (_, size) in enumerate(function.layout)]
             shape = Shape((sizes[3], sizes[4], sizes[5]), (sizes[0], sizes[1], sizes[2]))
-            launched(
-                Launch(
-                    gpu_build.kernel_name(mangled),
-                    function,
-                    fill_bank(function, shape, parameters),
-                    shape,
-                    Memory(_regions(b"".join(parameters), known, op)),
-                    usage.registers,
-                    usage.shared + shared,
-                    usage.spilled,
-                )  # fmt: skip
-            )
+            memory = Memory(_regions(b"".join(parameters), known, op))
+            kernel, bank = gpu_build.kernel_name(mangled), fill_bank(function, shape, parameters)
+            resources = usage.registers, usage.shared + shared, usage.spilled
+            launched(Launch(kernel, function, bank, shape, memory, *resources))
         except BaseException as error:  # of any kind: C++ is between here and who can handle it
             errors.append(error)
 

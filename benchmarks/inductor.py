@@ -1,9 +1,9 @@
 """torch.compile's own kernels for a GPU that is not there: the code that it would run in the operators' place.
 
 The graphs are those that torch traces on the CPU; their nodes are then told that their tensors are on a GPU, whose
-properties are supplied, and inductor makes its code for it. Its kernels are compiled ahead of time and walked; the code
-around them runs on tensors of the CPU, in which nothing is computed. Where inductor would time several block sizes, that
-with the fewest instructions stands for its choice.
+properties are supplied, and inductor makes its code for it. Its kernels are compiled ahead of time and walked; the
+code around them runs on tensors of the CPU, in which nothing is computed. Where inductor would time several block
+sizes, that with the fewest instructions stands for its choice.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _to_gpu(traced: Any) -> Any:
         mode = next((each.fake_mode for each in found if isinstance(each, torch._subclasses.FakeTensor)), mode)
         if mode is not None:
             node.meta["val"] = torch.utils._pytree.tree_map_only(
-                torch._subclasses.FakeTensor, lambda tensor: _fake(mode, tensor), value
+                torch._subclasses.FakeTensor, lambda tensor, mode=mode: _fake(mode, tensor), value
             )
         node.args = torch.utils._pytree.tree_map_only(torch.device, lambda device: GPU, node.args)
         node.kwargs = torch.utils._pytree.tree_map_only(torch.device, lambda device: GPU, node.kwargs)
@@ -191,11 +191,9 @@ class _Kernel:
         found = []
         for compiled, each in self.compiled:
             blocks = config_to_dict(each)
-            constant = {*blocks, *compiled.src.constants}
             names = [name for name in fn.arg_names if name not in blocks]
             named = dict(zip(names, arguments, strict=False))
             grid = GridExpr.from_meta(self.tuner.inductor_meta, each).eval_slow({**blocks, **named})
-            del constant
             found.append(triton_launch(f"compile.{self.name}", compiled, {**named, **blocks}, grid))
         self.kernels.launched(found)
 

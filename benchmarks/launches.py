@@ -1,4 +1,4 @@
-"""Launches of GPU kernels without a GPU: what the public operators launch for tensors on the CPU, compiled and walked."""
+"""Launches of GPU kernels without a GPU: those of the public operators for tensors on the CPU, compiled and walked."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def fill_bank(function: Function, shape: Shape, parameters: Sequence[bytes]) -> 
 
 @contextmanager
 def triton_launches(arch: int, launched: Callable[[Launch], None]) -> Iterator[None]:
-    """Within the block, `launched` is called for each launch of a Triton kernel on CPU tensors, which is compiled alone."""
+    """Within the block, `launched` takes each launch of a Triton kernel on CPU tensors, which is compiled alone."""
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run

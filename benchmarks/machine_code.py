@@ -15,11 +15,11 @@ from typing import NamedTuple
 #: What executes an instruction, by its name. Each takes a slot of issue; some pipes take fewer than one a cycle.
 PIPES = {
     "FMA": "FFMA FMUL FADD FFMA2 FMUL2 FADD2 HFMA2 HADD2 HMUL2 IMAD",
-    "ALU": """IADD3 IADD VIADD VIADDMNMX LEA LOP3 PRMT SEL SGXT SHF ISETP FSETP FSEL FSET FMNMX FMNMX3 IMNMX VIMNMX VIMNMX3
-        VABSDIFF MOV IABS PLOP3 P2R R2P CS2R I2FP F2FP FCHK HMNMX2 HSETP2 HSET2 I2IP BMSK IDP""",
+    "ALU": """IADD3 IADD VIADD VIADDMNMX LEA LOP3 PRMT SEL SGXT SHF ISETP FSETP FSEL FSET FMNMX FMNMX3 IMNMX VIMNMX
+        VIMNMX3 VABSDIFF MOV IABS PLOP3 P2R R2P CS2R I2FP F2FP FCHK HMNMX2 HSETP2 HSET2 I2IP BMSK IDP""",
     "XU": "MUFU F2I I2F F2F FRND POPC FLO BREV",
-    "LSU": """LDG STG LD ST LDS STS LDL STL LDSM STSM LDGSTS LDGDEPBAR DEPBAR ATOM ATOMG ATOMS RED REDG REDS SHFL MATCH VOTE
-        MEMBAR CCTL ERRBAR FENCE SYNCS UBLKCP UTMALDG""",
+    "LSU": """LDG STG LD ST LDS STS LDL STL LDSM STSM LDGSTS LDGDEPBAR DEPBAR ATOM ATOMG ATOMS RED REDG REDS SHFL MATCH
+        VOTE MEMBAR CCTL ERRBAR FENCE SYNCS UBLKCP UTMALDG""",
     "FP64": "DFMA DMUL DADD DSETP DMNMX",
     "TENSOR": "HMMA IMMA BMMA DMMA HGMMA IGMMA",
     "control": """BRA BRX JMP CALL RET EXIT BSSY BSYNC BREAK BAR NOP WARPSYNC YIELD NANOSLEEP BMOV RPCMOV BPT KILL
@@ -103,9 +103,8 @@ def read(cubin: bytes, text: str) -> dict[str, Function]:
         for function, kernel in found.items():
             if name == f".nv.info.{function}":
                 _read_info(content, kernel)
-            elif match := re.fullmatch(rf"\.nv\.constant(\d)\.{re.escape(function)}", name):
-                if match[1] != "0":
-                    kernel.banks[int(match[1])] = content
+            elif match := re.fullmatch(rf"\.nv\.constant([1-9])\.{re.escape(function)}", name):
+                kernel.banks[int(match[1])] = content
     return found
 
 

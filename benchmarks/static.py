@@ -211,9 +211,10 @@ def tasks_of(
 # Rows and tables
 
 PER_ELEMENT = ("instructions", *(pipe.lower() for pipe in ALL_PIPES), "bytes", "asked_bytes")
+OF_LAUNCH = ("load_bits", "store_bits", "registers", "shared", "spilled", "programs", "warps", "cap_percent")
 COLUMNS = (
-    "case", "op", "dtype", "backend", "direction", "launch", "kernel", "launches", *PER_ELEMENT, "load_bits", "store_bits",
-    "registers", "shared", "spilled", "programs", "warps", "cap_percent", "doubts", "gpu",
+    "case", "op", "dtype", "backend", "direction", "launch", "kernel", "launches", *PER_ELEMENT,
+    "load_bits", "store_bits", "registers", "shared", "spilled", "programs", "warps", "cap_percent", "doubts", "gpu",
 )  # fmt: skip
 
 
@@ -242,7 +243,8 @@ def _of_launch(count: Count, elements: int, gpu: Gpu) -> dict[str, Any]:
         "bytes": f"{count.moved / elements:.2f}", "asked_bytes": f"{count.asked / elements:.2f}",
         "load_bits": _widths(count.loads), "store_bits": _widths(count.stores), "registers": count.registers,
         "shared": count.shared, "spilled": count.spilled, "programs": count.programs, "warps": count.warps,
-        "cap_percent": f"{100 * count.moved * gpu.per_byte / count.instructions:.0f}", "doubts": "; ".join(count.doubts),
+        "cap_percent": f"{100 * count.moved * gpu.per_byte / count.instructions:.0f}",
+        "doubts": "; ".join(count.doubts),
     }  # fmt: skip
 
 
@@ -254,22 +256,22 @@ def _widths(widths: Counter[int]) -> str:
 
 def launches_table(passes: Sequence[Pass], gpu: Gpu) -> Table:
     """Every launch, and every pass as a whole."""
-    header = ("case", "dtype", "kernel", "instr/el", *ALL_PIPES, "B/el", "asked", "loads", "stores", "registers", "shared",
-              "spilled", "programs", "warps", "cap %")  # fmt: skip
+    names = ("kernel", *PER_ELEMENT, *OF_LAUNCH)
     body: list[tuple[str, ...]] = []
     for each in passes:
         place = each.case.name, each.dtype
         for count in each.counts:
             row = _of_launch(count, each.elements, gpu)
-            names = ("kernel", *PER_ELEMENT, "load_bits", "store_bits", "registers", "shared", "spilled", "programs", "warps",
-                     "cap_percent")  # fmt: skip
             body.append((*place, *(str(row[name]) for name in names)))
-        total = f"= {each.backend} {each.direction}: {len(each.counts)} launches"
         cap = each.cap(gpu)
-        empty = [""] * (len(header) - 6 - len(ALL_PIPES))
-        body.append((*place, total, f"{each.instructions:.2f}", *[""] * len(ALL_PIPES), f"{each.bytes:.2f}", *empty,
-                     "-" if cap is None else f"{100 * cap:.0f}"))  # fmt: skip
-    return Table([header, *body])
+        total = {
+            "kernel": f"= {each.backend} {each.direction}: {len(each.counts)} launches",
+            "instructions": f"{each.instructions:.2f}",
+            "bytes": f"{each.bytes:.2f}",
+            "cap_percent": "-" if cap is None else f"{100 * cap:.0f}",
+        }
+        body.append((*place, *(total.get(name, "") for name in names)))
+    return Table([("case", "dtype", *names), *body])
 
 
 def short_table(passes: Sequence[Pass], gpu: Gpu) -> Table:
@@ -306,7 +308,7 @@ def doubts(passes: Iterable[Pass]) -> list[str]:
     return sentences
 
 
-#: How far what loads and stores of a large tensor ask for may be from its bytes. Channels' numbers are read from it again.
+#: How far what loads and stores of a large tensor ask for may be from its bytes.
 COVERED, MORE_THAN_ONCE = 0.05, 0.15
 
 

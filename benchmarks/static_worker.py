@@ -1,4 +1,4 @@
-"""A process of `benchmarks static`: reads a task from its input, and writes what it counted to the file that is named."""
+"""A process of `benchmarks static`: reads a task from its input, writes what it counted to the file that is named."""
 
 from __future__ import annotations
 

@@ -447,7 +447,7 @@ class Walk(_Threads):
         return False
 
     def _slow(self, begin: int, end: int) -> bool:
-        """Say whether a path is for rare numbers: before it joins others it calls a function, loops or uses the stack."""
+        """Say whether a path is for rare numbers: before joining others it calls, loops or uses the stack."""
         for number, instruction in enumerate(self.kernel.code[begin:end], begin):
             if instruction.name in ("CALL", "STL", "LDL"):
                 return True
@@ -545,7 +545,7 @@ def words_written(instruction: Instruction) -> int:
         return next((int(part) for part in opcode.split(".") if part in ("2", "4")), 1)
     if instruction.name in ("DADD", "DMUL", "DFMA") or ".WIDE" in opcode or ".F64." in opcode.removeprefix("F2F.F32"):
         return 2
-    wide = instruction.name == "CS2R" and ".32" not in opcode or instruction.name == "F2I" and "64" in opcode
+    wide = (instruction.name == "CS2R" and ".32" not in opcode) or (instruction.name == "F2I" and "64" in opcode)
     return 2 if wide else 1
 
 
@@ -1034,7 +1034,29 @@ def _atomic(walk: Walk, instruction: Instruction) -> None:
 _JUMPS = {"BRA", "BRX", "CALL", "RET", "EXIT"}
 _ONLY_PREDICATES = {"ISETP", "FSETP", "DSETP", "HSETP2", "PLOP3", "FCHK"}
 #: They write no register that is followed. Threads that wait for each other change nothing about what is counted.
-_WITHOUT_RESULT = set(
-    """NOP BSSY BSYNC BREAK BAR WARPSYNC YIELD NANOSLEEP STL STSM MEMBAR DEPBAR LDGDEPBAR ERRBAR CCTL FENCE BMOV
-    UCGABAR_ARV UCGABAR_WAIT SYNCS ENDCOLLECTIVE RPCMOV""".split()
+_WITHOUT_RESULT = frozenset(
+    (
+        "NOP",
+        "BSSY",
+        "BSYNC",
+        "BREAK",
+        "BAR",
+        "WARPSYNC",
+        "YIELD",
+        "NANOSLEEP",
+        "STL",
+        "STSM",
+        "MEMBAR",
+        "DEPBAR",
+        "LDGDEPBAR",
+        "ERRBAR",
+        "CCTL",
+        "FENCE",
+        "BMOV",
+        "UCGABAR_ARV",
+        "UCGABAR_WAIT",
+        "SYNCS",
+        "ENDCOLLECTIVE",
+        "RPCMOV",
+    )
 )

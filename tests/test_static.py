@@ -1,4 +1,4 @@
-"""`python -m benchmarks static`: machine code that is walked, kernels whose loops are known, and what is made of the counts."""
+"""`python -m benchmarks static`: machine code that is walked, kernels whose loops are known, what the counts become."""
 
 from __future__ import annotations
 
