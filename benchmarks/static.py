@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -274,21 +274,24 @@ def launches_table(passes: Sequence[Pass], gpu: Gpu) -> Table:
     return Table([("case", "dtype", *names), *body])
 
 
-def short_table(passes: Sequence[Pass], gpu: Gpu) -> Table:
-    """A row for each operator and pass in bfloat16, at its largest size: launches, bytes, instructions and cap."""
-    largest: dict[tuple[str, ...], int] = {}
-    for each in passes:
-        key = each.case.op, each.case.variant
-        largest[key] = max(largest.get(key, 0), each.elements)
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    for each in passes:
-        if each.dtype == "bfloat16" and each.elements == largest[each.case.op, each.case.variant]:
-            cap = each.cap(gpu)
-            numbers = f"{len(each.counts)} · {each.bytes:.1f} · {each.instructions:.1f} · {100 * (cap or 0):.0f} %"
-            cells.setdefault((each.case.name, each.direction), {})[each.backend] = "-" if each.failure else numbers
+def short_table(written: Iterable[Mapping[str, Any]]) -> Table:
+    """A row for each operator in bfloat16 at its largest size: launches, bytes, instructions and cap, pass by pass."""
+    cases = {case.name: case for case in choose(None, ["full"])}
+    largest: dict[tuple[str, str], int] = {}
+    for case in cases.values():
+        key = case.op, case.variant
+        largest[key] = max(largest.get(key, 0), math.prod(case.shape))
+    cells: dict[str, dict[str, list[str]]] = {}
+    for row in written:
+        case = cases[row["case"]]
+        is_largest = math.prod(case.shape) == largest[case.op, case.variant]
+        if row["dtype"] == "bfloat16" and row.get("launch") == "all" and is_largest:
+            numbers = (f"{float(row[name]):.1f}" for name in ("bytes", "instructions"))
+            cell = "/".join([str(row["launches"]), *numbers, f"{row['cap_percent']}%"])
+            cells.setdefault(case.name, {}).setdefault(row["backend"], []).append(cell)
     names = [name for name in BACKENDS if any(name in row for row in cells.values())]
-    body = [(*key, *(row.get(name, "-") for name in names)) for key, row in cells.items()]
-    return Table([("case", "", *names), *body])
+    body = [(case, *("; ".join(row.get(name, "-")) for name in names)) for case, row in cells.items()]
+    return Table([("case", *names), *body])
 
 
 def doubts(passes: Iterable[Pass]) -> list[str]:
@@ -377,8 +380,9 @@ def run(arguments: argparse.Namespace, device: torch.device) -> int:
                     shares = {name: round(n * WARP / each.elements, 3) for name, n in count.opcodes.most_common(40)}
                     print(f"{each.case.name}, {each.dtype}, {count.kernel}: {shares}")
     else:
-        table = short_table(passes, gpu)
-        for path in place.write(list(rows(passes, arguments.gpu)), COLUMNS, [table], origin):
+        written = list(rows(passes, arguments.gpu))
+        table = short_table(written)
+        for path in place.write(written, COLUMNS, [table], origin):
             print(f"written: {path}")
         print(tables.text(table))
     wrong = doubts(passes)
