@@ -16,7 +16,7 @@
 
 namespace {
 
-using OnLaunch = void (*)(const char* kernel, const unsigned* grid_and_block, size_t shared, void** arguments);
+using OnLaunch = void (*)(const char* kernel, const unsigned* grid_block_cluster, size_t shared, void** arguments);
 OnLaunch on_launch = nullptr;
 
 struct Configuration {
@@ -66,11 +66,27 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, 
   *static_cast<void**>(stream) = last.stream;
   return cudaSuccess;
 }
-cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
-  const unsigned sizes[] = {grid.x, grid.y, grid.z, block.x, block.y, block.z};
-  if (on_launch != nullptr) on_launch(names()[host], sizes, shared, arguments);
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void* host, void** arguments) {
+  dim3 cluster(1, 1, 1);
+  for (unsigned i = 0; i < how->numAttrs; ++i)
+    if (how->attrs[i].id == cudaLaunchAttributeClusterDimension) {
+      const auto& asked = how->attrs[i].val.clusterDim;
+      cluster = dim3(asked.x, asked.y, asked.z);
+    }
+  const dim3 &grid = how->gridDim, &block = how->blockDim;
+  const unsigned sizes[] = {grid.x, grid.y, grid.z, block.x, block.y, block.z, cluster.x, cluster.y, cluster.z};
+  if (on_launch != nullptr) on_launch(names()[host], sizes, how->dynamicSmemBytes, arguments);
   return cudaSuccess;
 }
+cudaError_t cudaLaunchKernel(
+    const void* host, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
+  cudaLaunchConfig_t how{};
+  how.gridDim = grid;
+  how.blockDim = block;
+  how.dynamicSmemBytes = shared;
+  return cudaLaunchKernelExC(&how, host, arguments);
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t __cudaLaunchKernel(
     cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t stream) {
   return cudaLaunchKernel(kernel, grid, block, arguments, shared, stream);

@@ -143,7 +143,8 @@ def csrc_launches(
             mangled = name.decode()
             function, usage = library.kernel(mangled)
             parameters = [ctypes.string_at(arguments[n], size) for n, (_, size) in enumerate(function.layout)]
-            shape = Shape((sizes[3], sizes[4], sizes[5]), (sizes[0], sizes[1], sizes[2]))
+            grid, block, cluster = ((sizes[at], sizes[at + 1], sizes[at + 2]) for at in (0, 3, 6))
+            shape = Shape(block, grid, cluster)
             memory = Memory(_regions(b"".join(parameters), known, op))
             kernel, bank = gpu_build.kernel_name(mangled), fill_bank(function, shape, parameters)
             resources = usage.registers, usage.shared + shared, usage.spilled

@@ -499,7 +499,7 @@ def count(ops: Sequence[str], arguments: argparse.Namespace) -> tuple[list[Use],
     gpu = static.BUDGET_GPU
     names = ["triton", "cuda"] if arguments.csrc else ["triton"]
     tasks = static.tasks_of(ops, static.BUDGET_SIZES, static.BUDGET_DTYPES, names, gpu)
-    passes = []
+    passes: list[static.Pass] = []
     for each in static.collect(tasks, arguments.jobs):
         if not passes or (passes[-1].backend, passes[-1].case.op) != (each.backend, each.case.op):
             print(f"counting: {each.case.op} on {each.backend}", file=sys.stderr)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -106,7 +107,7 @@ def _to_gpu(traced: Any) -> Any:
         mode = next((each.fake_mode for each in found if isinstance(each, torch._subclasses.FakeTensor)), mode)
         if mode is not None:
             node.meta["val"] = torch.utils._pytree.tree_map_only(
-                torch._subclasses.FakeTensor, lambda tensor, mode=mode: _fake(mode, tensor), value
+                torch._subclasses.FakeTensor, partial(_fake, mode), value
             )
         node.args = torch.utils._pytree.tree_map_only(torch.device, lambda device: GPU, node.args)
         node.kwargs = torch.utils._pytree.tree_map_only(torch.device, lambda device: GPU, node.kwargs)
@@ -120,7 +121,7 @@ def _fake(mode: Any, tensor: Tensor) -> Any:
 
 def _generated(traced: Any, is_backward: bool, is_inference: bool) -> Callable[..., Any]:
     """Return inductor's code for a graph, to be called with tensors on the CPU."""
-    from functorch.compile import make_boxed_func
+    from torch._functorch.aot_autograd import make_boxed_func
     from torch._inductor.compile_fx import _recursive_joint_graph_passes, _recursive_post_grad_passes, view_to_reshape
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
@@ -138,7 +139,7 @@ def _generated(traced: Any, is_backward: bool, is_inference: bool) -> Callable[.
             graph.run(*fakes)
             code, _ = graph.codegen()
     scope: dict[str, Any] = {"__name__": "generated"}
-    exec(compile(_on_cpu(code.value if hasattr(code, "value") else code[0]), "generated", "exec"), scope)
+    exec(compile(_on_cpu(code.value), "generated", "exec"), scope)
     call = scope["call"]
     boxed: Callable[..., Any] = make_boxed_func(lambda *arguments: call(list(arguments)))
     return boxed

@@ -174,7 +174,7 @@ def collect(tasks: Sequence[Task], jobs: int) -> Iterator[Pass]:
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
         folder = Path(name)
         library = csrc_launches.build(folder) if any(task.backend == "cuda" for task in tasks) else None
-        for passes in pool.map(lambda numbered: _in_process(*numbered, folder, library), enumerate(tasks)):
+        for passes in pool.map(lambda each: _in_process(each[0], each[1], folder, library), enumerate(tasks)):
             yield from passes
 
 
