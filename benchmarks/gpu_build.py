@@ -72,7 +72,7 @@ class Resources(NamedTuple):
 
 
 class Use(NamedTuple):
-    """Of what the budget limits: how much a kernel takes."""
+    """A kernel's share of what the budget limits."""
 
     kernel: str  # with a case, where that matters
     gpu: str

@@ -62,7 +62,7 @@ class Count(NamedTuple):
 
     @property
     def instructions(self) -> float:
-        """Of threads: every one of a warp takes part, in a slot of issue."""
+        """Instructions of threads: all of a warp take part, in one slot of issue."""
         return WARP * sum(self.pipes.values())
 
 

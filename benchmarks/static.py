@@ -90,7 +90,7 @@ class Pass(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """Those of the tensor that the operator works on."""
+        """Elements of the tensor that the operator works on."""
         return self.case.elements("y" if self.case.op == "geglu" else "x")
 
     @property

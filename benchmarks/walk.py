@@ -113,7 +113,7 @@ class Shape(NamedTuple):
 
 @dataclass
 class Counts:
-    """What the programs that were walked did together."""
+    """Counts of all programs that were walked."""
 
     executed: Counter[int] = field(default_factory=Counter)  # address of an instruction -> warps
     #: (number of the region, "read" or "written") -> bytes; an address counts once in a warp's instruction.
