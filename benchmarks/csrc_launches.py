@@ -7,6 +7,7 @@ for those of a GPU (`csrc_launches.cpp`). A process that has loaded it can't hav
 from __future__ import annotations
 
 import ctypes
+import importlib
 import re
 import subprocess
 import sys
@@ -45,8 +46,8 @@ def build(folder: Path) -> Path:
     objects = _objects()
     sys.path.insert(0, str(ROOT / "csrc"))
     try:
-        import compilation
-        import toolchain
+        compilation: Any = importlib.import_module("compilation")
+        toolchain: Any = importlib.import_module("toolchain")
     finally:
         sys.path.pop(0)
     found, torch = toolchain.find_toolchain(), toolchain.find_torch()

@@ -130,8 +130,8 @@ def _read_info(content: bytes, kernel: Function) -> None:
         if form != _LONG:
             continue
         if attribute == _PARAMETERS_AT:
-            _, *kernel.parameters = struct.unpack_from("<I2H", content, at)  # type: ignore[assignment]
-            kernel.parameters = tuple(kernel.parameters)
+            _, begin, length = struct.unpack_from("<I2H", content, at)
+            kernel.parameters = begin, length
         elif attribute == _PARAMETER:
             _, ordinal, offset, packed = struct.unpack_from("<I2HI", content, at)
             kernel.layout += [(0, 0)] * (ordinal + 1 - len(kernel.layout))

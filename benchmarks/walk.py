@@ -197,8 +197,8 @@ class _Threads:
         if _INTEGER.fullmatch(text):
             number = int(text, 16)
             return self.constant((number >> 32 if high else number) & 0xFFFFFFFF)
-        if floating and (number := _bits(text)) is not None:
-            return self.constant(number)
+        if floating and (bits := _bits(text)) is not None:
+            return self.constant(bits)
         raise _Unknown
 
     def pair(self, text: str) -> NDArray[np.uint64]:
@@ -821,7 +821,7 @@ def _compare(walk: Walk, instruction: Instruction) -> None:
     kind = parts[1]
     x, y = walk.word(a), walk.word(b)
     if "U32" not in parts:
-        x, y = x.view(np.int32), y.view(np.int32)  # type: ignore[assignment]
+        x, y = x.view(np.int32), y.view(np.int32)
     result = _COMPARE[kind](x, y)
     if "EX" in parts:
         # Of the upper words; the lower ones are compared already.
