@@ -26,7 +26,7 @@ help:
 	@echo "make sanitize   the tests of the compiled operators under AddressSanitizer and UBSan"
 	@echo "make emulate    the tests of the operators on csrc's GPU kernels, thread by thread on the CPU (needs CUDA's headers)"
 	@echo "make bench      every operator measured against plain torch; BENCH='reward' or any other arguments of python -m benchmarks"
-	@echo "make gpu-build  every GPU kernel compiled for sm_80, sm_90 and sm_100: registers and spills (no GPU needed)"
+	@echo "make gpu-build  every GPU kernel compiled for sm_80, sm_90 and sm_100: spills, registers, instructions, bytes (no GPU needed)"
 	@echo "make gpu-check  with a GPU, in 8 minutes: everything checked on it, kernels measured; REHEARSE=1 without one"
 	@echo "make docs       the documentation as a site in site/"
 	@echo "make setup      only the virtual environment and the compiled operators; every target begins with it"
@@ -86,7 +86,7 @@ test-oldest:
 	cd $(OLDEST) && env -u PYTHONPATH $(MAKE) gpu-check REHEARSE=1 PYTHON=$(OLDEST_BIN)/python
 	$(OLDEST_RUN) $(OLDEST_BIN)/python setup.py --quiet build_ext --inplace
 	$(OLDEST_RUN) $(OLDEST_BIN)/python -m pytest $(WORKERS) -m "not slow" $(addprefix tests/,$(OLDEST_TESTS))
-	$(OLDEST_RUN) $(OLDEST_BIN)/python -m benchmarks.gpu_build $(if $(shell command -v nvcc),,--no-csrc)
+	$(OLDEST_RUN) $(OLDEST_BIN)/python -m benchmarks.gpu_build --no-count $(if $(shell command -v nvcc),,--no-csrc)
 	env -u PYTHONPATH $(OLDEST_BIN)/python -m pytest tests/test_packaging.py tests/test_build.py
 	DIFFPP_FAST_CUDA=0 $(OLDEST_310)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall ./$(OLDEST)
 	cd $(OLDEST)/tests && env -u PYTHONPATH $(OLDEST_310)/python installed.py && $(OLDEST_310)/diffpp-fast --help > /dev/null

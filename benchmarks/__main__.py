@@ -15,7 +15,7 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
 
 import torch
 
-from benchmarks import backends, blocks, cases, host, kernels, loops, reward, tables
+from benchmarks import backends, blocks, cases, host, kernels, loops, reward, static, tables
 from benchmarks.kernels import KernelPlan
 from benchmarks.tables import Place
 from benchmarks.timing import load_sentence, provenance
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         complain(f"error: {error.name} is not installed: {install.extra('train')}")
         return 2
-    for sentence in busy:
+    for sentence in busy if arguments.run is not static.run else ():  # counts don't depend on it
         say(sentence)
     return code
 
@@ -130,6 +130,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES[:2], help="(bfloat16 on a GPU, else float32)")
     _add_rounds(add)
     host.add_arguments(subject("host", host.run, "host time of a call, without a GPU", host.__doc__, "performance"))
+    static.add_arguments(subject("static", static.run, "GPU kernels, counted", static.__doc__, "performance"))
     loops.add_arguments(subject("loops", loops.run, "training loops, before and after", loops.__doc__, "embedding"))
     return parser
 

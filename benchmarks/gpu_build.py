@@ -1,8 +1,9 @@
-"""`make gpu-build`: compiles every GPU kernel without a GPU and holds its registers and spills against a budget.
+"""`make gpu-build`: compiles every GPU kernel without a GPU and holds what it takes against a budget.
 
 Triton's kernels are compiled through the public operators, exactly as a launch would specialise them, by a driver that
 only names the GPU; nothing is launched. Those of csrc are read from the compiled library. A kernel that spills, or
-takes more registers than the budget beside this file allows, fails; so does one that some value of an argument breaks:
+takes more registers, launches, instructions or bytes than the budget beside this file allows, fails (`static` counts
+the last three, at some of the benchmark's sizes); so does one that some value of an argument breaks:
 an integer that is 1 becomes a constant, one that 16 divides is known to be; tensors that are missing and constants such
 as WIDE switch whole branches. For these, nothing gets further than Triton's first stage, where all of it is decided.
 """
@@ -45,8 +46,15 @@ LOT = 8
 #: own ("KERNEL, triton 3.6"): compilers schedule differently, and neither is to hide what the other does.
 TRITON = "3.7"
 
-#: Kernel -> GPU ("sm_90") -> registers per thread.
-Budget = dict[str, dict[str, int]]
+#: Kernel, or kernel and case -> GPU ("sm_90") -> limit -> how much.
+Budget = dict[str, dict[str, dict[str, float]]]
+#: Limit -> what it counts, and how a kernel gets by with less.
+LIMITS = {
+    "registers": ("registers", "give it less to hold at once"),
+    "launches": ("launches", "launch it once for all"),
+    "instructions": ("instructions per element", "move work out of its loops, or cheaper instructions in"),
+    "bytes": ("bytes per element", "read and write each tensor once"),
+}
 
 
 class Resources(NamedTuple):
@@ -61,6 +69,14 @@ class Resources(NamedTuple):
     @property
     def gpu(self) -> str:
         return f"sm_{self.arch}"
+
+
+class Use(NamedTuple):
+    """A kernel's share of what the budget limits."""
+
+    kernel: str  # with a case, where that matters
+    gpu: str
+    amounts: dict[str, float]
 
 
 class NamedGpu:
@@ -328,49 +344,71 @@ def largest(found: Iterable[Resources]) -> list[Resources]:
     return sorted(rows.values())
 
 
-def failures(found: Sequence[Resources], budget: Budget, release: str = TRITON) -> list[str]:
-    """List the kernels that spill or exceed their budget with this version of Triton, each with its remedy."""
+def uses(found: Iterable[Resources]) -> list[Use]:
+    """Return the registers, in the lots that the hardware hands out."""
+    return [Use(each.kernel, each.gpu, {"registers": -(-each.registers // LOT) * LOT}) for each in found]
+
+
+def spills(found: Iterable[Resources]) -> list[str]:
+    """List the kernels that spill, each with its remedy."""
+    return [
+        f"{each.kernel} on {each.gpu} spills {each.spilled} bytes per thread to local memory: give it smaller blocks, "
+        "more warps or less to hold at once"
+        for each in found
+        if each.spilled
+    ]
+
+
+def failures(found: Sequence[Use], budget: Budget, release: str = TRITON) -> list[str]:
+    """List what exceeds the budget with this version of Triton, each with its remedy."""
     sentences = []
-    for resources in found:
-        place = f"{resources.kernel} on {resources.gpu}"
-        allowed = _allowed(resources, budget, release)
-        if resources.spilled:
-            sentences.append(
-                f"{place} spills {resources.spilled} bytes per thread to local memory: give it smaller blocks, more "
-                "warps or less to hold at once"
-            )
-        if allowed is None:
-            sentences.append(f"{place} has no budget: `make gpu-build BUDGET=write` records one")
-        elif resources.registers > allowed:
-            sentences.append(
-                f"{place} takes {resources.registers} registers, {allowed} are in the budget: give it less to hold at "
-                f"once, or, if it is worth the occupancy, record it with `make gpu-build BUDGET=write`"
-            )
+    for use in found:
+        place = f"{use.kernel} on {use.gpu}"
+        for limit, amount in use.amounts.items():
+            allowed = _allowed(use, limit, budget, release)
+            what, remedy = LIMITS[limit]
+            if allowed is None:
+                sentences.append(f"{place} has no budget of {limit}: `make gpu-build BUDGET=write` records one")
+            elif amount > allowed:
+                sentences.append(
+                    f"{place} takes {amount:g} {what}, {allowed:g} are in the budget: {remedy}, or, if it is worth it, "
+                    "record it with `make gpu-build BUDGET=write`"
+                )
     return sentences
 
 
-def _allowed(resources: Resources, budget: Budget, release: str) -> int | None:
-    own = budget.get(_name_with(resources.kernel, release), {})
-    return own.get(resources.gpu, budget.get(resources.kernel, {}).get(resources.gpu))
+def _allowed(use: Use, limit: str, budget: Budget, release: str) -> float | None:
+    own = budget.get(_name_with(use.kernel, release), {}).get(use.gpu, {})
+    return own.get(limit, budget.get(use.kernel, {}).get(use.gpu, {}).get(limit))
 
 
 def _name_with(kernel: str, release: str) -> str:
     return kernel if release == TRITON or not kernel.startswith("triton.") else f"{kernel}, triton {release}"
 
 
-def budget_of(found: Sequence[Resources], old: Budget, release: str = TRITON) -> Budget:
+def budget_of(found: Sequence[Use], old: Budget, release: str = TRITON) -> Budget:
     """Return the budget that allows just what was found; what was not compiled this time keeps its own.
 
     Of another Triton than the budget's, what is beyond the budget is recorded under its name.
     """
-    budget = {kernel: dict(gpus) for kernel, gpus in old.items()}
-    for resources in found:
-        name, lots = _name_with(resources.kernel, release), -(-resources.registers // LOT) * LOT
-        if name == resources.kernel or lots > budget.get(resources.kernel, {}).get(resources.gpu, 0):
-            budget.setdefault(name, {})[resources.gpu] = lots
-        elif name in budget:
-            budget[name].pop(resources.gpu, None)
-    return {kernel: gpus for kernel, gpus in budget.items() if gpus}
+    budget = {kernel: {gpu: dict(limits) for gpu, limits in gpus.items()} for kernel, gpus in old.items()}
+    for use in found:
+        name = _name_with(use.kernel, release)
+        common = budget.get(use.kernel, {}).get(use.gpu, {})
+        for limit, amount in use.amounts.items():
+            if name == use.kernel or amount > common.get(limit, 0):
+                budget.setdefault(name, {}).setdefault(use.gpu, {})[limit] = amount
+            elif name in budget:
+                budget[name].get(use.gpu, {}).pop(limit, None)
+    kept = ((kernel, {gpu: limits for gpu, limits in gpus.items() if limits}) for kernel, gpus in budget.items())
+    return {kernel: gpus for kernel, gpus in kept if gpus}
+
+
+def without_leftovers(budget: Budget, counted: Iterable[Use], kernels: Iterable[Resources]) -> Budget:
+    """Return the budget without kernels and cases of what was compiled whole that are no more."""
+    cases = {use.kernel for use in counted}
+    known = {each.kernel for each in kernels}
+    return {name: gpus for name, gpus in budget.items() if name.partition(", triton ")[0] in cases | known}
 
 
 def read_budget(path: Path) -> Budget:
@@ -396,6 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--archs", type=_numbers, default=ARCHS, metavar="N,...", help="compute capabilities (80,90,100)")
     add("--ops", type=lambda text: text.split(","), metavar="NAME,...", help="operators of Triton's (all it has)")
     add("--no-csrc", dest="csrc", action="store_false", help="only Triton's kernels")
+    add("--no-count", dest="count", action="store_false", help="registers and spills alone")
     add("--exhaustive", action="store_true", help="all combinations of options instead of all pairs")
     add("--budget", choices=["check", "write"], default="check", help="hold against the budget, or record a new one")
     add("--budget-file", type=Path, default=BUDGET, metavar="FILE", help=argparse.SUPPRESS)
@@ -432,16 +471,40 @@ def _run(arguments: argparse.Namespace) -> int:
         wrong += [sentence for case in cases for sentence in case.result()]
     found = largest(found)
     print(table(found))
+    wrong += spills(found)
+    counted: list[Use] = []
+    if arguments.count:
+        counted, doubts = count(ops, arguments)
+        wrong += doubts
     budget, release = read_budget(arguments.budget_file), ".".join(version("triton").split(".")[:2])
+    taken = [*uses(found), *counted]
     if arguments.budget == "write":
-        budget = budget_of(found, budget, release)
+        budget = budget_of(taken, budget, release)
+        whole = arguments.csrc and arguments.count and ops == served and set(arguments.archs) >= set(ARCHS)
+        if whole and release == TRITON and not wrong:
+            budget = without_leftovers(budget, counted, found)
         write_budget(arguments.budget_file, budget)
         print(f"written: {arguments.budget_file}")
-    wrong += failures(found, budget, release)
+    wrong += failures(taken, budget, release)
     for sentence in wrong:
         print(sentence)
-    print(f"{len(found)} rows, {len(wrong)} failures")
+    print(f"{len(found)} rows, {len(counted)} kernels and cases counted, {len(wrong)} failures")
     return 1 if wrong else 0
+
+
+def count(ops: Sequence[str], arguments: argparse.Namespace) -> tuple[list[Use], list[str]]:
+    """Count launches, instructions and bytes at the budget's sizes. Return them, and what is in doubt."""
+    from benchmarks import static
+
+    gpu = static.BUDGET_GPU
+    names = ["triton", "cuda"] if arguments.csrc else ["triton"]
+    tasks = static.tasks_of(ops, static.BUDGET_SIZES, static.BUDGET_DTYPES, names, gpu)
+    passes: list[static.Pass] = []
+    for each in static.collect(tasks, arguments.jobs):
+        if not passes or (passes[-1].backend, passes[-1].case.op) != (each.backend, each.case.op):
+            print(f"counting: {each.case.op} on {each.backend}", file=sys.stderr)
+        passes.append(each)
+    return [Use(*use) for use in static.amounts(passes, static.GPUS[gpu].arch)], static.doubts(passes)
 
 
 def _numbers(text: str) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_build, variants
-from benchmarks.gpu_build import BUDGET, Resources
+from benchmarks.gpu_build import BUDGET, Resources, Use
 from diffpp_fast import backends
 from diffpp_fast.errors import ConfigurationError
 
@@ -83,8 +83,8 @@ path.write_bytes(cubin)
 found = [gpu_build.Resources(kernel, 90, *usage[2:])]
 print(gpu_build.table(found))
 assert kernel == "triton.philox.uniform" and 8 <= usage.registers <= 255, (kernel, usage)
-gpu_build.write_budget(Path({str(budget)!r}), gpu_build.budget_of(found, {{}}))
-assert not gpu_build.failures(found, gpu_build.read_budget(Path({str(budget)!r})))
+gpu_build.write_budget(Path({str(budget)!r}), gpu_build.budget_of(gpu_build.uses(found), {{}}))
+assert not gpu_build.failures(gpu_build.uses(found), gpu_build.read_budget(Path({str(budget)!r})))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
@@ -99,7 +99,9 @@ def test_the_command(tmp_path: Path) -> None:
     options = ("--ops", "philox", "--budget-file", str(budget))
     refused = run(*options)
     assert refused.returncode == 1
-    assert "triton.philox.normal on sm_90 has no budget: `make gpu-build BUDGET=write`" in refused.stdout
+    assert "triton.philox.normal on sm_90 has no budget of registers: `make gpu-build BUDGET=write`" in refused.stdout
+    counted = "triton.philox.normal: philox normal sd15-b16, float32, forward on sm_90 has no budget of instructions"
+    assert counted in refused.stdout
     assert run(*options, "--budget", "write").returncode == 0
     allowed = run(*options)
     assert allowed.returncode == 0 and "0 failures" in allowed.stdout
@@ -132,35 +134,58 @@ def test_the_largest_specialisation_counts() -> None:
 
 def test_spills_overruns_and_new_kernels_are_caught() -> None:
     found = [Resources("k", 90, 40, 0, 0)]
-    budget = gpu_build.budget_of([Resources("k", 90, 33, 0, 0)], {})
-    assert budget == {"k": {"sm_90": 40}}
-    assert gpu_build.failures(found, budget) == []
-    (overrun,) = gpu_build.failures([found[0]._replace(registers=41)], budget)
-    assert overrun.startswith("k on sm_90 takes 41 registers, 40 are in the budget") and "BUDGET=write" in overrun
-    (spill,) = gpu_build.failures([found[0]._replace(spilled=8)], budget)
-    assert spill.startswith("k on sm_90 spills 8 bytes")
-    (new,) = gpu_build.failures([found[0]._replace(arch=100)], budget)
-    assert new == "k on sm_100 has no budget: `make gpu-build BUDGET=write` records one"
+    budget = gpu_build.budget_of(gpu_build.uses([Resources("k", 90, 33, 0, 0)]), {})
+    assert budget == {"k": {"sm_90": {"registers": 40}}}
+    assert gpu_build.failures(gpu_build.uses(found), budget) == []
+    (overrun,) = gpu_build.failures(gpu_build.uses([found[0]._replace(registers=41)]), budget)
+    assert overrun.startswith("k on sm_90 takes 48 registers, 40 are in the budget") and "BUDGET=write" in overrun
+    (spill,) = gpu_build.spills([found[0]._replace(spilled=8)])
+    assert spill.startswith("k on sm_90 spills 8 bytes") and gpu_build.spills(found) == []
+    (new,) = gpu_build.failures(gpu_build.uses([found[0]._replace(arch=100)]), budget)
+    assert new == "k on sm_100 has no budget of registers: `make gpu-build BUDGET=write` records one"
+
+
+@pytest.mark.parametrize(
+    ("limit", "what"),
+    [("launches", "launches"), ("instructions", "instructions per element"), ("bytes", "bytes per element")],
+)
+def test_what_is_counted_is_held_against_the_budget(limit: str, what: str) -> None:
+    amounts = {"launches": 1, "instructions": 63.6, "bytes": 4.02}
+    recorded = gpu_build.budget_of([Use("k: case", "sm_90", amounts)], {})
+    assert gpu_build.failures([Use("k: case", "sm_90", amounts)], recorded) == []
+    (overrun,) = gpu_build.failures([Use("k: case", "sm_90", {**amounts, limit: 100.5})], recorded)
+    assert overrun.startswith(f"k: case on sm_90 takes 100.5 {what}, {amounts[limit]:g} are in the budget: ")
+    assert overrun.endswith("record it with `make gpu-build BUDGET=write`")
 
 
 def test_another_triton_has_a_budget_of_its_own_where_it_takes_more() -> None:
-    budget = {"triton.k": {"sm_80": 40, "sm_90": 40}, "cuda.k": {"sm_90": 40}}
-    more, less = Resources("triton.k", 80, 45, 0, 0), Resources("triton.k", 90, 30, 0, 0)
+    budget = {"triton.k": {gpu: {"registers": 40, "bytes": 4.0} for gpu in ("sm_80", "sm_90")}}
+    more = Use("triton.k", "sm_80", {"registers": 48, "bytes": 4.0})
+    less, other = Use("triton.k", "sm_90", {"registers": 32}), Use("cuda.k", "sm_90", {"registers": 48})
     assert gpu_build.failures([more, less], budget, "3.6") == gpu_build.failures([more, less], budget) != []
-    written = gpu_build.budget_of([more, less, Resources("cuda.k", 90, 48, 0, 0)], budget, "3.6")
-    assert written == {**budget, "cuda.k": {"sm_90": 48}, "triton.k, triton 3.6": {"sm_80": 48}}
+    written = gpu_build.budget_of([more, less, other], budget, "3.6")
+    own = {"triton.k, triton 3.6": {"sm_80": {"registers": 48}}}
+    assert written == {**budget, "cuda.k": {"sm_90": {"registers": 48}}, **own}
     assert gpu_build.failures([more, less], written, "3.6") == []
     assert len(gpu_build.failures([more], written)) == 1
     # When it takes no more again, nothing of its own is left.
-    assert gpu_build.budget_of([more._replace(registers=40)], written, "3.6").keys() == budget.keys()
+    again = gpu_build.budget_of([more._replace(amounts={"registers": 40})], written, "3.6")
+    assert again.keys() == {"triton.k", "cuda.k"}
 
 
 def test_a_new_budget_keeps_what_was_not_compiled(tmp_path: Path) -> None:
-    old = {"a": {"sm_80": 16, "sm_90": 24}, "b": {"sm_90": 8}}
-    new = gpu_build.budget_of([Resources("a", 90, 30, 0, 0)], old)
-    assert new == {"a": {"sm_80": 16, "sm_90": 32}, "b": {"sm_90": 8}}
+    old = {"a": {"sm_80": {"registers": 16.0}, "sm_90": {"registers": 24.0}}, "b": {"sm_90": {"registers": 8.0}}}
+    new = gpu_build.budget_of([Use("a", "sm_90", {"registers": 32.0})], old)
+    assert new == {**old, "a": {"sm_80": {"registers": 16.0}, "sm_90": {"registers": 32.0}}}
     gpu_build.write_budget(tmp_path / "budget.json", new)
     assert gpu_build.read_budget(tmp_path / "budget.json") == new
+
+
+def test_a_whole_new_budget_leaves_out_kernels_that_are_no_more() -> None:
+    names = ("triton.k", "triton.k, triton 3.6", "triton.k: case", "triton.gone", "triton.gone: case")
+    budget = {name: {"sm_90": {"registers": 8.0}} for name in names}
+    counted, kernels = [Use("triton.k: case", "sm_90", {})], [Resources("triton.k", 90, 8, 0, 0)]
+    assert [*gpu_build.without_leftovers(budget, counted, kernels)] == [*names[:3]]
 
 
 def test_the_recorded_budget_knows_the_kernels_of_every_operator() -> None:
