@@ -64,11 +64,13 @@ TOKENS = {
     "pixart-1024": Size((1, 1024, 1152), quick=True),
     "pixart-4096-b4": Size((4, 4096, 1152)),
 }
+#: The same in the blocks of Stable Diffusion 3 and FLUX at 1024 x 1024.
+WIDE_TOKENS = {"sd3-4096": Size((1, 4096, 1536), quick=True), "flux-4096": Size((1, 4096, 3072))}
 
 #: Those that work on samples, and take or draw noise.
 LATENT_OPS = ("add_noise", "denoising_loss", "score_gap", "sid_loss", "sim_loss")
 
-SIZES = {**LATENTS, **IMAGES, **VAE, **UNET, **FEED_FORWARD, **TOKENS}
+SIZES = {**LATENTS, **IMAGES, **VAE, **UNET, **FEED_FORWARD, **TOKENS, **WIDE_TOKENS}
 SELECTIONS = ("quick", "latents", "full")
 
 
@@ -93,6 +95,7 @@ LAYOUTS = ("contiguous", "channels_last")
 DENOISING = "prediction target -> residual; residual -> grad_prediction"
 PIXELS = "images -> pixels; images grad_pixels -> grad_images"
 OUTPUTS = "fake cond uncond target"
+GATED = "residual branch -> hidden modulated; hidden branch grad_hidden grad_modulated -> grad_residual grad_branch"
 FAMILIES = (
     Family("philox", "normal", ("drawn",), "-> eps", LATENTS),
     Family("add_noise", "", ("drawn",), "x0 -> x_t; grad_x_t -> grad_x0", LATENTS),
@@ -108,6 +111,7 @@ FAMILIES = (
     Family("group_norm_silu", "trained", ("none",), "x -> y; x grad_y -> grad_x", UNET, LAYOUTS),
     Family("geglu", "", ("none",), "x -> y; x grad_y -> grad_x", FEED_FORWARD),
     Family("ada_layer_norm", "", ("none",), "x -> y; x grad_y -> grad_x", TOKENS),
+    Family("gated_residual_norm", "", ("none",), GATED, WIDE_TOKENS),
 )
 
 

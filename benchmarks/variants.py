@@ -40,10 +40,11 @@ SHAPES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "group_norm_silu": ACTIVATIONS,
     "geglu": TOKENS,
     "ada_layer_norm": TOKENS,
+    "gated_residual_norm": {**TOKENS, "long": (2, 3, 6144)},
 }
 
 #: Their rows lie along the last dimension: channels_last means nothing to them.
-TOKEN_OPS = ("geglu", "ada_layer_norm")
+TOKEN_OPS = ("geglu", "ada_layer_norm", "gated_residual_norm")
 NOISES = ("drawn", "stored")
 TARGET = {"noise": NOISES, "prediction_type": PREDICTION_TYPES}
 LOSS = {**TARGET, "uncond": (True, False), "wrt": ("fake", "outputs", "all"), "shape": (*LATENTS,)}
@@ -81,6 +82,13 @@ OPTIONS: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "ada_layer_norm": {
         "wrt": ("x", "modulation", "all", "none"),
         "modulation": ("rows", "chunks", "float32"),
+        "shape": (*TOKENS,),
+    },
+    "gated_residual_norm": {
+        "norm": ("layer", "rms"),
+        "wrt": ("inputs", "modulation", "all", "none"),
+        "modulation": ("rows", "tokens", "float32", "scale"),
+        "affine": (False, True),
         "shape": (*TOKENS,),
     },
 }

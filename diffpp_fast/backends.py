@@ -31,6 +31,7 @@ OPS = (
     "group_norm_silu",
     "geglu",
     "ada_layer_norm",
+    "gated_residual_norm",
 )
 # In order of preference. On the CPU "cpu" comes before Triton's interpreter; it serves nothing on GPUs. There Triton
 # comes first until both were measured.
@@ -63,12 +64,16 @@ _chosen: dict[tuple[str, str | None, torch.device, torch.dtype], str] = {}
 _requested: ContextVar[str | None] = ContextVar("diffpp_fast_backend", default=None)
 
 
-def register(op: str, *, triton: str | None = None, cuda: bool = True, **definition: Callable[..., Any]) -> None:
+def register(
+    op: str, *, triton: str | None = None, cpu: bool = True, cuda: bool = True, **definition: Callable[..., Any]
+) -> None:
     """Enter an operator with its definition in plain torch.
 
     Args:
         op: one of `OPS`.
         triton: where Triton's functions are, "module" or "module:object"; None for `diffpp_fast.ops.triton.<op>`.
+        cpu: whether csrc has kernels of it for the CPU. Without, the definition serves as "cpu" too, so that who asks
+            for this backend can run a whole network.
         cuda: whether csrc has kernels of it for GPUs.
         definition: its functions by name. `forward` is registered as `diffpp_fast::<op>`, `backward` as
             `diffpp_fast::<op>_backward`, any other by its name.
@@ -82,10 +87,13 @@ def register(op: str, *, triton: str | None = None, cuda: bool = True, **definit
         return SimpleNamespace(**{name: getattr(library, schema).default for name, schema in names.items()})
 
     module = triton or f"diffpp_fast.ops.triton.{op}"
-    _sources[op] = {"cpu": compiled, "triton": lambda: resolve_name(module)}
+
+    def defined() -> SimpleNamespace:
+        return SimpleNamespace(**definition)
+
+    _sources[op] = {"cpu": compiled if cpu else defined, "triton": lambda: resolve_name(module), "reference": defined}
     if cuda:
         _sources[op]["cuda"] = compiled
-    _sources[op]["reference"] = lambda: SimpleNamespace(**definition)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ SHAPES = {
     "group_norm_silu": (2, 64, 7, 9),
     "geglu": (2, 5, 46),
     "ada_layer_norm": (2, 5, 23),
+    "gated_residual_norm": (2, 5, 23),
 }
 SHAPE = (2, 4, 13, 17)
 FLOW = {"prediction_type": "flow_prediction"}
@@ -52,6 +53,7 @@ CHECKED: dict[str, Sequence[dict[str, Any]]] = {
     "sim_loss": ({"noise": "stored"}, {"noise": "drawn"}, FLOW),
     "reward_pixels": LAYOUTS,
     "group_norm_silu": [{"wrt": wrt, **layout} for wrt in ("x", "all") for layout in LAYOUTS],
+    "gated_residual_norm": ({}, {"norm": "rms", "modulation": "tokens", "affine": True}),
 }
 
 
@@ -62,7 +64,7 @@ class Call:
     op: str
     arguments: dict[str, Any]
     wrt: tuple[str, ...]  # the arguments that get gradients
-    outer: Tensor | None  # the gradient of the first output; None where that is a scalar, or nothing gets a gradient
+    outer: Tensor | None  # the gradient of each output; None where that is a scalar, or nothing gets a gradient
 
     @property
     def forward(self) -> Callable[..., Any]:
@@ -81,6 +83,8 @@ class Call:
         if self.op == "score_gap":
             outputs = ["gradient", "gap_sq", "residual_abs", "gap_dot_residual"]
             del outputs[len(outputs) if "noise" in self.arguments else 2 :]
+        elif self.op == "gated_residual_norm":
+            outputs = ["hidden", "modulated"]
         return [*outputs, *(f"gradient of {name}" for name in self.wrt)]
 
     def run(self) -> Outputs:
@@ -129,7 +133,7 @@ def step(forward: Callable[..., Any], arguments: dict[str, Any], wrt: Sequence[s
     outputs = (result,) if isinstance(result, Tensor) else tuple(value for value in result if value is not None)
     if not wrt:
         return outputs
-    return outputs + torch.autograd.grad(outputs[0], [arguments[name] for name in wrt], outer)
+    return outputs + torch.autograd.grad(outputs, [arguments[name] for name in wrt], [outer] * len(outputs))
 
 
 def compare(names: Sequence[str], actual: Outputs, oracle: Outputs, tolerance: float) -> str | None:
@@ -314,12 +318,38 @@ def _ada_layer_norm(draw: _Draw, op: str, *, wrt: str = "all", modulation: str =
     return _with_gradients(op, arguments, wanted, draw.normal())
 
 
+def _gated_residual_norm(
+    draw: _Draw, op: str, *, wrt: str = "all", modulation: str = "rows", norm: str = "layer", affine: bool = False
+) -> Call:
+    names: tuple[str, ...] = ("gate", "scale", "shift")
+    batch, count, width = draw.shape
+    arguments: dict[str, Any] = {"residual": draw.normal(mean=0.5), "branch": draw.normal(), "norm": norm}
+    if modulation == "tokens":
+        modulated = tuple(draw.normal((batch, count, width), scale=0.3) for _ in names)
+    else:
+        # As networks have them: parts of one tensor.
+        modulated = draw.normal((batch, 3, width), scale=0.3).chunk(3, dim=1)
+    arguments |= dict(zip(names, modulated, strict=True))
+    if modulation == "float32" and draw.dtype != torch.float64:
+        arguments |= {name: arguments[name].float().flatten(1) for name in names}
+    elif modulation == "scale":
+        arguments |= {"gate": None, "shift": None}
+        names = ("scale",)
+    if affine:
+        arguments["weight"] = draw.normal((width,), scale=0.2, mean=1.0)
+        names = (*names, "weight")
+    inputs = ("residual", "branch")
+    wanted = {"inputs": inputs, "modulation": names, "all": (*inputs, *names), "none": ()}[wrt]
+    return _with_gradients(op, arguments, wanted, draw.normal())
+
+
 _MAKERS: dict[str, Callable[..., Call]] = {
     "philox": _philox,
     "reward_pixels": _reward_pixels,
     "group_norm_silu": _group_norm_silu,
     "geglu": _geglu,
     "ada_layer_norm": _ada_layer_norm,
+    "gated_residual_norm": _gated_residual_norm,
 }
 
 

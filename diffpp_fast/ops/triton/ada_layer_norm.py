@@ -35,12 +35,12 @@ def backward(
         None,
         None,
         scale,
+        scale,
         needs_x=needs_x,
         needs_branch=False,
         needs_gate=False,
         needs_weight=False,
         needs_scale=needs_scale,
         needs_shift=needs_shift,
-        shift_like=scale,
     )
     return grad_x, grad_scale, grad_shift

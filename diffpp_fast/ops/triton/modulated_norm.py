@@ -14,8 +14,8 @@ from torch import Tensor
 
 from diffpp_fast.ops.triton.layout import as_float
 
-#: The widest row that registers hold, with the gradient's sums beside it.
-MOST_COLUMNS = 8192
+#: The widest row that registers hold, with the gradient's sums beside it: two of them, or three and a residual.
+MOST_COLUMNS, MOST_COLUMNS_OF_RESIDUALS = 8192, 6144
 #: Elements of a row per warp. Forward 48 a thread: up to 1536 columns no sum leaves the warp. Backward 16 a thread,
 #: for each of up to three sums, three factors and four values.
 COLUMNS_PER_WARP, COLUMNS_PER_WARP_BACKWARD = 1536, 512
@@ -48,9 +48,10 @@ def modulation(values: Tensor | None) -> Modulation:
 def shape(op: str, x: Tensor) -> tuple[int, int, int]:
     """Batch, rows of a sample and width. Rows that are too wide are refused."""
     width = x.shape[-1]
-    if width > MOST_COLUMNS:
+    name, most = ("x", MOST_COLUMNS) if op == "ada_layer_norm" else ("residual", MOST_COLUMNS_OF_RESIDUALS)
+    if width > most:
         raise ValueError(
-            f"{op}: backend 'triton' serves rows of up to {MOST_COLUMNS} elements, x has {width}; "
+            f"{op}: backend 'triton' serves rows of up to {most} elements, {name} has {width}; "
             "use_backend('reference') serves any"
         )
     return x.shape[0], x.shape[1:-1].numel(), width
@@ -122,22 +123,21 @@ def backward(
     gate: Tensor | None,
     weight: Tensor | None,
     scale: Tensor | None,
+    shift: Tensor | None,
     needs_x: bool,
     needs_branch: bool,
     needs_gate: bool,
     needs_weight: bool,
     needs_scale: bool,
     needs_shift: bool,
-    shift_like: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, branch, gate, weight, scale and shift, each where it is needed.
 
-    Args:
-        shift_like: has the shape and dtype of the shift.
+    Of `shift` only shape and dtype are read, of `branch` also the values where the gate needs its gradient.
     """
     batch, rows, width = shape(op, hidden)
     values = hidden.contiguous()
-    per_row = any(each is not None and each.dim() == 3 for each in (gate, scale, shift_like))
+    per_row = any(each is not None and each.dim() == 3 for each in (gate, scale, shift))
     grad_x = torch.empty_like(values) if needs_x else None
     grad_branch = torch.empty_like(values) if needs_branch else None
     # The sums for scale and weight are the same ones, times what does not depend on the row.
@@ -145,18 +145,19 @@ def backward(
     wide = torch.float32
     grad_gate = _gradient(gate, None) if needs_gate else None
     grad_scale = _gradient(scale, None if weight is None or per_row else wide) if needs_scale else None
-    grad_shift = _gradient(shift_like, None) if needs_shift else None
-    products = grad_scale
+    grad_shift = _gradient(shift, None) if needs_shift else None
+    products = grad_scale if needs_products else None
     if needs_products and (per_row or not needs_scale):
         products = torch.empty(batch, width, dtype=wide, device=hidden.device)
     if hidden.numel():
         per_program = min(max(batch * rows // PROGRAMS, LEAST_ROWS), MOST_ROWS)
         chunks = triton.cdiv(rows, per_program)
         # Rows with their own modulation have their own gradients of it; the weight's is a sum all the same.
-        summed = (needs_gate and not per_row, needs_products, needs_shift and not per_row)
+        sum_gate, sum_shift = needs_gate and not per_row, needs_shift and not per_row
+        kinds = sum_gate + needs_products + sum_shift
         sums = None
-        if any(summed):
-            sums = torch.empty(batch, chunks, 3, width, dtype=torch.float32, device=hidden.device)
+        if kinds:
+            sums = torch.empty(batch, chunks, kinds, width, dtype=torch.float32, device=hidden.device)
         main, tail = _blocks(width)
         dense_gate, gate_stride, gate_row_stride = modulation(gate)
         dense_scale, scale_stride, scale_row_stride = modulation(scale)
@@ -184,21 +185,24 @@ def backward(
             width=width,
             per_program=per_program,
             PER_ROW=per_row,
-            SUM_GATE=summed[0],
-            SUM_PRODUCTS=summed[1],
-            SUM_SHIFT=summed[2],
+            SUM_GATE=sum_gate,
+            SUM_PRODUCTS=needs_products,
+            SUM_SHIFT=sum_shift,
             MAIN=main,
             TAIL=tail,
             num_warps=_warps(width, COLUMNS_PER_WARP_BACKWARD),
         )
         if sums is not None:
-            _combine[(batch, triton.cdiv(width, SUM_COLUMNS))](
+            results = (grad_gate if sum_gate else None, products, grad_shift if sum_shift else None)
+            first, second, third = sorted(results, key=lambda each: each is None)
+            _combine[(batch, triton.cdiv(width, SUM_COLUMNS), kinds)](
                 p_sums=sums,
-                p_gate=grad_gate if summed[0] else None,
-                p_products=products if summed[1] else None,
-                p_shift=grad_shift if summed[2] else None,
+                p_first=first,
+                p_second=second,
+                p_third=third,
                 chunks=chunks,
                 width=width,
+                KINDS=kinds,
                 BLOCK_R=SUM_ROWS,
                 BLOCK_C=SUM_COLUMNS,
                 num_warps=4,
@@ -413,7 +417,7 @@ def _backward(
     p_grad_gate,  # here and below, where rows have their own modulation
     p_grad_scale,
     p_grad_shift,
-    p_sums,  # [B, chunks, 3, width] or None: for the gate, for scale and weight, for the shift
+    p_sums,  # [B, chunks, 1 to 3, width] or None: for the gate, for scale and weight, for the shift
     rows,
     width,
     per_program,
@@ -477,47 +481,44 @@ def _backward(
                     _store(p_grad_gate + at, b_c, b_in, m_b)
                     _store(p_grad_gate + at, t_c, t_in, m_t)
     if p_sums is not None:
-        p_to = p_sums + program * 3 * width
+        p_to = p_sums + program * (SUM_GATE + SUM_PRODUCTS + SUM_SHIFT) * width
         if SUM_GATE:
             _store(p_to, b_c, b_gates, m_b)
             _store(p_to, t_c, t_gates, m_t)
+            p_to += width
         if SUM_PRODUCTS:
-            _store(p_to + width, b_c, b_products, m_b)
-            _store(p_to + width, t_c, t_products, m_t)
+            _store(p_to, b_c, b_products, m_b)
+            _store(p_to, t_c, t_products, m_t)
+            p_to += width
         if SUM_SHIFT:
-            _store(p_to + 2 * width, b_c, b_shifts, m_b)
-            _store(p_to + 2 * width, t_c, t_shifts, m_t)
-
-
-@triton.jit
-def _sum_chunks(p_sums, p_to, chunks, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Columns of one of the three sums, over the chunks of a sample."""
-    b_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = b_c < width
-    b_sum = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for begin in range(0, chunks, BLOCK_R):
-        b_r = begin + tl.arange(0, BLOCK_R)
-        m_inside = (b_r < chunks)[:, None] & m_c[None, :]
-        b_sum += tl.load(p_sums + b_r.to(tl.int64)[:, None] * 3 * width + b_c[None, :], mask=m_inside, other=0.0)
-    _store(p_to, b_c, tl.sum(b_sum, 0), m_c)
+            _store(p_to, b_c, b_shifts, m_b)
+            _store(p_to, t_c, t_shifts, m_t)
 
 
 @triton.jit
 def _combine(
-    p_sums,  # [B, chunks, 3, width]
-    p_gate,  # [B, width] or None, as the others
-    p_products,
-    p_shift,
+    p_sums,  # [B, chunks, KINDS, width]
+    p_first,  # [B, width], as the others, of which the last may be None
+    p_second,
+    p_third,
     chunks,
     width,
+    KINDS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    b = tl.program_id(0).to(tl.int64)
-    p_sums += b * chunks * 3 * width
-    if p_gate is not None:
-        _sum_chunks(p_sums, p_gate + b * width, chunks, width, BLOCK_R, BLOCK_C)
-    if p_products is not None:
-        _sum_chunks(p_sums + width, p_products + b * width, chunks, width, BLOCK_R, BLOCK_C)
-    if p_shift is not None:
-        _sum_chunks(p_sums + 2 * width, p_shift + b * width, chunks, width, BLOCK_R, BLOCK_C)
+    b, kind = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    b_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = b_c < width
+    p_sums += (b * chunks * KINDS + kind) * width
+    b_rows = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for begin in range(0, chunks, BLOCK_R):
+        b_r = begin + tl.arange(0, BLOCK_R)
+        m_inside = (b_r < chunks)[:, None] & m_c[None, :]
+        b_rows += tl.load(p_sums + b_r.to(tl.int64)[:, None] * KINDS * width + b_c[None, :], mask=m_inside, other=0.0)
+    b_sum = tl.sum(b_rows, 0)
+    _store(p_first + b * width, b_c, b_sum, m_c & (kind == 0))
+    if p_second is not None:
+        _store(p_second + b * width, b_c, b_sum, m_c & (kind == 1))
+    if p_third is not None:
+        _store(p_third + b * width, b_c, b_sum, m_c & (kind == 2))
