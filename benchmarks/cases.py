@@ -66,11 +66,13 @@ TOKENS = {
 }
 #: The same in the blocks of Stable Diffusion 3 and FLUX at 1024 x 1024.
 WIDE_TOKENS = {"sd3-4096": Size((1, 4096, 1536), quick=True), "flux-4096": Size((1, 4096, 3072))}
+#: [B, T, H, D], the queries of FLUX at 1024 x 1024.
+QUERIES = {"flux-heads-4096": Size((1, 4096, 24, 128), quick=True)}
 
 #: Those that work on samples, and take or draw noise.
 LATENT_OPS = ("add_noise", "denoising_loss", "score_gap", "sid_loss", "sim_loss")
 
-SIZES = {**LATENTS, **IMAGES, **VAE, **UNET, **FEED_FORWARD, **TOKENS, **WIDE_TOKENS}
+SIZES = {**LATENTS, **IMAGES, **VAE, **UNET, **FEED_FORWARD, **TOKENS, **WIDE_TOKENS, **QUERIES}
 SELECTIONS = ("quick", "latents", "full")
 
 
@@ -112,6 +114,7 @@ FAMILIES = (
     Family("geglu", "", ("none",), "x -> y; x grad_y -> grad_x", FEED_FORWARD),
     Family("ada_layer_norm", "", ("none",), "x -> y; x grad_y -> grad_x", TOKENS),
     Family("gated_residual_norm", "", ("none",), GATED, WIDE_TOKENS),
+    Family("rms_norm_rope", "", ("none",), "x -> y; x grad_y -> grad_x", QUERIES),
 )
 
 

@@ -35,12 +35,16 @@ GROUPS = {"even": 8, "odd": 3, "long": 8, "one": 4, "chunks": 2, "channels": 2}
 #: [B, N, D]: rows that block lengths divide and that they don't, short ones in numbers, long ones.
 TOKENS = {"even": (2, 40, 256), "odd": (3, 7, 90), "short": (2, 300, 16), "long": (2, 3, 8192), "one": (1, 1, 1)}
 
+#: [B, T, H, D]: heads that fill tiles and that don't, long rows.
+HEADS = {"even": (2, 9, 24, 128), "odd": (3, 5, 7, 90), "long": (2, 3, 2, 4096), "one": (1, 1, 1, 2)}
+
 SHAPES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "reward_pixels": IMAGES,
     "group_norm_silu": ACTIVATIONS,
     "geglu": TOKENS,
     "ada_layer_norm": TOKENS,
     "gated_residual_norm": {**TOKENS, "long": (2, 3, 6144)},
+    "rms_norm_rope": HEADS,
 }
 
 #: Their rows lie along the last dimension: channels_last means nothing to them.
@@ -90,6 +94,14 @@ OPTIONS: Mapping[str, Mapping[str, Sequence[Any]]] = {
         "modulation": ("rows", "tokens", "float32", "scale"),
         "affine": (False, True),
         "shape": (*TOKENS,),
+    },
+    "rms_norm_rope": {
+        "interleaved": (True, False),
+        "sequence_dim": (1, 2),
+        "affine": (True, False),
+        "wrt": ("x", "weight", "all", "none"),
+        "positions": ("shared", "own"),
+        "shape": (*HEADS,),
     },
 }
 
@@ -173,4 +185,6 @@ def _makes_sense(variant: Variant) -> bool:
         return options["normalizer"] is None and options["prediction_type"] == "epsilon"
     if variant.op == "group_norm_silu" and options["affine"] == "none":
         return options["wrt"] != "parameters"
+    if variant.op == "rms_norm_rope" and not options["affine"]:
+        return options["wrt"] != "weight"
     return True

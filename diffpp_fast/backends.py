@@ -32,6 +32,7 @@ OPS = (
     "geglu",
     "ada_layer_norm",
     "gated_residual_norm",
+    "rms_norm_rope",
 )
 # In order of preference. On the CPU "cpu" comes before Triton's interpreter; it serves nothing on GPUs. There Triton
 # comes first until both were measured.

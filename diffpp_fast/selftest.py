@@ -35,6 +35,7 @@ SHAPES = {
     "geglu": (2, 5, 46),
     "ada_layer_norm": (2, 5, 23),
     "gated_residual_norm": (2, 5, 23),
+    "rms_norm_rope": (2, 5, 3, 22),
 }
 SHAPE = (2, 4, 13, 17)
 FLOW = {"prediction_type": "flow_prediction"}
@@ -54,6 +55,7 @@ CHECKED: dict[str, Sequence[dict[str, Any]]] = {
     "reward_pixels": LAYOUTS,
     "group_norm_silu": [{"wrt": wrt, **layout} for wrt in ("x", "all") for layout in LAYOUTS],
     "gated_residual_norm": ({}, {"norm": "rms", "modulation": "tokens", "affine": True}),
+    "rms_norm_rope": ({}, {"interleaved": False, "sequence_dim": 2}),
 }
 
 
@@ -343,6 +345,29 @@ def _gated_residual_norm(
     return _with_gradients(op, arguments, wanted, draw.normal())
 
 
+def _rms_norm_rope(
+    draw: _Draw,
+    op: str,
+    *,
+    interleaved: bool = True,
+    sequence_dim: int = 1,
+    affine: bool = True,
+    wrt: str = "all",
+    positions: str = "shared",
+) -> Call:
+    batch, width = draw.shape[0], draw.shape[3]
+    shape = (draw.shape[sequence_dim], width) if positions == "shared" else (batch, draw.shape[sequence_dim], width)
+    # Angles that differ within a pair, which networks do not have: an operator that mixes them up shows.
+    angle = draw.normal(shape, scale=2.0).to(torch.promote_types(draw.dtype, torch.float32))
+    arguments: dict[str, Any] = {"x": draw.normal(), "cos": angle.cos(), "sin": angle.sin()}
+    arguments |= {"interleaved": interleaved, "sequence_dim": sequence_dim}
+    if affine:
+        arguments["weight"] = draw.normal((width,), scale=0.2, mean=1.0)
+    parameters = ("weight",) if affine else ()
+    wanted = {"x": ("x",), "weight": parameters, "all": ("x", *parameters), "none": ()}[wrt]
+    return _with_gradients(op, arguments, wanted, draw.normal())
+
+
 _MAKERS: dict[str, Callable[..., Call]] = {
     "philox": _philox,
     "reward_pixels": _reward_pixels,
@@ -350,6 +375,7 @@ _MAKERS: dict[str, Callable[..., Call]] = {
     "geglu": _geglu,
     "ada_layer_norm": _ada_layer_norm,
     "gated_residual_norm": _gated_residual_norm,
+    "rms_norm_rope": _rms_norm_rope,
 }
 
 

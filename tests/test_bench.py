@@ -35,6 +35,7 @@ SMALL = {
     "geglu": (2, 6, 64),
     "ada_layer_norm": (2, 6, 64),
     "gated_residual_norm": (2, 6, 64),
+    "rms_norm_rope": (2, 3, 4, 16),
 }
 
 
@@ -102,6 +103,7 @@ def test_the_traffic_names_the_inputs_the_gradients_and_their_sizes(case: Case) 
         (find("geglu", "none"), 4),
         (find("ada_layer_norm", "none"), 5),
         (find("gated_residual_norm", "none"), 10),
+        (find("rms_norm_rope", "none"), 5),
     ],
     ids=lambda value: value.name if isinstance(value, Case) else "",
 )

@@ -34,6 +34,7 @@ SHAPES = {
     "geglu": [TOKENS],
     "ada_layer_norm": [TOKENS],
     "gated_residual_norm": [TOKENS],
+    "rms_norm_rope": [(2, 16, 8, 128)],
 }
 #: Launched for the gradients of weight and bias alone.
 FOR_PARAMETERS = "parameter_gradients"

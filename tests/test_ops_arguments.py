@@ -33,6 +33,10 @@ OPS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         ops.gated_residual_norm,
         {"residual": ROWS, "branch": ROWS, "gate": ROWS, "scale": ROWS, "shift": ROWS, "weight": torch.ones(6)},
     ),
+    "rms_norm_rope": (
+        ops.rms_norm_rope,
+        {"x": X, "cos": Y[0, 0], "sin": Y[0, 0], "weight": torch.ones(2), "sequence_dim": 2},
+    ),
 }
 NO_NUMBERS = (math.nan, math.inf, "1", True, 1j, torch.tensor(1.0), 10**400)
 NO_NAMES = (3, torch.zeros(2), ["silu"], "nothing")
@@ -52,6 +56,8 @@ WRONG: dict[tuple[str, str], tuple[Any, ...]] = {
     ("ada_layer_norm", "eps"): (*NO_NUMBERS, None, -1e-5),
     ("gated_residual_norm", "eps"): (*NO_NUMBERS, None, -1e-5),
     ("gated_residual_norm", "norm"): (*NO_NAMES, None),
+    ("rms_norm_rope", "eps"): (*NO_NUMBERS, None, -1e-5),
+    ("rms_norm_rope", "sequence_dim"): (0, 3, -1, 1.0, True, "1", None),
     ("reward_pixels", "size"): (0, -1, 3.0, (3, 3), True, "3", None, torch.tensor([3, 3])),
     ("reward_pixels", "mean"): (0.5, None, "abcd", ["a"] * 4, [0.5], [math.nan] * 4, [1j] * 4, torch.zeros(4, 2)),
     ("reward_pixels", "std"): (0.5, [0.5] * 3, [0.0] * 4, [-0.5] * 4, [math.inf] * 4),

@@ -61,6 +61,10 @@ def cases() -> dict[str, Case]:
             ),
             (rows, rows.cos(), rows.sin(), rows[0, 0].exp()),
         ),
+        "rms_norm_rope": (
+            lambda x, w, cos, sin: ops.rms_norm_rope(x, cos, sin, w, interleaved=False, sequence_dim=2),
+            (x, channels[0, :2], eps[0, 0], u[:, 0]),
+        ),
         "inject_gradient": (lambda x: inject_gradient(x, y), (x,)),
     }
 
@@ -75,6 +79,7 @@ FUNCTIONS = {
     "_Geglu": "geglu",
     "_AdaLayerNorm": "ada_layer_norm",
     "_GatedResidualNorm": "gated_residual_norm",
+    "_RmsNormRope": "rms_norm_rope",
     "_InjectGradient": "inject_gradient",
     "_Convolution": "test_decoder.py",
     "_EnlargedConvolution": "test_decoder.py",

@@ -13,6 +13,7 @@ from diffpp_fast.ops.gated_residual_norm import gated_residual_norm
 from diffpp_fast.ops.geglu import geglu
 from diffpp_fast.ops.group_norm_silu import group_norm_silu
 from diffpp_fast.ops.reward_pixels import reward_pixels
+from diffpp_fast.ops.rms_norm_rope import rms_norm_rope
 from diffpp_fast.ops.score_gap import ScoreGap, score_gap
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "geglu",
     "group_norm_silu",
     "reward_pixels",
+    "rms_norm_rope",
     "score_gap",
     "sid_loss",
     "sim_loss",
