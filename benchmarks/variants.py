@@ -36,7 +36,7 @@ GROUPS = {"even": 8, "odd": 3, "long": 8, "one": 4, "chunks": 2, "channels": 2}
 TOKENS = {"even": (2, 40, 256), "odd": (3, 7, 90), "short": (2, 300, 16), "long": (2, 3, 8192), "one": (1, 1, 1)}
 
 #: [B, T, H, D]: heads that fill tiles and that don't, long rows.
-HEADS = {"even": (2, 9, 24, 128), "odd": (3, 5, 7, 90), "long": (2, 3, 2, 4096), "one": (1, 1, 1, 2)}
+HEADS = {"even": (2, 9, 24, 128), "odd": (3, 5, 7, 90), "long": (2, 3, 2, 1024), "one": (1, 1, 1, 2)}
 
 SHAPES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "reward_pixels": IMAGES,
@@ -48,7 +48,7 @@ SHAPES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
 }
 
 #: Their rows lie along the last dimension: channels_last means nothing to them.
-TOKEN_OPS = ("geglu", "ada_layer_norm", "gated_residual_norm")
+TOKEN_OPS = ("geglu", "ada_layer_norm", "gated_residual_norm", "rms_norm_rope")
 NOISES = ("drawn", "stored")
 TARGET = {"noise": NOISES, "prediction_type": PREDICTION_TYPES}
 LOSS = {**TARGET, "uncond": (True, False), "wrt": ("fake", "outputs", "all"), "shape": (*LATENTS,)}

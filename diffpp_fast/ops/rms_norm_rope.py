@@ -30,7 +30,7 @@ def rms_norm_rope(
     Args:
         x: [B, T, H, D], or [B, H, T, D] with `sequence_dim` 2; D is even.
         cos: [T, D] or [B, T, D]; its dtype may be its own.
-        sin: the same.
+        sin: the same as `cos`.
         weight: [D], of the norm; None is 1.
         eps: added to the mean of the squares.
         interleaved: whether pairs are neighbours.
@@ -55,19 +55,15 @@ def rms_norm_rope(
     tokens = x if sequence_dim == 1 else x.transpose(1, 2)
     batch, count, _, width = tokens.shape
     for name, values in (("cos", cos), ("sin", sin)):
-        if values.shape not in ((count, width), (batch, count, width)):
+        if values.shape not in ((count, width), (batch, count, width)) or values.dim() != cos.dim():
             raise ValueError(
                 f"{op}: {name} must have shape [T, D] = [{count}, {width}] or [B, T, D], got {list(values.shape)}"
             )
     if weight is not None and weight.shape != (width,):
         raise ValueError(f"{op}: weight must have shape [D] = [{width}], got {list(weight.shape)}")
     eps = checks.eps(op, eps)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    # Kernels compute in one precision: float64 for all, or for none.
-    cos, sin, weight = (
-        each if each is None or (each.dtype == torch.float64) == (x.dtype == torch.float64) else each.to(wide)
-        for each in (cos, sin, weight)
-    )
+    cos, sin = _precise(cos, x), _precise(sin, x)
+    weight = None if weight is None else _precise(weight, x)
     y: Tensor
     if by_definition(cos, sin):
         y = forward(tokens, cos, sin, weight, eps, bool(interleaved))
@@ -76,6 +72,13 @@ def rms_norm_rope(
     else:
         y = kernels(op, x.device, x.dtype).forward(tokens, cos, sin, weight, eps, bool(interleaved))
     return y if sequence_dim == 1 else y.transpose(1, 2)
+
+
+def _precise(values: Tensor, like: Tensor) -> Tensor:
+    """Kernels compute in one precision: float64 for all, or for none."""
+    if (values.dtype == torch.float64) == (like.dtype == torch.float64):
+        return values
+    return values.to(torch.promote_types(like.dtype, torch.float32))
 
 
 def forward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, interleaved: bool) -> Tensor:
@@ -144,9 +147,12 @@ class _RmsNormRope(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         differentiate = backward if recorded() else ctx.kernels.backward
+        x, cos, sin, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        grads = only_needed(differentiate(grad_output, *ctx.saved_tensors, *ctx.options, *needs), needs)
-        return grads[0], None, None, grads[1], None, None
+        eps, interleaved = ctx.options
+        grads = differentiate(grad_output, x, cos, sin, weight, eps, interleaved, *needs)
+        grad_x, grad_weight = only_needed(grads, needs)
+        return grad_x, None, None, grad_weight, None, None
 
 
 register("rms_norm_rope", cpu=False, cuda=False, forward=forward, backward=backward)

@@ -15,14 +15,14 @@ from diffpp_fast.ops.triton.layout import as_float
 #: Elements of a tile: 8 a thread, which loads 16 bytes of 16-bit numbers at a time.
 TILE, WARPS = 1024, 4
 #: The longest row, of which a tile then has one.
-MOST_COLUMNS = 4096
+MOST_COLUMNS = 1024
 #: Programs of the backward pass beyond which one takes more tokens: enough to fill large GPUs several times over.
 PROGRAMS, MOST_TOKENS = 2048, 16
 
 
 @on_its_device
 def forward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, interleaved: bool) -> Tensor:
-    x, cos, sin = _dense(x), _dense(cos), _dense(sin)
+    x, (cos, sin) = _dense(x), _alike(cos, sin)
     y = torch.empty_like(x)
     batch, tokens, heads, width = x.shape
     if x.numel():
@@ -37,11 +37,9 @@ def forward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: flo
             y_token=y.stride(1),
             y_head=y.stride(2),
             p_cos=cos,
-            cos_batch=cos.stride(0) if cos.dim() == 3 else 0,
-            cos_token=cos.stride(-2),
             p_sin=sin,
-            sin_batch=sin.stride(0) if sin.dim() == 3 else 0,
-            sin_token=sin.stride(-2),
+            angle_batch=cos.stride(0) if cos.dim() == 3 else 0,
+            angle_token=cos.stride(-2),
             p_weight=None if weight is None else _dense(weight),
             eps=eps,
             tokens=tokens,
@@ -68,7 +66,7 @@ def backward(
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     like = x
-    x, cos, sin, grad = _dense(x), _dense(cos), _dense(sin), _dense(grad_output)
+    x, (cos, sin), grad = _dense(x), _alike(cos, sin), _dense(grad_output)
     grad_x = torch.empty_like(like) if needs_x else None
     dense_grad_x = None if grad_x is None else grad_x if grad_x.stride(3) == 1 else torch.empty_like(x)
     strides = (0, 0, 0, 1) if dense_grad_x is None else dense_grad_x.stride()
@@ -94,11 +92,9 @@ def backward(
             y_token=strides[1],
             y_head=strides[2],
             p_cos=cos,
-            cos_batch=cos.stride(0) if cos.dim() == 3 else 0,
-            cos_token=cos.stride(-2),
             p_sin=sin,
-            sin_batch=sin.stride(0) if sin.dim() == 3 else 0,
-            sin_token=sin.stride(-2),
+            angle_batch=cos.stride(0) if cos.dim() == 3 else 0,
+            angle_token=cos.stride(-2),
             p_weight=None if weight is None else _dense(weight),
             p_sums=sums,
             eps=eps,
@@ -120,6 +116,12 @@ def backward(
 def _dense(values: Tensor) -> Tensor:
     """With the elements of a row beside each other."""
     return values if values.stride(-1) == 1 else values.contiguous()
+
+
+def _alike(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the same strides, and the elements of a row beside each other."""
+    cos, sin = _dense(cos), _dense(sin)
+    return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
 
 
 def _tile(width: int, heads: int) -> tuple[int, int]:
@@ -195,11 +197,9 @@ def _forward(
     y_token,
     y_head,
     p_cos,  # [tokens, width] or [B, tokens, width], as p_sin
-    cos_batch,
-    cos_token,
     p_sin,
-    sin_batch,
-    sin_token,
+    angle_batch,
+    angle_token,
     p_weight,  # [width] or None
     eps,
     tokens,
@@ -211,8 +211,8 @@ def _forward(
 ):
     program = tl.program_id(0).to(tl.int64)
     b, t = program // tokens, program % tokens
-    c_a, c_b = _load_row(p_cos + b * cos_batch + t * cos_token, width, INTERLEAVED, HALF)
-    s_a, s_b = _load_row(p_sin + b * sin_batch + t * sin_token, width, INTERLEAVED, HALF)
+    c_a, c_b = _load_row(p_cos + b * angle_batch + t * angle_token, width, INTERLEAVED, HALF)
+    s_a, s_b = _load_row(p_sin + b * angle_batch + t * angle_token, width, INTERLEAVED, HALF)
     w_a, w_b = _weight_pairs(p_weight, width, INTERLEAVED, HALF)
     for first in range(0, heads, HEADS):
         b_h = (first + tl.arange(0, HEADS)).to(tl.int64)[:, None]
@@ -238,11 +238,9 @@ def _backward(
     y_token,
     y_head,
     p_cos,  # [tokens, width] or [B, tokens, width], as p_sin
-    cos_batch,
-    cos_token,
     p_sin,
-    sin_batch,
-    sin_token,
+    angle_batch,
+    angle_token,
     p_weight,  # [width] or None
     p_sums,  # [programs, width] or None: the weight's gradient of each program
     eps,
@@ -262,8 +260,8 @@ def _backward(
     w_a, w_b = _weight_pairs(p_weight, width, INTERLEAVED, HALF)
     sum_a, sum_b = tl.zeros([HEADS, HALF], tl.float32), tl.zeros([HEADS, HALF], tl.float32)
     for t in range(begin, end):
-        c_a, c_b = _load_row(p_cos + b * cos_batch + t * cos_token, width, INTERLEAVED, HALF)
-        s_a, s_b = _load_row(p_sin + b * sin_batch + t * sin_token, width, INTERLEAVED, HALF)
+        c_a, c_b = _load_row(p_cos + b * angle_batch + t * angle_token, width, INTERLEAVED, HALF)
+        s_a, s_b = _load_row(p_sin + b * angle_batch + t * angle_token, width, INTERLEAVED, HALF)
         for first in range(0, heads, HEADS):
             b_h = (first + tl.arange(0, HEADS)).to(tl.int64)[:, None]
             m_h = b_h < heads
