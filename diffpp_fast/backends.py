@@ -66,15 +66,20 @@ _requested: ContextVar[str | None] = ContextVar("diffpp_fast_backend", default=N
 
 
 def register(
-    op: str, *, triton: str | None = None, cpu: bool = True, cuda: bool = True, **definition: Callable[..., Any]
+    op: str,
+    *,
+    triton: str | None = None,
+    cpu: SimpleNamespace | None = None,
+    cuda: bool = True,
+    **definition: Callable[..., Any],
 ) -> None:
     """Enter an operator with its definition in plain torch.
 
     Args:
         op: one of `OPS`.
         triton: where Triton's functions are, "module" or "module:object"; None for `diffpp_fast.ops.triton.<op>`.
-        cpu: whether csrc has kernels of it for the CPU. Without, the definition serves as "cpu" too, so that who asks
-            for this backend can run a whole network.
+        cpu: its functions on the CPU where csrc has none of this name, so that "cpu" serves every operator; None for
+            csrc's.
         cuda: whether csrc has kernels of it for GPUs.
         definition: its functions by name. `forward` is registered as `diffpp_fast::<op>`, `backward` as
             `diffpp_fast::<op>_backward`, any other by its name.
@@ -88,13 +93,10 @@ def register(
         return SimpleNamespace(**{name: getattr(library, schema).default for name, schema in names.items()})
 
     module = triton or f"diffpp_fast.ops.triton.{op}"
-
-    def defined() -> SimpleNamespace:
-        return SimpleNamespace(**definition)
-
-    _sources[op] = {"cpu": compiled if cpu else defined, "triton": lambda: resolve_name(module), "reference": defined}
+    _sources[op] = {"cpu": (lambda: cpu) if cpu else compiled, "triton": lambda: resolve_name(module)}
     if cuda:
         _sources[op]["cuda"] = compiled
+    _sources[op]["reference"] = lambda: SimpleNamespace(**definition)
 
 
 @contextmanager

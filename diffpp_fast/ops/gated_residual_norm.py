@@ -1,5 +1,6 @@
 """A gated residual, the norm of the sum, and its modulation, forward and backward."""
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -128,14 +129,14 @@ def forward(
     layer: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Return h, its modulated norm, and of each row the mean, None for RMS, and 1 / deviation: [B, rows]."""
-    wide_residual, wide_branch = _rows(residual), _rows(branch)
-    added = wide_branch if gate is None else _by_row(gate, wide_branch) * wide_branch
-    hidden = _stored((wide_residual + added).reshape(residual.shape), residual)
+    hidden = _sum(residual, branch, gate)
     normalized, mean, rstd = _normalized(_rows(hidden), eps, layer)
     y = normalized if weight is None else normalized * weight.to(normalized.dtype)
-    if scale is not None:
+    if scale is not None and shift is not None:
+        y = torch.addcmul(_by_row(shift, y), y, 1.0 + _by_row(scale, y))
+    elif scale is not None:
         y = y * (1.0 + _by_row(scale, y))
-    if shift is not None:
+    elif shift is not None:
         y = y + _by_row(shift, y)
     return hidden, _stored(y.reshape(residual.shape), residual), mean, rstd
 
@@ -154,23 +155,27 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """Return the gradients of residual, branch, gate, weight, scale and shift, each where it is needed."""
-    rows = _rows(hidden)
+    rows, grad = _rows(hidden), _rows(grad_modulated)
     normalized = (rows if mean is None else rows - mean[:, :, None]) * rstd[:, :, None]
-    grad, factor = _rows(grad_modulated), 1.0 if scale is None else 1.0 + _by_row(scale, normalized)
-    own = 1.0 if weight is None else weight.to(grad.dtype)
+    factor = None if scale is None else 1.0 + _by_row(scale, grad)
+    own = None if weight is None else weight.to(grad.dtype)
     grads: dict[str, Tensor | None] = dict.fromkeys(Needs._fields)
     if needs.shift and shift is not None:
         grads["shift"] = _summed(grad, shift)
     if needs.scale and scale is not None:
-        grads["scale"] = _summed(grad * normalized * own, scale)
+        grads["scale"] = _summed(_times(grad * normalized, own), scale)
     if needs.weight and weight is not None:
-        grads["weight"] = (grad * normalized * factor).sum(dim=(0, 1)).to(weight.dtype)
+        grads["weight"] = _times(grad * normalized, factor).sum(dim=(0, 1)).to(weight.dtype)
     if needs.residual or needs.branch or needs.gate:
-        g = grad * factor * own
+        g = _times(_times(grad, factor), own)
         if mean is not None:
-            g = g - g.mean(dim=2, keepdim=True)
-        g = g - normalized * (g * normalized).mean(dim=2, keepdim=True)
-        g = torch.addcmul(_rows(grad_hidden), rstd[:, :, None], g)
+            width, only_input = [rows.shape[2]], [True, False, False]
+            statistics = mean[:, :, None], rstd[:, :, None]
+            g, _, _ = torch.ops.aten.native_layer_norm_backward(g, rows, width, *statistics, None, None, only_input)
+            g = g + _rows(grad_hidden)
+        else:
+            g = g - normalized * (g * normalized).mean(dim=2, keepdim=True)
+            g = torch.addcmul(_rows(grad_hidden), rstd[:, :, None], g)
         if needs.residual:
             grads["residual"] = _stored(g.reshape(hidden.shape), hidden)
         if needs.gate and gate is not None:
@@ -180,12 +185,80 @@ def backward(
     return tuple(grads.values())
 
 
+def cpu_forward(
+    residual: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    layer: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The same on the CPU: where it can, by csrc's `ada_layer_norm` behind torch's residual."""
+    if scale is None or shift is None or not _is_ada(layer, weight, scale):
+        return forward(residual, branch, gate, weight, scale, shift, eps, layer)
+    hidden = _sum(residual, branch, gate)
+    y, mean, rstd = torch.ops.diffpp_fast.ada_layer_norm(hidden, *checks.promoted(scale, shift), eps)
+    return hidden, y, mean, rstd
+
+
+def cpu_backward(
+    grad_hidden: Tensor,
+    grad_modulated: Tensor,
+    hidden: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    needs: Needs,
+) -> Gradients:
+    """Return what `backward` does."""
+    if scale is None or shift is None or mean is None or not _is_ada(True, weight, scale):
+        return backward(grad_hidden, grad_modulated, hidden, mean, rstd, branch, gate, weight, scale, shift, needs)
+    needs_sum = needs.residual or needs.branch or needs.gate
+    normed, grad_scale, grad_shift = torch.ops.diffpp_fast.ada_layer_norm_backward(
+        grad_modulated, hidden, mean, rstd, scale, needs_sum, needs.scale, needs.shift
+    )
+    grad_branch = grad_gate = None
+    if needs_sum:
+        normed = normed + grad_hidden
+        rows = _rows(normed)
+        if needs.gate and gate is not None:
+            grad_gate = _summed(rows * _rows(branch), gate)
+        if needs.branch:
+            grad_branch = _stored(
+                _times(rows, None if gate is None else _by_row(gate, rows)).reshape(hidden.shape), branch
+            )
+    return normed, grad_branch, grad_gate, None, grad_scale, grad_shift.to(shift.dtype)
+
+
+def _is_ada(layer: bool, weight: Tensor | None, scale: Tensor) -> bool:
+    """Whether the norm is `ada_layer_norm`."""
+    return layer and weight is None and scale.dim() == 2
+
+
+def _sum(residual: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    """residual + gate branch, as it is stored."""
+    rows, added = _rows(residual), _rows(branch)
+    total = rows + added if gate is None else torch.addcmul(rows, _by_row(gate, added), added)
+    return _stored(total.reshape(residual.shape), residual)
+
+
 def _normalized(rows: Tensor, eps: float, layer: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return normalised rows [B, rows, D], and their means and 1 / deviation."""
-    mean = rows.mean(dim=2) if layer else None
-    centered = rows if mean is None else rows - mean[:, :, None]
-    rstd = torch.rsqrt(centered.square().mean(dim=2) + eps)
-    return centered * rstd[:, :, None], mean, rstd
+    if layer:
+        normalized, mean, rstd = torch.native_layer_norm(rows, [rows.shape[2]], None, None, eps)
+        return normalized, mean[:, :, 0], rstd[:, :, 0]
+    rstd = torch.rsqrt(rows.square().mean(dim=2) + eps)
+    return rows * rstd[:, :, None], None, rstd
+
+
+def _times(values: Tensor, factor: Tensor | None) -> Tensor:
+    return values if factor is None else values * factor
 
 
 def _stored(result: Tensor, like: Tensor) -> Tensor:
@@ -232,4 +305,10 @@ class _GatedResidualNorm(Function):
         return (*only_needed(found, needs), None, None)
 
 
-register("gated_residual_norm", cpu=False, cuda=False, forward=forward, backward=backward)
+register(
+    "gated_residual_norm",
+    cpu=SimpleNamespace(forward=cpu_forward, backward=cpu_backward),
+    cuda=False,
+    forward=forward,
+    backward=backward,
+)

@@ -1,5 +1,6 @@
 """RMS norm of queries or keys with their rotary embedding, forward and backward."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -155,4 +156,10 @@ class _RmsNormRope(Function):
         return grad_x, None, None, grad_weight, None, None
 
 
-register("rms_norm_rope", cpu=False, cuda=False, forward=forward, backward=backward)
+register(
+    "rms_norm_rope",
+    cpu=SimpleNamespace(forward=forward, backward=backward),
+    cuda=False,
+    forward=forward,
+    backward=backward,
+)

@@ -382,7 +382,7 @@ def _input_gradient(
 
 @triton.jit
 def _products(b_grad, b_n, p_scale, b_c, m_c, PER_ROW: tl.constexpr):
-    """What of part of a row belongs to the gradient of the weight; of the scale, where all rows have one."""
+    """Part of a row of the gradient of the weight; of the scale, where a sample has one."""
     b_product = b_grad * b_n
     if PER_ROW and p_scale is not None:
         b_product *= 1.0 + _load(p_scale, b_c, m_c)
