@@ -56,6 +56,10 @@ def test_parts_of_one_projection_are_read_where_they_lie(triton_backend: torch.d
     x, *others = on(triton_backend, arguments(2, 5, 9, 6, dtype=torch.float32))
     part = x.detach()[:, :, 3:6].requires_grad_()
     assert_agrees((part, *others))
+    permuted = x.detach().transpose(1, 3).contiguous().transpose(1, 3).requires_grad_()
+    assert_agrees((permuted, *others))
+    y, grad, _ = with_gradients(ops.rms_norm_rope, (permuted, *others))
+    assert y.stride() == grad.stride() == permuted.stride()
     strided = x.detach().repeat_interleave(2, dim=-1)[..., ::2].requires_grad_()
     assert_agrees((strided, *others))
 

@@ -209,9 +209,8 @@ def backward(
             )
     grad_weight = None
     if weight is not None and products is not None:
-        if needs_weight:
-            factored = products if per_row or scale is None else products * (1.0 + scale.float())
-            grad_weight = factored.sum(0).to(weight.dtype)
+        factored = products if per_row or scale is None else products * (1.0 + scale.float())
+        grad_weight = factored.sum(0).to(weight.dtype) if needs_weight else None
         if needs_scale and not per_row and scale is not None:
             grad_scale = (products * weight.float()).to(scale.dtype)
     return (

@@ -22,7 +22,7 @@ PROGRAMS, MOST_TOKENS = 2048, 16
 
 @on_its_device
 def forward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, interleaved: bool) -> Tensor:
-    x, (cos, sin) = _dense(x), _alike(cos, sin)
+    like, x, (cos, sin) = x, _dense(x), _alike(cos, sin)
     y = torch.empty_like(x)
     batch, tokens, heads, width = x.shape
     if x.numel():
@@ -50,7 +50,7 @@ def forward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: flo
             HEADS=block,
             num_warps=WARPS,
         )
-    return y
+    return _laid_out(y, like)
 
 
 @on_its_device
@@ -67,9 +67,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     like = x
     x, (cos, sin), grad = _dense(x), _alike(cos, sin), _dense(grad_output)
-    grad_x = torch.empty_like(like) if needs_x else None
-    dense_grad_x = None if grad_x is None else grad_x if grad_x.stride(3) == 1 else torch.empty_like(x)
-    strides = (0, 0, 0, 1) if dense_grad_x is None else dense_grad_x.stride()
+    grad_x = torch.empty_like(x) if needs_x else None
+    strides = (0, 0, 0, 1) if grad_x is None else grad_x.stride()
     batch, tokens, heads, width = x.shape
     per_program = min(max(batch * tokens // PROGRAMS, 1), MOST_TOKENS)
     chunks = triton.cdiv(tokens, per_program)
@@ -87,7 +86,7 @@ def backward(
             x_batch=x.stride(0),
             x_token=x.stride(1),
             x_head=x.stride(2),
-            p_grad_x=dense_grad_x,
+            p_grad_x=grad_x,
             y_batch=strides[0],
             y_token=strides[1],
             y_head=strides[2],
@@ -107,15 +106,20 @@ def backward(
             HEADS=block,
             num_warps=WARPS,
         )
-    if grad_x is not None and dense_grad_x is not None and grad_x is not dense_grad_x:
-        grad_x.copy_(dense_grad_x)
     # torch sums in an order that depends on the shape alone.
-    return grad_x, None if sums is None or weight is None else sums.sum(0).to(weight.dtype)
+    return None if grad_x is None else _laid_out(grad_x, like), None if sums is None or weight is None else sums.sum(
+        0
+    ).to(weight.dtype)
 
 
 def _dense(values: Tensor) -> Tensor:
     """With the elements of a row beside each other."""
     return values if values.stride(-1) == 1 else values.contiguous()
+
+
+def _laid_out(result: Tensor, x: Tensor) -> Tensor:
+    """The result for a dense x in the layout of x."""
+    return result if x.stride(3) == 1 else torch.empty_like(x).copy_(result)
 
 
 def _alike(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
