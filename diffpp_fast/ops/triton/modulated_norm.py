@@ -265,9 +265,9 @@ def _residual(p_x, p_branch, p_gate, p_hidden, b_c, m_c):
 
 
 @triton.jit
-def _factor(p_weight, p_scale, b_c, m_c):
+def _factor(p_weight, p_scale, scale_at, b_c, m_c):
     """weight (1 + scale) of part of a row; 1 where there is neither."""
-    b_factor = 1.0 + (_load(p_scale, b_c, m_c) if p_scale is not None else 0.0)
+    b_factor = 1.0 + (_load(p_scale + scale_at, b_c, m_c) if p_scale is not None else 0.0)
     if p_weight is not None:
         b_factor *= _load(p_weight, b_c, m_c)
     return b_factor
@@ -283,15 +283,6 @@ def _modulate(b_d, rstd, p_weight, p_scale, p_shift, p_y, b_c, m_c):
     if p_shift is not None:
         b_y += _load(p_shift, b_c, m_c)
     _store(p_y, b_c, b_y, m_c)
-
-
-@triton.jit
-def _row(p, stride, row_stride, b, r):
-    """Where the modulation of a row begins; None stays None."""
-    if p is not None:
-        return p + b * stride + r * row_stride
-    else:
-        return None
 
 
 @triton.jit
@@ -318,12 +309,17 @@ def _forward(
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    b, r = row // rows, row % rows
+    # Divided in 32 bits: in 64 it is a subroutine.
+    row = tl.program_id(0)
+    b, r = (row // rows).to(tl.int64), (row % rows).to(tl.int64)
+    row = row.to(tl.int64)
     at = row * width
-    p_gate = _row(p_gate, gate_stride, gate_row_stride, b, r)
-    p_scale = _row(p_scale, scale_stride, scale_row_stride, b, r)
-    p_shift = _row(p_shift, shift_stride, shift_row_stride, b, r)
+    if p_gate is not None:
+        p_gate += b * gate_stride + r * gate_row_stride
+    if p_scale is not None:
+        p_scale += b * scale_stride + r * scale_row_stride
+    if p_shift is not None:
+        p_shift += b * shift_stride + r * shift_row_stride
     if p_branch is not None:
         p_branch += at
         p_hidden += at
@@ -352,39 +348,26 @@ def _normalized(p_hidden, mean, rstd, b_c, m_c):
 
 
 @triton.jit
-def _input_gradient(
-    b_g,
-    b_n,
-    g_mean,
-    gn_mean,
-    rstd,
-    p_grad_hidden,
-    p_gate,
-    p_grad_x,
-    p_grad_branch,
-    b_c,
-    m_c,
-):
+def _input_gradients(b_in, p_grad_hidden, p_gate, gate_at, p_grad_x, p_grad_branch, at, b_c, m_c):
     """Part of a row of the gradient of x + gate branch, of which x and branch get theirs."""
-    b_grad = rstd * (b_g - tl.fma(b_n, gn_mean, g_mean))
     if p_grad_hidden is not None:
-        b_grad += _load(p_grad_hidden, b_c, m_c)
+        b_in += _load(p_grad_hidden + at, b_c, m_c)
     if p_grad_x is not None:
-        _store(p_grad_x, b_c, b_grad, m_c)
+        _store(p_grad_x + at, b_c, b_in, m_c)
     if p_grad_branch is not None:
         if p_gate is not None:
-            _store(p_grad_branch, b_c, b_grad * _load(p_gate, b_c, m_c), m_c)
+            _store(p_grad_branch + at, b_c, b_in * _load(p_gate + gate_at, b_c, m_c), m_c)
         else:
-            _store(p_grad_branch, b_c, b_grad, m_c)
-    return b_grad
+            _store(p_grad_branch + at, b_c, b_in, m_c)
+    return b_in
 
 
 @triton.jit
-def _products(b_grad, b_n, p_scale, b_c, m_c, PER_ROW: tl.constexpr):
+def _products(b_grad, b_n, p_scale, scale_at, b_c, m_c, PER_ROW: tl.constexpr):
     """Part of a row of the gradient of the weight; of the scale, where a sample has one."""
     b_product = b_grad * b_n
     if PER_ROW and p_scale is not None:
-        b_product *= 1.0 + _load(p_scale, b_c, m_c)
+        b_product *= 1.0 + _load(p_scale + scale_at, b_c, m_c)
     return b_product
 
 
@@ -428,9 +411,10 @@ def _backward(
     TAIL: tl.constexpr,
 ):
     chunks = tl.cdiv(rows, per_program)
-    program = tl.program_id(0).to(tl.int64)
-    b = program // chunks
-    first = (program % chunks) * per_program
+    program = tl.program_id(0)
+    b = (program // chunks).to(tl.int64)
+    first = (program % chunks).to(tl.int64) * per_program
+    program = program.to(tl.int64)
     last = tl.minimum(first + per_program, rows)
     b_c, t_c = tl.arange(0, MAIN), MAIN + tl.arange(0, TAIL)
     m_b, m_t = b_c < width, t_c < width
@@ -442,15 +426,15 @@ def _backward(
     for r in range(first, last):
         row = b * rows + r
         at = row * width
-        p_row_scale = _row(p_scale, scale_stride, scale_row_stride, b, r)
-        p_row_gate = _row(p_gate, gate_stride, gate_row_stride, b, r)
+        gate_at = b * gate_stride + r * gate_row_stride
+        scale_at = b * scale_stride + r * scale_row_stride
         b_grad, t_grad = _load(p_grad_y + at, b_c, m_b), _load(p_grad_y + at, t_c, m_t)
         rstd = tl.load(p_rstd + row)
         mean = tl.load(p_mean + row) if p_mean is not None else 0.0
         b_n, t_n = _normalized(p_hidden + at, mean, rstd, b_c, m_b), _normalized(p_hidden + at, mean, rstd, t_c, m_t)
         if SUM_PRODUCTS:
-            b_products += _products(b_grad, b_n, p_row_scale, b_c, m_b, PER_ROW)
-            t_products += _products(t_grad, t_n, p_row_scale, t_c, m_t, PER_ROW)
+            b_products += _products(b_grad, b_n, p_scale, scale_at, b_c, m_b, PER_ROW)
+            t_products += _products(t_grad, t_n, p_scale, scale_at, t_c, m_t, PER_ROW)
         if SUM_SHIFT:
             b_shifts += b_grad
             t_shifts += t_grad
@@ -461,15 +445,13 @@ def _backward(
             _store(p_grad_shift + at, b_c, b_grad, m_b)
             _store(p_grad_shift + at, t_c, t_grad, m_t)
         if NEEDS_INPUT:
-            b_g = b_grad * _factor(p_weight, p_row_scale, b_c, m_b)
-            t_g = t_grad * _factor(p_weight, p_row_scale, t_c, m_t)
+            b_g = b_grad * _factor(p_weight, p_scale, scale_at, b_c, m_b)
+            t_g = t_grad * _factor(p_weight, p_scale, scale_at, t_c, m_t)
             g_mean = (tl.sum(b_g) + tl.sum(t_g)) * share if p_mean is not None else 0.0
             gn_mean = (tl.sum(b_g * b_n) + tl.sum(t_g * t_n)) * share
-            p_to = _row(p_grad_x, 0, width, 0, row)
-            p_to_branch = _row(p_grad_branch, 0, width, 0, row)
-            p_from = _row(p_grad_hidden, 0, width, 0, row)
-            b_in = _input_gradient(b_g, b_n, g_mean, gn_mean, rstd, p_from, p_row_gate, p_to, p_to_branch, b_c, m_b)
-            t_in = _input_gradient(t_g, t_n, g_mean, gn_mean, rstd, p_from, p_row_gate, p_to, p_to_branch, t_c, m_t)
+            b_in, t_in = rstd * (b_g - tl.fma(b_n, gn_mean, g_mean)), rstd * (t_g - tl.fma(t_n, gn_mean, g_mean))
+            b_in = _input_gradients(b_in, p_grad_hidden, p_gate, gate_at, p_grad_x, p_grad_branch, at, b_c, m_b)
+            t_in = _input_gradients(t_in, p_grad_hidden, p_gate, gate_at, p_grad_x, p_grad_branch, at, t_c, m_t)
             if p_branch is not None:
                 b_in *= _load(p_branch + at, b_c, m_b)
                 t_in *= _load(p_branch + at, t_c, m_t)

@@ -213,8 +213,9 @@ def _forward(
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    b, t = program // tokens, program % tokens
+    # Divided in 32 bits: in 64 it is a subroutine.
+    program = tl.program_id(0)
+    b, t = (program // tokens).to(tl.int64), (program % tokens).to(tl.int64)
     c_a, c_b = _load_row(p_cos + b * angle_batch + t * angle_token, width, INTERLEAVED, HALF)
     s_a, s_b = _load_row(p_sin + b * angle_batch + t * angle_token, width, INTERLEAVED, HALF)
     w_a, w_b = _weight_pairs(p_weight, width, INTERLEAVED, HALF)
@@ -257,9 +258,10 @@ def _backward(
     HEADS: tl.constexpr,
 ):
     chunks = tl.cdiv(tokens, per_program)
-    program = tl.program_id(0).to(tl.int64)
-    b = program // chunks
-    begin = (program % chunks) * per_program
+    program = tl.program_id(0)
+    b = (program // chunks).to(tl.int64)
+    begin = (program % chunks).to(tl.int64) * per_program
+    program = program.to(tl.int64)
     end = tl.minimum(begin + per_program, tokens)
     w_a, w_b = _weight_pairs(p_weight, width, INTERLEAVED, HALF)
     sum_a, sum_b = tl.zeros([HEADS, HALF], tl.float32), tl.zeros([HEADS, HALF], tl.float32)
