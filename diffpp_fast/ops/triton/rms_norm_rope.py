@@ -104,7 +104,7 @@ def backward(
             INTERLEAVED=interleaved,
             HALF=half,
             HEADS=block,
-            num_warps=WARPS,
+            num_warps=_warps_backward(x),
         )
     # torch sums in an order that depends on the shape alone.
     return None if grad_x is None else _laid_out(grad_x, like), None if sums is None or weight is None else sums.sum(
@@ -126,6 +126,11 @@ def _alike(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Both with the same strides, and the elements of a row beside each other."""
     cos, sin = _dense(cos), _dense(sin)
     return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
+
+
+def _warps_backward(x: Tensor) -> int:
+    """More for float32, whose loads take twice the registers: Triton would spill one otherwise."""
+    return WARPS * (2 if x.element_size() == 4 else 1)
 
 
 def _tile(width: int, heads: int) -> tuple[int, int]:
@@ -261,7 +266,6 @@ def _backward(
     program = tl.program_id(0)
     b = (program // chunks).to(tl.int64)
     begin = (program % chunks).to(tl.int64) * per_program
-    program = program.to(tl.int64)
     end = tl.minimum(begin + per_program, tokens)
     w_a, w_b = _weight_pairs(p_weight, width, INTERLEAVED, HALF)
     sum_a, sum_b = tl.zeros([HEADS, HALF], tl.float32), tl.zeros([HEADS, HALF], tl.float32)
@@ -287,5 +291,5 @@ def _backward(
                 _store_pairs(p_to, g_a, g_b, m_h, width, INTERLEAVED, HALF)
     if p_sums is not None:
         sum_a, sum_b = tl.sum(sum_a, 0)[None, :], tl.sum(sum_b, 0)[None, :]
-        p_to = p_sums + program * width + tl.zeros([1, 1], tl.int32)
+        p_to = p_sums + tl.program_id(0).to(tl.int64) * width + tl.zeros([1, 1], tl.int32)
         _store_pairs(p_to, sum_a, sum_b, tl.full([1, 1], True, tl.int1), width, INTERLEAVED, HALF)
