@@ -12,7 +12,8 @@ from torch import Tensor
 from diffpp_fast.ops.triton.device import on_its_device
 from diffpp_fast.ops.triton.layout import as_float
 
-#: Elements of a tile: 8 a thread, which loads 16 bytes of 16-bit numbers at a time.
+#: Elements of a tile: 8 a thread, which loads 16 bytes of 16-bit numbers at a time. Gradients of float32 have twice the
+#: warps, for their loads take twice the registers, and Triton would spill one.
 TILE, WARPS = 1024, 4
 #: The longest row, of which a tile then has one.
 MOST_COLUMNS = 1024
@@ -104,7 +105,7 @@ def backward(
             INTERLEAVED=interleaved,
             HALF=half,
             HEADS=block,
-            num_warps=_warps_backward(x),
+            num_warps=WARPS * (2 if needs_x and x.element_size() == 4 else 1),
         )
     # torch sums in an order that depends on the shape alone.
     return None if grad_x is None else _laid_out(grad_x, like), None if sums is None or weight is None else sums.sum(
@@ -126,11 +127,6 @@ def _alike(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Both with the same strides, and the elements of a row beside each other."""
     cos, sin = _dense(cos), _dense(sin)
     return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
-
-
-def _warps_backward(x: Tensor) -> int:
-    """More for float32, whose loads take twice the registers: Triton would spill one otherwise."""
-    return WARPS * (2 if x.element_size() == 4 else 1)
 
 
 def _tile(width: int, heads: int) -> tuple[int, int]:
