@@ -19,7 +19,7 @@ MOST_COLUMNS, MOST_COLUMNS_OF_RESIDUALS = 8192, 6144
 #: Elements of a row per warp. Forward 48 a thread: up to 1536 columns no sum leaves the warp. Backward 16 a thread,
 #: for each of up to three sums, three factors and four values.
 COLUMNS_PER_WARP, COLUMNS_PER_WARP_BACKWARD = 1536, 512
-MOST_WARPS = 16
+MOST_WARPS = 32
 #: Programs of the backward pass beyond which one takes more rows: enough to fill large GPUs several times over.
 PROGRAMS = 1024
 #: Rows of a program, backward. Fewer would make the sums that programs leave a large part of the traffic.
@@ -235,6 +235,8 @@ def _blocks(width: int) -> tuple[int, int]:
 
 
 def _warps(width: int, columns_per_warp: int) -> int:
+    # The widest rows spill one register of float32 with 16 warps.
+    columns_per_warp = columns_per_warp // 2 if width > MOST_COLUMNS_OF_RESIDUALS else columns_per_warp
     return min(triton.next_power_of_2(triton.cdiv(width, columns_per_warp)), MOST_WARPS)
 
 
