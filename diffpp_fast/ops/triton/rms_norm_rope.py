@@ -78,6 +78,8 @@ def backward(
         sums = torch.empty(batch * chunks, width, dtype=torch.float32, device=x.device)
     if x.numel() and (needs_x or needs_weight):
         half, block = _tile(width, heads)
+        # Where there is the sum alone, Triton would spill a register of float32 with the whole tile.
+        block = block if needs_x or x.element_size() == 2 else max(block // 2, 1)
         _backward[(batch * chunks,)](
             p_grad=grad,
             grad_batch=grad.stride(0),
