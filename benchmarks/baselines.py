@@ -148,6 +148,22 @@ def ada_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
+def gated_residual_norm(
+    residual: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """A gated residual of [B, N, D], then the layer norm of the sum, modulated; the modulation is [B, 1, D]."""
+    hidden = residual + gate * branch
+    return hidden, F.layer_norm(hidden, hidden.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+def rms_norm_rope(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """RMS norm of [B, T, H, D] in its dtype, then the rotary embedding in float32, as diffusers' FLUX has them."""
+    y = F.rms_norm(x, x.shape[-1:], weight, eps)
+    a, b = y.unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack((-b, a), dim=-1).flatten(-2)
+    return (y.float() * cos[:, None] + rotated.float() * sin[:, None]).to(x.dtype)
+
+
 def regression_target(prediction_type: str, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """Return the target that the network is to predict, [B, ...]."""
     if prediction_type == "epsilon":

@@ -74,11 +74,22 @@ TOKENS = {
     "pixart-4096-b4": Size((4, 4096, 1152)),
     "pixart-256mb": Size((28, 4096, 1152), large=True),
 }
+#: The same in the blocks of Stable Diffusion 3 and FLUX at 1024 x 1024.
+WIDE_TOKENS = {
+    "sd3-4096": Size((1, 4096, 1536), quick=True),
+    "flux-4096": Size((1, 4096, 3072)),
+    "flux-256mb": Size((11, 4096, 3072), large=True),
+}
+#: [B, T, H, D], the queries of FLUX at 1024 x 1024.
+QUERIES = {
+    "flux-heads-4096": Size((1, 4096, 24, 128), quick=True),
+    "flux-heads-256mb": Size((11, 4096, 24, 128), large=True),
+}
 
 #: Those that work on samples, and take or draw noise.
 LATENT_OPS = ("add_noise", "denoising_loss", "score_gap", "sid_loss", "sim_loss")
 
-SIZES = {**LATENTS, **IMAGES, **VAE, **UNET, **FEED_FORWARD, **TOKENS}
+SIZES = {**LATENTS, **IMAGES, **VAE, **UNET, **FEED_FORWARD, **TOKENS, **WIDE_TOKENS, **QUERIES}
 SELECTIONS = ("quick", "latents", "full", "large")
 
 
@@ -103,6 +114,7 @@ LAYOUTS = ("contiguous", "channels_last")
 DENOISING = "prediction target -> residual; residual -> grad_prediction"
 PIXELS = "images -> pixels; images grad_pixels -> grad_images"
 OUTPUTS = "fake cond uncond target"
+GATED = "residual branch -> hidden modulated; hidden branch grad_hidden grad_modulated -> grad_residual grad_branch"
 FAMILIES = (
     Family("philox", "normal", ("drawn",), "-> eps", LATENTS),
     Family("add_noise", "", ("drawn",), "x0 -> x_t; grad_x_t -> grad_x0", LATENTS),
@@ -118,6 +130,8 @@ FAMILIES = (
     Family("group_norm_silu", "trained", ("none",), "x -> y; x grad_y -> grad_x", UNET, LAYOUTS),
     Family("geglu", "", ("none",), "x -> y; x grad_y -> grad_x", FEED_FORWARD),
     Family("ada_layer_norm", "", ("none",), "x -> y; x grad_y -> grad_x", TOKENS),
+    Family("gated_residual_norm", "", ("none",), GATED, WIDE_TOKENS),
+    Family("rms_norm_rope", "", ("none",), "x -> y; x grad_y -> grad_x", QUERIES),
 )
 
 

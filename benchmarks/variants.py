@@ -35,15 +35,20 @@ GROUPS = {"even": 8, "odd": 3, "long": 8, "one": 4, "chunks": 2, "channels": 2}
 #: [B, N, D]: rows that block lengths divide and that they don't, short ones in numbers, long ones.
 TOKENS = {"even": (2, 40, 256), "odd": (3, 7, 90), "short": (2, 300, 16), "long": (2, 3, 8192), "one": (1, 1, 1)}
 
+#: [B, T, H, D]: heads that fill tiles and that don't, long rows.
+HEADS = {"even": (2, 9, 24, 128), "odd": (3, 5, 7, 90), "long": (2, 3, 2, 1024), "one": (1, 1, 1, 2)}
+
 SHAPES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "reward_pixels": IMAGES,
     "group_norm_silu": ACTIVATIONS,
     "geglu": TOKENS,
     "ada_layer_norm": TOKENS,
+    "gated_residual_norm": {**TOKENS, "long": (2, 3, 6144)},
+    "rms_norm_rope": HEADS,
 }
 
 #: Their rows lie along the last dimension: channels_last means nothing to them.
-TOKEN_OPS = ("geglu", "ada_layer_norm")
+TOKEN_OPS = ("geglu", "ada_layer_norm", "gated_residual_norm", "rms_norm_rope")
 NOISES = ("drawn", "stored")
 TARGET = {"noise": NOISES, "prediction_type": PREDICTION_TYPES}
 LOSS = {**TARGET, "uncond": (True, False), "wrt": ("fake", "outputs", "all"), "shape": (*LATENTS,)}
@@ -83,6 +88,21 @@ OPTIONS: Mapping[str, Mapping[str, Sequence[Any]]] = {
         "wrt": ("x", "modulation", "all", "none"),
         "modulation": ("rows", "chunks", "float32"),
         "shape": (*TOKENS,),
+    },
+    "gated_residual_norm": {
+        "norm": ("layer", "rms"),
+        "wrt": ("inputs", "modulation", "all", "none"),
+        "modulation": ("rows", "tokens", "float32", "scale"),
+        "affine": (False, True),
+        "shape": (*TOKENS,),
+    },
+    "rms_norm_rope": {
+        "interleaved": (True, False),
+        "sequence_dim": (1, 2),
+        "affine": (True, False),
+        "wrt": ("x", "weight", "all", "none"),
+        "positions": ("shared", "own"),
+        "shape": (*HEADS,),
     },
 }
 
@@ -173,4 +193,6 @@ def _makes_sense(variant: Variant) -> bool:
         return options["normalizer"] is None and options["prediction_type"] == "epsilon"
     if variant.op == "group_norm_silu" and options["affine"] == "none":
         return options["wrt"] != "parameters"
+    if variant.op == "rms_norm_rope" and not options["affine"]:
+        return options["wrt"] != "weight"
     return True

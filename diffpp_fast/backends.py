@@ -31,6 +31,8 @@ OPS = (
     "group_norm_silu",
     "geglu",
     "ada_layer_norm",
+    "gated_residual_norm",
+    "rms_norm_rope",
 )
 # In order of preference. On the CPU "cpu" comes before Triton's interpreter; it serves nothing on GPUs.
 LIMITS: dict[str, Limits] = {
@@ -68,12 +70,21 @@ _chosen: dict[tuple[str, str | None, torch.device, torch.dtype, bool], str] = {}
 _requested: ContextVar[str | None] = ContextVar("diffpp_fast_backend", default=None)
 
 
-def register(op: str, *, triton: str | None = None, cuda: bool = True, **definition: Callable[..., Any]) -> None:
+def register(
+    op: str,
+    *,
+    triton: str | None = None,
+    cpu: SimpleNamespace | None = None,
+    cuda: bool = True,
+    **definition: Callable[..., Any],
+) -> None:
     """Enter an operator with its definition in plain torch.
 
     Args:
         op: one of `OPS`.
         triton: where Triton's functions are, "module" or "module:object"; None for `diffpp_fast.ops.triton.<op>`.
+        cpu: its functions on the CPU where csrc has none of this name, so that "cpu" serves every operator; None for
+            csrc's.
         cuda: whether csrc has kernels of it for GPUs.
         definition: its functions by name. `forward` is registered as `diffpp_fast::<op>`, `backward` as
             `diffpp_fast::<op>_backward`, any other by its name.
@@ -87,7 +98,7 @@ def register(op: str, *, triton: str | None = None, cuda: bool = True, **definit
         return SimpleNamespace(**{name: getattr(library, schema).default for name, schema in names.items()})
 
     module = triton or f"diffpp_fast.ops.triton.{op}"
-    _sources[op] = {"cpu": compiled, "triton": lambda: resolve_name(module)}
+    _sources[op] = {"cpu": (lambda: cpu) if cpu else compiled, "triton": lambda: resolve_name(module)}
     if cuda:
         _sources[op]["cuda"] = compiled
     _sources[op]["reference"] = lambda: SimpleNamespace(**definition)

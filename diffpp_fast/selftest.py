@@ -34,6 +34,8 @@ SHAPES = {
     "group_norm_silu": (2, 64, 7, 9),
     "geglu": (2, 5, 46),
     "ada_layer_norm": (2, 5, 23),
+    "gated_residual_norm": (2, 5, 23),
+    "rms_norm_rope": (2, 5, 3, 22),
 }
 SHAPE = (2, 4, 13, 17)
 FLOW = {"prediction_type": "flow_prediction"}
@@ -56,6 +58,8 @@ CHECKED: dict[str, Sequence[dict[str, Any]]] = {
         for wrt, added in (("x", "nothing"), ("all", "nothing"), ("x", "residual"), ("all", "offset"))
         for layout in LAYOUTS
     ],
+    "gated_residual_norm": ({}, {"norm": "rms", "modulation": "tokens", "affine": True}),
+    "rms_norm_rope": ({}, {"interleaved": False, "sequence_dim": 2}),
 }
 
 
@@ -66,7 +70,7 @@ class Call:
     op: str
     arguments: dict[str, Any]
     wrt: tuple[str, ...]  # the arguments that get gradients
-    outer: Tensor | None  # the gradient of every output; None where that is a scalar, or nothing gets a gradient
+    outer: Tensor | None  # the gradient of each output; None where that is a scalar, or nothing gets a gradient
 
     @property
     def forward(self) -> Callable[..., Any]:
@@ -85,6 +89,8 @@ class Call:
         if self.op == "score_gap":
             outputs = ["gradient", "gap_sq", "residual_abs", "gap_dot_residual"]
             del outputs[len(outputs) if "noise" in self.arguments else 2 :]
+        elif self.op == "gated_residual_norm":
+            outputs = ["hidden", "modulated"]
         return [*outputs, *(f"gradient of {name}" for name in self.wrt)]
 
     def run(self) -> Outputs:
@@ -331,12 +337,62 @@ def _ada_layer_norm(draw: _Draw, op: str, *, wrt: str = "all", modulation: str =
     return _with_gradients(op, arguments, wanted, draw.normal())
 
 
+def _gated_residual_norm(
+    draw: _Draw, op: str, *, wrt: str = "all", modulation: str = "rows", norm: str = "layer", affine: bool = False
+) -> Call:
+    names: tuple[str, ...] = ("gate", "scale", "shift")
+    batch, count, width = draw.shape
+    arguments: dict[str, Any] = {"residual": draw.normal(mean=0.5), "branch": draw.normal(), "norm": norm}
+    if modulation == "tokens":
+        modulated = tuple(draw.normal((batch, count, width), scale=0.3) for _ in names)
+    else:
+        # As networks have them: parts of one tensor.
+        modulated = draw.normal((batch, 3, width), scale=0.3).chunk(3, dim=1)
+    arguments |= dict(zip(names, modulated, strict=True))
+    if modulation == "float32" and draw.dtype != torch.float64:
+        arguments |= {name: arguments[name].float().flatten(1) for name in names}
+    elif modulation == "scale":
+        arguments |= {"gate": None, "shift": None}
+        names = ("scale",)
+    if affine:
+        arguments["weight"] = draw.normal((width,), scale=0.2, mean=1.0)
+        names = (*names, "weight")
+    inputs = ("residual", "branch")
+    wanted = {"inputs": inputs, "modulation": names, "all": (*inputs, *names), "none": ()}[wrt]
+    return _with_gradients(op, arguments, wanted, draw.normal())
+
+
+def _rms_norm_rope(
+    draw: _Draw,
+    op: str,
+    *,
+    interleaved: bool = True,
+    sequence_dim: int = 1,
+    affine: bool = True,
+    wrt: str = "all",
+    positions: str = "shared",
+) -> Call:
+    batch, width = draw.shape[0], draw.shape[3]
+    shape = (draw.shape[sequence_dim], width) if positions == "shared" else (batch, draw.shape[sequence_dim], width)
+    # Angles that differ within a pair, which networks do not have: an operator that mixes them up shows.
+    angle = draw.normal(shape, scale=2.0).to(torch.promote_types(draw.dtype, torch.float32))
+    arguments: dict[str, Any] = {"x": draw.normal(), "cos": angle.cos(), "sin": angle.sin()}
+    arguments |= {"interleaved": interleaved, "sequence_dim": sequence_dim}
+    if affine:
+        arguments["weight"] = draw.normal((width,), scale=0.2, mean=1.0)
+    parameters = ("weight",) if affine else ()
+    wanted = {"x": ("x",), "weight": parameters, "all": ("x", *parameters), "none": ()}[wrt]
+    return _with_gradients(op, arguments, wanted, draw.normal())
+
+
 _MAKERS: dict[str, Callable[..., Call]] = {
     "philox": _philox,
     "reward_pixels": _reward_pixels,
     "group_norm_silu": _group_norm_silu,
     "geglu": _geglu,
     "ada_layer_norm": _ada_layer_norm,
+    "gated_residual_norm": _gated_residual_norm,
+    "rms_norm_rope": _rms_norm_rope,
 }
 
 

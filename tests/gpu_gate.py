@@ -230,7 +230,11 @@ def _empty(variant: Variant, device: torch.device) -> str | None:
     if variant.op == "denoising_loss":
         return None
     call = variants.make(variant, device)
-    whole = {name: value for name, value in call.arguments.items() if name in ("weight", "bias")}
+    whole = {
+        name: value
+        for name, value in call.arguments.items()
+        if name in ("weight", "bias") or (name in ("cos", "sin") and value.dim() == 2)
+    }
     arguments = {name: _none_of(value) for name, value in call.arguments.items()} | whole
     outer = None if call.outer is None else call.outer[:0]
     results = replace(call, arguments=arguments, outer=outer).run()

@@ -33,6 +33,8 @@ SHAPES = {
     "group_norm_silu": [LARGE_GROUPS, SMALL_GROUPS],
     "geglu": [TOKENS],
     "ada_layer_norm": [TOKENS],
+    "gated_residual_norm": [TOKENS],
+    "rms_norm_rope": [(2, 16, 8, 128)],
 }
 #: Launched for the gradients of weight and bias alone.
 FOR_PARAMETERS = "parameter_gradients"
@@ -89,10 +91,11 @@ def counted(
     with counting(passes[0]), passes[0]:
         result = forward(**arguments)
     if call.wrt:
-        outer = torch.ones_like(result) if call.outer is None else call.outer
+        results = (result,) if isinstance(result, torch.Tensor) else tuple(result)
+        outer = torch.ones_like(results[0]) if call.outer is None else call.outer
         passes.append(Traffic())
         with counting(passes[1]), passes[1]:
-            torch.autograd.grad(result, [arguments[name] for name in call.wrt], outer)
+            torch.autograd.grad(results, [arguments[name] for name in call.wrt], [outer] * len(results))
     return passes
 
 

@@ -26,6 +26,7 @@ SHARED = {
     "gap": ("denoising_loss", "score_gap", "sid_loss", "sim_loss"),
     "gap_loss": ("sid_loss", "sim_loss"),
     "layout": ("add_noise", "score_gap"),
+    "modulated_norm": ("ada_layer_norm", "gated_residual_norm"),
 }
 FILES = [path for path in sorted(Path(triton.__file__).parent.glob("*.py")) if path.stem in (*backends.OPS, *SHARED)]
 

@@ -85,7 +85,9 @@ def test_expanded_inputs(op: str, cpu_backend: Any) -> None:
             if isinstance(value, torch.Tensor) and value.dim() > 1:
                 once = value.detach()[:1].clone()
                 expanded[name] = once.requires_grad_(value.requires_grad).expand_as(value)
-                copied[name] = once.detach().repeat(2, *[1] * (value.dim() - 1)).requires_grad_(value.requires_grad)
+                copied[name] = (
+                    once.detach().repeat(len(value), *[1] * (value.dim() - 1)).requires_grad_(value.requires_grad)
+                )
             else:
                 expanded[name] = copied[name] = value
         for actual, expected in zip(

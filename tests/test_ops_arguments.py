@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,6 +31,14 @@ OPS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "group_norm_silu, offset": (ops.group_norm_silu, {"x": X, "num_groups": 2, "offset": Y[:, :, 0, 0]}),
     "geglu": (ops.geglu, {"x": ROWS}),
     "ada_layer_norm": (ops.ada_layer_norm, {"x": ROWS, "scale": ROWS[:, 0], "shift": ROWS[:, 1]}),
+    "gated_residual_norm": (
+        ops.gated_residual_norm,
+        {"residual": ROWS, "branch": ROWS, "gate": ROWS, "scale": ROWS, "shift": ROWS, "weight": torch.ones(6)},
+    ),
+    "rms_norm_rope": (
+        ops.rms_norm_rope,
+        {"x": X, "cos": Y[0, 0], "sin": Y[0, 0], "weight": torch.ones(2), "sequence_dim": 2},
+    ),
 }
 NO_NUMBERS = (math.nan, math.inf, "1", True, 1j, torch.tensor(1.0), 10**400)
 NO_NAMES = (3, torch.zeros(2), ["silu"], "nothing")
@@ -47,6 +56,10 @@ WRONG: dict[tuple[str, str], tuple[Any, ...]] = {
     ("group_norm_silu", "eps"): (*NO_NUMBERS, None, -1e-5),
     ("group_norm_silu", "activation"): (*NO_NAMES, None),
     ("ada_layer_norm", "eps"): (*NO_NUMBERS, None, -1e-5),
+    ("gated_residual_norm", "eps"): (*NO_NUMBERS, None, -1e-5),
+    ("gated_residual_norm", "norm"): (*NO_NAMES, None),
+    ("rms_norm_rope", "eps"): (*NO_NUMBERS, None, -1e-5),
+    ("rms_norm_rope", "sequence_dim"): (0, 3, -1, 1.0, True, "1", None),
     ("reward_pixels", "size"): (0, -1, 3.0, (3, 3), True, "3", None, torch.tensor([3, 3])),
     ("reward_pixels", "mean"): (0.5, None, "abcd", ["a"] * 4, [0.5], [math.nan] * 4, [1j] * 4, torch.zeros(4, 2)),
     ("reward_pixels", "std"): (0.5, [0.5] * 3, [0.0] * 4, [-0.5] * 4, [math.inf] * 4),
@@ -74,6 +87,12 @@ def refused(op: str, argument: str, value: Any) -> None:
     assert argument.replace("_", " ") in message.replace("_", " "), message
 
 
+def optional(function: Callable[..., Any]) -> set[str]:
+    """The arguments of which None is one value."""
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.default is None}
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_what_is_no_dense_floating_tensor(op: str) -> None:
     function, arguments = OPS[op]
@@ -82,7 +101,7 @@ def test_what_is_no_dense_floating_tensor(op: str) -> None:
         if isinstance(value, Tensor) and (op, argument) != ("score_gap", "scale"):
             for wrong in no_tensors(value):
                 refused(op, argument, wrong)
-            if argument not in ("weight", "bias", "residual", "offset", "uncond", *TARGET):
+            if argument not in ("weight", "bias", "uncond", *TARGET, *optional(function)):
                 refused(op, argument, None)
 
 

@@ -56,6 +56,20 @@ def cases() -> dict[str, Case]:
         "group_norm": (lambda x: ops.group_norm_silu(x, 2, activation="identity"), (x,)),
         "geglu": (ops.geglu, (rows,)),
         "ada_layer_norm": (ops.ada_layer_norm, (rows, rows[:, 0], rows[:, 1])),
+        "gated_residual_norm": (
+            lambda *tensors: torch.cat(ops.gated_residual_norm(*tensors)),
+            (rows, 2.0 * rows.cos(), rows[:, 0], rows[:, 1], rows[:, :1].sin()),
+        ),
+        "gated_residual_norm, rms": (
+            lambda x, branch, scale, w: torch.cat(
+                ops.gated_residual_norm(x, branch, scale=scale, norm="rms", weight=w)
+            ),
+            (rows, rows.cos(), rows.sin(), rows[0, 0].exp()),
+        ),
+        "rms_norm_rope": (
+            lambda x, w, cos, sin: ops.rms_norm_rope(x, cos, sin, w, interleaved=False, sequence_dim=2),
+            (x, channels[0, :2], eps[0, 0], u[:, 0]),
+        ),
         "inject_gradient": (lambda x: inject_gradient(x, y), (x,)),
     }
 
@@ -70,6 +84,8 @@ FUNCTIONS = {
     "_GroupNormSiluOfSum": "group_norm_silu, of a sum",
     "_Geglu": "geglu",
     "_AdaLayerNorm": "ada_layer_norm",
+    "_GatedResidualNorm": "gated_residual_norm",
+    "_RmsNormRope": "rms_norm_rope",
     "_InjectGradient": "inject_gradient",
     "_Convolution": "test_decoder.py",
     "_EnlargedConvolution": "test_decoder.py",

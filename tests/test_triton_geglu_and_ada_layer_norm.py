@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffpp_fast import ops, use_backend
 from diffpp_fast.ops.triton import ada_layer_norm as kernels
+from diffpp_fast.ops.triton import modulated_norm
 
 # The interpreter truncates casts to bfloat16 instead of rounding them.
 DTYPES = (
@@ -41,6 +42,40 @@ def test_geglu(shape: tuple[int, ...], dtype: torch.dtype, triton_backend: torch
     assert_agrees(ops.geglu, 2.0 * torch.randn(shape).to(triton_backend, dtype))
 
 
+def test_geglu_keeps_the_tail_in_16_bits(triton_backend: torch.device) -> None:
+    """The approximation is relative: also far below zero, where 1 + erf would have lost every digit."""
+    gate = torch.linspace(-6.0, 6.0, 997, dtype=torch.float16)
+    x = torch.stack((torch.full_like(gate, 1000.0), gate), dim=-1).to(triton_backend).requires_grad_()
+    y = ops.geglu(x)
+    wide = x.detach().double().requires_grad_()
+    oracle = wide[:, 0] * wide[:, 1] * 0.5 * torch.special.erfc(wide[:, 1] * -(0.5**0.5))
+    torch.testing.assert_close(y[:, 0].double(), oracle, rtol=6e-4, atol=2.0**-25)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    (expected,) = torch.autograd.grad(oracle.sum(), wide)
+    torch.testing.assert_close(grad[:, 0].double(), expected[:, 0], rtol=6e-4, atol=2.0**-25)
+    torch.testing.assert_close(grad[:, 1].double(), expected[:, 1], rtol=1e-3, atol=1e-2)
+
+
+def test_geglu_of_what_is_not_finite(triton_backend: torch.device) -> None:
+    gate = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e4, -1e4], dtype=torch.float16)
+    y = ops.geglu(torch.stack((torch.ones_like(gate), gate), dim=-1).to(triton_backend))
+    assert y.flatten().nan_to_num(7.0, 8.0).tolist() == [7.0, 8.0, 7.0, 1e4, 0.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_geglu_in_low_precision(
+    dtype: torch.dtype, triton_backend: torch.device, assert_twice_unfused: Callable[..., None]
+) -> None:
+    def unfused(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return a * torch.nn.functional.gelu(b)
+
+    x = 2.0 * torch.randn(16, 200).to(triton_backend, dtype)
+    results = [with_gradients(ops.geglu, x), with_gradients(unfused, x), with_gradients(unfused, x.double())]
+    for actual, same_dtype, oracle in zip(*results, strict=True):
+        assert_twice_unfused(actual, same_dtype, oracle)
+
+
 def test_geglu_in_any_layout(layout: Callable[[Tensor], Tensor], triton_backend: torch.device) -> None:
     assert_agrees(ops.geglu, layout(torch.randn(2, 3, 4, 6).to(triton_backend)))
 
@@ -60,8 +95,8 @@ def test_ada_layer_norm(shape: tuple[int, ...], dtype: torch.dtype, triton_backe
 
 
 def test_many_partial_sums(triton_backend: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "LEAST_ROWS", 1)
-    assert_agrees(ops.ada_layer_norm, *modulated(2, kernels.SUM_ROWS + 3, 70, device=triton_backend))
+    monkeypatch.setattr(modulated_norm, "LEAST_ROWS", 1)
+    assert_agrees(ops.ada_layer_norm, *modulated(2, modulated_norm.SUM_ROWS + 3, 70, device=triton_backend))
 
 
 def test_ada_layer_norm_in_any_layout(layout: Callable[[Tensor], Tensor], triton_backend: torch.device) -> None:
@@ -91,6 +126,6 @@ def test_mean_and_deviation_far_apart(triton_backend: torch.device) -> None:
 
 
 def test_rows_too_wide_are_refused_by_name(triton_backend: torch.device) -> None:
-    x, scale, shift = modulated(1, 1, kernels.MOST_COLUMNS + 1, device=triton_backend)
+    x, scale, shift = modulated(1, 1, modulated_norm.MOST_COLUMNS + 1, device=triton_backend)
     with pytest.raises(ValueError, match=r"backend 'triton' serves rows of up to 8192 elements, x has 8193"):
         ops.ada_layer_norm(x, scale, shift)

@@ -132,6 +132,44 @@ def pixart(seed: int = 0, **changes: Any) -> torch.nn.Module:
     return _seeded(lambda: PixArtTransformer2DModel(**settings | changes), seed)
 
 
+def sd3(seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """An SD3Transformer2DModel of three blocks, whose first has two attentions, as in Stable Diffusion 3.5 medium."""
+    from diffusers import SD3Transformer2DModel
+
+    settings: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": LATENT[0],
+        "out_channels": LATENT[0],
+        "num_layers": 3,
+        "caption_projection_dim": 16,
+        "joint_attention_dim": TEXT_WIDTH,
+        "pooled_projection_dim": 8,
+        "sample_size": LATENT[1],
+        "pos_embed_max_size": LATENT[1],
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    }
+    return _seeded(lambda: SD3Transformer2DModel(**settings | changes), seed)
+
+
+def flux(seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """A FluxTransformer2DModel of two blocks of each kind."""
+    from diffusers import FluxTransformer2DModel
+
+    settings: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 8,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "joint_attention_dim": TEXT_WIDTH,
+        "pooled_projection_dim": 8,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    return _seeded(lambda: FluxTransformer2DModel(**settings | changes), seed)
+
+
 def vae(seed: int = 0, **changes: Any) -> torch.nn.Module:
     """An AutoencoderKL that doubles height and width."""
     from diffusers import AutoencoderKL

@@ -7,6 +7,7 @@ extra arguments, a fused norm is the norm that it was.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -88,10 +89,20 @@ class FusedLayerNorm(Fused, nn.LayerNorm):
     unfused_class = nn.LayerNorm
 
     def forward(self, input: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """input [B, N, D], scale and shift [B, 1, D] -> norm (1 + scale) + shift, in the dtype common to all."""
+        """input [B, N, D], scale and shift [B, 1, D] or [B, D] -> norm (1 + scale) + shift, in their common dtype."""
         if scale is None or shift is None:
             return super().forward(input)
         return ops.ada_layer_norm(input.to(torch.promote_types(input.dtype, scale.dtype)), scale, shift, self.eps)
+
+    def behind(
+        self, residual: Tensor, branch: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return residual + gate branch and its modulated norm, in the dtype common to all.
+
+        It reads no parameter, so it need not be the module's call.
+        """
+        residual = residual.to(torch.promote_types(residual.dtype, scale.dtype))
+        return ops.gated_residual_norm(residual, branch, gate, scale, shift, eps=self.eps)
 
 
 class ResnetForward(Fused):
@@ -142,7 +153,7 @@ class GegluForward(Fused):
 
 
 class AdaNormSingleForward(Fused):
-    """`BasicTransformerBlock` of PixArt, with norms and their modulation as one operator each, gates with residuals."""
+    """`BasicTransformerBlock` of PixArt: norms with their modulation, the second with the residual before it."""
 
     def forward(
         self: Any,
@@ -180,15 +191,202 @@ class AdaNormSingleForward(Fused):
             normed = self.pos_embed(normed)
         context = encoder_hidden_states if self.only_cross_attention else None
         attended = self.attn1(normed, encoder_hidden_states=context, attention_mask=attention_mask, **attention)
-        hidden_states = torch.addcmul(hidden_states, gate, attended)
-        if self.attn2 is not None:
-            hidden_states = hidden_states + self.attn2(
+        if self.attn2 is None:
+            hidden_states, normed = self.norm2.behind(hidden_states, attended, ff_scale, ff_shift, gate)
+        else:
+            hidden_states = torch.addcmul(hidden_states, gate, attended)
+            attended = self.attn2(
                 hidden_states,
                 encoder_hidden_states=encoder_hidden_states,
                 attention_mask=encoder_attention_mask,
                 **attention,
             )
-        return torch.addcmul(hidden_states, ff_gate, self.ff(self.norm2(hidden_states, ff_scale, ff_shift)))
+            hidden_states, normed = self.norm2.behind(hidden_states, attended, ff_scale, ff_shift)
+        return torch.addcmul(hidden_states, ff_gate, self.ff(normed))
+
+
+class FusedRMSNorm(Fused, nn.RMSNorm):
+    """RMS norm of queries or keys with their rotary embedding, of neighbours, in one operator."""
+
+    unfused_class = nn.RMSNorm
+
+    def forward(self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+        """x [B, T, H, D], cos and sin [T, D] -> the same shape."""
+        if cos is None or sin is None:
+            return super().forward(x)
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        return ops.rms_norm_rope(x, cos, sin, self.weight, eps=eps)
+
+
+class FluxAttentionForward(Fused):
+    """`FluxAttention` with its own processor: norms with rotary embeddings."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """hidden_states [B, N, D], encoder_hidden_states [B, M, D] or None, two of [M + N, D'] -> as they came."""
+        has_text = encoder_hidden_states is not None
+        plain = type(self.processor).__name__ == "FluxAttnProcessor" and not self.fused_projections and not kwargs
+        if not plain or image_rotary_emb is None or has_text != (self.added_kv_proj_dim is not None):
+            unfused: Tensor | tuple[Tensor, Tensor] = super().forward(
+                hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
+            )
+            return unfused
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        words = encoder_hidden_states.shape[1] if encoder_hidden_states is not None else 0
+        text_angles, angles = zip(*((each[:words], each[words:]) for each in image_rotary_emb), strict=True)
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (-1, self.head_dim)) for project in (self.to_q, self.to_k, self.to_v)
+        )
+        query, key = self.norm_q(query, *angles), self.norm_k(key, *angles)
+        if has_text:
+            text_query, text_key, text_value = (
+                project(encoder_hidden_states).unflatten(-1, (-1, self.head_dim))
+                for project in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+            )
+            query = torch.cat((self.norm_added_q(text_query, *text_angles), query), dim=1)
+            key = torch.cat((self.norm_added_k(text_key, *text_angles), key), dim=1)
+            value = torch.cat((text_value, value), dim=1)
+        attended = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self.processor._attention_backend,
+            parallel_config=self.processor._parallel_config,
+        )
+        attended = attended.flatten(2, 3).to(query.dtype)
+        if not has_text:
+            return attended
+        text, image = attended[:, :words], attended[:, words:]
+        for layer in self.to_out:
+            image = layer(image.contiguous())
+        return image, self.to_add_out(text.contiguous())
+
+
+class AdaZeroForward(Fused):
+    """`AdaLayerNormZero` of Stable Diffusion 3 and FLUX, with the norm and its modulation as one operator."""
+
+    def forward(
+        self: Any,
+        x: Tensor,
+        timestep: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        hidden_dtype: torch.dtype | None = None,
+        emb: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """x [B, N, D], emb [B, E] -> the modulated norm; gate, shift, scale and gate of what follows, [B, D]."""
+        if self.emb is not None:
+            emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+        shift, scale, *others = self.linear(self.silu(emb)).chunk(6, dim=1)
+        return self.norm(x, scale, shift), *others
+
+
+class AdaZeroTwiceForward(Fused):
+    """`SD35AdaLayerNormZeroX`, with each of its two modulated norms as one operator."""
+
+    def forward(self: Any, hidden_states: Tensor, emb: Tensor | None = None) -> tuple[Tensor, ...]:
+        """hidden_states [B, N, D], emb [B, E] -> a norm, four modulations of what follows, another norm, its gate."""
+        shift, scale, *others, shift2, scale2, gate2 = self.linear(self.silu(emb)).chunk(9, dim=1)
+        return self.norm(hidden_states, scale, shift), *others, self.norm(hidden_states, scale2, shift2), gate2
+
+
+class AdaZeroSingleForward(Fused):
+    """`AdaLayerNormZeroSingle` of FLUX, with the norm and its modulation as one operator."""
+
+    def forward(self: Any, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, N, D], emb [B, E] -> the modulated norm and the gate of what follows, [B, D]."""
+        shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
+        return self.norm(x, scale, shift), gate
+
+
+def _feed_forward(
+    norm: FusedLayerNorm,
+    layers: nn.Module,
+    hidden: Tensor,
+    attended: Tensor,
+    gate: Tensor,
+    modulation: Sequence[Tensor],
+) -> Tensor:
+    """The second half of a stream of a joint block: residual, norm, feed-forward layers, residual."""
+    shift, scale, ff_gate = modulation
+    hidden, normed = norm.behind(hidden, attended, scale, shift, gate)
+    return torch.addcmul(hidden, ff_gate[:, None], layers(normed))
+
+
+class JointForward(Fused):
+    """`JointTransformerBlock` of Stable Diffusion 3: each residual with the modulated norm behind it."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
+        """hidden_states [B, N, D], encoder_hidden_states [B, M, D], temb [B, D] -> both, the text's None at the end."""
+        if self._chunk_size is not None:
+            unfused: tuple[Tensor | None, Tensor] = super().forward(
+                hidden_states, encoder_hidden_states, temb, joint_attention_kwargs
+            )
+            return unfused
+        attention = joint_attention_kwargs or {}
+        # As in PixArt, the patch embedding may be a transposed view.
+        hidden_states = hidden_states.contiguous()
+        normed, gate, *modulation = self.norm1(hidden_states, emb=temb)
+        if self.context_pre_only:
+            normed_text = self.norm1_context(encoder_hidden_states, temb)
+        else:
+            normed_text, text_gate, *text_modulation = self.norm1_context(encoder_hidden_states, emb=temb)
+        attended, text_attended = self.attn(hidden_states=normed, encoder_hidden_states=normed_text, **attention)
+        if self.use_dual_attention:
+            *modulation, normed, gate2 = modulation
+            hidden_states = torch.addcmul(hidden_states, gate[:, None], attended)
+            attended, gate = self.attn2(hidden_states=normed, **attention), gate2
+        hidden_states = _feed_forward(self.norm2, self.ff, hidden_states, attended, gate, modulation)
+        if self.context_pre_only:
+            return None, hidden_states
+        return (
+            _feed_forward(
+                self.norm2_context, self.ff_context, encoder_hidden_states, text_attended, text_gate, text_modulation
+            ),
+            hidden_states,
+        )
+
+
+class FluxForward(Fused):
+    """`FluxTransformerBlock`: each residual with the modulated norm behind it."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """hidden_states [B, N, D], encoder_hidden_states [B, M, D], temb [B, D] -> text and image, as they came."""
+        normed, gate, *modulation = self.norm1(hidden_states, emb=temb)
+        normed_text, text_gate, *text_modulation = self.norm1_context(encoder_hidden_states, emb=temb)
+        attended, text_attended, *adapted = self.attn(
+            hidden_states=normed,
+            encoder_hidden_states=normed_text,
+            image_rotary_emb=image_rotary_emb,
+            **(joint_attention_kwargs or {}),
+        )
+        hidden_states = _feed_forward(self.norm2, self.ff, hidden_states, attended, gate, modulation)
+        for each in adapted:  # an IP adapter's
+            hidden_states = hidden_states + each
+        text = _feed_forward(
+            self.norm2_context, self.ff_context, encoder_hidden_states, text_attended, text_gate, text_modulation
+        )
+        return text.clip(-65504, 65504) if text.dtype == torch.float16 else text, hidden_states
 
 
 _made: dict[tuple[type[Fused], type[nn.Module]], type[nn.Module]] = {}

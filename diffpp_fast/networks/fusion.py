@@ -121,10 +121,12 @@ def _blocks(module: nn.Module) -> Iterator[_Block]:
 def _of(name: str, module: nn.Module) -> Iterator[_Block]:
     """The blocks that `module` is, or that are made of its children."""
     from diffusers.models.activations import GEGLU
-    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
+    from diffusers.models.normalization import AdaLayerNormZeroSingle
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
+    from diffusers.models.transformers.transformer_flux import FluxAttention, FluxTransformerBlock
 
     if isinstance(module, ResnetBlock2D):
         yield _resnet(name, module, ResnetBlock2D)
@@ -134,6 +136,16 @@ def _of(name: str, module: nn.Module) -> Iterator[_Block]:
         yield block
     elif isinstance(module, BasicTransformerBlock):
         yield from _transformer(name, module, BasicTransformerBlock)
+    elif isinstance(module, JointTransformerBlock):
+        yield _joint(name, module, JointTransformerBlock, blocks.JointForward)
+    elif isinstance(module, FluxTransformerBlock):
+        yield _joint(name, module, FluxTransformerBlock, blocks.FluxForward)
+    elif isinstance(module, FluxAttention):
+        yield _flux_attention(name, module, FluxAttention)
+    elif isinstance(module, AdaLayerNormZeroSingle):
+        block = _Block(name, "AdaLayerNormZeroSingle")
+        _ada_zero(block, "it", module)
+        yield block
     elif isinstance(module, Transformer2DModel):
         if isinstance(norm := getattr(module, "norm", None), nn.GroupNorm):
             block = _Block(_join(name, "norm"), "GroupNorm")
@@ -167,11 +179,50 @@ def _transformer(name: str, module: Any, base: type[nn.Module]) -> Iterator[_Blo
         return
     block.add("it", module, base, blocks.fused_class(blocks.AdaNormSingleForward, base))
     for role in ("norm1", "norm2"):
-        norm = getattr(module, role)
-        if getattr(norm, "elementwise_affine", False):
-            block.leave(f"{role} has parameters")
-        block.add(role, norm, nn.LayerNorm, blocks.FusedLayerNorm)
+        _plain_layer_norm(block, role, getattr(module, role))
     yield block
+
+
+def _joint(name: str, module: Any, base: type[nn.Module], forward: type[blocks.Fused]) -> _Block:
+    """A block of two streams, text and image; the text ends in the last one."""
+    block = _Block(name, base.__name__)
+    block.add("it", module, base, blocks.fused_class(forward, base))
+    _ada_zero(block, "norm1", module.norm1)
+    if module.norm2_context is not None:
+        _ada_zero(block, "norm1_context", module.norm1_context)
+        _plain_layer_norm(block, "norm2_context", module.norm2_context)
+    _plain_layer_norm(block, "norm2", module.norm2)
+    return block
+
+
+def _flux_attention(name: str, module: Any, base: type[nn.Module]) -> _Block:
+    block = _Block(name, base.__name__)
+    block.add("it", module, base, blocks.fused_class(blocks.FluxAttentionForward, base))
+    if (processor := type(module.processor).__name__) != "FluxAttnProcessor":
+        block.leave(f"its processor is a {processor}")
+    for role in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+        if hasattr(module, role):
+            block.add(role, getattr(module, role), nn.RMSNorm, blocks.FusedRMSNorm)
+    return block
+
+
+def _ada_zero(block: _Block, role: str, norm: Any) -> None:
+    from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle, SD35AdaLayerNormZeroX
+
+    forwards: dict[type[nn.Module], type[blocks.Fused]] = {
+        SD35AdaLayerNormZeroX: blocks.AdaZeroTwiceForward,
+        AdaLayerNormZeroSingle: blocks.AdaZeroSingleForward,
+    }
+    expected = next((each for each in forwards if isinstance(norm, each)), AdaLayerNormZero)
+    forward = forwards.get(expected, blocks.AdaZeroForward)
+    block.add(role, norm, expected, blocks.fused_class(forward, expected))
+    _plain_layer_norm(block, f"{role}.norm", getattr(norm, "norm", None))
+
+
+def _plain_layer_norm(block: _Block, role: str, norm: Any) -> None:
+    if getattr(norm, "elementwise_affine", False):
+        block.leave(f"{role} has parameters")
+    block.add(role, norm, nn.LayerNorm, blocks.FusedLayerNorm)
 
 
 def _final_norm(name: str, module: Any) -> _Block:

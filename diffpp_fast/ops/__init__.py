@@ -9,9 +9,11 @@ from diffpp_fast.ops.ada_layer_norm import ada_layer_norm
 from diffpp_fast.ops.add_noise import add_noise
 from diffpp_fast.ops.denoising_loss import denoising_loss
 from diffpp_fast.ops.gap_loss import sid_loss, sim_loss
+from diffpp_fast.ops.gated_residual_norm import gated_residual_norm
 from diffpp_fast.ops.geglu import geglu
 from diffpp_fast.ops.group_norm_silu import group_norm_silu
 from diffpp_fast.ops.reward_pixels import reward_pixels
+from diffpp_fast.ops.rms_norm_rope import rms_norm_rope
 from diffpp_fast.ops.score_gap import ScoreGap, score_gap
 
 __all__ = [
@@ -19,9 +21,11 @@ __all__ = [
     "ada_layer_norm",
     "add_noise",
     "denoising_loss",
+    "gated_residual_norm",
     "geglu",
     "group_norm_silu",
     "reward_pixels",
+    "rms_norm_rope",
     "score_gap",
     "sid_loss",
     "sim_loss",

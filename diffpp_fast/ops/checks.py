@@ -90,6 +90,11 @@ def one_of(op: str, name: str, value: str | None, known: Sequence[str | None]) -
         raise ValueError(f"{op}: unknown {name} {value!r}; known: {', '.join(map(str, known))}")
 
 
+def one_of_numbers(op: str, name: str, value: int, known: Sequence[int]) -> None:
+    if type(value) is not int or value not in known:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(str, known))}, got {shown(value)}")
+
+
 def prediction_type(op: str, value: str) -> int:
     """Return the number of a prediction type, by which registered operators know it."""
     one_of(op, "prediction type", value, PREDICTION_TYPES)

@@ -5,10 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffpp_fast.ops.triton.approximate import exp2, reciprocal
 from diffpp_fast.ops.triton.device import on_its_device
 
-#: Elements of a tile: 8 a thread, so that a thread loads 16 bytes of bfloat16 at a time.
-TILE = 1024
+#: Elements of a tile: 16 a thread, in loads of 16 bytes. Of 8, addresses would be a fifth of the instructions.
+TILE = 2048
 WARPS = 4
 #: Columns of a tile: every feed-forward width of Stable Diffusion's and PixArt's transformers is a multiple.
 TILE_COLUMNS = 256
@@ -73,9 +74,21 @@ def _place(rows, half, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _below(b_gate):
-    """The standard normal distribution function."""
-    return 0.5 * (1.0 + tl.erf(b_gate * 0.7071067811865476))
+def _normal(b_gate, EXACT: tl.constexpr):
+    """The standard normal distribution function, and exp(-b^2 / 2).
+
+    That of results in 16 bits is t (c1 + t (c2 + t (c3 + t c4))) exp(-b^2 / 2) at -|b|, with t = 1 / (1 + p |b|). These
+    five numbers make the greatest relative error on [-7, 0] least: 8.4e-5, a sixth of float16's last bit.
+    """
+    if EXACT:
+        b_peak = tl.exp(-0.5 * b_gate * b_gate)
+        b_below = 0.5 * (1.0 + tl.erf(b_gate * 0.7071067811865476))
+    else:
+        b_peak = exp2(b_gate * b_gate * -0.7213475204444817)
+        b_t = reciprocal(tl.fma(tl.abs(b_gate), 0.28966393113537237, 1.0))
+        b_tail = tl.fma(tl.fma(tl.fma(b_t, 0.2613606, -0.033018387), b_t, 0.161715730), b_t, 0.109983517) * b_t * b_peak
+        b_below = tl.where(b_gate < 0.0, b_tail, 1.0 - b_tail)
+    return b_below, b_peak
 
 
 @triton.jit
@@ -91,7 +104,8 @@ def _forward(
     p_a = p_x + b_r * (2 * half) + b_c
     b_a = tl.load(p_a, mask=m_inside, other=0.0).to(tl.float32)
     b_gate = tl.load(p_a + half, mask=m_inside, other=0.0).to(tl.float32)
-    b_y = b_a * (b_gate * _below(b_gate))
+    b_below, _ = _normal(b_gate, p_y.dtype.element_ty == tl.float32)
+    b_y = b_a * (b_gate * b_below)
     tl.store(p_y + b_r * half + b_c, b_y.to(p_y.dtype.element_ty), mask=m_inside)
 
 
@@ -110,9 +124,8 @@ def _backward(
     b_grad = tl.load(p_grad + b_r * half + b_c, mask=m_inside, other=0.0).to(tl.float32)
     b_a = tl.load(p_x + b_at, mask=m_inside, other=0.0).to(tl.float32)
     b_gate = tl.load(p_x + b_at + half, mask=m_inside, other=0.0).to(tl.float32)
-    b_below = _below(b_gate)
-    b_density = 0.3989422804014327 * tl.exp(-0.5 * b_gate * b_gate)
+    b_below, b_peak = _normal(b_gate, p_grad_x.dtype.element_ty == tl.float32)
     b_grad_a = b_grad * (b_gate * b_below)
-    b_grad_b = b_grad * b_a * tl.fma(b_gate, b_density, b_below)
+    b_grad_b = b_grad * b_a * tl.fma(b_gate * 0.3989422804014327, b_peak, b_below)
     tl.store(p_grad_x + b_at, b_grad_a.to(p_grad_x.dtype.element_ty), mask=m_inside)
     tl.store(p_grad_x + b_at + half, b_grad_b.to(p_grad_x.dtype.element_ty), mask=m_inside)
