@@ -70,7 +70,8 @@ def test_each_gradient_only_where_needed(which: int, triton_backend: torch.devic
     whole = with_gradients(ops.rms_norm_rope, tensors)
     some = tuple(value if place == which else value.detach() for place, value in enumerate(tensors))
     alone = with_gradients(ops.rms_norm_rope, some)
-    assert torch.equal(alone[1], whole[1 if which == 0 else 2])
+    # The weight's gradient alone is summed in other tiles.
+    torch.testing.assert_close(alone[1], whole[1 if which == 0 else 2], rtol=1e-6 * which, atol=1e-6 * which)
 
 
 def test_rows_too_wide_are_refused_by_name(triton_backend: torch.device) -> None:
