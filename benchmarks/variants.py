@@ -191,8 +191,10 @@ def _makes_sense(variant: Variant) -> bool:
         return False
     if variant.op == "score_gap" and options["noise"] == "none":
         return options["normalizer"] is None and options["prediction_type"] == "epsilon"
-    if variant.op == "group_norm_silu" and options["affine"] == "none":
-        return options["wrt"] != "parameters"
+    if variant.op == "group_norm_silu":
+        # Of a group's only channel the norm takes any offset away: its gradient is rounding.
+        alone = options["added"] == "offset" and SHAPES[variant.op][options["shape"]][1] == GROUPS[options["shape"]]
+        return not alone and (options["affine"], options["wrt"]) != ("none", "parameters")
     if variant.op == "rms_norm_rope" and not options["affine"]:
         return options["wrt"] != "weight"
     return True

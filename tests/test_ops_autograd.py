@@ -68,7 +68,7 @@ def cases() -> dict[str, Case]:
         ),
         "rms_norm_rope": (
             lambda x, w, cos, sin: ops.rms_norm_rope(x, cos, sin, w, interleaved=False, sequence_dim=2),
-            (x, channels[0, :2], eps[0, 0], u[:, 0]),
+            (x, channels[0, :2], eps[:, 0], u[:, 0]),
         ),
         "inject_gradient": (lambda x: inject_gradient(x, y), (x,)),
     }

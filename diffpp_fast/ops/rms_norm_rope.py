@@ -55,11 +55,10 @@ def rms_norm_rope(
         raise ValueError(f"{op}: x must have shape [B, T, H, D] with D even, got {list(x.shape)}")
     tokens = x if sequence_dim == 1 else x.transpose(1, 2)
     batch, count, _, width = tokens.shape
-    for name, values in (("cos", cos), ("sin", sin)):
-        if values.shape not in ((count, width), (batch, count, width)) or values.dim() != cos.dim():
-            raise ValueError(
-                f"{op}: {name} must have shape [T, D] = [{count}, {width}] or [B, T, D], got {list(values.shape)}"
-            )
+    if cos.shape not in ((count, width), (batch, count, width)):
+        raise ValueError(f"{op}: cos must have shape [T, D] = [{count}, {width}] or [B, T, D], got {list(cos.shape)}")
+    if sin.shape != cos.shape:
+        raise ValueError(f"{op}: sin must have the shape of cos, {list(cos.shape)}, got {list(sin.shape)}")
     if weight is not None and weight.shape != (width,):
         raise ValueError(f"{op}: weight must have shape [D] = [{width}], got {list(weight.shape)}")
     eps = checks.eps(op, eps)
