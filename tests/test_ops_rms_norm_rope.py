@@ -76,6 +76,8 @@ def test_positions_of_each_sample() -> None:
     y = ops.rms_norm_rope(x, one, two, weight)
     for b in range(2):
         torch.testing.assert_close(y[b], ops.rms_norm_rope(x[b : b + 1], one[b], two[b], weight)[0])
+    shared = ops.rms_norm_rope(x, one[0], two, weight)
+    torch.testing.assert_close(shared, ops.rms_norm_rope(x, one[:1].expand_as(two), two, weight))
 
 
 def test_cos_and_sin_get_gradients_too() -> None:

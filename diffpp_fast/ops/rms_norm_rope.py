@@ -31,7 +31,7 @@ def rms_norm_rope(
     Args:
         x: [B, T, H, D], or [B, H, T, D] with `sequence_dim` 2; D is even.
         cos: [T, D] or [B, T, D]; its dtype may be its own.
-        sin: the same as `cos`.
+        sin: the same.
         weight: [D], of the norm; None is 1.
         eps: added to the mean of the squares.
         interleaved: whether pairs are neighbours.
@@ -56,13 +56,15 @@ def rms_norm_rope(
     tokens = x if sequence_dim == 1 else x.transpose(1, 2)
     batch, count, _, width = tokens.shape
     for name, values in (("cos", cos), ("sin", sin)):
-        if values.shape not in ((count, width), (batch, count, width)) or values.dim() != cos.dim():
+        if values.shape not in ((count, width), (batch, count, width)):
             raise ValueError(
                 f"{op}: {name} must have shape [T, D] = [{count}, {width}] or [B, T, D], got {list(values.shape)}"
             )
     if weight is not None and weight.shape != (width,):
         raise ValueError(f"{op}: weight must have shape [D] = [{width}], got {list(weight.shape)}")
     eps = checks.eps(op, eps)
+    if cos.dim() != sin.dim():
+        cos, sin = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
     cos, sin = _precise(cos, x), _precise(sin, x)
     weight = None if weight is None else _precise(weight, x)
     y: Tensor
