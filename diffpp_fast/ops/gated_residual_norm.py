@@ -168,20 +168,22 @@ def backward(
         grads["weight"] = _times(grad * normalized, factor).sum(dim=(0, 1)).to(weight.dtype)
     if needs.residual or needs.branch or needs.gate:
         g = _times(_times(grad, factor), own)
-        if mean is not None:
+        if mean is not None and not recorded():
             width, only_input = [rows.shape[2]], [True, False, False]
             statistics = mean[:, :, None], rstd[:, :, None]
             g, _, _ = torch.ops.aten.native_layer_norm_backward(g, rows, width, *statistics, None, None, only_input)
             g = g + _rows(grad_hidden)
         else:
+            if mean is not None:
+                g = g - g.mean(dim=2, keepdim=True)
             g = g - normalized * (g * normalized).mean(dim=2, keepdim=True)
             g = torch.addcmul(_rows(grad_hidden), rstd[:, :, None], g)
-        if needs.residual:
+        if needs.residual or gate is None:
             grads["residual"] = _stored(g.reshape(hidden.shape), hidden)
         if needs.gate and gate is not None:
             grads["gate"] = _summed(g * _rows(branch), gate)
         if needs.branch:
-            grads["branch"] = _stored((g if gate is None else g * _by_row(gate, g)).reshape(hidden.shape), branch)
+            grads["branch"] = _branch_gradient(g, branch, gate, grads["residual"])
     return tuple(grads.values())
 
 
@@ -230,10 +232,18 @@ def cpu_backward(
         if needs.gate and gate is not None:
             grad_gate = _summed(rows * _rows(branch), gate)
         if needs.branch:
-            grad_branch = _stored(
-                _times(rows, None if gate is None else _by_row(gate, rows)).reshape(hidden.shape), branch
-            )
+            grad_branch = _branch_gradient(rows, branch, gate, normed)
     return normed, grad_branch, grad_gate, None, grad_scale, grad_shift.to(shift.dtype)
+
+
+def _branch_gradient(grad: Tensor, branch: Tensor, gate: Tensor | None, grad_residual: Tensor | None) -> Tensor | None:
+    """Return that of h, [B, rows, D], through the gate.
+
+    Without one it is the residual's, and the same tensor: autograd would let two of one memory accumulate in place.
+    """
+    if gate is None:
+        return grad_residual
+    return _stored((grad * _by_row(gate, grad)).reshape(branch.shape), branch)
 
 
 def _is_ada(layer: bool, weight: Tensor | None, scale: Tensor) -> bool:
@@ -255,6 +265,13 @@ def _normalized(rows: Tensor, eps: float, layer: bool) -> tuple[Tensor, Tensor |
         return normalized, mean[:, :, 0], rstd[:, :, 0]
     rstd = torch.rsqrt(rows.square().mean(dim=2) + eps)
     return rows * rstd[:, :, None], None, rstd
+
+
+def _statistics(rows: Tensor, eps: float, layer: bool) -> tuple[Tensor | None, Tensor]:
+    """Return what `_normalized` does beside the rows, differentiably: torch's layer norm differentiates rows alone."""
+    mean = rows.mean(dim=2) if layer else None
+    centered = rows if mean is None else rows - mean[:, :, None]
+    return mean, torch.rsqrt(centered.square().mean(dim=2) + eps)
 
 
 def _times(values: Tensor, factor: Tensor | None) -> Tensor:
@@ -299,7 +316,7 @@ class _GatedResidualNorm(Function):
         needs, differentiate = Needs(*ctx.needs_input_grad[:6]), ctx.kernels.backward
         if recorded():
             differentiate = backward
-            _, mean, rstd = _normalized(_rows(hidden), ctx.eps, ctx.layer)  # which depend on it
+            mean, rstd = _statistics(_rows(hidden), ctx.eps, ctx.layer)  # which depend on it
         like = hidden if branch is None else branch
         found = differentiate(*grads, hidden, mean, rstd, like, gate, weight, scale, shift, needs)
         return (*only_needed(found, needs), None, None)
