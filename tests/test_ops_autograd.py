@@ -218,6 +218,24 @@ def test_maps_over_samples_and_jacobians(name: str) -> None:
     torch.testing.assert_close(hessian(scalar)(x), jacrev(jacrev(scalar))(x))
 
 
+@every_case
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_batches_of_outer_gradients(name: str, backend: str) -> None:
+    """`torch.autograd` maps over them itself, with a `vmap` that is not `torch.func`'s."""
+    for function, tensors in (CASES[name], (first_argument(name)[0], CASES[name][1][:1])):
+        given = leaves(tensors)
+        with use_backend(backend):
+            y = function(*given)
+        outer = torch.randn(3, *y.shape, dtype=y.dtype)
+        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+        rows = [torch.autograd.grad(y, given, row, **options) for row in outer]
+        for create_graph in (False, True):
+            every = torch.autograd.grad(y, given, outer, is_grads_batched=True, create_graph=create_graph, **options)
+            for batched, *single in zip(every, *rows, strict=True):
+                if batched is not None:  # "epsilon" has no x0 in its target
+                    torch.testing.assert_close(batched, torch.stack(single), **CLOSE)
+
+
 @pytest.mark.parametrize("name", ["add_noise, drawn", "group_norm_silu"])
 def test_transforms_inside_compiled_functions(name: str) -> None:
     one, x = first_argument(name)

@@ -168,7 +168,7 @@ def backward(
         grads["weight"] = _times(grad * normalized, factor).sum(dim=(0, 1)).to(weight.dtype)
     if needs.residual or needs.branch or needs.gate:
         g = _times(_times(grad, factor), own)
-        if mean is not None and not recorded():
+        if mean is not None and not recorded(grad_hidden, grad_modulated):
             width, only_input = [rows.shape[2]], [True, False, False]
             statistics = mean[:, :, None], rstd[:, :, None]
             g, _, _ = torch.ops.aten.native_layer_norm_backward(g, rows, width, *statistics, None, None, only_input)
@@ -314,7 +314,7 @@ class _GatedResidualNorm(Function):
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
         hidden, mean, rstd, branch, gate, weight, scale, shift = ctx.saved_tensors
         needs, differentiate = Needs(*ctx.needs_input_grad[:6]), ctx.kernels.backward
-        if recorded():
+        if recorded(*grads):
             differentiate = backward
             mean, rstd = _statistics(_rows(hidden), ctx.eps, ctx.layer)  # which depend on it
         like = hidden if branch is None else branch

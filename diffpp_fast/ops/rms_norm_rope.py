@@ -130,8 +130,8 @@ def _by_head(values: Tensor, like: Tensor) -> Tensor:
 def _rotated(y: Tensor, interleaved: bool) -> Tensor:
     """Pairs (a, b) as (-b, a)."""
     if interleaved:
-        a, b = y.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((-b, a), dim=-1).flatten(-2)
+        a, b = y.reshape(*y.shape[:-1], y.shape[-1] // 2, 2).unbind(-1)
+        return torch.stack((-b, a), dim=-1).reshape(y.shape)
     a, b = y.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
 
@@ -149,7 +149,7 @@ class _RmsNormRope(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        differentiate = backward if recorded() else ctx.kernels.backward
+        differentiate = backward if recorded(grad_output) else ctx.kernels.backward
         x, cos, sin, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         eps, interleaved = ctx.options
