@@ -157,6 +157,18 @@ def test_gradients_accumulate_each_in_its_own_memory(name: str) -> None:
                 torch.testing.assert_close(leaf.grad, 2.0 * gradient)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_results_may_be_written(backend: str) -> None:
+    """Each of a pair, whose gradients are those of a copy."""
+    x, y = CASES["gated_residual_norm, bare"][1]
+    for op in (ops.gated_residual_norm, lambda x, y: ops.group_norm_silu(x, 2, residual=y)):
+        (leaf,) = leaves((x,))
+        with use_backend(backend):
+            pair = op(leaf, y)
+        expected = torch.autograd.grad(2.0 * pair[1], leaf, torch.ones_like(y), retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(pair[1].mul_(2.0), leaf, torch.ones_like(y)), expected)
+
+
 @every_case
 def test_tangents(name: str) -> None:
     """In each of forward mode's three forms, also where nothing requires gradient: the adjoint of the gradient."""

@@ -138,7 +138,7 @@ def forward(
         y = y * (1.0 + _by_row(scale, y))
     elif shift is not None:
         y = y + _by_row(shift, y)
-    return hidden, _stored(y.reshape(residual.shape), residual), mean, rstd
+    return hidden, _stored(y, residual), mean, rstd
 
 
 def backward(
@@ -179,7 +179,7 @@ def backward(
             g = g - normalized * (g * normalized).mean(dim=2, keepdim=True)
             g = torch.addcmul(_rows(grad_hidden), rstd[:, :, None], g)
         if needs.residual or gate is None:
-            grads["residual"] = _stored(g.reshape(hidden.shape), hidden)
+            grads["residual"] = _stored(g, hidden)
         if needs.gate and gate is not None:
             grads["gate"] = _summed(g * _rows(branch), gate)
         if needs.branch:
@@ -243,7 +243,7 @@ def _branch_gradient(grad: Tensor, branch: Tensor, gate: Tensor | None, grad_res
     """
     if gate is None:
         return grad_residual
-    return _stored((grad * _by_row(gate, grad)).reshape(branch.shape), branch)
+    return _stored(grad * _by_row(gate, grad), branch)
 
 
 def _is_ada(layer: bool, weight: Tensor | None, scale: Tensor) -> bool:
@@ -255,7 +255,7 @@ def _sum(residual: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     """residual + gate branch, as it is stored."""
     rows, added = _rows(residual), _rows(branch)
     total = rows + added if gate is None else torch.addcmul(rows, _by_row(gate, added), added)
-    return _stored(total.reshape(residual.shape), residual)
+    return _stored(total, residual)
 
 
 def _normalized(rows: Tensor, eps: float, layer: bool) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -278,9 +278,13 @@ def _times(values: Tensor, factor: Tensor | None) -> Tensor:
     return values if factor is None else values * factor
 
 
-def _stored(result: Tensor, like: Tensor) -> Tensor:
-    """A new tensor in the dtype and memory layout of `like`, without a copy where it is row-major already."""
-    return result.to(like.dtype).contiguous() if like.is_contiguous() else stored_like(result, like)
+def _stored(rows: Tensor, like: Tensor) -> Tensor:
+    """New rows [B, rows, D] in the shape, dtype and memory layout of `like`, without a copy where it is row-major."""
+    if not like.is_contiguous():
+        return stored_like(rows.reshape(like.shape), like)
+    # A view may not be written in place where it is one of a Function's two results.
+    stored: Tensor = torch.ops.aten._unsafe_view(rows.to(like.dtype).contiguous(), like.shape)
+    return stored
 
 
 def _rows(x: Tensor) -> Tensor:
