@@ -27,7 +27,7 @@ def mean_abs_per_sample(values: Tensor) -> Tensor:
 
 
 def stored_like(result: Tensor, like: Tensor) -> Tensor:
-    """`result` in the dtype and memory layout of `like`; where `torch.func` hides the layout, in the dtype alone."""
-    if transforms.functional():
+    """`result` in the dtype and memory layout of `like`; where a `vmap` hides the layout, in the dtype alone."""
+    if transforms.functional() or transforms.batched(result):
         return result.to(like.dtype)
     return torch.empty_like(like).copy_(result)

@@ -32,3 +32,14 @@ def active() -> bool:
 def functional() -> bool:
     """Inside a transform of `torch.func`: tensors are wrapped, have no storage and perhaps hidden dimensions."""
     return _functional()
+
+
+def batched(tensor: object) -> bool:
+    """Whether `torch.autograd` maps over this gradient (`is_grads_batched`, `jacobian(vectorize=True)`).
+
+    Its `vmap` is not that of `torch.func`: nothing but the tensor tells of it.
+    """
+    # torch.compile can't trace the question, and never has such a tensor.
+    if torch.compiler.is_compiling():
+        return False
+    return isinstance(tensor, torch.Tensor) and torch._C._functorch.is_legacy_batchedtensor(tensor)

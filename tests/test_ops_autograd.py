@@ -17,6 +17,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import diffpp_fast
 from diffpp_fast import Noise, ops
+from diffpp_fast.backends import use_backend
 from diffpp_fast.methods.base import inject_gradient
 
 FOUR = (2, 4, 3, 5)
@@ -66,6 +67,7 @@ def cases() -> dict[str, Case]:
             ),
             (rows, rows.cos(), rows.sin(), rows[0, 0].exp()),
         ),
+        "gated_residual_norm, bare": (lambda *pair: torch.cat(ops.gated_residual_norm(*pair)), (rows, rows.cos())),
         "rms_norm_rope": (
             lambda x, w, cos, sin: ops.rms_norm_rope(x, cos, sin, w, interleaved=False, sequence_dim=2),
             (x, channels[0, :2], eps[:, 0], u[:, 0]),
@@ -139,6 +141,35 @@ def test_gradients_by_all_tensors(name: str) -> None:
 
 
 @every_case
+def test_gradients_accumulate_each_in_its_own_memory(name: str) -> None:
+    """autograd adds the second pass's in place to the first's, which two tensors of one memory would both get."""
+    function, tensors = CASES[name]
+    for backend in ("auto", "reference"):
+        given = leaves(tensors)
+        with use_backend(backend):
+            y = function(*given)
+        outer = torch.randn_like(y)
+        once = torch.autograd.grad(y, given, outer, retain_graph=True, allow_unused=True)
+        for _ in range(2):
+            y.backward(outer, retain_graph=True)
+        for leaf, gradient in zip(given, once, strict=True):
+            if gradient is not None:
+                torch.testing.assert_close(leaf.grad, 2.0 * gradient)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_results_may_be_written(backend: str) -> None:
+    """Each of a pair, whose gradients are those of a copy."""
+    x, y = CASES["gated_residual_norm, bare"][1]
+    for op in (ops.gated_residual_norm, lambda x, y: ops.group_norm_silu(x, 2, residual=y)):
+        (leaf,) = leaves((x,))
+        with use_backend(backend):
+            pair = op(leaf, y)
+        expected = torch.autograd.grad(2.0 * pair[1], leaf, torch.ones_like(y), retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(pair[1].mul_(2.0), leaf, torch.ones_like(y)), expected)
+
+
+@every_case
 def test_tangents(name: str) -> None:
     """In each of forward mode's three forms, also where nothing requires gradient: the adjoint of the gradient."""
     one, x = first_argument(name)
@@ -159,10 +190,12 @@ def test_tangents(name: str) -> None:
 
 @every_case
 def test_second_derivatives(name: str) -> None:
-    """The kernels' graph has them: by `backward`, by `grad` with inputs, with a tangent, and of a penalty."""
+    """The kernels' graph has them: by all tensors, by `grad` with inputs, with a tangent, and of a penalty."""
+    function, tensors = CASES[name]
     one, x = first_argument(name)
     if name not in STOPPED:
         torch.autograd.gradgradcheck(one, leaves((x,)), check_fwd_over_rev=True)
+        torch.autograd.gradgradcheck(function, leaves(tensors), check_fwd_over_rev=True, fast_mode=True)
     tangent = tangent_like(x)
     leaf = x.clone().requires_grad_()
     scalar = lambda x: one(x).square().sum()  # noqa: E731
@@ -195,6 +228,24 @@ def test_maps_over_samples_and_jacobians(name: str) -> None:
     torch.testing.assert_close(torch.autograd.functional.jacobian(one, x, vectorize=True), jacobian, **CLOSE)
     scalar = lambda x: one(x).square().sum()  # noqa: E731
     torch.testing.assert_close(hessian(scalar)(x), jacrev(jacrev(scalar))(x))
+
+
+@every_case
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_batches_of_outer_gradients(name: str, backend: str) -> None:
+    """`torch.autograd` maps over them itself, with a `vmap` that is not `torch.func`'s."""
+    for function, tensors in (CASES[name], (first_argument(name)[0], CASES[name][1][:1])):
+        given = leaves(tensors)
+        with use_backend(backend):
+            y = function(*given)
+        outer = torch.randn(3, *y.shape, dtype=y.dtype)
+        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+        rows = [torch.autograd.grad(y, given, row, **options) for row in outer]
+        for create_graph in (False, True):
+            every = torch.autograd.grad(y, given, outer, is_grads_batched=True, create_graph=create_graph, **options)
+            for batched, *single in zip(every, *rows, strict=True):
+                if batched is not None:  # "epsilon" has no x0 in its target
+                    torch.testing.assert_close(batched, torch.stack(single), **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["add_noise, drawn", "group_norm_silu"])

@@ -62,6 +62,8 @@ def test_parts_of_one_projection_are_read_where_they_lie(triton_backend: torch.d
     assert y.stride() == grad.stride() == permuted.stride()
     strided = x.detach().repeat_interleave(2, dim=-1)[..., ::2].requires_grad_()
     assert_agrees((strided, *others))
+    windows = torch.randn(2 * 5 * 9 * 2, device=x.device).as_strided((2, 5, 3, 6), (18, 6, 1, 1)).requires_grad_()
+    assert_agrees((windows, *others))
 
 
 @pytest.mark.parametrize("which", [0, 3], ids=["x", "weight"])

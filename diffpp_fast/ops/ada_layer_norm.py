@@ -120,7 +120,7 @@ class _AdaLayerNorm(Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, scale, shift = ctx.saved_tensors
         differentiate = ctx.kernels.backward
-        if recorded():
+        if recorded(grad_output):
             differentiate = backward
             _, mean, rstd = forward(x, scale, shift, ctx.eps)  # which depend on x
         needs = ctx.needs_input_grad[:3]

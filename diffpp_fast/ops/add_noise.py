@@ -79,7 +79,7 @@ class _AddNoise(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (alpha,) = ctx.saved_tensors
-        differentiate = backward if recorded() else ctx.kernels.backward
+        differentiate = backward if recorded(grad_output) else ctx.kernels.backward
         return differentiate(grad_output, alpha), None
 
 

@@ -33,12 +33,14 @@ def by_definition(*others: object) -> bool:
     return transforms.active() or needs_gradient(*others)
 
 
-def recorded() -> bool:
-    """In a backward pass: whether it is differentiated or transformed itself, and has to be made of plain torch.
+def recorded(*gradients: Tensor | None) -> bool:
+    """In the backward pass of `gradients`: whether it is differentiated or mapped itself, and has to be plain torch.
 
     Under torch.compile it never is: torch refuses second derivatives of what it compiled.
     """
-    return (torch.is_grad_enabled() or transforms.active()) and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or transforms.active() or any(map(transforms.batched, gradients))
 
 
 def only_needed(gradients: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:

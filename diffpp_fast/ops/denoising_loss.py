@@ -123,7 +123,7 @@ class _DenoisingLoss(Function):
         residual, weight = ctx.saved_tensors
         grad = grad_residual
         if grad_loss is not None:
-            differentiate = backward if recorded() else ctx.kernels.backward
+            differentiate = backward if recorded(grad_loss) else ctx.kernels.backward
             grad = differentiate(grad_loss, residual, weight)
             if grad_residual is not None:
                 grad = grad + grad_residual

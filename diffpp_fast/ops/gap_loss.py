@@ -294,7 +294,7 @@ class _GapLoss(Function):
         seed, stream, *numbers = ctx.numbers
         arguments = (fake, cond, uncond, x0, noise, seed, stream, alpha, sigma, *numbers)
         differentiate = ctx.kernels.backward
-        if recorded():
+        if recorded(grad_output):
             definition = _DEFINITIONS[ctx.op]
             differentiate = definition.backward
             _, *statistics = definition.forward(*arguments)  # which depend on the outputs

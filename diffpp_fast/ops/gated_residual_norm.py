@@ -138,7 +138,7 @@ def forward(
         y = y * (1.0 + _by_row(scale, y))
     elif shift is not None:
         y = y + _by_row(shift, y)
-    return hidden, _stored(y.reshape(residual.shape), residual), mean, rstd
+    return hidden, _stored(y, residual), mean, rstd
 
 
 def backward(
@@ -168,20 +168,22 @@ def backward(
         grads["weight"] = _times(grad * normalized, factor).sum(dim=(0, 1)).to(weight.dtype)
     if needs.residual or needs.branch or needs.gate:
         g = _times(_times(grad, factor), own)
-        if mean is not None:
+        if mean is not None and not recorded(grad_hidden, grad_modulated):
             width, only_input = [rows.shape[2]], [True, False, False]
             statistics = mean[:, :, None], rstd[:, :, None]
             g, _, _ = torch.ops.aten.native_layer_norm_backward(g, rows, width, *statistics, None, None, only_input)
             g = g + _rows(grad_hidden)
         else:
+            if mean is not None:
+                g = g - g.mean(dim=2, keepdim=True)
             g = g - normalized * (g * normalized).mean(dim=2, keepdim=True)
             g = torch.addcmul(_rows(grad_hidden), rstd[:, :, None], g)
-        if needs.residual:
-            grads["residual"] = _stored(g.reshape(hidden.shape), hidden)
+        if needs.residual or gate is None:
+            grads["residual"] = _stored(g, hidden)
         if needs.gate and gate is not None:
             grads["gate"] = _summed(g * _rows(branch), gate)
         if needs.branch:
-            grads["branch"] = _stored((g if gate is None else g * _by_row(gate, g)).reshape(hidden.shape), branch)
+            grads["branch"] = _branch_gradient(g, branch, gate, grads["residual"])
     return tuple(grads.values())
 
 
@@ -230,10 +232,18 @@ def cpu_backward(
         if needs.gate and gate is not None:
             grad_gate = _summed(rows * _rows(branch), gate)
         if needs.branch:
-            grad_branch = _stored(
-                _times(rows, None if gate is None else _by_row(gate, rows)).reshape(hidden.shape), branch
-            )
+            grad_branch = _branch_gradient(rows, branch, gate, normed)
     return normed, grad_branch, grad_gate, None, grad_scale, grad_shift.to(shift.dtype)
+
+
+def _branch_gradient(grad: Tensor, branch: Tensor, gate: Tensor | None, grad_residual: Tensor | None) -> Tensor | None:
+    """Return that of h, [B, rows, D], through the gate.
+
+    Without one it is the residual's, and the same tensor: autograd would let two of one memory accumulate in place.
+    """
+    if gate is None:
+        return grad_residual
+    return _stored(grad * _by_row(gate, grad), branch)
 
 
 def _is_ada(layer: bool, weight: Tensor | None, scale: Tensor) -> bool:
@@ -245,7 +255,7 @@ def _sum(residual: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     """residual + gate branch, as it is stored."""
     rows, added = _rows(residual), _rows(branch)
     total = rows + added if gate is None else torch.addcmul(rows, _by_row(gate, added), added)
-    return _stored(total.reshape(residual.shape), residual)
+    return _stored(total, residual)
 
 
 def _normalized(rows: Tensor, eps: float, layer: bool) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -257,13 +267,24 @@ def _normalized(rows: Tensor, eps: float, layer: bool) -> tuple[Tensor, Tensor |
     return rows * rstd[:, :, None], None, rstd
 
 
+def _statistics(rows: Tensor, eps: float, layer: bool) -> tuple[Tensor | None, Tensor]:
+    """Return what `_normalized` does beside the rows, differentiably: torch's layer norm differentiates rows alone."""
+    mean = rows.mean(dim=2) if layer else None
+    centered = rows if mean is None else rows - mean[:, :, None]
+    return mean, torch.rsqrt(centered.square().mean(dim=2) + eps)
+
+
 def _times(values: Tensor, factor: Tensor | None) -> Tensor:
     return values if factor is None else values * factor
 
 
-def _stored(result: Tensor, like: Tensor) -> Tensor:
-    """A new tensor in the dtype and memory layout of `like`, without a copy where it is row-major already."""
-    return result.to(like.dtype).contiguous() if like.is_contiguous() else stored_like(result, like)
+def _stored(rows: Tensor, like: Tensor) -> Tensor:
+    """New rows [B, rows, D] in the shape, dtype and memory layout of `like`, without a copy where it is row-major."""
+    if not like.is_contiguous():
+        return stored_like(rows.reshape(like.shape), like)
+    # A view may not be written in place where it is one of a Function's two results.
+    stored: Tensor = torch.ops.aten._unsafe_view(rows.to(like.dtype).contiguous(), like.shape)
+    return stored
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -297,9 +318,9 @@ class _GatedResidualNorm(Function):
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
         hidden, mean, rstd, branch, gate, weight, scale, shift = ctx.saved_tensors
         needs, differentiate = Needs(*ctx.needs_input_grad[:6]), ctx.kernels.backward
-        if recorded():
+        if recorded(*grads):
             differentiate = backward
-            _, mean, rstd = _normalized(_rows(hidden), ctx.eps, ctx.layer)  # which depend on it
+            mean, rstd = _statistics(_rows(hidden), ctx.eps, ctx.layer)  # which depend on it
         like = hidden if branch is None else branch
         found = differentiate(*grads, hidden, mean, rstd, like, gate, weight, scale, shift, needs)
         return (*only_needed(found, needs), None, None)

@@ -73,7 +73,7 @@ class _Geglu(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        differentiate = backward if recorded() else ctx.kernels.backward
+        differentiate = backward if recorded(grad_output) else ctx.kernels.backward
         grad: Tensor = differentiate(grad_output, *ctx.saved_tensors)
         return grad
 

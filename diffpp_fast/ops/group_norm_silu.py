@@ -257,7 +257,7 @@ class _GroupNormSilu(Function):
         if needs_offset:
             assert grad_x is not None
             # Every pixel of a channel has it.
-            grad_offset = grad_x.flatten(2).sum(2) if grad_x.dim() > 2 else grad_x
+            grad_offset = grad_x.sum(dim=list(range(2, grad_x.dim()))) if grad_x.dim() > 2 else grad_x
             grad_offset = grad_offset.to(ctx.offset_dtype)
         return grad_x if needs_x else None, grad_weight, grad_bias, grad_offset, None
 
@@ -299,7 +299,7 @@ def _gradients(
     """Return those of x, weight and bias, each where it is needed."""
     x, mean, rstd, weight, bias, offset = ctx.saved_tensors
     differentiate = ctx.kernels.backward
-    if recorded():
+    if recorded(grad_output, grad_sum):
         differentiate = backward
         _, mean, rstd = forward(x, mean.shape[1], weight, bias, ctx.eps, ctx.silu, offset)  # which depend on x
     grads = differentiate(grad_output, grad_sum, x, mean, rstd, weight, bias, offset, ctx.silu, *needs)

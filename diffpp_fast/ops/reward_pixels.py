@@ -286,7 +286,7 @@ class _RewardPixels(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (images,) = ctx.saved_tensors
-        differentiate = backward if recorded() else ctx.kernels.backward
+        differentiate = backward if recorded(grad_output) else ctx.kernels.backward
         return differentiate(grad_output, images, *ctx.arguments), None, None
 
 

@@ -31,7 +31,7 @@ def rms_norm_rope(
     Args:
         x: [B, T, H, D], or [B, H, T, D] with `sequence_dim` 2; D is even.
         cos: [T, D] or [B, T, D]; its dtype may be its own.
-        sin: the same as `cos`.
+        sin: the same.
         weight: [D], of the norm; None is 1.
         eps: added to the mean of the squares.
         interleaved: whether pairs are neighbours.
@@ -55,13 +55,16 @@ def rms_norm_rope(
         raise ValueError(f"{op}: x must have shape [B, T, H, D] with D even, got {list(x.shape)}")
     tokens = x if sequence_dim == 1 else x.transpose(1, 2)
     batch, count, _, width = tokens.shape
-    if cos.shape not in ((count, width), (batch, count, width)):
-        raise ValueError(f"{op}: cos must have shape [T, D] = [{count}, {width}] or [B, T, D], got {list(cos.shape)}")
-    if sin.shape != cos.shape:
-        raise ValueError(f"{op}: sin must have the shape of cos, {list(cos.shape)}, got {list(sin.shape)}")
+    for name, values in (("cos", cos), ("sin", sin)):
+        if values.shape not in ((count, width), (batch, count, width)):
+            raise ValueError(
+                f"{op}: {name} must have shape [T, D] = [{count}, {width}] or [B, T, D], got {list(values.shape)}"
+            )
     if weight is not None and weight.shape != (width,):
         raise ValueError(f"{op}: weight must have shape [D] = [{width}], got {list(weight.shape)}")
     eps = checks.eps(op, eps)
+    if cos.dim() != sin.dim():
+        cos, sin = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
     cos, sin = _precise(cos, x), _precise(sin, x)
     weight = None if weight is None else _precise(weight, x)
     y: Tensor
@@ -127,8 +130,8 @@ def _by_head(values: Tensor, like: Tensor) -> Tensor:
 def _rotated(y: Tensor, interleaved: bool) -> Tensor:
     """Pairs (a, b) as (-b, a)."""
     if interleaved:
-        a, b = y.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((-b, a), dim=-1).flatten(-2)
+        a, b = y.reshape(*y.shape[:-1], y.shape[-1] // 2, 2).unbind(-1)
+        return torch.stack((-b, a), dim=-1).reshape(y.shape)
     a, b = y.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
 
@@ -146,7 +149,7 @@ class _RmsNormRope(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        differentiate = backward if recorded() else ctx.kernels.backward
+        differentiate = backward if recorded(grad_output) else ctx.kernels.backward
         x, cos, sin, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         eps, interleaved = ctx.options

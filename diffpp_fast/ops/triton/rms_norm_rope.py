@@ -117,12 +117,20 @@ def backward(
 
 def _dense(values: Tensor) -> Tensor:
     """With the elements of a row beside each other."""
-    return values if values.stride(-1) == 1 else values.contiguous()
+    return values if _is_dense(values) else values.contiguous()
+
+
+def _is_dense(values: Tensor) -> bool:
+    """Whether the elements of a row are beside each other, here and in a tensor that is made like this one.
+
+    Where another dimension has a stride of 1, rows overlap, and torch may put that dimension last.
+    """
+    return values.stride(-1) == 1 and values.stride().count(1) == 1
 
 
 def _laid_out(result: Tensor, x: Tensor) -> Tensor:
     """The result for a dense x in the layout of x."""
-    return result if x.stride(3) == 1 else torch.empty_like(x).copy_(result)
+    return result if _is_dense(x) else torch.empty_like(x).copy_(result)
 
 
 def _alike(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
