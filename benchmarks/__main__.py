@@ -130,7 +130,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES[:2], help="(bfloat16 on a GPU, else float32)")
     _add_rounds(add)
     host.add_arguments(subject("host", host.run, "host time of a call, without a GPU", host.__doc__, "performance"))
-    static.add_arguments(subject("static", static.run, "instructions and bytes of GPU kernels, counted without a GPU", static.__doc__, "performance"))
+    static.add_arguments(subject("static", static.run, "GPU kernels, counted", static.__doc__, "performance"))
     loops.add_arguments(subject("loops", loops.run, "training loops, before and after", loops.__doc__, "embedding"))
     return parser
 

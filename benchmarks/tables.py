@@ -130,10 +130,10 @@ def bullets(sentences: Sequence[str]) -> str:
 
 def dtypes(text: str) -> list[torch.dtype]:
     """Return the dtypes that an option names, separated by commas."""
-    found = [getattr(torch, name, None) for name in text.split(",")]
-    if all(isinstance(dtype, torch.dtype) for dtype in found):
-        return found
-    raise argparse.ArgumentTypeError(f"must be names of dtypes, separated by commas, got {text!r}")
+    found = [dtype for name in text.split(",") if isinstance(dtype := getattr(torch, name, None), torch.dtype)]
+    if len(found) < len(text.split(",")):
+        raise argparse.ArgumentTypeError(f"must be names of dtypes, separated by commas, got {text!r}")
+    return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:
