@@ -85,7 +85,8 @@ def _objects() -> list[Path]:
     objects = [path for path in found if not path.name.startswith("host_") and not path.stem.endswith("_binding")]
     if not any(path.stem.endswith("_cuda") for path in objects):
         raise ConfigurationError(
-            "csrc's objects are not there: run `python setup.py build_ext --inplace` with nvcc, or use --no-csrc"
+            "csrc's objects are not there: run `python setup.py build_ext --inplace` with nvcc, or leave csrc "
+            "out: benchmarks.gpu_build --no-csrc, benchmarks static --backends triton,compile"
         )
     return sorted(objects)
 
