@@ -86,8 +86,7 @@ def _objects() -> list[Path]:
     objects = [path for path in found if not path.name.startswith("host_") and not path.stem.endswith("_binding")]
     if not any(path.stem.endswith("_cuda") for path in objects):
         raise ConfigurationError(
-            "csrc's objects are not there: run `python setup.py build_ext --inplace` with nvcc, "
-            f"or {LEAVE_OUT}"
+            f"csrc's objects are not there: run `python setup.py build_ext --inplace` with nvcc, or {LEAVE_OUT}"
         )
     return sorted(objects)
 
