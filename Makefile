@@ -58,7 +58,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# A process per core; the tests of a file stay in one, for they share what is dear to set up.
+# A process per core; the tests of a file stay in one, for they share what is expensive to set up.
 WORKERS := --numprocesses logical --maxprocesses 8 --dist loadfile
 test: $(LIBRARY) lint types
 	$(BIN)/pytest $(WORKERS) -m "not slow"

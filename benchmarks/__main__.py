@@ -28,7 +28,7 @@ from diffpp_fast.user_paths import user_path
 
 DESCRIPTION = """\
 Measures operators, blocks of networks, the reward path, whole training steps and loops on this machine against the code
-that they replace.
+that they replace; without a GPU, counts what GPU kernels execute and times what the host does before one is launched.
 """
 KERNELS = """\
 Times every operator against the same step written in plain torch, eagerly and under torch.compile.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.memory import saved_bytes
-from benchmarks.tables import Table, dtype_name, markdown
+from benchmarks.tables import Table, dtype_name, dtypes, markdown
 from benchmarks.timing import Contender, clock_of, interleave, intra_op_threads
 from diffpp_fast import networks
 
@@ -121,9 +121,9 @@ def table(rows: Sequence[BlockRow]) -> Table:
 
 def add_arguments(add: Callable[..., Any]) -> None:
     add("--device", choices=["cpu", "cuda"], help="where to measure (cuda if there is one)")
-    add("--dtypes", type=lambda text: [getattr(torch, name) for name in text.split(",")], default=[torch.float32])
-    add("--threads", type=int, default=torch.get_num_threads(), metavar="N")
-    add("--min-time", type=float, default=1.0, metavar="SECONDS", help="per block and version")
+    add("--dtypes", type=dtypes, default=[torch.float32], metavar="NAME,...", help="(float32)")
+    add("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of the CPU (all)")
+    add("--min-time", type=float, default=1.0, metavar="SECONDS", help="per block and version (1)")
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> int:

@@ -35,6 +35,7 @@ ALLOCATIONS = SOURCE.with_name("allocations.cpp")
 REMEMBERED = "allocations.so"
 #: Operators whose kernels read tables of integers that the host has made.
 WITH_TABLES = ("reward_pixels",)
+LEAVE_OUT = "leave csrc out with benchmarks.gpu_build --no-csrc or benchmarks static --backends triton,compile"
 
 _ON_LAUNCH = ctypes.CFUNCTYPE(
     None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)
@@ -52,7 +53,7 @@ def build(folder: Path) -> Path:
         sys.path.pop(0)
     found, torch = toolchain.find_toolchain(), toolchain.find_torch()
     if found is None or found.nvcc is None or torch is None:
-        raise ConfigurationError("csrc's launches can't be told without a C++ compiler, nvcc and torch: use --no-csrc")
+        raise ConfigurationError(f"csrc's launches can't be told without a C++ compiler, nvcc and torch: {LEAVE_OUT}")
     bindings, told, library = folder / "bindings.h", folder / "told.o", folder / "library.so"
     sources = sorted((ROOT / "csrc").glob("*/binding.cpp"))
     bindings.write_text("".join(f'#include "{source}"\n' for source in sources), encoding="utf-8")
@@ -85,7 +86,7 @@ def _objects() -> list[Path]:
     objects = [path for path in found if not path.name.startswith("host_") and not path.stem.endswith("_binding")]
     if not any(path.stem.endswith("_cuda") for path in objects):
         raise ConfigurationError(
-            "csrc's objects are not there: run `python setup.py build_ext --inplace` with nvcc, or use --no-csrc"
+            f"csrc's objects are not there: run `python setup.py build_ext --inplace` with nvcc, or {LEAVE_OUT}"
         )
     return sorted(objects)
 

@@ -92,6 +92,8 @@ SUBJECTS = (
     Subject("group_norm_silu", "trained", tiny=(1, 32, 1, 2), size=(1, 1280, 8, 8)),
     Subject("geglu", tiny=(1, 4, 8), size=(1, 1024, 2560)),
     Subject("ada_layer_norm", tiny=(1, 4, 8), size=(1, 1024, 1152)),
+    Subject("gated_residual_norm", tiny=(1, 4, 8), size=(1, 4096, 3072)),
+    Subject("rms_norm_rope", tiny=(1, 2, 2, 8), size=(1, 4096, 24, 128)),
 )
 
 
@@ -243,9 +245,10 @@ def csv_rows(found: Sequence[Row]) -> Iterator[dict[str, Any]]:
 
 def add_arguments(add: Callable[..., Any]) -> None:
     add("--ops", type=lambda text: text.split(","), metavar="NAME,...", help="operators (all but reward_pixels)")
-    add("--dtypes", type=lambda text: [getattr(torch, name) for name in text.split(",")], default=[torch.bfloat16])
+    add("--dtypes", type=tables.dtypes, default=[torch.bfloat16], metavar="NAME,...", help="(bfloat16)")
     add("--min-time", type=float, default=0.5, metavar="SECONDS", help="per provider and case (0.5)")
-    add("--out", type=user_path, default=Path("benchmarks/results"), metavar="FOLDER", help="for files")
+    out = "for files (benchmarks/results)"
+    add("--out", type=user_path, default=Path("benchmarks/results"), metavar="FOLDER", help=out)
     add("--docs", type=user_path, metavar="PAGE.md", help="also put the table between the page's markers")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -125,6 +126,14 @@ def bullets(sentences: Sequence[str]) -> str:
 
 
 # Cells
+
+
+def dtypes(text: str) -> list[torch.dtype]:
+    """Return the dtypes that an option names, separated by commas."""
+    found = [dtype for name in text.split(",") if isinstance(dtype := getattr(torch, name, None), torch.dtype)]
+    if len(found) < len(text.split(",")):
+        raise argparse.ArgumentTypeError(f"must be names of dtypes, separated by commas, got {text!r}")
+    return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -73,7 +73,8 @@ def _print_operators(device: torch.device) -> list[str]:
     from diffpp_fast import backends, selftest
 
     say(f"\nOperators on {device}, float32; requested backend: {backends.requested_backend()}\n")
-    say(f"  {'operator':<16} {'default':<14}" + "".join(f" {backend:<10}" for backend in backends.PREFERENCE))
+    width = max(map(len, backends.OPS))
+    say(f"  {'operator':<{width}} {'default':<14}" + "".join(f" {backend:<10}" for backend in backends.PREFERENCE))
     rows = {(row.op, row.backend): row.reason for row in backends.table(device)}
     notes: dict[str, int] = {}
     failures = []
@@ -92,7 +93,7 @@ def _print_operators(device: torch.device) -> list[str]:
         default = " | ".join(
             dict.fromkeys(backends.default_backend(op, device, small=s) or "none" for s in (True, False))
         )
-        say(f"  {op:<16} {default:<14}" + "".join(f" {cell:<10}" for cell in cells))
+        say(f"  {op:<{width}} {default:<14}" + "".join(f" {cell:<10}" for cell in cells))
     if device.type == "cuda":
         say(f"\n  a | b: a for up to {backends.SMALL} elements, which take the host longer than the GPU, else b")
     print()

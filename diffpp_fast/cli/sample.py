@@ -23,7 +23,7 @@ DESCRIPTION = """\
 Draws pictures with a trained generator: one row per prompt, one column per latent.
 
   diffpp-fast sample "a red apple"
-  diffpp-fast sample --run runs/emoji "a red apple" "a green frog" --count 8 --seed 1 --grid pictures.png
+  diffpp-fast sample --run runs/emoji "a red apple" "a green frog" --count 8 --seed 1 --out pictures.png
   diffpp-fast sample --run runs/emoji --prompts prompts.txt --count 1 --batch 16 --images pictures
   diffpp-fast sample --model generator --config align.yaml "a red apple"
 
