@@ -264,6 +264,18 @@ def test_a_run_trains_adapters_alone_and_resumes_to_the_same_bits(config_of) -> 
         assert torch.equal(weight, after[name]), name
 
 
+def test_a_reference_that_is_differentiated_is_computed_again_without_adapters(config_of) -> None:  # type: ignore[no-untyped-def]
+    """Of DIDR the fake score may have adapters, too: nothing is differentiated through it."""
+    ended = []
+    for kept in ("true", "false"):
+        overrides = (*BOTH, "method.name=didr", f"training.activation_checkpointing={kept}", "training.steps=2")
+        trainer = Trainer(config_of(*overrides, output=kept))
+        trainer.run()
+        ended.append(dict(trainer.generator.network.named_parameters()))
+    again, whole = ended
+    assert all(torch.equal(again[name], weight) for name, weight in whole.items())
+
+
 def test_a_checkpoint_of_adapters_is_refused_by_another_kind_of_run(config_of) -> None:  # type: ignore[no-untyped-def]
     from diffpp_fast.training.checkpoint import load_role
 

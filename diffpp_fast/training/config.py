@@ -554,7 +554,8 @@ class Config(Section):
                 f"{through}, which {distributed.reference} spreads for calls without gradient: use "
                 "distributed.reference=replica"
             )
-        if self.training.activation_checkpointing and self.models.fake.lora is not None:
+        # The reference is the network with adapters off, as it is outside of a role.
+        if "fake" in differentiates and self.training.activation_checkpointing and self.models.fake.lora is not None:
             raise ValueError(
                 f"{through}: with training.activation_checkpointing blocks would be computed again with the adapter "
                 "of another role. Turn it off, or train all of the fake score with models.fake.lora=null"
