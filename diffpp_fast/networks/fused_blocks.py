@@ -192,7 +192,7 @@ class AdaNormSingleForward(Fused):
         context = encoder_hidden_states if self.only_cross_attention else None
         attended = self.attn1(normed, encoder_hidden_states=context, attention_mask=attention_mask, **attention)
         if self.attn2 is None:
-            hidden_states, normed = self.norm2.behind(hidden_states, attended, ff_scale, ff_shift, gate)
+            hidden_states, fed = self.feed_forward(hidden_states, attended, ff_scale, ff_shift, gate)
         else:
             hidden_states = torch.addcmul(hidden_states, gate, attended)
             attended = self.attn2(
@@ -201,8 +201,15 @@ class AdaNormSingleForward(Fused):
                 attention_mask=encoder_attention_mask,
                 **attention,
             )
-            hidden_states, normed = self.norm2.behind(hidden_states, attended, ff_scale, ff_shift)
-        return torch.addcmul(hidden_states, ff_gate, self.ff(normed))
+            hidden_states, fed = self.feed_forward(hidden_states, attended, ff_scale, ff_shift)
+        return torch.addcmul(hidden_states, ff_gate, fed)
+
+    def feed_forward(
+        self: Any, hidden: Tensor, attended: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return hidden + gate attended, and the feed-forward layers of its modulated norm."""
+        hidden, normed = self.norm2.behind(hidden, attended, scale, shift, gate)
+        return hidden, self.ff(normed)
 
 
 class FusedRMSNorm(Fused, nn.RMSNorm):
