@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -17,7 +17,7 @@ from diffpp_fast.networks.fusion import fuse
 logger = logging.getLogger("diffpp_fast")
 
 #: What is computed again in the backward pass, by the names that `freeze` takes.
-RECOMPUTE = ("none", "feed_forward", "blocks")
+RECOMPUTE = ("none", "feed_forward", "projections", "blocks")
 #: Where a module remembers what it was, in its `__dict__`: no parameter, no buffer, nothing that is saved.
 BEFORE = "_before_freezing"
 
@@ -44,10 +44,11 @@ def freeze(module: nn.Module, *, recompute: str = "none") -> int:
         module: a UNet2DConditionModel, a PixArtTransformer2DModel, or any module that holds such layers and blocks.
         recompute: what the backward pass computes again. "none": elementwise arithmetic; "feed_forward": the first
             layer of each feed-forward network in `BasicTransformerBlock` (GEGLU's projection, say) with the norm
-            before it; "blocks": residual and transformer blocks, which keep their inputs.
+            before it; "projections": these, and queries, keys and values; "blocks": residual and transformer blocks,
+            which keep their inputs.
 
     Returns:
-        How many layers and blocks have got a class by this call, those that it has fused included: 0 the second time.
+        How many modules this call has frozen: 0 the second time.
 
     Raises:
         ValueError: unknown `recompute`, or another than the module was frozen with; a network that is trained:
@@ -58,23 +59,25 @@ def freeze(module: nn.Module, *, recompute: str = "none") -> int:
     _refuse(module, recompute)
     parts = [part for part in module.modules() if BEFORE not in vars(part)]
     before = {part: _Before(type(part), _flags(part), recompute) for part in parts}
-    count = fuse(module)
+    fuse(module)
     swaps = [swap for swap in _swaps(module, recompute) if swap.reason is None and not swap.frozen]
     for swap in swaps:
         for part, forward in swap.parts:
             part.__class__ = frozen.frozen_class(forward, type(part))
-        if swap.norm is not None:
+        for part, norm in swap.behind:
             # In a tuple, so that it is no child of the layer behind it.
-            vars(swap.parts[0][0])["norm_before"] = (swap.norm,)
+            vars(part)["norm_before"] = (norm,)
+    count = 0
     for part, state in before.items():
         state.after = type(part)
         if state.after is not state.before or state.flags:
             vars(part)[BEFORE] = state
+            count += 1
         for parameter in part.parameters(recurse=False):
             parameter.requires_grad_(False)
     for sentence in _in_words(freezing_report(module)):
         logger.info("freeze %s: %s", type(module).__name__, sentence)
-    return count + len(swaps)
+    return count
 
 
 def unfreeze(module: nn.Module) -> int:
@@ -83,7 +86,7 @@ def unfreeze(module: nn.Module) -> int:
     Blocks that were fused before they were frozen stay fused.
 
     Returns:
-        How many modules have got their class again.
+        How many modules were frozen.
 
     Raises:
         RuntimeError: a frozen layer or block was sharded or given a forward of its own since; nothing is changed then.
@@ -95,26 +98,25 @@ def unfreeze(module: nn.Module) -> int:
                 f"unfreeze: {name or type(part).__name__} was wrapped after it was frozen (FSDP, offloading hooks); "
                 "take that off first"
             )
-    count = 0
     for part, state in states.values():
-        count += state.before is not state.after
         if state.before is not state.after:
             part.__class__ = state.before
         for name, parameter in part.named_parameters(recurse=False):
             parameter.requires_grad_(state.flags.get(name, parameter.requires_grad))
         vars(part).pop("norm_before", None)
         del vars(part)[BEFORE]
-    return count
+    return len(states)
 
 
 def freezing_report(module: nn.Module) -> list[FreezingRow]:
     """Return a row for every layer or block of `module` that is frozen, could be, or looks as if it could be."""
     asked = {vars(part)[BEFORE].recompute for part in module.modules() if BEFORE in vars(part)}
     recompute = next(iter(asked), "none")
-    return [
-        FreezingRow(swap.name, swap.kind, swap.frozen, swap.reason or (None if swap.frozen else "freeze was not called"))
-        for swap in _swaps(module, recompute)
-    ]
+    rows = []
+    for swap in _swaps(module, recompute):
+        reason = swap.reason or (None if swap.frozen else "freeze was not called")
+        rows.append(FreezingRow(swap.name, swap.kind, swap.frozen, reason))
+    return rows
 
 
 @dataclass
@@ -134,7 +136,7 @@ class _Swap:
     name: str
     kind: str
     parts: list[tuple[nn.Module, type[frozen.Frozen]]]
-    norm: nn.Module | None = None  # that the first of them calls
+    behind: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)  # layers with the norms that they call
     reason: str | None = None
 
     @property
@@ -171,8 +173,8 @@ def _swaps(module: nn.Module, recompute: str) -> Iterator[_Swap]:
     for name, part in module.named_modules():
         if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             yield _convolution(name, part)
-        elif recompute == "feed_forward":
-            yield from _feed_forward(name, part)
+        elif recompute in ("feed_forward", "projections"):
+            yield from _transformer(name, part, attention=recompute == "projections")
         elif recompute == "blocks":
             yield from _block(name, part)
 
@@ -184,23 +186,29 @@ def _convolution(name: str, part: Any) -> _Swap:
     return swap
 
 
-def _feed_forward(name: str, part: Any) -> Iterator[_Swap]:
-    """The norm before a feed-forward network with the network's first layer."""
+def _transformer(name: str, part: Any, *, attention: bool) -> Iterator[_Swap]:
+    """The norms of a transformer block with the layers behind them, and nothing between."""
     from diffusers.models.attention import BasicTransformerBlock
 
     if not isinstance(part, BasicTransformerBlock):
         return
     if isinstance(part, fused.AdaNormSingleForward):
-        yield _swap(name, part, (part, frozen.RecomputedFeedForward), type(part))
+        recomputed = frozen.RecomputedProjections if attention else frozen.RecomputedFeedForward
+        yield _swap(name, part, (part, recomputed), type(part))
         return
-    first = part.ff.net[0]
-    swap = _swap(name, part, (first, frozen.NormedGate), type(first))
-    if part.norm_type == "layer_norm":
-        inner = _swap(name, part, (part.norm3, frozen.DeferredNorm), nn.LayerNorm)
-        swap.parts += inner.parts
-        swap.norm, swap.reason = part.norm3, swap.reason or inner.reason
-    else:
+    swap = _Swap(name, _base(type(part)).__name__, [])
+    if part.norm_type != "layer_norm":
         swap.reason = f"its norm_type is {part.norm_type!r}"
+    first: list[tuple[Any, Any, type[frozen.Frozen]]] = [(part.norm3, part.ff.net[0], frozen.NormedLayer)]
+    if attention and part.pos_embed is None:
+        first.append((part.norm1, part.attn1, frozen.NormedAttention))
+        if part.attn2 is not None:
+            first.append((part.norm2, part.attn2, frozen.NormedAttention))
+    for norm, layer, forward in first:
+        for target, kind, expected in ((norm, frozen.DeferredNorm, nn.LayerNorm), (layer, forward, type(layer))):
+            swap.parts.append((target, kind))
+            swap.reason = swap.reason or _swap(name, part, (target, kind), expected).reason
+        swap.behind.append((layer, norm))
     yield swap
 
 
@@ -209,14 +217,18 @@ def _block(name: str, part: nn.Module) -> Iterator[_Swap]:
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 
-    known = BasicTransformerBlock, JointTransformerBlock, ResnetBlock2D, FluxTransformerBlock, FluxSingleTransformerBlock
+    known = (
+        BasicTransformerBlock,
+        JointTransformerBlock,
+        ResnetBlock2D,
+        FluxTransformerBlock,
+        FluxSingleTransformerBlock,
+    )
     if isinstance(part, known):
         yield _swap(name, part, (part, frozen.RecomputedBlock), type(part))
 
 
-def _swap(
-    name: str, part: nn.Module, first: tuple[nn.Module, type[frozen.Frozen]], expected: type[nn.Module]
-) -> _Swap:
+def _swap(name: str, part: nn.Module, first: tuple[nn.Module, type[frozen.Frozen]], expected: type[nn.Module]) -> _Swap:
     """A swap of one module, which is left if it is not what it should be."""
     target, forward = first
     base: type[nn.Module] = _base(type(target))

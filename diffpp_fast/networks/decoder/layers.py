@@ -120,9 +120,7 @@ class _Convolution(Function):
             # Rows and columns at the end of x that no step of the stride reaches.
             rest = [
                 (size + 2 * pad - step * (taps - 1) - 1) % by
-                for size, taps, by, pad, step in zip(
-                    ctx.size, weight.shape[2:], stride, padding, dilation, strict=True
-                )
+                for size, taps, by, pad, step in zip(ctx.size, weight.shape[2:], stride, padding, dilation, strict=True)
             ]
             grad_x = F.conv_transpose2d(grad, weight.to(grad.dtype), None, stride, padding, rest, groups, dilation)
         return grad_x, None, None, grad if needs_residual else None, None, None
