@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diffpp_fast.selftest import Outputs
 
@@ -53,6 +56,40 @@ def kept_bytes(forward: Callable[[Tensor], Tensor], x: Tensor, *networks: nn.Mod
     """Return the bytes that `forward(x)` keeps for the gradient of x, without x and what `networks` own."""
     x = x.detach().requires_grad_(gradient)
     return saved_bytes(lambda: forward(x), *networks, apart=(x,))
+
+
+def alive_bytes(forward: Callable[[Tensor], Tensor], x: Tensor, *networks: nn.Module) -> int:
+    """Return the bytes that are alive after `forward(x)` for the gradient of x, but for x, its result and `networks`.
+
+    Other than `kept_bytes` it sees what selective checkpointing keeps; fake tensors count as if they were real.
+    """
+    x = x.detach().requires_grad_()
+    seen = _Storages()
+    with seen:
+        result = forward(x)
+    owned = [value for network in networks for value in (*network.parameters(), *network.buffers())]
+    return seen.alive(apart=[x, result, *owned])
+
+
+class _Storages(TorchDispatchMode):
+    """Remembers the storage of every operator's results, as long as something else holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._found[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return results
+
+    def alive(self, apart: Sequence[Tensor]) -> int:
+        gc.collect()
+        uncounted = {_identity(value) for value in apart}
+        return sum(size for key, (weak, size) in self._found.items() if key not in uncounted and not weak.expired())
 
 
 def _cpu(call: Callable[[], Outputs]) -> int:

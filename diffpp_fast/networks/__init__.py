@@ -5,6 +5,7 @@ from diffpp_fast.networks.conditioning import Conditioning
 from diffpp_fast.networks.decoder import FrozenDecoder
 from diffpp_fast.networks.denoiser import Denoiser
 from diffpp_fast.networks.discriminator import MiddleBlockDiscriminator
+from diffpp_fast.networks.freezing import FreezingRow, freeze, freezing_report, unfreeze
 from diffpp_fast.networks.fusion import FusionRow, fuse, fusion_report, unfuse
 from diffpp_fast.networks.loading import load_decoder, load_denoiser, load_schedule
 from diffpp_fast.networks.one_step import OneStepGenerator
@@ -15,16 +16,20 @@ __all__ = [
     "Conditioning",
     "Denoiser",
     "DualTextEncoder",
+    "FreezingRow",
     "FrozenDecoder",
     "FusionRow",
     "MiddleBlockDiscriminator",
     "OneStepGenerator",
     "TextEncoder",
+    "freeze",
+    "freezing_report",
     "fuse",
     "fusion_report",
     "load_decoder",
     "load_denoiser",
     "load_schedule",
     "set_attention",
+    "unfreeze",
     "unfuse",
 ]

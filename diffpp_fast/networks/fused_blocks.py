@@ -186,23 +186,42 @@ class AdaNormSingleForward(Fused):
         hidden_states = hidden_states.contiguous()
         table = self.scale_shift_table[None] + timestep.reshape(len(hidden_states), 6, -1)
         shift, scale, gate, ff_shift, ff_scale, ff_gate = table.chunk(6, dim=1)
-        normed = self.norm1(hidden_states, scale, shift)
-        if self.pos_embed is not None:
-            normed = self.pos_embed(normed)
         context = encoder_hidden_states if self.only_cross_attention else None
-        attended = self.attn1(normed, encoder_hidden_states=context, attention_mask=attention_mask, **attention)
+        attended = self.attend(
+            hidden_states, scale, shift, encoder_hidden_states=context, attention_mask=attention_mask, **attention
+        )
         if self.attn2 is None:
-            hidden_states, normed = self.norm2.behind(hidden_states, attended, ff_scale, ff_shift, gate)
+            hidden_states, fed = self.feed_forward(hidden_states, attended, ff_scale, ff_shift, gate)
         else:
             hidden_states = torch.addcmul(hidden_states, gate, attended)
-            attended = self.attn2(
+            attended = self.attend_across(
                 hidden_states,
                 encoder_hidden_states=encoder_hidden_states,
                 attention_mask=encoder_attention_mask,
                 **attention,
             )
-            hidden_states, normed = self.norm2.behind(hidden_states, attended, ff_scale, ff_shift)
-        return torch.addcmul(hidden_states, ff_gate, self.ff(normed))
+            hidden_states, fed = self.feed_forward(hidden_states, attended, ff_scale, ff_shift)
+        return torch.addcmul(hidden_states, ff_gate, fed)
+
+    def attend(self: Any, hidden: Tensor, scale: Tensor, shift: Tensor, **attention: Any) -> Tensor:
+        """Return the self-attention of the modulated norm of hidden [B, N, D]."""
+        normed = self.norm1(hidden, scale, shift)
+        if self.pos_embed is not None:
+            normed = self.pos_embed(normed)
+        attended: Tensor = self.attn1(normed, **attention)
+        return attended
+
+    def attend_across(self: Any, hidden: Tensor, **attention: Any) -> Tensor:
+        """Return the cross-attention of hidden [B, N, D]."""
+        attended: Tensor = self.attn2(hidden, **attention)
+        return attended
+
+    def feed_forward(
+        self: Any, hidden: Tensor, attended: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return hidden + gate attended, and the feed-forward layers of its modulated norm."""
+        hidden, normed = self.norm2.behind(hidden, attended, scale, shift, gate)
+        return hidden, self.ff(normed)
 
 
 class FusedRMSNorm(Fused, nn.RMSNorm):

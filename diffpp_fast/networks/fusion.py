@@ -56,11 +56,13 @@ def unfuse(module: nn.Module) -> int:
         How many blocks were fused.
 
     Raises:
-        RuntimeError: a fused block was sharded or given a forward of its own since; nothing is changed then.
+        RuntimeError: a fused block was frozen, sharded or given a forward of its own since; nothing is changed then.
     """
     count = sum(row.fused for row in fusion_report(module))
     fused = [(name, part) for name, part in module.named_modules() if isinstance(part, blocks.Fused)]
     for name, part in fused:
+        if hasattr(part, "frozen_from"):
+            raise RuntimeError(f"unfuse: {name or type(part).__name__} is frozen: call networks.unfreeze first")
         if _is_wrapped(part):
             raise RuntimeError(
                 f"unfuse: {name or type(part).__name__} was wrapped after it was fused (FSDP, offloading hooks); "

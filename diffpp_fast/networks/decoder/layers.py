@@ -24,12 +24,12 @@ from diffpp_fast.ops.autograd import refused
 def convolution(x: Tensor, layer: nn.Conv2d, *, residual: Tensor | None = None, relu: bool = False) -> Tensor:
     """layer(x) [B, C', H', W'], plus `residual` of that shape, then ReLU; each of the two if asked for.
 
-    Keeps nothing, or one byte per output of the ReLU. Stride 1.
+    Keeps nothing, or one byte per output of the ReLU.
     """
-    geometry: Any = (layer.padding, layer.dilation, layer.groups)
+    geometry: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
     if transforms.active():
         weight, bias = _frozen(layer, x)
-        y = F.conv2d(x, weight, bias, 1, *geometry)
+        y = F.conv2d(x, weight, bias, *geometry)
         y = y if residual is None else y + residual
         return y.relu() if relu else y
     y = _Convolution.apply(x, layer.weight, layer.bias, residual, relu, geometry)
@@ -94,10 +94,9 @@ class _Convolution(Function):
         bias: Tensor | None,
         residual: Tensor | None,
         relu: bool,
-        geometry: tuple[Any, Any, int],
+        geometry: tuple[Any, Any, Any, int],
     ) -> Tensor:
-        padding, dilation, groups = geometry
-        y = F.conv2d(x, weight.to(x.dtype), _cast(bias, x), 1, padding, dilation, groups)
+        y = F.conv2d(x, weight.to(x.dtype), _cast(bias, x), *geometry)
         if residual is not None:
             y += residual
         blocked = None
@@ -105,20 +104,25 @@ class _Convolution(Function):
             y = y.relu_()
             blocked = y <= 0
         ctx.save_for_backward(weight, blocked)
-        ctx.geometry, ctx.layout = geometry, layout(x)
+        ctx.geometry, ctx.layout, ctx.size = geometry, layout(x), x.shape[2:]
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, blocked = ctx.saved_tensors
         needs_x, _, _, needs_residual, _, _ = ctx.needs_input_grad
-        padding, dilation, groups = ctx.geometry
+        stride, padding, dilation, groups = ctx.geometry
         if blocked is not None:
             grad = grad.masked_fill(blocked, 0.0)
         grad = _laid_out(grad, ctx.layout)
         grad_x = None
         if needs_x:
-            grad_x = F.conv_transpose2d(grad, weight.to(grad.dtype), None, 1, padding, 0, groups, dilation)
+            # Rows and columns at the end of x that no step of the stride reaches.
+            rest = [
+                (size + 2 * pad - step * (taps - 1) - 1) % by
+                for size, taps, by, pad, step in zip(ctx.size, weight.shape[2:], stride, padding, dilation, strict=True)
+            ]
+            grad_x = F.conv_transpose2d(grad, weight.to(grad.dtype), None, stride, padding, rest, groups, dilation)
         return grad_x, None, None, grad if needs_residual else None, None, None
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.methods.base import DIFFUSION, FAKE_ADAPTER, GENERATOR_ADAPTER, LATENT
-from diffpp_fast.networks import Denoiser, fuse, load_denoiser, set_attention
+from diffpp_fast.networks import Denoiser, freeze, fuse, load_denoiser, set_attention
 from diffpp_fast.networks.loading import is_file, open_denoiser, read_config, refuse_stored, resolve
 from diffpp_fast.networks.lora import Adapters
 from diffpp_fast.networks.text import refuse_stored_text
@@ -222,6 +222,19 @@ class Networks:
         """(x_t, t, conditioning) -> prediction: the frozen diffusion model."""
         denoiser, adapters = self._backbone(stored_weights(self.config.models, "reference"))
         return Denoiser(denoiser.network, dtype=autocast_to(self._frozen_dtype), adapters=adapters)
+
+    def freeze_reference(self) -> None:
+        """Make the reference keep nothing for its weights when it is differentiated by its input.
+
+        It belongs after all roles are loaded: weights that adapters train on are left, and so they are with
+        `training.fuse=false`.
+        """
+        denoiser, adapters = self._backbone(stored_weights(self.config.models, "reference"))
+        if adapters.names:
+            serves = " and ".join(adapters.names)
+            logger.info("reference: not frozen for its gradient, for its weights serve %s too, by LoRA", serves)
+        elif self.config.training.fuse:
+            freeze(denoiser.network)
 
     def place_reference(self, world: World) -> None:
         """Spreads the reference over the processes as `distributed.reference` says (collective).

@@ -173,6 +173,8 @@ def build_run(
     networks = Networks(config, device)
     sampler = _build_sampler(config, device, schedule, text, networks)
     reference, fake = networks.reference(), networks.trained("fake")
+    if "reference" in METHODS[config.method.name].differentiates:
+        networks.freeze_reference()
     if config.training.compile:
         _check_compiled(config, world, text, sampler.trained, fake, reference)
     networks.place_reference(world)
