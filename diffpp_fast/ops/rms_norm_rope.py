@@ -45,7 +45,7 @@ def rms_norm_rope(
         second derivatives, tangents (forward mode) and what `torch.func` makes of the operator; all are exact.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor, eps not a number, or `interleaved` neither True nor False.
+        TypeError: an argument is not a floating-point tensor, eps not a number, or `interleaved` not a bool.
         ValueError: wrong shapes, eps is negative or not finite, `sequence_dim` is neither 1 nor 2.
     """
     op = "rms_norm_rope"
