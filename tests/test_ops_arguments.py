@@ -68,6 +68,7 @@ WRONG: dict[tuple[str, str], tuple[Any, ...]] = {
     ("reward_pixels", "fit"): (*NO_NAMES, None),
     ("reward_pixels", "clamp"): (*NO_NAMES, None, True),
     ("reward_pixels", "antialias"): (None, "no", 1),
+    ("rms_norm_rope", "interleaved"): (None, "no", 1),
     ("reward_pixels", "dtype"): ("float32", torch.int32, torch.complex64, float),
 }
 

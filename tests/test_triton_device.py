@@ -15,6 +15,7 @@ import torch
 
 from diffpp_fast import backends
 from diffpp_fast.availability import interpreter_refuses
+from diffpp_fast.ops.triton import plans
 from diffpp_fast.ops.triton.device import on_its_device
 
 TESTS = Path(__file__).parent
@@ -88,3 +89,18 @@ def test_every_kernel_compiles_whatever_its_integers_are() -> None:
 )
 def test_a_plan_launches_what_triton_would_without_asking_it() -> None:
     assert compiled_by("triton_plans.py") == ""
+
+
+def test_a_lazy_negation_is_not_overlooked() -> None:
+    x = torch.ones(3)
+    read = on_its_device(lambda *values: [value.is_neg() for value in values])
+    assert read(x, torch._neg_view(x)) == [False, False]
+
+
+def test_plans_tell_apart_what_is_equal_but_another_kernel() -> None:
+    """1, 1.0 and True are equal to a dictionary, and tensors of one shape differ in dtype, strides or alignment."""
+    memory = torch.zeros(8)
+    tensors = memory[:4], memory[1:5], memory[::2], memory[:4].view(torch.int32), torch._neg_view(memory[:4])
+    different = [[value] for value in (1, 1.0, True, None, *tensors)]
+    assert len({plans.kind(0, arguments) for arguments in different}) == len(different)
+    assert plans.kind(0, [1, memory[:4]]) == plans.kind(0, [1, memory[4:]])

@@ -95,6 +95,12 @@ def one_of_numbers(op: str, name: str, value: int, known: Sequence[int]) -> None
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(str, known))}, got {shown(value)}")
 
 
+def true_or_false(op: str, name: str, value: bool) -> None:
+    """A string such as "no" would count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {shown(value)}")
+
+
 def prediction_type(op: str, value: str) -> int:
     """Return the number of a prediction type, by which registered operators know it."""
     one_of(op, "prediction type", value, PREDICTION_TYPES)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from diffpp_fast import transforms
-from diffpp_fast.arguments import integer, numbers, shown
+from diffpp_fast.arguments import integer, numbers
 from diffpp_fast.availability import fake
 from diffpp_fast.backends import kernels, register
 from diffpp_fast.ops import checks
@@ -89,8 +89,7 @@ def reward_pixels(
         raise ValueError(f"{op}: std must not be zero or negative, got {list(stds)}")
     if len(limits) != 2 or not limits[0] < limits[1]:
         raise ValueError(f"{op}: value_range must increase from one number to another, got {limits}")
-    if not isinstance(antialias, bool):
-        raise TypeError(f"{op}: antialias must be True or False, got {shown(antialias)}")
+    checks.true_or_false(op, "antialias", antialias)
     checks.one_of(op, "filter", filter, FILTERS)
     checks.one_of(op, "fit", fit, FITS)
     checks.one_of(op, "clamp", clamp, CLAMPS)

@@ -45,12 +45,13 @@ def rms_norm_rope(
         second derivatives, tangents (forward mode) and what `torch.func` makes of the operator; all are exact.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor, or eps not a number.
+        TypeError: an argument is not a floating-point tensor, eps not a number, or `interleaved` not a bool.
         ValueError: wrong shapes, eps is negative or not finite, `sequence_dim` is neither 1 nor 2.
     """
     op = "rms_norm_rope"
     checks.floating(op, {"x": x, "cos": cos, "sin": sin, "weight": weight}, optional=("weight",))
     checks.one_of_numbers(op, "sequence_dim", sequence_dim, (1, 2))
+    checks.true_or_false(op, "interleaved", interleaved)
     if x.dim() != 4 or x.shape[3] % 2 or x.shape[3] == 0:
         raise ValueError(f"{op}: x must have shape [B, T, H, D] with D even, got {list(x.shape)}")
     tokens = x if sequence_dim == 1 else x.transpose(1, 2)
@@ -69,11 +70,11 @@ def rms_norm_rope(
     weight = None if weight is None else _precise(weight, x)
     y: Tensor
     if by_definition(cos, sin):
-        y = forward(tokens, cos, sin, weight, eps, bool(interleaved))
+        y = forward(tokens, cos, sin, weight, eps, interleaved)
     elif needs_gradient(x, weight):
-        y = _RmsNormRope.apply(tokens, cos, sin, weight, eps, bool(interleaved))
+        y = _RmsNormRope.apply(tokens, cos, sin, weight, eps, interleaved)
     else:
-        y = kernels(op, x.device, x.dtype).forward(tokens, cos, sin, weight, eps, bool(interleaved))
+        y = kernels(op, x.device, x.dtype).forward(tokens, cos, sin, weight, eps, interleaved)
     return y if sequence_dim == 1 else y.transpose(1, 2)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,17 +20,22 @@ def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, run on the device of its first argument, a tensor."""
     known: plans.Known = {}
 
+    def resolved(*args: P.args, **kwargs: P.kwargs) -> R:
+        # Kernels read memory, and in that of `complex.conj().imag` the numbers have the other sign.
+        positive: Any = [value.resolve_neg() if isinstance(value, Tensor) else value for value in args]
+        return function(*positive, **kwargs)
+
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         tensor = args[0]
         assert isinstance(tensor, Tensor)
         # The code that torch.compile makes of a launch changes devices itself.
         if torch.compiler.is_compiling() or not (tensor.is_cuda or everywhere):
-            return function(*args, **kwargs)
+            return resolved(*args, **kwargs)
         device = tensor.get_device()
         if device != torch.cuda.current_device():
             with torch.cuda.device(tensor.device):
-                return plans.run(function, known, device, args, kwargs)
-        return plans.run(function, known, device, args, kwargs)
+                return plans.run(resolved, known, device, args, kwargs)
+        return plans.run(resolved, known, device, args, kwargs)
 
     return call

@@ -35,7 +35,7 @@ def kind(device: int, arguments: Sequence[Any]) -> tuple[Any, ...]:
     found: list[Any] = [device]
     for value in arguments:
         if isinstance(value, Tensor):
-            found += value.dtype, value.shape, value.stride(), value.data_ptr() & 15
+            found += value.dtype, value.shape, value.stride(), value.data_ptr() & 15, value.is_neg()
         else:
             # The type, for 1, 1.0 and True are equal, and three kernels to Triton.
             found += value.__class__, value
