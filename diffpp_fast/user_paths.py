@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from diffpp_fast.errors import ConfigurationError
@@ -16,3 +17,11 @@ def user_path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise ConfigurationError(f"{text}: there is no home folder for its ~: write the path out") from None
+
+
+def real_path(path: Path) -> Path:
+    """Return a path that is absolute and leads through no link; of links in a circle one stays.
+
+    `Path.resolve` raises RuntimeError for these before Python 3.13. Whoever opens the path is told of them.
+    """
+    return Path(os.path.realpath(path))

@@ -83,7 +83,9 @@ def test_pictures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert draw("again.png", "a green frog", "--count", "3", "--seed", "1").tobytes() != frog.tobytes()
 
 
-@pytest.mark.parametrize("arguments", [["train", "align.yaml", "--resum"], ["doctor", "now"], []])
+@pytest.mark.parametrize(
+    "arguments", [["train", "align.yaml", "--resum"], ["doctor", "now"], [], ["plan", "--network", "nan"]]
+)
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(arguments)

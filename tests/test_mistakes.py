@@ -20,7 +20,7 @@ EVALUATE = ["evaluate", "align.yaml", "--prompts", "prompts.txt", "--output", "n
 LONG = "x" * 300
 
 #: Keys of text that names something, and what is no such thing.
-PATHS = ("afile", "adir", LONG, "a/" * 3000, "~nosuch/x", "package:no_such_package/x", "package:")
+PATHS = ("afile", "adir", LONG, "a/" * 3000, "~nosuch/x", "aloop", "package:no_such_package/x", "package:")
 KEYS = (
     "models.base",
     "models.reference.path",
@@ -107,6 +107,8 @@ OVERRIDES = (
     "training.attention=fast",
     "training.fuse=yes",
     "training.threads=-1",
+    "training.threads=9223372036854775807",
+    "training.threads=99999999",
     "logging.wandb={}",
     "logging.wandb={project: a, mode: on}",
     "logging.tensorboard=1",
@@ -154,13 +156,17 @@ COMMANDS = (
     (["controls", "nothing.yaml"], "No such file"),
     ([*TRAIN, "--resume", LONG], LONG),
     ([*TRAIN, "--resume", "afile"], "afile"),
+    ([*TRAIN, "--resume", "aloop"], "aloop"),
+    ([*EMBED, "prompts=aloop"], "aloop"),
+    ([*TRAIN, "rewards.optimised.factory=aloop/x.py:y"], "no such file"),
+    (["export", "adir", "--out", "aloop"], "aloop"),
     ([*EMBED, "prompts=nothing.txt"], "No such file"),
     ([*EMBED, f"prompts={LONG}"], LONG),
     ([*EMBED, "prompts=adir"], "adir"),
     ([*EMBED, "prompts=afile"], "afile"),
     ([*EMBED, "prompts={00..99999999999}.txt"], "No such file"),
     (["embed", "align.yaml"], "--out FOLDER"),
-    (["embed", "align.yaml", "--out", "afile"], "afile"),
+    (["embed", "align.yaml", "--out", "afile"], "can't read afile/manifest.json: Not a directory"),
     (["sample"], "sample what?"),
     (["sample", "a", "--run", "adir"], "adir is neither"),
     (["sample", "a", "--run", LONG], "too long"),
@@ -171,6 +177,10 @@ COMMANDS = (
     (["sample", "a", "--seed", "-1"], "--seed must be in"),
     (["sample", "a", "--out", "picture.jpg"], "ends in .png"),
     (["sample", "--prompts", "nothing.txt"], "No such file"),
+    (["sample", "caf\udce9"], "'caf\\udce9' is not UTF-8"),
+    (["sample", "--prompts", "half.json"], "half of a surrogate pair"),
+    (["sample", "--prompts", "nul.json"], "NUL character"),
+    (["sample", "--prompts", "half.jsonl"], "half of a surrogate pair"),
     ([*EVALUATE, "beauty"], "there is no metric"),
     ([*EVALUATE, "rewards.py:nothing"], "has no function nothing"),
     ([*EVALUATE, "rewards.py:redness", "--set", "redness.chanel=0"], "do not fit redness"),
@@ -213,6 +223,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write(folder)
     (folder / "afile").write_text("x")
     (folder / "adir").mkdir()
+    (folder / "aloop").symlink_to("aloop")
+    (folder / "half.json").write_text('["a \\ud800 b"]')
+    (folder / "nul.json").write_text('["a \\u0000 b"]')
+    (folder / "half.jsonl").write_text('{"prompt": "a \\ud800 b"}')
     (folder / "broken.py").write_text("import torch\ndef make(:\n")
     (folder / "failing.py").write_text("1 / 0\n")
     (folder / "other.yaml").write_text("seed: 1\n")

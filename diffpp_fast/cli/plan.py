@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,7 @@ def add_machine(parser: argparse._ActionsContainer) -> None:
         "--gpu", default="h100", metavar="NAME", help="a100-40, a100-80, h100, h200, l40s, rtx4090 or b200 (h100)"
     )
     parser.add_argument("--efficiency", type=_share, metavar="X", help="share of the GPU's peak that is reached (0.4)")
-    parser.add_argument("--network", type=float, metavar="GB/S", help="per GPU between machines (25)")
+    parser.add_argument("--network", type=_speed, metavar="GB/S", help="per GPU between machines (25)")
     parser.add_argument("--json", action="store_true", help="print data")
 
 
@@ -183,6 +184,13 @@ def _print(arguments: argparse.Namespace, run: PlannedRun) -> int:
             plan, advice, console if console.is_terminal else Console(width=140, soft_wrap=True, highlight=False)
         )
     return 0 if plan.spare >= 0 else 1
+
+
+def _speed(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
+    return value
 
 
 def _share(text: str) -> float:

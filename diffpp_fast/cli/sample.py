@@ -143,10 +143,14 @@ def _write_grid(
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     from diffpp_fast.evaluation.prompts import read_prompts
+    from diffpp_fast.training.prompts.source import is_unicode
 
     if bool(arguments.prompts) == (arguments.prompt_file is not None):
         raise ConfigurationError("sample what? Give prompts, or a file of them with --prompts FILE, and not both")
     if arguments.prompt_file is None:
+        for prompt in arguments.prompts:
+            if not is_unicode(prompt):
+                raise ConfigurationError(f"the prompt {prompt!a} is not UTF-8")
         return list(arguments.prompts)
     return [prompt.text for prompt in read_prompts(arguments.prompt_file, column=arguments.column)]
 

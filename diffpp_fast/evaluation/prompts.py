@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.training.config import Prompts
 from diffpp_fast.training.prompts import open_prompts
-from diffpp_fast.training.prompts.source import one_line
+from diffpp_fast.training.prompts.source import is_unicode, one_line
 
 #: Files of the HPSv2 benchmark, one list of prompts for each style.
 HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -63,7 +63,7 @@ def _read_json(file: Path) -> list[Prompt]:
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets within brackets
         raise ConfigurationError(f"prompts: {file} can't be read: {error}") from None
     if isinstance(data, list) and all(isinstance(text, str) for text in data):
-        prompts = [Prompt(one_line(text), file.stem) for text in data]
+        prompts = [Prompt(_one_line(file, text), file.stem) for text in data]
     elif isinstance(data, dict) and isinstance(data.get("annotations"), list):
         prompts = [Prompt(text) for text in _coco_captions(file, data["annotations"])]
     else:
@@ -80,7 +80,7 @@ def _read_json(file: Path) -> list[Prompt]:
 def _coco_captions(file: Path, annotations: list[Any]) -> list[str]:
     """Return one caption for each image."""
     try:
-        ordered = sorted((entry["image_id"], entry["id"], one_line(entry["caption"])) for entry in annotations)
+        ordered = sorted((entry["image_id"], entry["id"], _one_line(file, entry["caption"])) for entry in annotations)
     except (KeyError, TypeError, AttributeError):
         raise ConfigurationError(
             f"prompts: {file}: every annotation must have image_id, id and caption, as in captions_val2014.json"
@@ -98,7 +98,16 @@ def _read_parti(file: Path) -> Iterator[Prompt]:
         if line.strip() and (len(fields) < 2 or not fields[0].strip()):
             raise ConfigurationError(f"prompts: {file}, line {number}: no prompt and category between tabs")
         if line.strip():
-            yield Prompt(one_line(fields[0]), fields[1].strip())
+            yield Prompt(_one_line(file, fields[0]), fields[1].strip())
+
+
+def _one_line(file: Path, text: str) -> str:
+    try:
+        if not is_unicode(text):
+            raise ValueError(": it holds half of a surrogate pair, which is no character")
+        return one_line(text)
+    except ValueError as error:
+        raise ConfigurationError(f"prompts: {file}, {text[:80]!a}{error}") from None
 
 
 def _first_line(file: Path) -> str:

@@ -14,6 +14,7 @@ from diffpp_fast.training.callbacks import read_records, read_sessions
 from diffpp_fast.training.controls import NAMES
 from diffpp_fast.training.state import flat
 from diffpp_fast.training.yaml_files import YamlError, read_yaml
+from diffpp_fast.user_paths import real_path
 
 METRICS = "metrics.jsonl"
 
@@ -103,7 +104,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     """Read each folder's run. Raises ConfigurationError for a folder that is given twice."""
-    places = [folder.resolve() for folder in folders]
+    places = [real_path(folder) for folder in folders]
     for number, place in enumerate(places):
         if place in places[:number]:
             raise ConfigurationError(f"{folders[number]} is given twice")

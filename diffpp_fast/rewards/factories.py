@@ -16,6 +16,7 @@ from diffpp_fast.rewards.files import locate
 from diffpp_fast.rewards.scores import AestheticReward, CosineReward, ImageReward, load_head, load_imagereward
 from diffpp_fast.rewards.text import clean_like_clip, load_bert_tokenizer, load_clip_tokenizer, need_ftfy
 from diffpp_fast.rewards.user_code import call_factory
+from diffpp_fast.user_paths import real_path
 
 CLIP_L_14 = "openai/clip-vit-large-patch14"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -289,7 +290,7 @@ def _entry(name: str, entry: Any) -> Mapping[str, Any]:
 
 def _path(value: Any, folder: Path) -> Any:
     is_path = isinstance(value, str) and value.startswith(("./", "../"))
-    return str((folder / value).resolve()) if is_path else value
+    return str(real_path(folder / value)) if is_path else value
 
 
 #: Which argument of a reward is the CLIP that it may share.

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from diffpp_fast.errors import ConfigurationError, UserError
+from diffpp_fast.user_paths import real_path
 
 #: Modules that files have imported from their own folders, and these folders.
 _neighbours: dict[str, Path] = {}
@@ -36,7 +37,7 @@ def call_factory(factory: str, arguments: Mapping[str, Any], key: str, folder: P
     it does not take the arguments, and where the code fails; the message has its file and line.
     """
     source, _, name = factory.rpartition(":")
-    path = (folder / source).resolve()
+    path = real_path(folder / source)
     is_file = source.endswith(".py")
     if is_file and not path.is_file():
         raise ConfigurationError(f"{key}.factory: no such file: {folder / source}")

@@ -16,6 +16,8 @@ from diffpp_fast.methods.sim import Guidance, ScoreWeighting
 LIMIT = 2**63
 Positive = Annotated[int, Field(gt=0, lt=LIMIT)]
 NotNegative = Annotated[int, Field(ge=0, lt=LIMIT)]
+#: Far above, OpenMP ends the process without a word.
+Threads = Annotated[int, Field(gt=0, le=4096)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 Variant = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
@@ -448,7 +450,7 @@ class Training(Section):
     #: Updates in a row that may be skipped because the gradient is not finite; more of them end the run.
     skip_limit: MayChange[NotNegative] = 10
     #: Threads of the CPU; null: what PyTorch takes by itself.
-    threads: MayChange[Positive | None] = None
+    threads: MayChange[Threads | None] = None
     #: Compute the blocks of generator and fake score again in the backward pass instead of keeping what they compute.
     activation_checkpointing: MayChange[bool] = False
     #: torch.compile for generator, fake score and reference.

@@ -19,7 +19,7 @@ from diffpp_fast.networks.loading import exists
 from diffpp_fast.training.base_pipeline import fill_models
 from diffpp_fast.training.config import MAY_CHANGE, Config
 from diffpp_fast.training.yaml_files import YamlError, dump_yaml, is_quoted, parse_value, read_yaml
-from diffpp_fast.user_paths import user_path
+from diffpp_fast.user_paths import real_path, user_path
 
 #: Letters of a value or an override that a message shows.
 SHOWN = 200
@@ -116,8 +116,8 @@ def _read_extended(file: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]
     if not isinstance(name, str):
         raise ConfigurationError(f"{file}: extends should be the path of a YAML file, got {name!r}")
     other = file.parent / user_path(name)
-    chain = (*readers, file.resolve())
-    if other.resolve() in chain:
+    chain = (*readers, real_path(file))
+    if real_path(other) in chain:
         raise ConfigurationError(f"{file} extends {other}, which extends it")
     if not other.is_file():
         raise ConfigurationError(f"{file} extends {other}: no such file")
@@ -230,7 +230,7 @@ def _output_path(key: str, path: str) -> str:
 
 def _absolute(path: str, folder: Path) -> str:
     try:
-        return str((folder / user_path(path)).resolve()) if path else path
+        return str(real_path(folder / user_path(path))) if path else path
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{path!r} can't be a path: {error}") from None
 

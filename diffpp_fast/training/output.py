@@ -18,6 +18,7 @@ from diffpp_fast.training.durable import write_whole
 from diffpp_fast.training.loading import dump_config
 from diffpp_fast.training.lock import LOCK, FolderLock
 from diffpp_fast.training.publish import MANIFEST, read_manifest
+from diffpp_fast.user_paths import real_path
 from diffpp_fast.version import __version__
 
 #: Says that a folder is a run's, so that what has these names in it is the run's as well.
@@ -74,13 +75,13 @@ def refuse_foreign_output(config: Config) -> None:
 
 def refuse_inputs(config: Config, written: list[Path]) -> None:
     """Raise ConfigurationError where a path that a configuration reads from lies in one that is to be written."""
-    folders = [path.resolve() for path in written]
+    folders = [real_path(path) for path in written]
     for key, text in _strings(config.model_dump(mode="json")):
         path = Path(text.partition(".py:")[0] + ".py" if ".py:" in text else text)
         if key in WRITTEN_KEYS or len(text) > 4096 or "\0" in text or not _exists(path):
             continue
         for folder in folders:
-            if path.resolve().is_relative_to(folder):
+            if real_path(path).is_relative_to(folder):
                 raise ConfigurationError(
                     f"{key} is {path}, which would be replaced with {folder}: write into another folder"
                 )

@@ -19,6 +19,7 @@ from diffpp_fast.training.engines import Engine
 from diffpp_fast.training.loading import dump_config, load_config, may_change
 from diffpp_fast.training.prompts import PromptSource
 from diffpp_fast.training.publish import MANIFEST
+from diffpp_fast.user_paths import real_path
 
 
 @dataclass
@@ -139,7 +140,7 @@ def find_checkpoint(resume: str | None, checkpoints: Checkpoints, config: Config
             "another output=FOLDER, or move it away"
         )
     if resume not in (None, "latest", "best"):
-        if there and not Path(str(resume)).resolve().is_relative_to(output.resolve()):
+        if there and not real_path(Path(str(resume))).is_relative_to(real_path(output)):
             raise CheckpointError(
                 f"{output} already holds checkpoints, of another run than {resume}: go on with --resume latest, or "
                 "choose another output=FOLDER"

@@ -153,7 +153,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         missing = {"encoder", "prompts", "seen", "rows", "shards"} - manifest.keys()
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AttributeError) as error:
+    except OSError as error:
+        raise ConfigurationError(f"prompts.embeddings: can't read {folder / MANIFEST}: {error.strerror}") from None
+    except (ValueError, AttributeError) as error:
         raise ConfigurationError(f"prompts.embeddings: {folder / MANIFEST} is damaged: {error}") from None
     if missing:
         raise ConfigurationError(f"prompts.embeddings: {folder / MANIFEST} is damaged: it has no {min(missing)}")

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.training.prompts.source import AROUND, DATASET, SPLITS, one_line
+from diffpp_fast.training.prompts.source import AROUND, DATASET, SPLITS, is_unicode, one_line
 
 Item = TypeVar("Item")
 
@@ -172,7 +172,7 @@ def prompt_in_json(line: str, column: str) -> str:
     if not isinstance(prompt, str):
         raise ValueError(f": {column!r} must be text, got {json.dumps(prompt)[:40]}")
     prompt = _not_empty(one_line(prompt), f": {column!r} is empty: remove it or give it a prompt")
-    if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+    if not is_unicode(prompt):
         raise ValueError(f": {column!r} holds half of a surrogate pair, which is no character")
     return prompt
 
