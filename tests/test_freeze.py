@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch._dynamo.testing
 from test_fuse import NETWORKS, assert_same, build, cast
@@ -129,16 +131,25 @@ def test_less_is_kept_for_the_gradient_of_the_input(name: str) -> None:
         network, inputs = true_layers(name)
         forward, x = forward_of(network.requires_grad_(False), inputs), torch.empty(1, 4, 32, 32)
         eager = alive_bytes(forward, x, network)
-        assert eager == pytest.approx(kept_bytes(forward, x, network), rel=0.02)
         for recompute, share in SHARES[name].items():
             networks.freeze(network, recompute=recompute)
             assert alive_bytes(forward, x, network) <= share * eager, recompute
-            with torch.no_grad():
-                assert kept_bytes(forward, x, network, gradient=False) == 0
             networks.unfreeze(network)
 
 
-@pytest.mark.parametrize(("name", "recompute"), [("pixart", "none"), ("pixart", "projections"), ("sd15", "none")])
+@every_recomputation
+def test_without_gradients_nothing_is_kept(recompute: str) -> None:
+    network, inputs = network_of("sd15"), NETWORKS["sd15"][1]()
+    sample = inputs.pop("sample")
+    networks.freeze(network, recompute=recompute)
+    with torch.no_grad():
+        assert kept_bytes(lambda x: network(x, **inputs, return_dict=False)[0], sample, network) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    [("pixart", "none"), ("pixart", "projections"), pytest.param("sd15", "none", marks=pytest.mark.slow)],
+)
 def test_torch_compile_makes_one_graph(name: str, recompute: str) -> None:
     network, inputs = network_of(name).float(), NETWORKS[name][1]()
     expected = by_inputs(network, inputs)
@@ -161,16 +172,16 @@ def test_activation_checkpointing(recompute: str) -> None:
 
 def test_transforms_and_channels_last() -> None:
     network, inputs = network_of("sd15"), NETWORKS["sd15"][1]()
+    networks.set_attention(network, "math")  # torch's others have no tangents
     sample = inputs.pop("sample")
 
     def forward(x: Tensor) -> Tensor:
         return network(x, **inputs, return_dict=False)[0]
 
-    output, tangent = torch.func.jvp(forward, (sample,), (torch.ones_like(sample),))
+    tangents = torch.func.jvp(forward, (sample,), (torch.ones_like(sample),))
     expected = by_inputs(network, {"sample": sample, **inputs})
     networks.freeze(network, recompute="projections")
-    for actual, wanted in zip(torch.func.jvp(forward, (sample,), (torch.ones_like(sample),)), (output, tangent)):
-        torch.testing.assert_close(actual, wanted)
+    torch.testing.assert_close(torch.func.jvp(forward, (sample,), (torch.ones_like(sample),)), tangents)
     last = {"sample": sample.contiguous(memory_format=torch.channels_last), **inputs}
     assert_same(by_inputs(network.to(memory_format=torch.channels_last), last), expected, 1e-11)
 
@@ -216,10 +227,10 @@ def test_what_is_trained_is_refused() -> None:
     networks.freeze(network)
     with pytest.raises(ValueError, match="is frozen with recompute='none': call unfreeze before 'blocks'"):
         networks.freeze(network, recompute="blocks")
-    with pytest.raises(RuntimeError, match="is frozen: call networks.unfreeze first"):
+    with pytest.raises(RuntimeError, match=r"is frozen: call networks.unfreeze first"):
         networks.unfuse(network)
     network.requires_grad_(True)
-    with pytest.raises(RuntimeError, match="would get none: call networks.unfreeze before the network is trained"):
+    with pytest.raises(RuntimeError, match=r"would get none: call networks.unfreeze before the network is trained"):
         by_inputs(network.double(), NETWORKS["sd15"][1]())
     network.conv_in.forward = network.conv_in.forward
     with pytest.raises(RuntimeError, match="unfreeze: conv_in was wrapped after it was frozen"):
