@@ -23,11 +23,11 @@ every_network = pytest.mark.parametrize("name", NAMES)
 every_recomputation = pytest.mark.parametrize("recompute", RECOMPUTE)
 
 
-def network_of(name: str) -> nn.Module:
+def network_of(name: str) -> Any:
     return build(name).eval()
 
 
-def by_inputs(network: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+def by_inputs(network: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """The output and its gradients by the samples and by the conditioning."""
     inputs = cast(inputs, next(network.parameters()).dtype)
     leaves = [next(iter(inputs)), "encoder_hidden_states"]
@@ -90,16 +90,16 @@ SHARES = {
 }
 
 
-def true_layers(name: str) -> tuple[nn.Module, dict[str, Any]]:
+def true_layers(name: str) -> tuple[Any, dict[str, Any]]:
     """One level of each network's true widths, at a quarter of its true picture's pixels."""
     from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 
     if name == "pixart":
-        network: nn.Module = PixArtTransformer2DModel(num_layers=2, sample_size=64, cross_attention_dim=1152)
+        network: Any = PixArtTransformer2DModel(num_layers=2, sample_size=64, cross_attention_dim=1152)
         network.caption_projection = None
         text = torch.randn(1, 30, 1152)
         return network.eval(), {"timestep": torch.tensor([400]), "encoder_hidden_states": text}
-    levels = {
+    levels: dict[str, Any] = {
         "block_out_channels": (320, 640),
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -215,7 +215,7 @@ def test_what_is_left_and_why(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_what_is_trained_is_refused() -> None:
-    network = tiny.unet()
+    network: Any = tiny.unet()
     before = state(network)
     with pytest.raises(ValueError, match="freeze: recompute is 'all'; known: none, feed_forward, projections, blocks"):
         networks.freeze(network, recompute="all")
@@ -239,7 +239,7 @@ def test_what_is_trained_is_refused() -> None:
 
 
 def test_adapters_are_refused() -> None:
-    network = tiny.unet()
+    network: Any = tiny.unet()
     networks_before = state(network)
     from diffpp_fast.networks.lora import Adapters
 

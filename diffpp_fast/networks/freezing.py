@@ -12,14 +12,12 @@ from torch import nn
 
 from diffpp_fast.networks import frozen_blocks as frozen
 from diffpp_fast.networks import fused_blocks as fused
-from diffpp_fast.networks.fusion import fuse
+from diffpp_fast.networks.fusion import BEFORE, fuse
 
 logger = logging.getLogger("diffpp_fast")
 
 #: What is computed again in the backward pass, by the names that `freeze` takes.
 RECOMPUTE = ("none", "feed_forward", "projections", "blocks")
-#: Where a module remembers what it was, in its `__dict__`: no parameter, no buffer, nothing that is saved.
-BEFORE = "_before_freezing"
 
 
 class FreezingRow(NamedTuple):
