@@ -14,6 +14,8 @@ from test_fuse import NETWORKS, assert_same, build, cast
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from benchmarks import frozen
+from benchmarks.__main__ import main
 from benchmarks.memory import alive_bytes, kept_bytes
 from diffpp_fast import networks
 from diffpp_fast.networks.freezing import RECOMPUTE
@@ -248,3 +250,18 @@ def test_adapters_are_refused() -> None:
     with pytest.raises(ValueError, match=r"has adapters, as in .*to_q, which are trained: freeze it before they come"):
         networks.freeze(adapted)
     assert state(network) == networks_before
+
+
+def test_the_command_that_measures(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def build_tiny(name: str) -> tuple[Any, dict[str, Any]]:
+        text = torch.randn(1, 5, tiny.TEXT_WIDTH)
+        network = tiny.unet().eval().requires_grad_(False)
+        return network, {"timestep": torch.tensor([400]), "encoder_hidden_states": text, "return_dict": False}
+
+    monkeypatch.setattr(frozen, "build", build_tiny)
+    monkeypatch.setattr(frozen, "SIDES", {"sd15": 16})
+    threads = str(torch.get_num_threads())
+    arguments = ["frozen", "--device", "cpu", "--models", "sd15", "--side", "8", "--rounds", "1", "--threads", threads]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n| sd15 | freeze, {recompute} |" in shown for recompute in RECOMPUTE)
