@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import get_args
@@ -20,7 +21,9 @@ from diffpp_fast.errors import CheckpointError
 from diffpp_fast.methods import METHODS
 from diffpp_fast.methods import Method as MethodClass
 from diffpp_fast.methods.method import Options
+from diffpp_fast.networks import freezing_report
 from diffpp_fast.training import Config, ConfigurationError, Trainer, dump_config, load_config
+from diffpp_fast.training.build.networks import Networks
 from diffpp_fast.training.checkpoint import read_role
 from diffpp_fast.training.prompts import open_prompts
 from diffpp_fast.training.state import refuse_other_run
@@ -192,6 +195,36 @@ def test_two_steps_train_both_networks_and_resume(project: Path, tmp_path: Path,
         Trainer(config, resume="latest").run()
         again = tensors(config, 2)
         assert all(torch.equal(again[key], tensor) for key, tensor in last.items())
+
+
+@pytest.mark.parametrize("name", ["sim", "didr"])
+def test_a_frozen_reference_trains_the_same(
+    project: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for label in ("frozen", "plain"):
+        if label == "plain":
+            monkeypatch.setattr(Networks, "freeze_reference", lambda networks: None)
+        overrides = (*QUIET, *SPREAD, "training.steps=1", f"output={tmp_path}/{label}")
+        trainer = Trainer(load_config(project, [*overrides, *of(name, "method.guidance_scale=2")]))
+        parts = trainer.parts
+        networks = [parts.sampler.trained.network, parts.fake.network, parts.reference]
+        frozen = [any(row.frozen for row in freezing_report(network)) for network in networks]
+        assert frozen == [False, False, label == "frozen"]
+        trainer.run()
+        results.append(tensors(trainer.config, 1))
+    for key, tensor in results[0].items():
+        torch.testing.assert_close(tensor, results[1][key], rtol=1e-4, atol=1e-6)
+
+
+def test_a_reference_that_adapters_share_is_not_frozen(
+    project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    overrides = of("sid", "models.fake.lora={rank: 2}")
+    with caplog.at_level(logging.INFO):
+        trainer = Trainer(load_config(project, [*QUIET, f"output={tmp_path}/run", *overrides]))
+    assert "reference: not frozen for its gradient, for its weights serve fake too, by LoRA" in caplog.text
+    assert not any(row.frozen for row in freezing_report(trainer.parts.reference))
 
 
 def test_adapters_of_both_roles_on_one_backbone_keep_their_gradients(project: Path, tmp_path: Path) -> None:

@@ -12,14 +12,12 @@ from torch import nn
 
 from diffpp_fast.networks import frozen_blocks as frozen
 from diffpp_fast.networks import fused_blocks as fused
-from diffpp_fast.networks.fusion import fuse
+from diffpp_fast.networks.fusion import BEFORE, fuse
 
 logger = logging.getLogger("diffpp_fast")
 
 #: What is computed again in the backward pass, by the names that `freeze` takes.
 RECOMPUTE = ("none", "feed_forward", "projections", "blocks")
-#: Where a module remembers what it was, in its `__dict__`: no parameter, no buffer, nothing that is saved.
-BEFORE = "_before_freezing"
 
 
 class FreezingRow(NamedTuple):
@@ -135,7 +133,7 @@ class _Swap:
 
     name: str
     kind: str
-    parts: list[tuple[nn.Module, type[frozen.Frozen]]]
+    parts: list[tuple[nn.Module, type[frozen.FrozenPart]]]
     behind: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)  # layers with the norms that they call
     reason: str | None = None
 
@@ -199,7 +197,7 @@ def _transformer(name: str, part: Any, *, attention: bool) -> Iterator[_Swap]:
     swap = _Swap(name, _base(type(part)).__name__, [])
     if part.norm_type != "layer_norm":
         swap.reason = f"its norm_type is {part.norm_type!r}"
-    first: list[tuple[Any, Any, type[frozen.Frozen]]] = [(part.norm3, part.ff.net[0], frozen.NormedLayer)]
+    first: list[tuple[Any, Any, type[frozen.FrozenPart]]] = [(part.norm3, part.ff.net[0], frozen.NormedLayer)]
     if attention and part.pos_embed is None:
         first.append((part.norm1, part.attn1, frozen.NormedAttention))
         if part.attn2 is not None:
@@ -228,7 +226,9 @@ def _block(name: str, part: nn.Module) -> Iterator[_Swap]:
         yield _swap(name, part, (part, frozen.RecomputedBlock), type(part))
 
 
-def _swap(name: str, part: nn.Module, first: tuple[nn.Module, type[frozen.Frozen]], expected: type[nn.Module]) -> _Swap:
+def _swap(
+    name: str, part: nn.Module, first: tuple[nn.Module, type[frozen.FrozenPart]], expected: type[nn.Module]
+) -> _Swap:
     """A swap of one module, which is left if it is not what it should be."""
     target, forward = first
     base: type[nn.Module] = _base(type(target))

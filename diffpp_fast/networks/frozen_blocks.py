@@ -19,13 +19,13 @@ from diffpp_fast.networks.decoder import layers
 from diffpp_fast.networks.fused_blocks import AdaNormSingleForward
 
 
-class Frozen(nn.Module):
+class FrozenPart(nn.Module):
     """The base of every frozen class: knows the class that it took the place of."""
 
     frozen_from: ClassVar[type[nn.Module]]
 
 
-class FrozenConvolution(Frozen):
+class FrozenConvolution(FrozenPart):
     """A convolution that keeps its weight alone."""
 
     def forward(self: Any, input: Tensor) -> Any:
@@ -42,7 +42,7 @@ class FrozenConvolution(Frozen):
         return layers.convolution(input, self)
 
 
-class DeferredNorm(Frozen):
+class DeferredNorm(FrozenPart):
     """A layer norm that leaves its work to the layer behind it, a `NormedLayer` or a `NormedAttention`."""
 
     def forward(self, input: Tensor, deferred: bool = True) -> Tensor:
@@ -50,7 +50,7 @@ class DeferredNorm(Frozen):
         return input if deferred else super().forward(input)
 
 
-class NormedLayer(Frozen):
+class NormedLayer(FrozenPart):
     """The first feed-forward layer of a transformer block with the norm before it: both are computed again in the
     backward pass, for which the norm's input is kept."""
 
@@ -61,7 +61,7 @@ class NormedLayer(Frozen):
         return recomputed(lambda hidden: layer(norm(hidden, deferred=False), *args, **kwargs), hidden_states)
 
 
-class NormedAttention(Frozen):
+class NormedAttention(FrozenPart):
     """Attention of a transformer block with the norm before it. What is attended is kept, with the norm's input;
     queries, keys and values are computed again."""
 
@@ -72,7 +72,7 @@ class NormedAttention(Frozen):
         return around_attention(lambda hidden: layer(norm(hidden, deferred=False), *args, **kwargs), hidden_states)
 
 
-class RecomputedFeedForward(Frozen, AdaNormSingleForward):
+class RecomputedFeedForward(FrozenPart, AdaNormSingleForward):
     """`AdaNormSingleForward` whose second norm and first feed-forward layer are computed again in the backward pass."""
 
     def feed_forward(
@@ -101,7 +101,7 @@ class RecomputedProjections(RecomputedFeedForward):
         return around_attention(lambda hidden: base(hidden, **attention), hidden)
 
 
-class RecomputedBlock(Frozen):
+class RecomputedBlock(FrozenPart):
     """A block that keeps its inputs, and is computed again in the backward pass."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -141,10 +141,10 @@ def _kept(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointP
 _keeping_attention = partial(create_selective_checkpoint_contexts, _kept)
 
 
-_made: dict[tuple[type[Frozen], type[nn.Module]], type[nn.Module]] = {}
+_made: dict[tuple[type[FrozenPart], type[nn.Module]], type[nn.Module]] = {}
 
 
-def frozen_class(forward: type[Frozen], base: type[nn.Module]) -> type[nn.Module]:
+def frozen_class(forward: type[FrozenPart], base: type[nn.Module]) -> type[nn.Module]:
     """`base` with what a frozen class changes in it."""
     if (forward, base) not in _made:
         facts = {"frozen_from": base, "__module__": __name__, "__doc__": forward.__doc__}

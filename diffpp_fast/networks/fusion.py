@@ -14,6 +14,9 @@ from diffpp_fast.networks import fused_blocks as blocks
 
 logger = logging.getLogger("diffpp_fast")
 
+#: Where a frozen module remembers what it was, in its `__dict__`: no parameter, no buffer, nothing that is saved.
+BEFORE = "_before_freezing"
+
 
 class FusionRow(NamedTuple):
     """One block of a network: whether it is fused and, if not, why."""
@@ -61,7 +64,7 @@ def unfuse(module: nn.Module) -> int:
     count = sum(row.fused for row in fusion_report(module))
     fused = [(name, part) for name, part in module.named_modules() if isinstance(part, blocks.Fused)]
     for name, part in fused:
-        if hasattr(part, "frozen_from"):
+        if BEFORE in vars(part):
             raise RuntimeError(f"unfuse: {name or type(part).__name__} is frozen: call networks.unfreeze first")
         if _is_wrapped(part):
             raise RuntimeError(
