@@ -316,8 +316,8 @@ def doubts(passes: Iterable[Pass]) -> list[str]:
     return sentences
 
 
-#: How far what loads and stores of a large tensor ask for may be from its bytes. The group norm's statistics ask for their
-#: first tile twice, the second time of the first-level cache: a program of two tiles asks for one and a half.
+#: How far what loads and stores of a large tensor ask for may be from its bytes. The group norm's statistics ask for
+#: their first tile twice, the second time of the first-level cache: a program of two tiles asks for one and a half.
 COVERED, MORE_THAN_ONCE = 0.05, 0.65
 
 
