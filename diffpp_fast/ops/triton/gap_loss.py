@@ -27,7 +27,7 @@ from diffpp_fast.ops.triton.layout import block_of_sample, tile
 _GIVEN = len(Given._fields)
 
 #: Left to itself, ptxas spills a register for sm_100 to fit more programs.
-MOST_REGISTERS = 96
+MOST_REGISTERS = 168
 
 
 @on_its_device
