@@ -162,8 +162,13 @@ def ordered(op: str, dtypes: Sequence[torch.dtype] = DTYPES) -> tuple[list[Varia
 
 
 def _three(variant: Variant) -> Iterator[tuple[Any, ...]]:
-    """Yield what goes a way of its own only together: noise drawn in channels_last, by whole Philox blocks."""
+    """Yield what goes a way of its own only together.
+
+    Noise drawn in channels_last goes by whole Philox blocks, the gradient of large groups by clusters, by layout.
+    """
     options = dict(variant.options)
+    if "activation" in options and options["wrt"] == "x" and options["layout"] in ("contiguous", "channels_last"):
+        yield "clusters", variant.dtype, options["layout"], options["shape"], options["activation"]
     if [options.get(name) for name in ("noise", "layout", "shape")] == ["drawn", "channels_last", "even"]:
         yield "tiles", variant.dtype
 

@@ -44,6 +44,7 @@ Tensor added(const Tensor& a, const Tensor& b) {
 
 // What kernels for GPUs normalise: they know no offset.
 Tensor with_offset(const Tensor& x, const optional<Tensor>& offset) {
+  per_sample_and_channel("group_norm_silu", offset, x);
   Tensor column = *offset;
   for (int64_t axis = 2; axis < x.dim(); ++axis) column = torch::stable::unsqueeze(column, axis);
   return added(x, column);
@@ -118,6 +119,9 @@ Outputs outputs_of_sum(
     const Tensor& x, const Tensor& residual, int64_t num_groups, const optional<Tensor>& weight,
     const optional<Tensor>& bias, double eps, bool silu) {
   constexpr auto op = "group_norm_silu_of_sum";
+  bool alike = residual.dim() == x.dim();
+  for (int64_t axis = 0; alike && axis < x.dim(); ++axis) alike = residual.size(axis) == x.size(axis);
+  STD_TORCH_CHECK(alike, op, ": residual must have the shape of x");
   if (kCuda && x.is_cuda())
     return outputs(op, added(x, residual), std::nullopt, num_groups, weight, bias, eps, silu, std::nullopt);
   return outputs(op, x, residual, num_groups, weight, bias, eps, silu, std::nullopt);
