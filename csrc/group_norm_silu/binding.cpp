@@ -119,9 +119,7 @@ Outputs outputs_of_sum(
     const Tensor& x, const Tensor& residual, int64_t num_groups, const optional<Tensor>& weight,
     const optional<Tensor>& bias, double eps, bool silu) {
   constexpr auto op = "group_norm_silu_of_sum";
-  bool alike = residual.dim() == x.dim();
-  for (int64_t axis = 0; alike && axis < x.dim(); ++axis) alike = residual.size(axis) == x.size(axis);
-  STD_TORCH_CHECK(alike, op, ": residual must have the shape of x");
+  check_same_shape(op, "residual", residual, x);
   if (kCuda && x.is_cuda())
     return outputs(op, added(x, residual), std::nullopt, num_groups, weight, bias, eps, silu, std::nullopt);
   return outputs(op, x, residual, num_groups, weight, bias, eps, silu, std::nullopt);
@@ -138,6 +136,11 @@ std::tuple<Tensor, Tensor, Tensor> gradients(
     const Tensor& grad_output, const optional<Tensor>& grad_sum, const Tensor& x, const Tensor& mean,
     const Tensor& rstd, const optional<Tensor>& weight, const optional<Tensor>& bias, const optional<Tensor>& offset,
     bool silu, bool needs_x, bool needs_weight, bool needs_bias) {
+  constexpr auto op = "group_norm_silu_backward";
+  if (grad_sum.has_value()) {
+    check_same_shape(op, "grad_sum", *grad_sum, x);
+    check_same_dtype(op, "grad_sum", *grad_sum, x);
+  }
   if (kCuda && x.is_cuda() && (offset.has_value() || grad_sum.has_value())) {
     const Tensor normalised = offset.has_value() ? with_offset(x, offset) : x;
     const auto [grad_x, grad_weight, grad_bias] = gradients(
@@ -145,7 +148,6 @@ std::tuple<Tensor, Tensor, Tensor> gradients(
         needs_bias);
     return {needs_x && grad_sum.has_value() ? added(grad_x, *grad_sum) : grad_x, grad_weight, grad_bias};
   }
-  constexpr auto op = "group_norm_silu_backward";
   check_dim(op, x);
   const Dtype dtype = dtype_of(op, "x", x);
   check_same_shape(op, "grad_output", grad_output, x);
@@ -160,11 +162,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients(
   const Tensor ordered_x = order.of(x);
   const Tensor ordered_grad = order.of(grad_output);
   Tensor ordered_more = ordered_grad;
-  if (grad_sum.has_value()) {
-    check_same_shape(op, "grad_sum", *grad_sum, x);
-    check_same_dtype(op, "grad_sum", *grad_sum, x);
-    ordered_more = order.of(*grad_sum);
-  }
+  if (grad_sum.has_value()) ordered_more = order.of(*grad_sum);
   optional<Result> grad_x;
   if (needs_x) grad_x.emplace(x, order);
   const auto parameter = [&](const optional<Tensor>& values, bool needed) {
