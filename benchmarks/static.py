@@ -312,14 +312,15 @@ def doubts(passes: Iterable[Pass]) -> list[str]:
             if each.backend == "compile" or each.case.op == "reward_pixels" or count.asked < each.elements:
                 continue
             for tensor, share in count.covered.items():
-                if not 1 - COVERED <= share <= 1 + MORE_THAN_ONCE:
+                if not 1 - COVERED <= share <= 1 + READ_TWICE.get(count.kernel, MORE_THAN_ONCE):
                     sentences.append(f"{place}: {count.kernel} asks for {share:.2f} of the bytes of {tensor}")
     return sentences
 
 
 #: How far what loads and stores of a large tensor ask for may be from its bytes. The group norm's statistics ask for
 #: their first tile twice, the second time of the first-level cache: a program of two tiles asks for one and a half.
-COVERED, MORE_THAN_ONCE = 0.05, 0.65
+COVERED, MORE_THAN_ONCE = 0.05, 0.15
+READ_TWICE = {"triton.group_norm_silu.statistics": 0.65}
 
 
 # The budget

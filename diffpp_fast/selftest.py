@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -260,14 +261,20 @@ def _latents(
 ) -> Call:
     alpha = draw.per_sample(0.3, 0.9)
     sigma = 1.0 - alpha if prediction_type == "flow_prediction" else (1.0 - alpha.square()).sqrt()
-    process = {"x0": draw.normal(), "noise": draw.address() if noise == "drawn" else draw.normal()}
+    # A single noisy value or residual must be no small difference of others, whose rounding would be magnified.
+    alone = op in ("add_noise", "denoising_loss") and math.prod(draw.shape[1:]) == 1
+    x0_mean, prediction_mean = (16.0, 64.0) if alone else (0.0, 0.0)
+    process = {"x0": draw.normal(mean=x0_mean), "noise": draw.address() if noise == "drawn" else draw.normal()}
     process |= {"alpha": alpha, "sigma": sigma}
     if op == "add_noise":
         return _with_gradients(op, process, ("x0",) if gradient else (), draw.normal())
     arguments: dict[str, Any] = {} if noise == "none" else process
     arguments["prediction_type"] = prediction_type
     if op == "denoising_loss":
-        arguments |= {"prediction": draw.normal(), "weight": draw.per_sample(0.5, 2.0) if weight else None}
+        arguments |= {
+            "prediction": draw.normal(mean=prediction_mean),
+            "weight": draw.per_sample(0.5, 2.0) if weight else None,
+        }
         return _with_gradients(op, arguments, ("prediction",) if gradient else (), None)
     outputs = {"fake": draw.normal(), "cond": draw.normal(), "uncond": draw.normal() if uncond else None}
     arguments = {**outputs, "guidance_scale": GUIDANCE_SCALE if uncond else 1.0, **arguments}
@@ -313,6 +320,9 @@ def _group_norm_silu(
     inputs: tuple[str, ...] = ("x",)
     if added != "nothing":
         arguments[added] = draw.normal(None if added == "residual" else draw.shape[:2])
+        if added == "residual":
+            # In sixteenths, whose sum no dtype rounds: the oracle, in float64, rounds none.
+            arguments |= {name: draw.place((16 * arguments[name]).round() / 16) for name in ("x", added)}
         inputs = ("x", added)
     wanted = {"x": inputs, "parameters": names, "all": (*inputs, *names), "none": ()}[wrt]
     return _with_gradients(op, arguments, wanted, draw.normal())

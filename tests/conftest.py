@@ -1,4 +1,4 @@
-"""What every test starts from, and the two rules they share: one for low precision, one for memory layouts."""
+"""The start of every test, and the two rules that tests share: one for low precision, one for memory layouts."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What every compiled operator must pass, whatever it computes."""
+"""The checks that every compiled operator must pass, whatever it computes."""
 
 from collections.abc import Callable
 from typing import Any

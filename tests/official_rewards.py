@@ -48,7 +48,7 @@ SMALL_BLIP = (Tower(48, 3, 4, 8, 32), Tower(32, 2, 4, vocabulary=14, length=40))
 
 
 def clip_shapes(sizes: ClipSizes) -> Shapes:
-    """Of a CLIP's state dict in OpenAI's and open_clip's format."""
+    """Return the shapes of a CLIP's state dict in OpenAI's and open_clip's format."""
     vision, text, features = sizes
     shapes: Shapes = {
         "positional_embedding": (text.length, text.width),

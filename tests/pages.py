@@ -66,7 +66,7 @@ def _blocks_of(page: str) -> Iterator[Block]:
 
 
 def commands(block: Block) -> Iterator[Command]:
-    """Of a block of shell commands."""
+    """Yield the commands of a block of shell code."""
     logical = re.sub(r"\\\n\s*", " ", block.code)
     for line in logical.splitlines():
         words = shlex.split(line, comments=True)
@@ -81,7 +81,7 @@ def without_blocks(page: str) -> str:
 
 
 def anchors(path: Path) -> set[str]:
-    """What the headings of a page are called in links."""
+    """The names by which links call the headings of a page."""
     text = without_blocks(str(path.relative_to(ROOT)))
     names = set()
     for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):

@@ -89,7 +89,7 @@ def measure_states(device: torch.device, *, small: bool, samples: int = 1) -> li
 
 
 def engine_rows(engine: PlainEngine) -> list[Compared]:
-    """What an engine holds after an update, tensor by tensor, against the plan; to the byte."""
+    """Compare what an engine holds after an update with the plan, tensor by tensor and to the byte."""
     planned = trained_state(NetworkSize.of(engine.network), config.Zero(stage=0), gpus=1, low=True, ema=True)
     states = [tensor for state in engine.optimizer.state.values() for tensor in state.values()]
     averages = [] if engine.average is None else engine.average.averages

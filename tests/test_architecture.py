@@ -66,7 +66,7 @@ def test_a_room_imports_from_its_own_and_lower_floors(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "methods").glob("*.py")), ids=lambda path: path.name)
 def test_no_method_imports_another(path: Path) -> None:
-    """What several of them use has files of its own; names.py and the room's door know all methods."""
+    """Shared parts have files of their own; names.py and the room's door know all methods."""
     shared = {
         "base",
         "dropout",

@@ -1,4 +1,4 @@
-"""What a run's listeners write, and what happens where a package for it is missing."""
+"""The files that a run's listeners write, and what happens where a package for it is missing."""
 
 from __future__ import annotations
 

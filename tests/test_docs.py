@@ -92,7 +92,7 @@ def test_every_block_is_of_a_language_that_is_looked_at() -> None:
 
 
 def test_titles_are_known() -> None:
-    """Of commands they only tell the reader, and the tests that run a page's commands, what is needed."""
+    """Titles of shell blocks are for the reader, and for the tests that run a page's commands."""
     for block in pages.blocks():
         if block.title is not None:
             assert block.language in ("python", "bash"), block.place
@@ -162,7 +162,7 @@ def test_a_loop_gives_the_same_numbers_before_and_after(loop: str, backend: str)
 
 
 class Arithmetic(Traffic):
-    """What runs besides convolutions, which are the stand-ins for networks."""
+    """Everything that runs besides convolutions, which are the stand-ins for networks."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if "convolution" in func.overloadpacket.__name__:
@@ -287,7 +287,7 @@ def check_python(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def check_torchrun(arguments: tuple[str, ...]) -> tuple[str, ...]:
-    """What is left to us."""
+    """Check torchrun's own arguments; return those that are left to this package."""
     from torch.distributed.run import get_args_parser
 
     parsed = get_args_parser().parse_args(arguments)

@@ -41,7 +41,7 @@ FOR_PARAMETERS = "parameter_gradients"
 
 
 class Row(NamedTuple):
-    """Of a table, as text: launches eager, Triton and CUDA; bytes per element eager and Triton."""
+    """The cells of a table, as text: launches eager, Triton and CUDA; bytes per element eager and Triton."""
 
     op: str
     case: str
@@ -68,7 +68,7 @@ def rows_of_page() -> Iterator[Row]:
 
 
 def table_cases() -> Iterator[tuple[str, Case]]:
-    """What the tables call a case, and the case."""
+    """The names that the tables have for cases, and the cases."""
     for family in FAMILIES:
         shapes = SHAPES.get(family.op, [LATENTS])
         for shape in shapes:
@@ -86,7 +86,7 @@ def counted(
     forward: Callable[..., Any], call: Call, arguments: dict[str, Any],
     counting: Callable[[Traffic], AbstractContextManager[None]],
 ) -> list[Traffic]:  # fmt: skip
-    """Of the forward and, if there is one, of the backward pass."""
+    """Return the traffic of the forward and, if there is one, of the backward pass."""
     passes = [Traffic()]
     with counting(passes[0]), passes[0]:
         result = forward(**arguments)

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 import pages
 from pages import ROOT
 
-FILES = sorted(path for room in ("diffpp_fast", "benchmarks") for path in (ROOT / room).rglob("*.py"))
+FILES = sorted(
+    path for room in ("diffpp_fast", "benchmarks", "csrc", "tests", "examples") for path in (ROOT / room).rglob("*.py")
+)
 #: A docstring says what the thing does ("Return ...") or, by a noun phrase, what it is.
 BEGINNING = re.compile(r"(What|Of|That|Those of)\b")
 #: Words and turns that the field does not use.

@@ -57,7 +57,7 @@ def test_kernel_distance_is_unbiased_at_zero_and_grows_with_a_shift() -> None:
 
 @pytest.mark.parametrize("build", [convolutional, imagenet])
 def test_rewards_know_the_shipped_generators_subjects(build: object) -> None:
-    """Of one-step pictures both rewards prefer the own prompt to another's, and the pixels get gradient."""
+    """Both rewards prefer a one-step picture's own prompt to another's, and the pixels get gradient."""
     from evaluation import generator_images
 
     from diffpp_fast.training.build import build_sampler

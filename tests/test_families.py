@@ -56,7 +56,7 @@ def config_of(bases: dict[str, Path], tmp_path: Path):  # type: ignore[no-untype
 
 
 def calls_of(pipeline: Any, prompt: str, **arguments: Any) -> list[tuple[dict[str, Any], torch.Tensor]]:
-    """What the pipeline hands its network in one guided step, and what that predicts."""
+    """Return what the pipeline hands its network in one guided step, and what that predicts."""
     network = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
     calls: list[tuple[dict[str, Any], torch.Tensor]] = []
 

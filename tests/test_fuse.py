@@ -499,7 +499,7 @@ def test_other_adaptive_norms_are_left() -> None:
 
 
 def test_less_is_kept_for_the_backward_pass() -> None:
-    """Of a residual block: two norms' outputs of the six tensors; of a feed-forward gate: its gelu."""
+    """A residual block drops two norms' outputs of its six tensors, a feed-forward gate its gelu."""
     from diffusers.models.activations import GEGLU
     from diffusers.models.resnet import ResnetBlock2D
 

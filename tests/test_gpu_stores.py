@@ -20,7 +20,7 @@ DRAWN = {"cuda.noise.normal": 36, "cuda.add_noise.forward": 39, "cuda.denoising_
 
 
 def test_packs_are_stored_at_once_and_noise_takes_few_instructions() -> None:
-    """Of an assignment of 16 bytes the compiler makes four stores where it has computed the words one by one."""
+    """The compiler splits a plain assignment of 16 bytes in four where it has computed the words one by one."""
     try:
         kernels = [each.kernel for each in gpu_build.dump(native.LIBRARY) if each.arch == ARCH]
         command = [gpu_build.cuobjdump(), "-sass", "-arch", f"sm_{ARCH}", str(native.LIBRARY)]

@@ -1,4 +1,4 @@
-"""What `import diffpp_fast` costs and offers."""
+"""The cost of `import diffpp_fast`, and what it offers."""
 
 import subprocess
 import sys

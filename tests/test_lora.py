@@ -265,7 +265,7 @@ def test_a_run_trains_adapters_alone_and_resumes_to_the_same_bits(config_of) -> 
 
 
 def test_a_reference_that_is_differentiated_is_computed_again_without_adapters(config_of) -> None:  # type: ignore[no-untyped-def]
-    """Of DIDR the fake score may have adapters, too: nothing is differentiated through it."""
+    """DIDR lets the fake score have adapters, too: nothing is differentiated through it."""
     ended = []
     for kept in ("true", "false"):
         overrides = (*BOTH, "method.name=didr", f"training.activation_checkpointing={kept}", "training.steps=2")

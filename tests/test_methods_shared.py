@@ -1,4 +1,4 @@
-"""What holds for all methods alike: who gets gradient, whose parameters stay as they were, what a batch may change."""
+"""Rules for all methods alike: who gets gradient, whose parameters stay as they were, what a batch may change."""
 
 from __future__ import annotations
 

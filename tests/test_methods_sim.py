@@ -72,7 +72,7 @@ def test_without_reward_diff_instruct_star_is_sim() -> None:
 
 
 def test_guidance_outside_is_the_reward_of_the_theorem_and_no_guidance_inside() -> None:
-    """What it adds to the unguided gradient is what Diff-Instruct++ gets from guidance, with the same w(t)."""
+    """It adds to the unguided gradient what Diff-Instruct++ gets from guidance, with the same w(t)."""
     networks, schedule = (Convolution(1), Convolution(2)), SCHEDULES["epsilon"]
 
     def gradient(of: type, **options: Any) -> torch.Tensor:

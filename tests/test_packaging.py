@@ -1,4 +1,4 @@
-"""What `pip install` makes of the sources, with and without a compiler."""
+"""The results of `pip install` on the sources, with and without a compiler."""
 
 from __future__ import annotations
 

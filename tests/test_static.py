@@ -153,7 +153,7 @@ for each in counted(Task("triton", "add_noise", ("sd15-b1",), ("bfloat16",), "H2
     (one,) = each.counts
     assert one.covered and all(abs(share - 1) < 0.01 for share in one.covered.values()), one.covered
     assert abs(each.bytes - 4) < 0.1 and one.loads[128] and not one.doubts and not one.spilled, one
-    assert (30 if each.direction == "forward" else 5) < each.instructions < 100, each.instructions
+    assert (30 if each.direction == "forward" else 5) < each.instructions < 60, each.instructions
 """
 
 

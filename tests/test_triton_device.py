@@ -1,4 +1,4 @@
-"""What the Triton kernels need from the process around them: the right device, and graphs of torch.compile."""
+"""The needs of Triton kernels from the process around them: the right device, and graphs of torch.compile."""
 
 from __future__ import annotations
 

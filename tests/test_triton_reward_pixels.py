@@ -110,7 +110,7 @@ def test_adjoint_identity(options: dict[str, Any], triton_backend: torch.device)
 
 
 def test_borders(triton_backend: torch.device) -> None:
-    """What is cropped away is not read and gets no gradient; what is padded is black."""
+    """Pixels that are cropped away are not read and get no gradient; padded ones are black."""
     images = torch.zeros(1, 1, 8, 64, device=triton_backend)
     images[..., :24] = images[..., 40:] = torch.nan
     pixels, grad = both_ways(images, torch.ones(1, 1, 8, 8, device=triton_backend), 8, clamp="none", fit="crop")

@@ -18,7 +18,7 @@ NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "promote_types
 
 
 class Traffic(TorchDispatchMode):
-    """What runs within the block, if each launch reads every byte that it needs once and writes every result once.
+    """The traffic of the block, if each launch reads every byte that it needs once and writes every result once.
 
     That is the least for ATen's operators, some of which are several kernels on a GPU. For a Triton kernel, counted
     within `triton_traffic`, it is the distinct addresses that its loads and its stores name.

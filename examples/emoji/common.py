@@ -1,4 +1,4 @@
-"""What the three training scripts share: their options, and one update of the weights."""
+"""The options and the update of the weights that the three training scripts share."""
 
 from __future__ import annotations
 

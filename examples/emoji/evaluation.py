@@ -1,4 +1,4 @@
-"""What the demo measures of a generator: its pictures for all 200 captions, at latents that training never draws."""
+"""Figures of a generator in the demo: its pictures for all 200 captions, at latents that training never draws."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Mixture:
         return self._log_parts(x_t, alpha, sigma).logsumexp(1)
 
     def noise(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """What a perfect epsilon network says, in closed form: -sigma times the score, [B, 2]."""
+        """The output of a perfect epsilon network, in closed form: -sigma times the score, [B, 2]."""
         share = self._log_parts(x_t, alpha, sigma).softmax(1)
         return sigma * (x_t - alpha * (share @ self.means)) / self._variance(alpha, sigma)
 
@@ -75,7 +75,7 @@ class Level(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What the theorem is shown on: (x_t, t, conditioning) -> prediction of both networks, and fixed samples."""
+    """The two networks, (x_t, t, conditioning) -> prediction, and the fixed samples that the theorem is shown on."""
 
     fake: Callable[[Tensor, Tensor, Any], Tensor]
     reference: Callable[[Tensor, Tensor, Any], Tensor]
@@ -209,7 +209,7 @@ def gradient(
 
 
 def difference(case: Case, weighting: str, scale: float, reward_of: Callable[[Case, str], Reward]) -> float:
-    """Of the two routes' gradients, in norms of the first."""
+    """Return the distance of the two routes' gradients, in norms of the first."""
     implicit = gradient(case, weighting, scale)
     explicit = gradient(case, weighting, 1.0, reward_of(case, weighting), scale - 1.0)
     return float((implicit - explicit).norm() / implicit.norm())
