@@ -462,7 +462,7 @@ def test_one_process_without_a_launcher_offloads(tmp_path: Path) -> None:
     config = tiny.write(tmp_path)
     short = [str(config), "training.steps=2", "training.grid_every=null", "rewards.held_out=null"]
     # With the usual eps Adam's first updates are sign(g), which magnifies rounding.
-    short += ["optimizers.generator.eps=1", "optimizers.fake.eps=1"]
+    short += ["optimizers.generator.eps=1e-2", "optimizers.fake.eps=1e-2"]
     launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in launched}
     for name, settings in (("plain", ()), ("offloaded", OFFLOADED)):
@@ -474,4 +474,6 @@ def test_one_process_without_a_launcher_offloads(tmp_path: Path) -> None:
             load_file(tmp_path / name / "checkpoints" / "step_000002" / f"{file}.safetensors")
             for name in ("plain", "offloaded")
         )
-        assert_near(offloaded, plain, 1e-5)
+        # All weights at once, as between numbers of processes: of biases, which begin at 0, there is only the update.
+        flat, other = (torch.cat([whole[name].flatten() for name in sorted(plain)]) for whole in (plain, offloaded))
+        assert plain.keys() == offloaded.keys() and (flat - other).norm() <= 1e-6 * flat.norm(), file
