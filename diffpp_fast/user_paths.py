@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from diffpp_fast.errors import ConfigurationError
@@ -25,3 +26,26 @@ def real_path(path: Path) -> Path:
     `Path.resolve` raises RuntimeError for these before Python 3.13. Whoever opens the path is told of them.
     """
     return Path(os.path.realpath(path))
+
+
+def refuse_no_folder(name: str, folder: Path, *, writable: bool = True) -> None:
+    """Raise ConfigurationError where nothing can be written into a folder of this path, there or yet to be made.
+
+    Args:
+        name: of the option or key that the path is from.
+        writable: whether this user must be allowed to write there.
+    """
+    for part in (folder.absolute(), *folder.absolute().parents):
+        try:
+            mode = part.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            if part.is_symlink():
+                raise ConfigurationError(f"{name} {folder}: {part} is a link to nothing: name a folder") from None
+            continue
+        except OSError as error:
+            raise ConfigurationError(f"{name} {folder}: {error.strerror}: name a folder") from None
+        if not stat.S_ISDIR(mode):
+            raise ConfigurationError(f"{name} {folder}: {part} is a file: name a folder")
+        if writable and not os.access(part, os.W_OK | os.X_OK):
+            raise ConfigurationError(f"{name} {folder}: you may not write into {part}: name another folder")
+        return

@@ -492,6 +492,67 @@ def test_groups_have_means_of_their_own(tmp_path: Path) -> None:
                                          "prompts": 1}  # fmt: skip
 
 
+WRITERS: dict[str, list[str]] = {
+    "train": ["train", "align.yaml", "output={}"],
+    "train --dry-run": ["train", "align.yaml", "--dry-run", "output={}"],
+    "controls": ["controls", "align.yaml", "output={}"],
+    "embed": ["embed", "align.yaml", "--out", "{}"],
+    "report": ["report", "runs/demo", "--output", "{}/page.html"],
+    "evaluate": ["evaluate", "runs/demo", "--prompts", "prompts.txt", "--metrics", RED, "--output", "{}"],
+    "export": ["export", "runs/demo", "--out", "{}/generator"],
+    "sample --images": ["sample", "--run", "runs/demo", "a red apple", "--images", "{}"],
+    "sample --grid": ["sample", "--run", "runs/demo", "a red apple", "--grid", "{}/grid.png"],
+}
+
+
+@pytest.mark.parametrize("command", WRITERS)
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("file", "file is a file: name a"),
+        ("file/below", "file is a file: name a"),
+        ("circle", "Too many levels of symbolic links: name a"),
+        ("circle/below", "Too many levels of symbolic links: name a"),
+        ("dangling", "dangling is a link to nothing: name a"),
+    ],
+)
+def test_what_can_be_no_folder_is_named_before_work_begins(
+    command: str, place: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    there = sorted(tmp_path.iterdir())
+    assert main([part.format(tmp_path / place) for part in WRITERS[command]]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and said in printed.err and not printed.out
+    assert sorted(tmp_path.iterdir()) == there and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--run", "runs/demo", "--base", "base"], "--base says nothing of runs/demo"),
+        (["--run", "runs/demo", "--config", "align.yaml"], "what can be said is --checkpoint, --override"),
+        (["--model", "pipeline", "--base", "base"], "--base says nothing of pipeline: leave it out"),
+        (["--model", "pipeline", "--override", "precision=bfloat16"], "--override says nothing of pipeline"),
+        (["--model", "generator", "--base", "base", "--checkpoint", "best"], "what can be said is --base"),
+        (
+            ["--model", "generator", "--base", "base", "--override", "device=cpu"],
+            "--override says nothing of generator",
+        ),
+    ],
+)
+def test_an_option_that_a_generator_has_no_use_for_is_refused(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", *arguments, "a red apple", "--grid", str(tmp_path / "grid.png")]) == 2
+    assert said in capsys.readouterr().err
+    common = ["--prompts", "prompts.txt", "--metrics", RED, "--output", str(tmp_path / "scores")]
+    assert main(["evaluate", arguments[1], *arguments[2:], *common]) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("metrics", "arguments", "said"),
     [
@@ -512,7 +573,7 @@ def test_groups_have_means_of_their_own(tmp_path: Path) -> None:
         (RED, ["--prompts", "empty.txt"], "empty.txt holds no prompt"),
         (RED, ["--seed", "-1"], "--seed must be in"),
         (RED, ["--output", "runs"], "--output runs holds something already"),
-        (RED, ["--output", "align.yaml"], "--output align.yaml: it is a file"),
+        (RED, ["--output", "align.yaml"], "align.yaml is a file: name a folder"),
     ],
 )
 def test_a_mistake_is_named_before_work_begins(

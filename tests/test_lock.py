@@ -165,7 +165,7 @@ def test_a_folder_that_was_made_for_it_goes_with_it(tmp_path: Path) -> None:
     FolderLock(tmp_path / "new" / "run").release()
     assert not (tmp_path / "new" / "run").exists()
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigurationError, match=r"can't write to .*file"):
+    with pytest.raises(ConfigurationError, match=r"file is a file: name a folder"):
         FolderLock(tmp_path / "file")
 
 

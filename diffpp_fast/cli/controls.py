@@ -14,7 +14,7 @@ from diffpp_fast.cli.options import Commands, add_command, add_config, add_unloc
 from diffpp_fast.cli.quiet import show_log
 from diffpp_fast.errors import CheckpointError, ConfigurationError
 from diffpp_fast.terminal import say
-from diffpp_fast.user_paths import user_path
+from diffpp_fast.user_paths import refuse_no_folder, user_path
 
 if TYPE_CHECKING:
     from diffpp_fast.training import Outcome
@@ -67,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.full is not None:
         controls[0] = controls[0].at(arguments.full)
     chosen = _chosen(controls, arguments.only)
+    for control in chosen:
+        refuse_no_folder("output", control.folder)
     prompts = open_prompts(config.prompts)
     # All of them before the first one begins.
     complete = [_check(control, arguments, check_control(control, prompts)) for control in chosen]
@@ -109,9 +111,18 @@ def _chosen(controls: Sequence[Control], only: str | None) -> list[Control]:
 
 def _check(control: Control, arguments: argparse.Namespace, complete: bool | None) -> bool:
     """Whether this run is complete; refuse one that may not go on. `complete` is None where nothing is done yet."""
+    from diffpp_fast.training.controls import steps_done
+
     if control.folder == arguments.full:
         if not complete:
-            raise CheckpointError(f"--full {arguments.full}: it is no complete run: train it to its end first")
+            done, steps = steps_done(arguments.full), control.config.training.steps
+            shorter = (
+                f", which ended at step {done} of this configuration's {steps}" if done not in (None, steps) else ""
+            )
+            raise CheckpointError(
+                f"--full {arguments.full}: it is no complete run{shorter}: train it to its end first"
+                + (f", or say training.steps={done}" if shorter else "")
+            )
     elif complete is not None and arguments.resume is None:
         raise CheckpointError(
             f"{control.folder} already holds checkpoints: go on with --resume latest, or choose another output=FOLDER"

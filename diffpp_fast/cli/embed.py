@@ -11,7 +11,7 @@ from diffpp_fast.cli.options import Commands, add_command, add_config, positive
 from diffpp_fast.cli.quiet import hide_loading_bars
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.terminal import say
-from diffpp_fast.user_paths import user_path
+from diffpp_fast.user_paths import refuse_no_folder, user_path
 
 DESCRIPTION = """\
 Writes the text encoder's embeddings of a configuration's prompts to the disk. A run with `prompts.embeddings` reads
@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.out or (Path(config.prompts.embeddings) if config.prompts.embeddings else None)
     if folder is None:
         raise ConfigurationError("embed: name a folder with --out FOLDER or prompts.embeddings=FOLDER")
+    refuse_no_folder("embeddings into", folder)
     # No process group is needed, so no address.
     rank, size, local_rank, _ = find_place(os.environ)
     hide_loading_bars()

@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffpp_fast.cli.options import Commands, add_command, add_generator, check_addresses, find_generator, positive
+from diffpp_fast.cli.options import (
+    Commands,
+    add_command,
+    add_generator,
+    check_addresses,
+    find_generator,
+    positive,
+    refuse_idle_options,
+)
 from diffpp_fast.cli.quiet import hide_loading_bars
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.terminal import say
@@ -88,6 +96,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     prompts = read_prompts(arguments.prompts, column=arguments.column, limit=arguments.limit)
     sources = [_source(text, arguments) for text in arguments.models]
     refuse_equal_names(sources)
+    refuse_idle_options(sources, arguments)
     hide_loading_bars()
     device = choose_device(arguments.device)
     plan = EvaluationPlan(

@@ -9,7 +9,7 @@ from diffpp_fast.cli.options import Commands, add_command, add_override
 from diffpp_fast.cli.quiet import hide_loading_bars
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.terminal import say
-from diffpp_fast.user_paths import real_path, user_path
+from diffpp_fast.user_paths import real_path, refuse_no_folder, user_path
 
 DESCRIPTION = """\
 Writes a trained generator as a folder in diffusers' format.
@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.pipeline and not arguments.merge:
         raise ConfigurationError("--pipeline holds merged weights: leave --no-merge out, or export the adapters alone")
+    refuse_no_folder("--out", arguments.out.parent)
     out = real_path(arguments.out)
     with lock_target(out):
         refuse_foreign_folder(out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +59,7 @@ def add_generator(parser: argparse.ArgumentParser, dtype: str) -> None:
     """Add the options that say what a generator's folder leaves open; `dtype` is the help of --dtype."""
     add = parser.add_argument
     add(
-        "--checkpoint", choices=["latest", "best"], default="latest",
+        "--checkpoint", choices=["latest", "best"],
         help="of a run's checkpoints the newest, or the best by its training.keep_best (latest)",
     )  # fmt: skip
     add("--config", type=user_path, metavar="CONFIG.yaml", help="names text encoder and decoder of an exported network")
@@ -76,12 +76,23 @@ def find_generator(path: Path | None, arguments: argparse.Namespace, name: str |
     return find_source(
         path,
         name=name,
-        which=arguments.checkpoint,
+        which=arguments.checkpoint or "latest",
         config=arguments.config,
         base=arguments.base,
         precision=arguments.dtype,
         overrides=arguments.override,
     )
+
+
+def refuse_idle_options(sources: Sequence[ModelSource], arguments: argparse.Namespace) -> None:
+    """Raise ConfigurationError for an option of `add_generator` that says something of none of the generators."""
+    for option in ("checkpoint", "config", "base", "override"):
+        if getattr(arguments, option) and not any(option in source.takes for source in sources):
+            taken = sorted({f"--{each}" for source in sources for each in source.takes})
+            raise ConfigurationError(
+                f"--{option} says nothing of {', '.join(source.origin for source in sources)}"
+                + (f": what can be said is {', '.join(taken)}" if taken else ": leave it out")
+            )
 
 
 def check_addresses(seed: int, first_sample: int, count: int) -> None:

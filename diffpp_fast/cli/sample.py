@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffpp_fast.cli.options import Commands, add_command, add_generator, check_addresses, find_generator, positive
+from diffpp_fast.cli.options import (
+    Commands,
+    add_command,
+    add_generator,
+    check_addresses,
+    find_generator,
+    positive,
+    refuse_idle_options,
+)
 from diffpp_fast.cli.quiet import hide_loading_bars
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.terminal import say
@@ -77,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     single = [] if arguments.images is None else [_file_of(arguments.images, *cell) for cell in cells]
     refuse_foreign_pictures([*single, *([] if grid is None else [grid])])
     source = find_generator(arguments.model or arguments.source, arguments)
+    refuse_idle_options([source], arguments)
     say(f"weights: {source.origin}")
     hide_loading_bars()
     model = source.load(choose_device(arguments.device))

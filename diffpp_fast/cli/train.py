@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from pathlib import Path
 
 from diffpp_fast.cli.options import Commands, add_command, add_config, add_unlock
 from diffpp_fast.cli.plan import add_machine, print_plan_of
 from diffpp_fast.cli.quiet import show_log
 from diffpp_fast.terminal import printable, say
+from diffpp_fast.user_paths import refuse_no_folder
 
 DESCRIPTION = """\
 Trains a one-step generator from a configuration.
@@ -68,7 +70,11 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.dry_run:
         from diffpp_fast.training.build.networks import refuse_weights
+        from diffpp_fast.training.output import refuse_foreign_output
 
+        # Whether one may write there is for the machine of the run.
+        refuse_no_folder("output", Path(config.output), writable=False)
+        refuse_foreign_output(config)
         code = print_plan_of(arguments)
         refuse_weights(config, download=False)
         return code

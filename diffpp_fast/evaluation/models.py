@@ -57,12 +57,14 @@ class ModelSource:
     Attributes:
         name, origin, config: see `LoadedModel`.
         weights: a checkpoint's; None: those that the configuration names.
+        takes: the options of `diffpp-fast sample` that have a meaning for it.
     """
 
     name: str
     origin: str
     config: Config
     weights: SavedGenerator | None = None
+    takes: tuple[str, ...] = ()
 
     def load(self, device: torch.device) -> LoadedModel:
         """Load it. Raises ConfigurationError and CheckpointError for what can't be loaded or does not fit together."""
@@ -105,18 +107,20 @@ def find_source(
     """
     overrides = [*overrides, *([] if precision is None else [f"precision={precision}"])]
     if path is not None and path.suffix in (".yaml", ".yml") and path.is_file():
-        source = ModelSource(name or path.stem, str(path), load_config(path, overrides))
+        source = ModelSource(name or path.stem, str(path), load_config(path, overrides), takes=("override",))
     elif path is not None and (path / PIPELINE).is_file():
         models = {"base": str(path.resolve()), "generator": _call(path)}
         source = ModelSource(name or path.resolve().name, str(path), _configuration(models, precision, path))
     elif path is not None and (path / NETWORK).is_file():
         around = _around(path, config, base, precision, overrides)
-        source = ModelSource(name or path.resolve().name, str(path), around)
+        takes = ("base",) if config is None else ("config", "override")
+        source = ModelSource(name or path.resolve().name, str(path), around, takes=takes)
     else:
         weights = _find_in_run(path, which)
         # Of a run it is the run's name, not "step_002000", which other runs have too.
         run = weights.folder.resolve().parents[1].name
-        source = ModelSource(name or run, str(weights), load_saved_config(weights.folder, overrides), weights)
+        takes = ("checkpoint", "override")
+        source = ModelSource(name or run, str(weights), load_saved_config(weights.folder, overrides), weights, takes)
     if source.config.models.decoder is None:
         raise ConfigurationError(f"{source.origin}: models.decoder is missing, so there are no images")
     return source

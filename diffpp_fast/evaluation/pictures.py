@@ -15,6 +15,7 @@ from diffpp_fast.errors import ConfigurationError, NonFiniteError
 from diffpp_fast.evaluation.models import LoadedModel, ModelSource
 from diffpp_fast.evaluation.prompts import Prompt
 from diffpp_fast.training.grids import decode, sample_latents, to_bytes
+from diffpp_fast.user_paths import refuse_no_folder
 from diffpp_fast.version import __version__
 
 #: Trainings begin with seed 0: evaluation has another key altogether, so that no training has drawn its latents.
@@ -109,7 +110,13 @@ def facts_of(model: LoadedModel, prompt: str, *, seed: int, sample: int) -> dict
 
 
 def refuse_foreign_pictures(paths: Iterable[Path]) -> None:
-    """Raise ConfigurationError for a file that a picture would replace and that is none of this program's."""
+    """Raise ConfigurationError for a file that a picture would replace and that is none of this program's.
+
+    So it does where a folder for the pictures can't be made.
+    """
+    paths = list(paths)
+    for folder in {path.parent for path in paths}:
+        refuse_no_folder("pictures into", folder)
     for path in paths:
         try:
             own = not path.exists() or "weights" in read_facts(path)

@@ -22,6 +22,7 @@ from diffpp_fast.spreadsheet import cell
 from diffpp_fast.terminal import printable
 from diffpp_fast.training.grids import tile_bytes, write_png
 from diffpp_fast.training.lock import LOCK
+from diffpp_fast.user_paths import refuse_no_folder
 
 #: Prompts in the picture that shows the models side by side.
 GRID_PROMPTS = 8
@@ -29,8 +30,7 @@ GRID_PROMPTS = 8
 
 def refuse_used_folder(folder: Path) -> None:
     """Raise ConfigurationError for an output that holds something already, which would be mixed with new files."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"--output {folder}: it is a file; name a folder")
+    refuse_no_folder("--output", folder)
     if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         raise ConfigurationError(f"--output {folder} holds something already: choose another folder, or empty it")
 

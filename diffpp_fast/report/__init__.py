@@ -15,6 +15,7 @@ from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.report import curves, figures, pictures
 from diffpp_fast.report.runs import RunRecord, find_runs, is_run, read_runs
 from diffpp_fast.training.durable import write_whole
+from diffpp_fast.user_paths import refuse_no_folder
 from diffpp_fast.version import __version__
 
 __all__ = ["check_drawing", "find_runs", "is_run", "make_page", "refuse_foreign_report", "write_report"]
@@ -59,6 +60,7 @@ def refuse_foreign_report(output: Path) -> None:
     """Raise ConfigurationError where a report would replace a file that is none."""
     if output.is_dir():
         raise ConfigurationError(f"--output {output}: it is a folder; name a file")
+    refuse_no_folder("report into", output.parent)
     beside = [output.with_name(f"{output.stem}-{name}.png") for name in ("reward", "divergence", "pictures")]
     try:
         own = TITLE in output.read_bytes()[:4096].decode("utf-8", "replace")

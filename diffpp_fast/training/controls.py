@@ -55,14 +55,19 @@ def controls_of(config: Config) -> list[Control]:
     return [Control(name, _without(config, name)) for name, wanted in zip(NAMES, there, strict=True) if wanted]
 
 
+def steps_done(folder: Path) -> int | None:
+    """The step at which a run's last session ended; None where it did not end, or no run is there."""
+    sessions = read_sessions(folder / "environment.json")
+    return sessions[-1].get("last_step") if sessions else None
+
+
 def check_control(control: Control, prompts: PromptSource) -> bool | None:
     """Tell whether this run is complete; None where its folder holds nothing of it yet. Reads files only.
 
     Raises CheckpointError where the folder holds another run, or none that could be told from another.
     """
     checkpoints = Checkpoints(control.folder / "checkpoints", World.alone("cpu")).paths()
-    sessions = read_sessions(control.folder / "environment.json")
-    ended = bool(sessions) and sessions[-1].get("last_step") == control.config.training.steps
+    ended = steps_done(control.folder) == control.config.training.steps
     complete = ended and (control.folder / "generator").is_dir()
     if not checkpoints:
         if complete:

@@ -25,6 +25,7 @@ from typing import Any
 
 from diffpp_fast.errors import CheckpointError, ConfigurationError
 from diffpp_fast.training.launch import is_launched, job_of
+from diffpp_fast.user_paths import refuse_no_folder
 
 LOCK = ".lock"
 #: A holder shows that it is alive so often; one that has not done so for the second time is gone.
@@ -52,6 +53,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, *, name: str = LOCK, unlock: bool = False) -> None:
+        refuse_no_folder("folder", folder)
         self.folder = folder
         self.path = folder / name
         self._record = {**_identity(), "token": secrets.token_hex(8), "beat": 0}

@@ -140,6 +140,8 @@ def find_checkpoint(resume: str | None, checkpoints: Checkpoints, config: Config
             "another output=FOLDER, or move it away"
         )
     if resume not in (None, "latest", "best"):
+        if not checkpoints.world.any(Path(str(resume)).exists()):
+            raise CheckpointError(f"--resume {resume}: there is no such checkpoint and no such run")
         if there and not real_path(Path(str(resume))).is_relative_to(real_path(output)):
             raise CheckpointError(
                 f"{output} already holds checkpoints, of another run than {resume}: go on with --resume latest, or "
