@@ -12,13 +12,15 @@ import pytest
 import tiny
 import torch
 import torch._dynamo.testing
+import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from benchmarks import blocks
 from benchmarks.__main__ import main
 from benchmarks.memory import saved_bytes
-from diffpp_fast import networks
+from diffpp_fast import networks, ops
 
 F64 = torch.float64
 
@@ -554,3 +556,14 @@ def test_matrix_products_get_no_worse_layouts_than_before(name: str) -> None:
         assert len(transposed) > 4
         counts.append(sum(transposed))
     assert counts[1] <= counts[0]
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("sequence_dim", [1, 2])
+def test_rotary_embedding_is_the_networks_own(interleaved: bool, sequence_dim: int) -> None:
+    x, weight = torch.randn(2, 5, 3, 8), torch.randn(8)
+    angle = torch.randn(x.shape[sequence_dim], 8)
+    turn: dict[str, Any] = {"use_real_unbind_dim": -1 if interleaved else -2, "sequence_dim": sequence_dim}
+    theirs = apply_rotary_emb(F.rms_norm(x, (8,), weight, 1e-6), (angle.cos(), angle.sin()), **turn)
+    options = {"interleaved": interleaved, "sequence_dim": sequence_dim}
+    torch.testing.assert_close(ops.rms_norm_rope(x, angle.cos(), angle.sin(), weight, eps=1e-6, **options), theirs)

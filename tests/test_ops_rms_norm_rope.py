@@ -1,4 +1,4 @@
-"""RMS norm with rotary embedding, against diffusers' own functions in float64."""
+"""RMS norm with rotary embedding, against the formula in float64. `test_fuse.py` compares it with diffusers' own."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,18 +19,12 @@ interleavings = pytest.mark.parametrize("interleaved", [True, False], ids=["neig
 def formula(
     x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6, **options: Any
 ) -> Tensor:
-    from diffusers.models.embeddings import apply_rotary_emb
-
-    y = F.rms_norm(x, x.shape[-1:], weight, eps)
-    unbind, dim = -1 if options.get("interleaved", True) else -2, options.get("sequence_dim", 1)
-    if x.dtype != F64:
-        return apply_rotary_emb(y, (cos, sin), use_real_unbind_dim=unbind, sequence_dim=dim)
-    # diffusers' goes by way of float32.
-    cos, sin = (each.unsqueeze(1 if dim == 1 else 0) for each in (cos, sin))
+    y = F.rms_norm(x, x.shape[-1:], weight, eps).to(cos.dtype)
+    cos, sin = (each.unsqueeze(1 if options.get("sequence_dim", 1) == 1 else 0) for each in (cos, sin))
     rotated = torch.stack((-y[..., 1::2], y[..., ::2]), dim=-1).flatten(3)
-    if unbind == -2:
+    if not options.get("interleaved", True):
         rotated = torch.cat((-y[..., y.shape[-1] // 2 :], y[..., : y.shape[-1] // 2]), dim=-1)
-    return y * cos + rotated * sin
+    return (y * cos + rotated * sin).to(x.dtype)
 
 
 def arguments(*shape: int, dtype: torch.dtype = F64, sequence_dim: int = 1) -> tuple[Tensor, ...]:
