@@ -18,10 +18,10 @@ _TIMES_B = tl.constexpr("{ .reg .b64 p; mul.wide.u32 p, $2, 0xCD9E8D57; mov.b64 
 
 @triton.jit
 def minus_two_log(x):
-    """-2 ln x for float32 x in [2^-33, 1], 0 at 1; its root is within 2^-24 of max(1, root), that of the sum apart.
+    """-2 ln x for float32 x in [2^-33, 1], and 0 at 1.
 
-    x = m 2^e with m in [0.65, 1.3). The minimax polynomial is weighted by what its error changes in the root, which is
-    less near 1, where the first term is exact.
+    x = m 2^e with m in [0.65, 1.3). Its root R counts: the polynomial, minimax for that, moves it by at most
+    0.7 2^-24 max(1, R).
     """
     pattern = x.to(tl.int32, bitcast=True)
     # e 2^23, for the factor of e takes any scale.
