@@ -71,3 +71,14 @@ def test_more_blocks_than_an_axis_of_the_grid_has(
     drawn = noise.normal((5 * philox.BLOCK - 7,))
     with use_backend("reference"):
         torch.testing.assert_close(drawn, noise.normal((5 * philox.BLOCK - 7,)), atol=3e-6, rtol=1e-6)
+
+
+def test_large_samples_hold_the_same_numbers(monkeypatch: pytest.MonkeyPatch, triton_backend: torch.device) -> None:
+    """A program of larger blocks draws what two of smaller ones do."""
+    from diffpp_fast.ops.triton import philox
+
+    noise = Noise(3, torch.tensor([5, -1], device=triton_backend))
+    shape = (4 * philox.BLOCK - 7,)
+    expected = noise.normal(shape)
+    monkeypatch.setattr(philox, "LARGE", 1)
+    assert torch.equal(noise.normal(shape), expected)

@@ -10,20 +10,24 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(S), Run<S, kAcc
   using R = Run<S, kAccess>;
   using C = typename R::C;
   const int64_t runs = R::per_sample(a.layout);
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads * R::kAtOnce;
   for (int64_t b = blockIdx.y; b < a.layout.batch; b += gridDim.y) {
     const typename R::Sample sample(a.layout, b, a.noise);
     const C alpha = number<C>(a.alpha, b);
     const C sigma = number<C>(a.sigma, b);
 #pragma unroll 1
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < runs; i += step) {
-      const R run(sample, i);
-      C x[R::kCount], noise[R::kCount];
-      run.load(a.x0, x);
-      run.noise(a.noise, noise);
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads * R::kAtOnce + threadIdx.x; i < runs; i += step) {
 #pragma unroll
-      for (int lane = 0; lane < R::kCount; ++lane) x[lane] = fma(sigma, noise[lane], alpha * x[lane]);
-      run.store(x, a.x_t);
+      for (int which = 0; which < R::kAtOnce; ++which) {
+        if (which > 0 && i + which * kThreads >= runs) break;
+        const R run(sample, i + which * kThreads);
+        C x[R::kCount], noise[R::kCount];
+        run.load(a.x0, x);
+        run.noise(a.noise, noise);
+#pragma unroll
+        for (int lane = 0; lane < R::kCount; ++lane) x[lane] = fma(sigma, noise[lane], alpha * x[lane]);
+        run.store(x, a.x_t);
+      }
     }
   }
 }
@@ -61,12 +65,14 @@ void forward(const Forward& a, void* stream) {
     const int64_t batch = a.layout.batch;
     if (by == Access::tiled) {
       if constexpr (sizeof(S) < 8)
-        forward<S, Access::tiled><<<grid_of(Run<S, Access::tiled>::per_sample(a.layout), batch), kThreads, 0, on>>>(a);
+        forward<S, Access::tiled><<<grid_of(Run<S, Access::tiled>::threads(a.layout), batch), kThreads, 0, on>>>(a);
     } else if (by == Access::any) {
-      forward<S, Access::any><<<grid_of(Run<S, Access::any>::per_sample(a.layout), batch), kThreads, 0, on>>>(a);
+      forward<S, Access::any><<<grid_of(Run<S, Access::any>::threads(a.layout), batch), kThreads, 0, on>>>(a);
     } else {
-      const dim3 grid = grid_of(Run<S, Access::drawn>::per_sample(a.layout), batch);
-      (by == Access::drawn ? forward<S, Access::drawn> : forward<S, Access::packed>)<<<grid, kThreads, 0, on>>>(a);
+      const bool drawn = by == Access::drawn;
+      const dim3 grid = grid_of(
+          drawn ? Run<S, Access::drawn>::threads(a.layout) : Run<S, Access::packed>::threads(a.layout), batch);
+      (drawn ? forward<S, Access::drawn> : forward<S, Access::packed>)<<<grid, kThreads, 0, on>>>(a);
     }
   });
   check_launch("add_noise");

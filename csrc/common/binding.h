@@ -188,9 +188,8 @@ class OrderedNoise {
           tensor_.dim() == 1 && tensor_.size(0) == order.layout().batch, op, ": samples must have shape [B] = [",
           order.layout().batch, "]");
       if (!tensor_.is_contiguous()) tensor_ = torch::stable::contiguous(tensor_);
-      view_.samples = static_cast<const int64_t*>(tensor_.const_data_ptr());
-      view_.seed = static_cast<uint64_t>(input.seed);
-      view_.stream = static_cast<uint32_t>(input.stream);
+      const auto* samples = static_cast<const int64_t*>(tensor_.const_data_ptr());
+      view_ = Noise::drawn(samples, static_cast<uint64_t>(input.seed), static_cast<uint32_t>(input.stream));
     } else {
       check_same_shape(op, "noise", tensor_, like);
       check_same_dtype(op, "noise", tensor_, like);

@@ -284,6 +284,17 @@ __device__ inline float approximate_power(float x) {
 #endif
 }
 
+// The logarithm to base 2: within 2^-22 of it, or within 2^-22 of its value where that is larger than 1.
+__device__ inline float approximate_log2(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return log2f(x);
+#endif
+}
+
 // Addressed noise: the words and the formula of cpu_noise.h, one block of four normals per call
 
 // Both words of a product of 32 bits by 32. Written in C++, where the first factor is the same for all threads in one round, the
@@ -299,60 +310,58 @@ __device__ inline uint2 product(uint32_t a, uint32_t b) {
   return words;
 }
 
-__device__ inline uint4 philox(uint32_t index, uint32_t stream, uint64_t sample, uint64_t seed) {
-  uint4 c = make_uint4(index, stream, static_cast<uint32_t>(sample), static_cast<uint32_t>(sample >> 32));
-  uint32_t k0 = static_cast<uint32_t>(seed);
-  uint32_t k1 = static_cast<uint32_t>(seed >> 32);
+__device__ inline uint4 philox(uint32_t index, const Noise& noise, uint64_t sample) {
+  uint4 c = make_uint4(index, noise.stream, static_cast<uint32_t>(sample), static_cast<uint32_t>(sample >> 32));
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
     const uint2 p0 = product(c.x, 0xD2511F53u), p1 = product(c.z, 0xCD9E8D57u);
-    c = make_uint4(p1.y ^ c.y ^ k0, p1.x, p0.y ^ c.w ^ k1, p0.x);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    c = make_uint4(p1.y ^ c.y ^ noise.keys[round][0], p1.x, p0.y ^ c.w ^ noise.keys[round][1], p0.x);
   }
   return c;
 }
 
-// sqrt(-2 ln u) for u in (0, 1]: u = m 2^e with m in [sqrt(1/2), sqrt(2)), and -2 ln m = -4 artanh(s) with s = (m - 1) / (m + 1),
-// whose series in s^2 needs four terms. It keeps its relative precision near u = 1.
-__device__ inline float radius_of(float u) {
-  const int bits = __float_as_int(u);
-  const int exponent = (bits - 0x3F3504F3) & static_cast<int>(0xFF800000);  // e 2^23
-  const float m = __int_as_float(bits - exponent);
-  const float s = (m - 1.0f) * approximate_reciprocal(m + 1.0f);
-  const float square = s * s;
-  float p = fmaf(square, -0.59851582f, -0.7994958f);
-  p = fmaf(p, square, -1.33333632f);
-  p = fmaf(p, square, -4.0f);
-  constexpr float kStep = -1.3862943611198906f * 0x1p-23f;  // -2 ln 2
-  return approximate_root(fmaf(static_cast<float>(exponent), kStep, s * p));
-}
-
-// sin(pi x) for x in [-1/2, 1/2], relatively within 2 ulp.
-__device__ inline float sine_of_half_turns(float x) {
-  const float square = x * x;
-  float p = fmaf(square, 0.07756039f, -0.59824213f);
-  p = fmaf(p, square, 2.55006973f);
-  p = fmaf(p, square, -5.16770968f);
-  return x * fmaf(p, square, 3.14159264f);
+// sqrt(-log2 u) for u in (0, 1]. What one instruction computes is too far off for a root near u = 1: there a polynomial in 1 - u
+// serves, which is exactly 0 at 1.
+__device__ inline float root_of_log2(float u) {
+  float y = -approximate_log2(u);
+  const float g = 1.0f - u;
+  float p = fmaf(g, 0.501392066f, 0.308016419f);
+  p = fmaf(p, g, 0.48628217f);
+  p = fmaf(p, g, 0.721127748f);
+  p = fmaf(p, g, 1.44269753f);
+  if (g < 0.22f) y = g * p;
+  return approximate_root(y);
 }
 
 // Two normals from two words. No product is left to be fused with what a caller does: noise that is drawn where it is used has
 // the bits of noise that was stored.
 __device__ inline void box_muller(uint32_t a, uint32_t b, float& first, float& second) {
-  const float radius = radius_of(fmaf(static_cast<float>(a), 0x1p-32f, 0x1p-33f));
-  // An angle of 2 u2 half turns, 2 u2 = h + x: the nearest whole number h comes as the low bits of a sum with 1.5 2^23.
+  const float radius = root_of_log2(fmaf(static_cast<float>(a), 0x1p-32f, 0x1p-33f));
+  // An angle of q quarter turns around the nearest half turn, whose number comes as the low bits of a sum with 1.5 2^24. Odd ones
+  // change the sign of both: it is added, for the top bit of the radius is free.
   const float word = static_cast<float>(b);
-  const float sum = fmaf(word, 0x1p-31f, 12582912.0f);
-  const float x = fmaf(word, 0x1p-31f, 12582912.0f - sum);
-  const float towards = __int_as_float(__float_as_int(radius) ^ (__float_as_int(sum) << 31));
-  first = __fmul_rn(towards, sine_of_half_turns(0.5f - fabsf(x)));
-  second = __fmul_rn(towards, sine_of_half_turns(x));
+  const float sum = fmaf(word, 0x1p-30f, 25165824.0f);
+  const float q = fmaf(word, 0x1p-30f, 25165824.0f - sum);
+  const float towards = __int_as_float(static_cast<int>(
+      static_cast<uint32_t>(__float_as_int(radius)) + (static_cast<uint32_t>(__float_as_int(sum)) << 31)));
+  const float square = q * q;
+  // The cosine by (1 - q^2) and the sine by q, both times sqrt(2 ln 2). 1 - q^2 has the zeros of the cosine, which keeps its error
+  // a part of it.
+  float c = fmaf(square, 2.5967027e-05f, -0.0010483908f);
+  c = fmaf(c, square, 0.023508923f);
+  c = fmaf(c, square, -0.27516085f);
+  c = fmaf(c, square, 1.1774100f);
+  float s = fmaf(square, 0.00017823219f, -0.0055027427f);
+  s = fmaf(s, square, 0.093827352f);
+  s = fmaf(s, square, -0.76056415f);
+  s = fmaf(s, square, 1.8494713f);
+  first = __fmul_rn(towards * fmaf(-q, q, 1.0f), c);
+  second = __fmul_rn(towards * q, s);
 }
 
 // The normals of the elements [4 block, 4 block + 4) of a sample.
 __device__ inline float4 normals(int64_t block, const Noise& noise, uint64_t sample) {
-  const uint4 words = philox(static_cast<uint32_t>(block), noise.stream, sample, noise.seed);
+  const uint4 words = philox(static_cast<uint32_t>(block), noise, sample);
   float4 result;
   box_muller(words.x, words.y, result.x, result.y);
   box_muller(words.z, words.w, result.z, result.w);
@@ -411,22 +420,28 @@ class Run {
   static constexpr bool kTiled = kAccess == Access::tiled;
   static constexpr int kPack = !kAny && !kTiled && sizeof(S) == 2 ? 8 : 4;
   static constexpr int kCount = kTiled ? 16 : kPack;
+  // Runs that a thread draws before it asks whether there are more: what comes before the first costs a third of drawing one, and
+  // in small samples threads are worth more.
+  static constexpr int kAtOnce = kAccess == Access::drawn && sizeof(S) == 2 ? 2 : 1;
 
   // How many runs a sample has.
   __host__ __device__ static int64_t per_sample(const Layout& layout) {
-    return (layout.sample() + kCount - 1) / kCount;
+    return static_cast<int64_t>(static_cast<uint64_t>(layout.sample() + kCount - 1) / kCount);
   }
+  // How many threads a kernel has for them that takes kAtOnce.
+  static int64_t threads(const Layout& layout) { return (per_sample(layout) + kAtOnce - 1) / kAtOnce; }
 
   // What a thread knows of a sample before its first run.
   struct Sample {
     const Layout& layout;
+    int64_t first;        // element of the sample in memory
     int64_t b;
     uint64_t per_pixels;  // of a Walk
     uint64_t number = 0;  // in the noise's address
     C alpha = C(1), sigma = C(1);
 
     __device__ Sample(const Layout& layout, int64_t b)
-        : layout(layout), b(b), per_pixels(kAny ? Walk::reciprocal(layout) : 0) {}
+        : layout(layout), first(b * layout.sample()), b(b), per_pixels(kAny ? Walk::reciprocal(layout) : 0) {}
     __device__ Sample(const Layout& layout, int64_t b, const Noise& noise) : Sample(layout, b) {
       if (noise.samples != nullptr) number = static_cast<uint64_t>(noise.samples[b]);
     }
@@ -442,7 +457,7 @@ class Run {
 
   __device__ Run(const Sample& sample, int64_t number) : sample_(sample), number_(number) {
     const Layout& layout = sample.layout;
-    const int64_t first = sample.b * layout.sample();
+    const int64_t first = sample.first;
     if constexpr (kAny) {
       Walk walk(layout, sample.per_pixels, number * kCount);
 #pragma unroll

@@ -32,6 +32,17 @@ struct Noise {
   const int64_t* samples = nullptr;
   uint64_t seed = 0;
   uint32_t stream = 0;
+  // Of the generator's rounds, from the seed. Made before a launch, they are constants that cost GPUs no instruction.
+  uint32_t keys[10][2] = {};
+
+  static Noise drawn(const int64_t* samples, uint64_t seed, uint32_t stream) {
+    Noise noise{nullptr, samples, seed, stream};
+    for (uint32_t round = 0; round < 10; ++round) {
+      noise.keys[round][0] = static_cast<uint32_t>(seed) + round * 0x9E3779B9u;
+      noise.keys[round][1] = static_cast<uint32_t>(seed >> 32) + round * 0xBB67AE85u;
+    }
+    return noise;
+  }
 };
 
 // In the order of PREDICTION_TYPES in the Python package.

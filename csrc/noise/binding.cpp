@@ -12,11 +12,8 @@ Tensor contiguous_samples(const char* op, const Tensor& samples) {
 }
 
 Noise address(const Tensor& samples, int64_t seed, int64_t stream) {
-  return {
-      nullptr,
-      static_cast<const int64_t*>(samples.const_data_ptr()),
-      static_cast<uint64_t>(seed),
-      static_cast<uint32_t>(stream)};
+  return Noise::drawn(
+      static_cast<const int64_t*>(samples.const_data_ptr()), static_cast<uint64_t>(seed), static_cast<uint32_t>(stream));
 }
 
 // samples int64 [B] -> normals [B, count].

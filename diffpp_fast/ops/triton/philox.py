@@ -9,8 +9,10 @@ from diffpp_fast.ops.triton.device import on_its_device
 from diffpp_fast.ops.triton.layout import INT32_ELEMENTS, MOST_PROGRAMS, block_of_sample, tile
 from diffpp_fast.ops.triton.random import normals, words
 
-#: With 128 threads, 16 elements each.
+#: With 128 threads, 16 elements each; 32 where that leaves programs enough for every multiprocessor: what comes before
+#: the first takes as long as two.
 BLOCK = 2048
+LARGE = 1 << 20
 #: Samples of a program that draws one number for each.
 BLOCK_SAMPLES = 128
 
@@ -20,7 +22,8 @@ def normal(samples: Tensor, seed: int, stream: int, count: int, dtype: torch.dty
     batch = samples.shape[0]
     drawn = samples.new_empty((batch, count), dtype=dtype)
     if drawn.numel():
-        blocks = triton.cdiv(count, BLOCK)
+        block = BLOCK if drawn.numel() < LARGE else 2 * BLOCK
+        blocks = triton.cdiv(count, block)
         _normal[batch, min(blocks, MOST_PROGRAMS), triton.cdiv(blocks, MOST_PROGRAMS)](
             p_to=drawn,
             p_samples=samples.contiguous(),
@@ -28,7 +31,7 @@ def normal(samples: Tensor, seed: int, stream: int, count: int, dtype: torch.dty
             noise_stream=stream,
             count=count,
             WIDE=count >= INT32_ELEMENTS,
-            BLOCK=BLOCK,
+            BLOCK=block,
         )
     return drawn
 

@@ -18,21 +18,21 @@ _TIMES_B = tl.constexpr("{ .reg .b64 p; mul.wide.u32 p, $2, 0xCD9E8D57; mov.b64 
 
 @triton.jit
 def minus_two_log(x):
-    """-2 ln x for float32 x in [2^-33, 1], within 2 ulp, and 0 at 1.
+    """-2 ln x for float32 x in [2^-33, 1], and 0 at 1.
 
-    x = m 2^e with m in [0.6, 1.2): the minimax polynomial is best there, whose error counts as a part of -2 ln x.
+    x = m 2^e with m in [0.65, 1.3). Its root R counts: the polynomial, minimax for that, moves it by at most
+    0.7 2^-24 max(1, R).
     """
     pattern = x.to(tl.int32, bitcast=True)
     # e 2^23, for the factor of e takes any scale.
-    exponent = (pattern - 0x3F19999A) & -0x800000
+    exponent = (pattern - 0x3F266666) & -0x800000
     g = tl.fma((pattern - exponent).to(tl.float32, bitcast=True), -2.0, 2.0)
-    p = tl.fma(g, 0.0014193850802257657, 0.0002316185855306685)
-    p = tl.fma(p, g, 0.00216435338370502)
-    p = tl.fma(p, g, 0.005412716418504715)
-    p = tl.fma(p, g, 0.0124715780839324)
-    p = tl.fma(p, g, 0.031236380338668823)
-    p = tl.fma(p, g, 0.0833357572555542)
-    p = tl.fma(p, g, 0.2500000596046448)
+    p = tl.fma(g, 0.001554182032123208, 0.0026044549886137247)
+    p = tl.fma(p, g, 0.004882301669567823)
+    p = tl.fma(p, g, 0.012406392954289913)
+    p = tl.fma(p, g, 0.031312234699726105)
+    p = tl.fma(p, g, 0.08334042131900787)
+    p = tl.fma(p, g, 0.24999652802944183)
     # -2 ln m = g + g (p g): near 1 the error is that of the last sum alone.
     return tl.fma(exponent.to(tl.float32), -1.6525916635146132e-07, tl.fma(g, p * g, g))
 
@@ -52,11 +52,12 @@ def cos_sin_turns(x):
     s = tl.fma(s, square, 0.0796881765127182)
     s = tl.fma(s, square, -0.6459634304046631)
     s = tl.fma(s, square, 0.5707963109016418)
-    # 1 - q^2 has the zeros of the cosine, which keeps its error a part of it.
+    # 1 - q^2 has the zeros of the cosine, which keeps its error a part of it. A product is negated for nothing, as part
+    # of the sum; Triton's minus is a subtraction from zero, an instruction of its own.
     c = tl.fma(square, 2.3599621272296645e-05, -0.000893543241545558)
     c = tl.fma(c, square, 0.01996862143278122)
     c = tl.fma(c, square, -0.23370051383972168)
-    zeros = tl.fma(-q, q, 1.0)
+    zeros = tl.fma(q * -1.0, q, 1.0)
     return tl.fma(zeros, c * square, zeros), tl.fma(q, s, q), shifted.to(tl.uint32, bitcast=True) << 31
 
 
@@ -67,7 +68,8 @@ def box_muller(word_a, word_b):
     # The approximate root is within 2^-23 of it.
     radius = tl.sqrt(minus_two_log(u1))
     cosine, sine, sign = cos_sin_turns(word_b.to(tl.float32))
-    radius = (radius.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    # A sum, for the top bit is free: the GPU shifts a word and adds it to another in one instruction.
+    radius = tl.add(radius.to(tl.uint32, bitcast=True), sign, sanitize_overflow=False).to(tl.float32, bitcast=True)
     return radius * cosine, radius * sine
 
 
