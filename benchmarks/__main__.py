@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         complain(f"error: {error.name} is not installed: {install.extra('train')}")
         return 2
-    for sentence in busy if arguments.run is not static.run else ():  # counts don't depend on it
+    for sentence in busy if arguments.run not in (static.run, quantized.run) else ():  # of which nothing depends on it
         say(sentence)
     return code
 

@@ -12,8 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -160,8 +159,8 @@ class Float8Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in] -> [..., out]."""
-        x = _computed_in(input)
-        return _scaled(layers.linear(x, _without_bias(self)), self.weight_scale, self.bias)
+        x, layer = _computed_in(input), cast(Any, _WithoutBias(self.weight))
+        return _scaled(layers.linear(x, layer), self.weight_scale, self.bias)
 
 
 class Float8Conv2d(nn.Conv2d):
@@ -173,8 +172,9 @@ class Float8Conv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """input [B, in, H, W] -> [B, out, H', W']."""
         x = _computed_in(input)
+        layer: Any = _WithoutBias(self.weight, self.stride, self.padding, self.dilation, self.groups)
         bias = None if self.bias is None else self.bias[:, None, None]
-        return _scaled(layers.convolution(x, _without_bias(self)), self.weight_scale[:, None, None], bias)
+        return _scaled(layers.convolution(x, layer), self.weight_scale[:, None, None], bias)
 
 
 def _computed_in(x: Tensor) -> Tensor:
@@ -183,10 +183,15 @@ def _computed_in(x: Tensor) -> Tensor:
     return x if dtype is None else x.to(dtype)
 
 
-def _without_bias(layer: Any) -> Any:
-    """What the functions of `layers` read of a layer; they cast the weight to the input's dtype at every use."""
-    names = ("stride", "padding", "dilation", "groups") if isinstance(layer, nn.Conv2d) else ()
-    return SimpleNamespace(weight=layer.weight, bias=None, **{name: getattr(layer, name) for name in names})
+class _WithoutBias(NamedTuple):
+    """A layer as the functions of `layers` read it; they cast the weight to the input's dtype at every use."""
+
+    weight: Tensor
+    stride: Any = None
+    padding: Any = None
+    dilation: Any = None
+    groups: Any = None
+    bias: None = None
 
 
 def _scaled(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

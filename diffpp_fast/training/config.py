@@ -558,11 +558,6 @@ class Config(Section):
             raise ValueError(
                 f"{key}, whose sums overflow in float16: use models.reference.dtype=bfloat16 or float32, or int8"
             )
-        if reference.quantization != "float8" and self.training.compile:
-            raise ValueError(
-                f"{key}, and training.compile was not tried on bitsandbytes' layers: use float8, or "
-                "training.compile=false"
-            )
         return self
 
     @model_validator(mode="after")
