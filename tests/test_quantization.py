@@ -48,7 +48,7 @@ def latents(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    return float((found.detach().double() - wanted.detach().double()).norm() / wanted.detach().double().norm())
 
 
 def held_bytes(network: nn.Module) -> int:
@@ -118,6 +118,15 @@ def test_outputs_and_input_gradients_are_near_those_of_the_whole_weights(kind: s
         (gradient,) = torch.autograd.grad(output.float().square().sum(), low)
         assert 0 < error(output.detach(), exact.detach()) < 0.1
         assert 0 < error(gradient, exact_gradient) < 0.15
+
+
+def test_freezing_says_that_quantised_convolutions_keep_nothing() -> None:
+    network = frozen_unet()
+    networks.quantize(network, "float8")
+    networks.freeze(network)
+    left = {row.name: row.reason or "" for row in networks.freezing_report(network) if not row.frozen}
+    assert left and all(is_quantized(network.get_submodule(name)) for name in left)
+    assert all("keeps nothing" in reason for reason in left.values())
 
 
 @every_kind

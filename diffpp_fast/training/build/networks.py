@@ -239,6 +239,8 @@ class Networks:
             logger.info("reference: not frozen for its gradient, for its weights serve %s too, by LoRA", serves)
         elif self.config.training.fuse:
             freeze(denoiser.network)
+        else:
+            logger.info("reference: not frozen for its gradient, for training.fuse=false leaves its blocks as they are")
 
     def place_reference(self, world: World) -> None:
         """Spreads the reference over the processes as `distributed.reference` says (collective).
