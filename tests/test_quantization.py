@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.memory import alive_bytes
@@ -21,8 +23,10 @@ from diffpp_fast.training.build import build_run
 from diffpp_fast.training.checkpoint import read_tensors
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.phases import Phases
-from diffpp_fast.training.planning.plan import count_run, run_of
+from diffpp_fast.training.planning.plan import count_run, make_plan, run_of
+from diffpp_fast.training.planning.report import print_plan
 from diffpp_fast.training.planning.states import states_of
+from diffpp_fast.training.planning.timing import GPUS
 
 pytest.importorskip("bitsandbytes")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -263,6 +267,9 @@ def test_the_plan_has_the_bytes_of_the_quantised_reference(kind: str, dtype: str
     built = build_run(config, World.alone("cpu"), Phases(torch.device("cpu")))
     # Tensors of a few numbers, such as the tables of steps, are in both.
     assert planned == pytest.approx(held_bytes(built.reference), rel=0.01)
+    console = Console(width=120, record=True, file=StringIO())
+    print_plan(make_plan(run, GPUS["h100"]), [], console)
+    assert f"reference replica in {kind}" in console.export_text()
     whole = run_of(config_of("null", f"models.reference.dtype={dtype}"))
     assert planned < states_of(whole, count_run(whole))["reference"].weights
 

@@ -120,7 +120,7 @@ def reason_against(name: str, layer: nn.Module, kind: str) -> str | None:
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return f"its padding is {layer.padding_mode!r}, {layer.padding!r}"
     elif type(layer) is not nn.Linear:
-        return "it is no linear layer"
+        return f"it is a {type(layer).__name__}"
     elif not any(place in TRANSFORMERS for place in places):
         return "it is in no transformer block"
     elif any("norm" in place for place in places):
