@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from io import StringIO
 from pathlib import Path
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 
 from benchmarks.memory import alive_bytes
 from diffpp_fast import networks
+from diffpp_fast.cli.main import main
 from diffpp_fast.networks.lora import Adapters
 from diffpp_fast.networks.quantization import KINDS, is_quantized, stored_bytes
 from diffpp_fast.training import Config, ConfigurationError, Trainer, load_config
-from diffpp_fast.training.build import build_run
+from diffpp_fast.training.build import build_run, build_sampler
 from diffpp_fast.training.checkpoint import read_tensors
 from diffpp_fast.training.distributed import World
+from diffpp_fast.training.loading import dump_config
 from diffpp_fast.training.phases import Phases
 from diffpp_fast.training.planning.plan import count_run, make_plan, run_of
 from diffpp_fast.training.planning.report import print_plan
@@ -294,13 +297,21 @@ def test_configurations_that_do_not_serve_are_refused(kind: str, override: str, 
         config_of(kind, *filter(None, [override]))
 
 
-def test_a_dry_run_and_a_run_miss_bitsandbytes_before_they_begin(config_of, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    from diffpp_fast.training.build.networks import refuse_weights
-
+def test_bitsandbytes_is_missed_before_work_begins_and_where_it_is_needed(  # type: ignore[no-untyped-def]
+    config_of, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = config_of("nf4")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ConfigurationError, match=r"models\.reference\.quantization: .*bitsandbytes.*\[gpu\]"):
-        refuse_weights(config, download=False)
+    said = r"models\.reference\.quantization: .*bitsandbytes.*\[gpu\]"
+    with pytest.raises(ConfigurationError, match=said):
+        build_run(config, World.alone("cpu"), Phases(torch.device("cpu")))
+    file = Path(config.output).parent / "nf4.yaml"
+    file.write_text(dump_config(config))
+    assert main(["train", str(file), "--dry-run"]) == 2
+    assert re.search(said, capsys.readouterr().err)
+    build_sampler(config, torch.device("cpu"))  # which has no reference
+    with pytest.raises(ConfigurationError, match=said):
+        build_sampler(config_of("nf4", "models.generator.lora.rank=2"), torch.device("cpu"))
 
 
 def test_a_reference_without_layers_for_it_is_refused(tmp_path: Path) -> None:

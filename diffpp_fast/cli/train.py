@@ -67,9 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(printable(written) if sys.stdout.isatty() else written, end="")
         return 0
     if arguments.dry_run:
-        from diffpp_fast.training.build.networks import refuse_weights
+        from diffpp_fast.training.build.networks import refuse_quantization, refuse_weights
 
         code = print_plan_of(arguments)
+        refuse_quantization(config)
         refuse_weights(config, download=False)
         return code
 

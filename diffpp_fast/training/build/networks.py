@@ -174,6 +174,14 @@ def configuration_of(models: Models, stored: Stored) -> str:
     return models.reference.path if is_file(stored.path) else stored.path
 
 
+def refuse_quantization(config: Config) -> None:
+    """Raise ConfigurationError where the package that quantises the reference is missing."""
+    kind = config.models.reference.quantization
+    if kind is not None:
+        with naming("models.reference.quantization"):
+            refuse_kind(kind)
+
+
 def refuse_weights(config: Config, *, download: bool = True) -> None:
     """Look at the headers of all files of weights, of which none is loaded.
 
@@ -184,9 +192,6 @@ def refuse_weights(config: Config, *, download: bool = True) -> None:
     Raises ConfigurationError, naming the key, for weights that are missing, damaged, or those of another network.
     """
     models = config.models
-    if models.reference.quantization is not None:
-        with naming("models.reference.quantization"):
-            refuse_kind(models.reference.quantization)
 
     def look(key: str, section: Stored | WeightsSection, refuse: Callable[[str, str | None], None]) -> None:
         with naming(key, section.path):
