@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import re
 import sys
 from io import StringIO
@@ -15,6 +16,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from benchmarks import quantized
+from benchmarks.__main__ import main as benchmark
 from benchmarks.memory import alive_bytes
 from diffpp_fast import networks
 from diffpp_fast.cli.main import main
@@ -230,7 +233,7 @@ def config_of(base: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
 BOTH = ("models.generator.lora.rank=2", "models.fake.lora.rank=2")
 
 
-@every_kind
+@pytest.mark.parametrize("kind", ["nf4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("int8", "float8"))])
 def test_a_run_on_a_quantised_reference_resumes_to_the_same_bits(kind: str, config_of) -> None:  # type: ignore[no-untyped-def]
     whole = Trainer(config_of(kind, *BOTH, "training.steps=2", output="straight"))
     whole.run()
@@ -252,8 +255,10 @@ def test_a_run_on_a_quantised_reference_resumes_to_the_same_bits(kind: str, conf
     )
 
 
-@pytest.mark.parametrize("method", ["sid", "didr"])
-@every_kind
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("sid", "int8"), *(pytest.param("didr", kind, marks=pytest.mark.slow) for kind in KINDS)],
+)
 def test_methods_that_differentiate_the_reference_train_through_it(kind: str, method: str, config_of) -> None:  # type: ignore[no-untyped-def]
     reward = ["rewards.optimised=null"] if method == "sid" else []
     trainer = Trainer(config_of(kind, f"method.name={method}", *reward))
@@ -261,8 +266,7 @@ def test_methods_that_differentiate_the_reference_train_through_it(kind: str, me
     assert all(not is_quantized(part) for part in trainer.generator.network.modules()), "trained weights stay whole"
 
 
-@every_kind
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("kind", "dtype"), [("int8", "float32"), ("nf4", "bfloat16"), ("float8", "bfloat16")])
 def test_the_plan_has_the_bytes_of_the_quantised_reference(kind: str, dtype: str, config_of) -> None:  # type: ignore[no-untyped-def]
     config = config_of(kind, f"models.reference.dtype={dtype}")
     run = run_of(config)
@@ -321,3 +325,22 @@ def test_a_reference_without_layers_for_it_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigurationError, match=r"models\.reference\.quantization: nf4 finds no layer"):
         build_run(config, World.alone("cpu"), Phases(torch.device("cpu")))
+
+
+def test_the_command_that_measures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tiny_network(name: str) -> tuple[Any, dict[str, Any]]:
+        return frozen_unet(), {"encoder_hidden_states": torch.randn(1, 5, tiny.TEXT_WIDTH)}
+
+    monkeypatch.setattr(quantized, "_network", tiny_network)
+    monkeypatch.setattr(quantized, "SIDE", tiny.LATENT[1])
+    threads = str(torch.get_num_threads())
+    assert benchmark(["quantized", "--models", "small", "--threads", threads, "--out", str(tmp_path / "out.csv")]) == 0
+    assert "\n| small | nf4 | " in capsys.readouterr().out
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = {row["reference"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["bfloat16", *KINDS]
+    errors = {name: float(row["error_w1"]) for name, row in rows.items()}
+    assert 0 < errors["int8"] < errors["nf4"] < 1 and errors["int8"] < errors["float8"]
+    assert all(int(rows[kind]["weights_bytes"]) < int(rows["bfloat16"]["weights_bytes"]) for kind in KINDS)
