@@ -15,7 +15,7 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
 
 import torch
 
-from benchmarks import backends, blocks, cases, frozen, host, kernels, loops, reward, static, tables
+from benchmarks import backends, blocks, cases, frozen, host, kernels, loops, quantized, reward, static, tables
 from benchmarks.kernels import KernelPlan
 from benchmarks.tables import Place
 from benchmarks.timing import load_sentence, provenance
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         complain(f"error: {error.name} is not installed: {install.extra('train')}")
         return 2
-    for sentence in busy if arguments.run is not static.run else ():  # counts don't depend on it
+    for sentence in busy if arguments.run not in (static.run, quantized.run) else ():  # of which nothing depends on it
         say(sentence)
     return code
 
@@ -118,6 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_common(add)
     blocks.add_arguments(subject("blocks", blocks.run, "blocks of networks, fused", blocks.__doc__, "fusing"))
     frozen.add_arguments(subject("frozen", frozen.run, "networks that are frozen", frozen.__doc__, "fusing"))
+    quantized.add_arguments(subject("quantized", quantized.run, "references in few bits", quantized.__doc__, "models"))
     add = subject("reward", run_reward, "the reward path, phase by phase", REWARD, "reward-path")
     add("--model", metavar="NAME", help='"small", "sd15" or "sdxl" (sd15 on a GPU, else small)')
     add("--batch", type=positive, metavar="N", help="images (1, 4 and 2)")

@@ -1,7 +1,9 @@
 """`python -m benchmarks frozen`: networks that are differentiated by their input alone, frozen and not.
 
 Each is the true network at random weights that require no gradient. Printed are the bytes alive between the forward and
-the backward pass by the sample, and the time of both beside eager's; versions take turns on one copy of the weights.
+the backward pass by the sample, at full size, and the time of both passes beside eager's, on smaller latents; versions
+take turns on one copy of the weights. torch.compile compiles the transformer blocks, each by itself as diffusers'
+`compile_repeated_blocks` does; the share that it keeps is measured on the latents that are timed.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from benchmarks.memory import alive_bytes
+from benchmarks.memory import alive_bytes, kept_bytes
 from benchmarks.step_networks import MODELS
 from benchmarks.tables import Table, markdown
 from benchmarks.timing import intra_op_threads
@@ -26,6 +28,8 @@ from diffpp_fast.networks.freezing import RECOMPUTE
 
 #: Sides of the latents of a picture of full size, and the widths of the text.
 SIDES = {"sd15": 64, "sdxl": 128, "pixart": 64}
+#: The version that torch.compile makes; it can't be counted with fake tensors.
+COMPILED = "compile, blocks"
 #: Of a gradient beside eager's, as a share of its norm.
 TOLERANCE = 1e-5
 
@@ -35,8 +39,8 @@ class FrozenRow(NamedTuple):
 
     network: str
     version: str
-    kept: int
-    share: float
+    kept: int | None  # bytes; None of compiled ones
+    share: float | None  # of eager's
     time: float | None
 
 
@@ -83,8 +87,20 @@ def versions() -> dict[str, Callable[[Any], Callable[[], object]]]:
 
         return freeze
 
+    def compiled(network: Any) -> Callable[[], object]:
+        blocks = [part for part in network.modules() if type(part).__name__ == "BasicTransformerBlock"]
+        for block in blocks:
+            block.compile()
+
+        def undo() -> None:
+            for block in blocks:
+                block._compiled_call_impl = None
+
+        return undo
+
     return {
         "eager": lambda network: lambda: None,
+        COMPILED: compiled,
         "checkpointing": checkpointed,
         "fuse": fused,
         **{f"freeze, {recompute}": frozen(recompute) for recompute in RECOMPUTE},
@@ -107,13 +123,22 @@ def count(name: str) -> dict[str, int]:
         x = torch.empty(1, 4, SIDES[name], SIDES[name])
         kept = {}
         for version, make in versions().items():
+            if version == COMPILED:
+                continue
             with turned(network, make):
                 kept[version] = alive_bytes(lambda x: network(x, **inputs)[0], x, network)
         return kept
 
 
-def clock(name: str, side: int, rounds: int, device: torch.device) -> dict[str, float]:
-    """The median time of a forward and backward pass of every version, as a share of eager's in the same round.
+class Clocked(NamedTuple):
+    """Median times of a forward and backward pass of every version, as shares of eager's in the same round."""
+
+    times: Mapping[str, float]
+    compiled: float  # the share of eager's bytes that the compiled version keeps
+
+
+def clock(name: str, side: int, rounds: int, device: torch.device) -> Clocked:
+    """Time every version of one network on latents of `side`.
 
     Raises AssertionError if a version's gradient is not eager's.
     """
@@ -125,8 +150,9 @@ def clock(name: str, side: int, rounds: int, device: torch.device) -> dict[str, 
     probe = torch.randn_like(network(x, **inputs)[0])
     now = perf_counter if device.type == "cuda" else process_time
     times: dict[str, list[float]] = {version: [] for version in versions()}
+    kept: dict[str, int] = {}
     expected = None
-    for _ in range(rounds + 1):  # the first warms up
+    for number in range(rounds + 1):  # the first warms up
         for version, make in versions().items():
             with turned(network, make):
                 begin = now()
@@ -134,21 +160,28 @@ def clock(name: str, side: int, rounds: int, device: torch.device) -> dict[str, 
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 times[version].append(now() - begin)
+                if number == 0 and version in ("eager", COMPILED):
+                    kept[version] = kept_bytes(lambda x: network(x, **inputs)[0], x, network)
             expected = gradient if expected is None else expected
             error = float((gradient - expected).norm() / expected.norm())
             assert error <= TOLERANCE, f"{name}, {version}: the gradient is off by {error:.1e}"
     eager = times["eager"][1:]
-    return {
+    shares = {
         version: median(own / base for own, base in zip(each[1:], eager, strict=True))
         for version, each in times.items()
     }
+    return Clocked(shares, kept[COMPILED] / kept["eager"])
 
 
 def measure(name: str, side: int | None, rounds: int, device: torch.device) -> list[FrozenRow]:
     """Every version of one network; without a side nothing is computed, bytes are counted."""
     kept = count(name)
-    times: Mapping[str, float] = {} if side is None else clock(name, side, rounds, device)
-    return [FrozenRow(name, each, size, size / kept["eager"], times.get(each)) for each, size in kept.items()]
+    rows = [FrozenRow(name, each, size, size / kept["eager"], None) for each, size in kept.items()]
+    if side is None:
+        return rows
+    clocked = clock(name, side, rounds, device)
+    rows.insert(1, FrozenRow(name, COMPILED, None, clocked.compiled, None))
+    return [row._replace(time=clocked.times[row.version]) for row in rows]
 
 
 def table(rows: list[FrozenRow]) -> Table:
@@ -159,8 +192,8 @@ def table(rows: list[FrozenRow]) -> Table:
             *(
                 (
                     *(row.network, row.version),
-                    f"{row.kept / 2**20:.0f}",
-                    f"{100 * row.share:.0f} %",
+                    "" if row.kept is None else f"{row.kept / 2**20:.0f}",
+                    "" if row.share is None else f"{100 * row.share:.0f} %",
                     "" if row.time is None else f"{row.time:.2f} x",
                 )
                 for row in rows

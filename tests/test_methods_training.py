@@ -217,13 +217,20 @@ def test_a_frozen_reference_trains_the_same(
         torch.testing.assert_close(tensor, results[1][key], rtol=1e-4, atol=1e-6)
 
 
-def test_a_reference_that_adapters_share_is_not_frozen(
-    project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("models.fake.lora={rank: 2}", "its weights serve fake too, by LoRA"),
+        ("training.fuse=false", "training.fuse=false leaves its blocks as they are"),
+    ],
+)
+def test_a_reference_that_is_not_frozen_is_told_of(
+    override: str, why: str, project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    overrides = of("sid", "models.fake.lora={rank: 2}")
+    overrides = of("sid", override)
     with caplog.at_level(logging.INFO):
         trainer = Trainer(load_config(project, [*QUIET, f"output={tmp_path}/run", *overrides]))
-    assert "reference: not frozen for its gradient, for its weights serve fake too, by LoRA" in caplog.text
+    assert f"reference: not frozen for its gradient, for {why}" in caplog.text
     assert not any(row.frozen for row in freezing_report(trainer.parts.reference))
 
 

@@ -69,13 +69,14 @@ def run(arguments: argparse.Namespace) -> int:
         print(printable(written) if sys.stdout.isatty() else written, end="")
         return 0
     if arguments.dry_run:
-        from diffpp_fast.training.build.networks import refuse_weights
+        from diffpp_fast.training.build.networks import refuse_quantization, refuse_weights
         from diffpp_fast.training.output import refuse_foreign_output
 
         # Whether one may write there is for the machine of the run.
         refuse_no_folder("output", Path(config.output), writable=False)
         refuse_foreign_output(config)
         code = print_plan_of(arguments)
+        refuse_quantization(config)
         refuse_weights(config, download=False)
         return code
 

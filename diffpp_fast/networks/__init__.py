@@ -9,6 +9,7 @@ from diffpp_fast.networks.freezing import FreezingRow, freeze, freezing_report, 
 from diffpp_fast.networks.fusion import FusionRow, fuse, fusion_report, unfuse
 from diffpp_fast.networks.loading import load_decoder, load_denoiser, load_schedule
 from diffpp_fast.networks.one_step import OneStepGenerator
+from diffpp_fast.networks.quantization import QuantizationRow, quantization_report, quantize
 from diffpp_fast.networks.text import DualTextEncoder, TextEncoder
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "FusionRow",
     "MiddleBlockDiscriminator",
     "OneStepGenerator",
+    "QuantizationRow",
     "TextEncoder",
     "freeze",
     "freezing_report",
@@ -29,6 +31,8 @@ __all__ = [
     "load_decoder",
     "load_denoiser",
     "load_schedule",
+    "quantization_report",
+    "quantize",
     "set_attention",
     "unfreeze",
     "unfuse",

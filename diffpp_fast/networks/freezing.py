@@ -13,6 +13,7 @@ from torch import nn
 from diffpp_fast.networks import frozen_blocks as frozen
 from diffpp_fast.networks import fused_blocks as fused
 from diffpp_fast.networks.fusion import BEFORE, fuse
+from diffpp_fast.networks.quantization import is_quantized
 
 logger = logging.getLogger("diffpp_fast")
 
@@ -179,6 +180,8 @@ def _swaps(module: nn.Module, recompute: str) -> Iterator[_Swap]:
 
 def _convolution(name: str, part: Any) -> _Swap:
     swap = _swap(name, part, (part, frozen.FrozenConvolution), nn.Conv2d)
+    if is_quantized(part):
+        swap.reason = "its weight is quantised, and it keeps nothing as it is"
     if swap.reason is None and (part.padding_mode != "zeros" or isinstance(part.padding, str)):
         swap.reason = f"its padding is {part.padding_mode!r}, {part.padding!r}"
     return swap

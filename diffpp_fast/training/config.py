@@ -86,6 +86,12 @@ class Frozen(WeightsSection):
     dtype: Dtype = "auto"
 
 
+class Reference(Frozen):
+    #: Its weights in 8 or 4 bits, also for roles that train adapters on them: `diffpp_fast.networks.quantize`. null: as
+    #: `dtype` says.
+    quantization: Literal["int8", "nf4", "float8"] | None = None
+
+
 class Lora(Section):
     """Low-rank adapters on frozen weights, instead of training all of them."""
 
@@ -145,7 +151,7 @@ class Models(Section):
     text_encoder_2: TextEncoderSection | None = None
     scheduler: Folder
     #: The frozen diffusion model that is distilled.
-    reference: Frozen
+    reference: Reference
     generator: Generator = Generator()
     fake: Fake = Fake()
     #: Latents to images; needed by rewards and by sample grids.
@@ -535,6 +541,23 @@ class Config(Section):
                     f"optimizers.{role}.name is {optimizer.name}, which updates on the GPU: use adamw with "
                     f"distributed.{role}.offload_optimizer, or keep the 8-bit state on the GPU"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _quantization_serves(self) -> Config:
+        reference = self.models.reference
+        key = f"models.reference.quantization is {reference.quantization}"
+        if reference.quantization is None:
+            return self
+        if self.distributed.reference != "replica":
+            raise ValueError(
+                f"{key}, but distributed.reference={self.distributed.reference} cuts weights that it could not put "
+                "together again: use distributed.reference=replica, or quantization=null"
+            )
+        if reference.quantization == "float8" and reference.dtype == "float16":
+            raise ValueError(
+                f"{key}, whose sums overflow in float16: use models.reference.dtype=bfloat16 or float32, or int8"
+            )
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from diffpp_fast.methods.base import DIFFUSION, FAKE_ADAPTER, GENERATOR_ADAPTER,
 from diffpp_fast.networks import Denoiser, freeze, fuse, load_denoiser, set_attention
 from diffpp_fast.networks.loading import is_file, open_denoiser, read_config, refuse_stored, resolve
 from diffpp_fast.networks.lora import Adapters
+from diffpp_fast.networks.quantization import quantize, refuse_kind
 from diffpp_fast.networks.text import refuse_stored_text
 from diffpp_fast.networks.weight_files import holds_weights
 from diffpp_fast.noise import Noise
@@ -173,6 +174,14 @@ def configuration_of(models: Models, stored: Stored) -> str:
     return models.reference.path if is_file(stored.path) else stored.path
 
 
+def refuse_quantization(config: Config) -> None:
+    """Raise ConfigurationError where the package that quantises the reference is missing."""
+    kind = config.models.reference.quantization
+    if kind is not None:
+        with naming("models.reference.quantization"):
+            refuse_kind(kind)
+
+
 def refuse_weights(config: Config, *, download: bool = True) -> None:
     """Look at the headers of all files of weights, of which none is loaded.
 
@@ -235,6 +244,8 @@ class Networks:
             logger.info("reference: not frozen for its gradient, for its weights serve %s too, by LoRA", serves)
         elif self.config.training.fuse:
             freeze(denoiser.network)
+        else:
+            logger.info("reference: not frozen for its gradient, for training.fuse=false leaves its blocks as they are")
 
     def place_reference(self, world: World) -> None:
         """Spreads the reference over the processes as `distributed.reference` says (collective).
@@ -261,7 +272,7 @@ class Networks:
         stored = stored_weights(self.config.models, role)
         if section.lora is not None:
             return self._adapted(role, stored, section.lora)
-        denoiser = self._load(stored, torch.float32)
+        denoiser = self._ready(stored, self._load(stored, torch.float32))
         denoiser.network.requires_grad_(True)
         dtype = compute_dtype("auto", self.config)
         parameters = dict(denoiser.network.named_parameters())
@@ -294,21 +305,36 @@ class Networks:
             facts = public(read_config(configuration_of(self.config.models, stored)))
             shared = stored == stored_weights(self.config.models, "reference")
             name = "reference" if shared else stored.key.removeprefix("models.")
+            # Of the weights as they are stored: what is made of them here depends on the device.
             self.inputs[name] = digest_of(facts, denoiser.network.state_dict())
-            self._backbones[stored] = denoiser, Adapters(denoiser.network)
+            kind = self.config.models.reference.quantization
+            if shared and kind is not None:
+                with naming("models.reference.quantization"):
+                    self._quantize(denoiser.network, kind)
+            self._backbones[stored] = self._ready(stored, denoiser), Adapters(denoiser.network)
         return self._backbones[stored]
 
+    def _quantize(self, network: nn.Module, kind: str) -> None:
+        """Raises ValueError where it would change nothing."""
+        if quantize(network, kind, self.device) == 0:
+            raise ValueError(
+                f"{kind} finds no layer in this {type(network).__name__} whose weights it could store: remove it"
+            )
+
     def _load(self, stored: Stored, dtype: torch.dtype) -> Denoiser:
-        """A denoiser in eval mode, so that no dropout draws from a global generator."""
-        training = self.config.training
+        """A denoiser on the CPU."""
         with naming(stored.key, stored.path):
-            denoiser = load_denoiser(
+            return load_denoiser(
                 stored.path,
                 dtype=dtype,
                 configuration=self.config.models.reference.path,
                 variant=stored.variant,
                 state_dict=stored.state_dict,
             )
+
+    def _ready(self, stored: Stored, denoiser: Denoiser) -> Denoiser:
+        """The denoiser on its device, in eval mode, so that no dropout draws from a global generator."""
+        training = self.config.training
         network: Any = denoiser.eval().to(self.device).network
         if training.fuse:
             fuse(network)

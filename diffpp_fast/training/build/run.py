@@ -22,6 +22,7 @@ from diffpp_fast.training.build.networks import (
     Trained,
     check_gradients,
     compute_dtype,
+    refuse_quantization,
     refuse_weights,
 )
 from diffpp_fast.training.build.text import Text, open_text
@@ -166,6 +167,7 @@ def build_run(
     device = world.device
     refuse_misfits(config, None if embeddings is None else TextFacts.of(embeddings.null()))
     schedule = load_checked_schedule(config)
+    refuse_quantization(config)
     for sentence in idle_sentences(config) if world.is_main else ():
         logger.warning("%s", sentence)
     refuse_weights(config)

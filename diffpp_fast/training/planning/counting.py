@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from diffpp_fast.methods import METHODS, Batch, Method
 from diffpp_fast.networks import Denoiser, FrozenDecoder, fuse
 from diffpp_fast.networks.last_layer import WideConv2d, WideLinear
 from diffpp_fast.networks.lora import inject
+from diffpp_fast.networks.quantization import quantized_size
 from diffpp_fast.training.build.networks import compute_dtype
 from diffpp_fast.training.build.run import make_generator, make_method
 from diffpp_fast.training.config import Config, Lora
@@ -68,6 +69,8 @@ class NetworkSize:
 
     trained: tuple[int, ...]
     frozen: int
+    #: Bytes that the quantised layers' weights take, and their elements, which are among the frozen ones.
+    quantized: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(cls, network: nn.Module) -> NetworkSize:
@@ -79,6 +82,11 @@ class NetworkSize:
     @property
     def elements(self) -> int:
         return sum(self.trained) + self.frozen
+
+    def frozen_bytes(self, width: int) -> int:
+        """Return the bytes of what is not trained, at so many bytes an element."""
+        stored, elements = self.quantized
+        return stored + width * (self.frozen - elements)
 
 
 @dataclass(frozen=True)
@@ -481,6 +489,9 @@ class _MetaNetworks:
 
     def sizes(self) -> dict[str, NetworkSize]:
         sizes = {role: NetworkSize.of(getattr(self, role)) for role in ("generator", "fake", "reference")}
+        kind = self.config.models.reference.quantization
+        if kind is not None:
+            sizes["reference"] = replace(sizes["reference"], quantized=quantized_size(self.reference, kind))
         sizes["decoder"] = NetworkSize((), 0 if self.decoder is None else parameters_of(self.decoder))
         return sizes
 

@@ -91,7 +91,7 @@ def print_plan(plan: RunPlan, advice: list[Saving], console: Console) -> None:
     )
     console.print(
         f"{config.training.global_batch} samples an update: on each GPU {run.rounds} x {run.micro}; "
-        f"generator {_how(run, 'generator')}; fake {_how(run, 'fake')}; reference {config.distributed.reference}\n"
+        f"generator {_how(run, 'generator')}; fake {_how(run, 'fake')}; reference {_of_reference(run)}\n"
     )
     update, phase = plan.peak
     # A small model in MiB: its numbers would be zeros.
@@ -186,6 +186,12 @@ def _how(run: PlannedRun, role: str) -> str:
     adapters = getattr(run.config.models, role).lora
     lora = f", LoRA of rank {adapters.rank}" if adapters is not None else ""
     return f"{run.optimizer(role)}{lora}{f', stage {run.zero(role).stage}' if run.is_spread else ''}"
+
+
+def _of_reference(run: PlannedRun) -> str:
+    kind = run.config.models.reference.quantization
+    place: str = run.config.distributed.reference
+    return place if kind is None else f"{place} in {kind}"
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -160,7 +160,10 @@ def states_of(run: PlannedRun, counted: Counted) -> dict[str, NetworkState]:
             ema=run.averages(role),
             backbone=backbone,
         )
-    states["reference"] = frozen_state(sizes["reference"].elements, width, config.distributed.reference, run.gpus)
+    if config.models.reference.quantization is None:
+        states["reference"] = frozen_state(sizes["reference"].elements, width, config.distributed.reference, run.gpus)
+    else:
+        states["reference"] = NetworkState(weights=sizes["reference"].frozen_bytes(width))
     if config.prompts.embeddings is None:
         states["text encoder"] = NetworkState(weights=counted.text_bytes, kept=CAPACITY)
     if config.models.decoder is not None:
