@@ -119,14 +119,16 @@ def make_parser() -> argparse.ArgumentParser:
     blocks.add_arguments(subject("blocks", blocks.run, "blocks of networks, fused", blocks.__doc__, "fusing"))
     frozen.add_arguments(subject("frozen", frozen.run, "networks that are frozen", frozen.__doc__, "fusing"))
     add = subject("reward", run_reward, "the reward path, phase by phase", REWARD, "reward-path")
-    add("--model", metavar="NAME", help='"small", "sd15" or "sdxl" (sd15 on a GPU, else small)')
+    add("--model", metavar="NAME", help='"small", "emoji", "sd15" or "sdxl" (sd15 on a GPU, else small)')
     add("--batch", type=positive, metavar="N", help="images (1, 4 and 2)")
     add("--latent", type=positive, metavar="N", help="side of the latents (32, 64 and 128)")
     add("--dtype", choices=DTYPES, help="(bfloat16 on a GPU, else float32)")
     _add_rounds(add)
     add = subject("step", run_step, "a whole training step, phase by phase", STEP, "step")
-    add("--model", metavar="NAME", help='"tiny", "small", "sd15" or "sdxl" (sd15 on a GPU, else small)')
-    fill = 'images, or "fill": as many as fit (fill on a GPU; 2, 1, 4, 1)'
+    add("--model", metavar="NAME", help='"tiny", "small", "emoji", "sd15" or "sdxl" (sd15 on a GPU, else small)')
+    add("--latent", type=positive, metavar="N", help="side of the latents (16, 32, 64 and 128)")
+    add("--lora", type=positive, metavar="RANK", help="train adapters on the reference's weights (all weights)")
+    fill = 'images, or "fill": as many as fit (fill on a GPU; 2, 1, 16, 4, 1)'
     add("--batch", type=lambda text: text if text == "fill" else positive(text), metavar="N", help=fill)
     add("--dtype", choices=DTYPES[:2], help="(bfloat16 on a GPU, else float32)")
     _add_rounds(add)
@@ -200,7 +202,7 @@ def run_step(arguments: argparse.Namespace, device: torch.device) -> int:
     from benchmarks import step, step_tables
     from benchmarks.step_providers import PROVIDERS
 
-    plan = step.plan(**_choices(arguments, device))
+    plan = step.plan(latent=arguments.latent, lora=arguments.lora, **_choices(arguments, device))
     kind = step_tables.kind_of(plan)
     place = Place(arguments.out / f"step-{kind}", arguments.docs, "step", kind)
     place.check()
