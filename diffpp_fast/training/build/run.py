@@ -188,6 +188,7 @@ def build_run(
     reference, fake = networks.reference(), networks.trained("fake")
     if "reference" in METHODS[config.method.name].differentiates:
         networks.freeze_reference()
+    networks.keep_reference_text()
     if config.training.compile:
         _check_compiled(config, world, text, sampler.trained, fake, reference)
     networks.place_reference(world)
