@@ -15,7 +15,7 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
 
 import torch
 
-from benchmarks import backends, blocks, cases, frozen, host, kernels, loops, reward, static, tables
+from benchmarks import backends, blocks, cases, frozen, host, kernels, loops, passes, reward, static, tables
 from benchmarks.kernels import KernelPlan
 from benchmarks.tables import Place
 from benchmarks.timing import load_sentence, provenance
@@ -135,6 +135,7 @@ def make_parser() -> argparse.ArgumentParser:
     host.add_arguments(subject("host", host.run, "host time of a call, without a GPU", host.__doc__, "performance"))
     static.add_arguments(subject("static", static.run, "GPU kernels, counted", static.__doc__, "performance"))
     loops.add_arguments(subject("loops", loops.run, "training loops, before and after", loops.__doc__, "embedding"))
+    passes.add_arguments(subject("passes", passes.run, "the reference's two passes", passes.__doc__, "step"))
     return parser
 
 

@@ -13,6 +13,8 @@ import torch
 from method_cases import SCHEDULES, Convolution, batch_of, gradient_by_x0, quadratic_reward
 from torch import nn
 
+from benchmarks.__main__ import main
+from benchmarks.passes import ways_of
 from diffpp_fast.methods import (
     DIDR,
     DMD2,
@@ -316,6 +318,16 @@ def test_a_compiled_network_serves_both_roles_in_one_call() -> None:
             assert error(fake(at.x_t, at.t, given), plain) < 1e-6
             ours, guided = method._ask(batch, at)
             assert error(ours, expected[0]) < 1e-6 and error(guided.cond, expected[1].cond) < 1e-6
+
+
+@pytest.mark.parametrize("model", ["tiny", "pixart"])
+def test_the_benchmark_asks_for_the_same_in_all_ways(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if model == "tiny":
+        assert main(["passes", "--model", "tiny", "--latent", "8", "--batch", "2", "--rounds", "1"]) == 0
+        assert "| tiny | 8 | 2 |" in capsys.readouterr().out
+    with torch.no_grad():
+        two, *others = (way() for way in ways_of(model, 8, 2, torch.device("cpu")).values())
+    assert all(error(other, two) < 1e-5 for other in others)
 
 
 # Runs
