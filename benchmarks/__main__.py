@@ -15,7 +15,7 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
 
 import torch
 
-from benchmarks import backends, blocks, cases, frozen, host, kernels, loops, quantized, reward, static, tables
+from benchmarks import backends, blocks, cases, frozen, host, kernels, loops, passes, quantized, reward, static, tables
 from benchmarks.kernels import KernelPlan
 from benchmarks.tables import Place
 from benchmarks.timing import load_sentence, provenance
@@ -120,20 +120,23 @@ def make_parser() -> argparse.ArgumentParser:
     frozen.add_arguments(subject("frozen", frozen.run, "networks that are frozen", frozen.__doc__, "fusing"))
     quantized.add_arguments(subject("quantized", quantized.run, "references in few bits", quantized.__doc__, "models"))
     add = subject("reward", run_reward, "the reward path, phase by phase", REWARD, "reward-path")
-    add("--model", metavar="NAME", help='"small", "sd15" or "sdxl" (sd15 on a GPU, else small)')
+    add("--model", metavar="NAME", help='"small", "emoji", "sd15" or "sdxl" (sd15 on a GPU, else small)')
     add("--batch", type=positive, metavar="N", help="images (1, 4 and 2)")
     add("--latent", type=positive, metavar="N", help="side of the latents (32, 64 and 128)")
     add("--dtype", choices=DTYPES, help="(bfloat16 on a GPU, else float32)")
     _add_rounds(add)
     add = subject("step", run_step, "a whole training step, phase by phase", STEP, "step")
-    add("--model", metavar="NAME", help='"tiny", "small", "sd15" or "sdxl" (sd15 on a GPU, else small)')
-    fill = 'images, or "fill": as many as fit (fill on a GPU; 2, 1, 4, 1)'
+    add("--model", metavar="NAME", help='"tiny", "small", "emoji", "sd15" or "sdxl" (sd15 on a GPU, else small)')
+    add("--latent", type=positive, metavar="N", help="side of the latents (16, 32, 64 and 128)")
+    add("--lora", type=positive, metavar="RANK", help="train adapters on the reference's weights (all weights)")
+    fill = 'images, or "fill": as many as fit (fill on a GPU; 2, 1, 16, 4, 1)'
     add("--batch", type=lambda text: text if text == "fill" else positive(text), metavar="N", help=fill)
     add("--dtype", choices=DTYPES[:2], help="(bfloat16 on a GPU, else float32)")
     _add_rounds(add)
     host.add_arguments(subject("host", host.run, "host time of a call, without a GPU", host.__doc__, "performance"))
     static.add_arguments(subject("static", static.run, "GPU kernels, counted", static.__doc__, "performance"))
     loops.add_arguments(subject("loops", loops.run, "training loops, before and after", loops.__doc__, "embedding"))
+    passes.add_arguments(subject("passes", passes.run, "the reference's two passes", passes.__doc__, "step"))
     return parser
 
 
@@ -201,7 +204,7 @@ def run_step(arguments: argparse.Namespace, device: torch.device) -> int:
     from benchmarks import step, step_tables
     from benchmarks.step_providers import PROVIDERS
 
-    plan = step.plan(**_choices(arguments, device))
+    plan = step.plan(latent=arguments.latent, lora=arguments.lora, **_choices(arguments, device))
     kind = step_tables.kind_of(plan)
     place = Place(arguments.out / f"step-{kind}", arguments.docs, "step", kind)
     place.check()

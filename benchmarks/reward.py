@@ -57,6 +57,7 @@ class Tower(NamedTuple):
 MODELS = {
     "tiny": Decoder((32, 32), 1, 8, 0.18215, 1),
     "small": Decoder((32, 64, 128, 128), 2, 32, 0.18215, 1),
+    "emoji": Decoder((32, 64, 64), 1, 16, 1.0, 16),
     "sd15": Decoder((128, 256, 512, 512), 2, 64, 0.18215, 4),
     "sdxl": Decoder((128, 256, 512, 512), 2, 128, 0.13025, 2),
 }
@@ -86,6 +87,7 @@ class NetworkPlan:
     device: torch.device
     names: Sequence[str]  # of the providers
     rounds: int
+    lora: int | None = None  # the rank of a step's adapters; None: all weights are trained
 
 
 @dataclass(frozen=True)

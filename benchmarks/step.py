@@ -81,14 +81,15 @@ class StepResults:
     operations: dict[str, dict[str, float]]  # for one image of the unfused step, by role and phase
 
 
-def plan(*, device: torch.device, batch: int | str | None, **choices: Any) -> NetworkPlan:
+def plan(*, device: torch.device, batch: int | str | None, lora: int | None = None, **choices: Any) -> NetworkPlan:
     """Fill in what was not chosen; on a GPU the batch fills the memory. Raises ConfigurationError as `reward.plan`."""
     if batch == "fill" and device.type != "cuda":
         raise ConfigurationError("--batch fill: needs a GPU, whose memory says where it ends; name a number")
     if batch is None and device.type == "cuda":
         batch = "fill"
     compiles = {name: provider.compiles for name, provider in PROVIDERS.items()}
-    return reward.plan(device=device, batch=batch, models=MODELS, providers=compiles, **choices)
+    chosen = reward.plan(device=device, batch=batch, models=MODELS, providers=compiles, **choices)
+    return replace(chosen, lora=lora)
 
 
 def measure(plan: NetworkPlan) -> Iterator[StepResults]:
@@ -129,7 +130,7 @@ def count_operations(plan: NetworkPlan) -> dict[str, dict[str, float]]:
 
 
 def _without_memory(plan: NetworkPlan) -> StepNetworks:
-    return StepNetworks(plan.model, plan.latent, plan.dtype, torch.device("meta"), TOWERS[plan.device.type])
+    return StepNetworks(plan.model, plan.latent, plan.dtype, torch.device("meta"), TOWERS[plan.device.type], plan.lora)
 
 
 class _Measurement:
@@ -140,7 +141,7 @@ class _Measurement:
         self.now, self.between = seconds(plan.device)
         self.peak_rate = matrix_peak(plan.dtype, plan.device)
         self.operations = count_operations(plan)
-        self.networks = StepNetworks(plan.model, plan.latent, plan.dtype, plan.device)
+        self.networks = StepNetworks(plan.model, plan.latent, plan.dtype, plan.device, lora=plan.lora)
         self.networks.reward_scale = balanced_scale(self.networks)
         parts = self.networks.parts
         self.roles = {"generator": parts.generator, "fake": parts.fake}

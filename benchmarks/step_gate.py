@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.reward import allowance, full_precision
-from benchmarks.step_networks import StepNetworks, map_tensors
+from benchmarks.step_networks import StepNetworks, map_tensors, trained_of
 from benchmarks.step_providers import ROLES, Step, Unfused, differentiate, no_time
 from diffpp_fast.methods import Batch
 from diffpp_fast.networks import Conditioning
@@ -66,7 +66,7 @@ class Oracle:
     def errors(self, role: str, loss: float, network: nn.Module) -> dict[str, float]:
         """Return the relative errors of a loss and of the gradients on the parameters, these in the 2-norm."""
         truth = self.truth[role]
-        whole, worst = _relative([parameter.grad for parameter in network.parameters()], truth.gradients)
+        whole, worst = _relative([parameter.grad for parameter in trained_of(network)], truth.gradients)
         return {
             f"{role} loss": abs(loss - truth.loss) / abs(truth.loss),
             f"{role} gradient": whole,
@@ -88,7 +88,7 @@ def _by_sample(step: Step, role: str, network: nn.Module, samples: Sequence[Batc
     """The mean loss, with the mean gradients on the parameters."""
     with _addressed(step):
         losses = [float(differentiate(step, role, sample, no_time)[0]) for sample in samples]
-    for parameter in network.parameters():
+    for parameter in trained_of(network):
         assert parameter.grad is not None, "every parameter is used"
         parameter.grad /= len(samples)
     return sum(losses) / len(losses)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from benchmarks.reward import TOWERS, NetworkPlan, PathNetworks, Tower, default_dtype
 from diffpp_fast.methods import Batch
 from diffpp_fast.networks import Conditioning
+from diffpp_fast.networks.lora import inject
 from diffpp_fast.schedule import NoiseSchedule
 
-#: Of every text encoder of the family.
-TOKENS = 77
+#: The layers that get an adapter: the trainer's default.
+ADAPTED = ("to_q", "to_k", "to_v", "to_out.0")
 #: Conditioning that batches take in turns.
 PROMPTS = 64
 #: Of AdamW. An update costs what it costs, and the weights stay those that the gate has seen.
@@ -31,6 +32,7 @@ class OneStepModel(NamedTuple):
     timestep: int
     input_scale: float | None  # of z; None: the schedule's sigma
     batch: int  # where none is asked for and memory is not filled
+    tokens: int = 77  # of every text encoder of the family
 
 
 MODELS = {
@@ -47,6 +49,22 @@ MODELS = {
         2,
     ),
     "small": OneStepModel({"block_out_channels": (32, 64, 128, 128), "cross_attention_dim": 128}, 625, None, 1),
+    # That of the example, at random weights.
+    "emoji": OneStepModel(
+        {
+            "block_out_channels": (64, 96),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "cross_attention_dim": 384,
+            "attention_head_dim": 4,
+            "norm_num_groups": 8,
+        },
+        625,
+        None,
+        16,
+        tokens=16,
+    ),
     "sd15": OneStepModel({"cross_attention_dim": 768}, 625, None, 4),
     "sdxl": OneStepModel(
         {
@@ -90,10 +108,17 @@ class StepNetworks:
         dtype: of the frozen networks' weights.
         device: "meta" makes them without memory.
         tower: of the reward; None: that of the device.
+        lora: the rank of adapters for generator and TA on the reference's weights; None: networks of their own.
     """
 
     def __init__(
-        self, model: str, latent: int, dtype: torch.dtype, device: torch.device, tower: Tower | None = None
+        self,
+        model: str,
+        latent: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        tower: Tower | None = None,
+        lora: int | None = None,
     ) -> None:
         self.model = MODELS[model]
         self.dtype = dtype
@@ -102,8 +127,11 @@ class StepNetworks:
         self.schedule = stable_diffusion_schedule()
         with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(0)
-            generator, fake = (self._unet(latent, torch.float32) for _ in range(2))
+            if lora is None:
+                generator, fake = (self._unet(latent, torch.float32) for _ in range(2))
             reference = self._unet(latent, dtype).requires_grad_(False)
+            if lora is not None:
+                generator, fake = (_adapted(reference, name, lora) for name in ("generator", "fake"))
         facts = NetworkPlan(model, 1, latent, dtype, device, (), 0)
         self.parts = Parts(generator, fake, reference, PathNetworks(facts, tower or TOWERS[device.type]))
         #: Of the reward's gradient, so that it is as long as the score's.
@@ -139,7 +167,9 @@ class StepNetworks:
             return torch.randn(shape, generator=generator, device=self.device).to(wide)
 
         def embeddings(count: int) -> dict[str, Any]:
-            tensors: dict[str, Any] = {"encoder_hidden_states": normal(count, TOKENS, unet["cross_attention_dim"])}
+            tensors: dict[str, Any] = {
+                "encoder_hidden_states": normal(count, self.model.tokens, unet["cross_attention_dim"])
+            }
             if "addition_embed_type" in unet:
                 times = 6 * unet["addition_time_embed_dim"]
                 side = 8.0 * self.shape[-1]
@@ -167,7 +197,7 @@ class Trained:
     """
 
     def __init__(self, network: nn.Module, average: bool) -> None:
-        self.parameters = list(network.parameters())
+        self.parameters = trained_of(network)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, betas=BETAS, fused=True)
         self.average = [parameter.detach().clone() for parameter in self.parameters] if average else None
 
@@ -228,9 +258,25 @@ def resident_bytes(networks: StepNetworks) -> int:
     Gradients count once, for the two networks are updated one after the other.
     """
     parts = networks.parts
-    generator, fake = _bytes(parts.generator), _bytes(parts.fake)
+    generator, fake = (sum(weight.nbytes for weight in trained_of(part)) for part in (parts.generator, parts.fake))
+    # Weights under adapters are the reference's.
     frozen = sum(map(_bytes, (parts.reference, *parts.path.networks)))
     return 4 * generator + 3 * fake + max(generator, fake) + frozen
+
+
+def trained_of(network: nn.Module) -> list[nn.Parameter]:
+    """Return what is trained of a network."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def _adapted(reference: nn.Module, name: str, rank: int) -> nn.Module:
+    """A network on the reference's weights with adapters as they are in the middle of a run."""
+    network = twin(reference)
+    inject(network, name, rank=rank, alpha=rank, targets=ADAPTED)
+    for path, weight in network.named_parameters():
+        if ".lora_" in path:
+            weight.data = torch.randn(weight.shape) / rank
+    return network
 
 
 def _bytes(module: nn.Module) -> int:

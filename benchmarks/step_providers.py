@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 
 from benchmarks import reward
 from benchmarks.reward import PathNetworks, RewardPath
-from benchmarks.step_networks import StepNetworks, map_tensors
+from benchmarks.step_networks import Parts, StepNetworks, map_tensors
 from diffpp_fast import networks as package
 from diffpp_fast import ops
 from diffpp_fast.methods import Batch, DiffInstructPP
 from diffpp_fast.methods.base import DIFFUSION, LATENT, TIMESTEP
+from diffpp_fast.networks.lora import Adapters
 from diffpp_fast.selftest import PIXEL_MEAN, PIXEL_STD
 
 GUIDANCE_SCALE = 7.5
@@ -230,10 +232,21 @@ class Fused:
         networks: whose numbers are used. Its modules are not changed.
         checkpoint: the frozen decoder computes one resolution at a time again.
         compile: every network and every part of the path under torch.compile.
+        batched: as in the methods.
+        share: the TA learns on the samples of the generator's update before, as `share_samples` has it.
     """
 
-    def __init__(self, networks: StepNetworks, checkpoint: bool = False, compile: bool = False) -> None:
+    def __init__(
+        self,
+        networks: StepNetworks,
+        checkpoint: bool = False,
+        compile: bool = False,
+        batched: bool | None = None,
+        share: bool = False,
+    ) -> None:
         self.marks = Marks()
+        self.share = share
+        self.made: Tensor | None = None
         self.addressed = True
         parts = networks.parts.twin()
         unets = parts.generator, parts.fake, parts.reference
@@ -241,13 +254,10 @@ class Fused:
             package.fuse(unet)
         maybe_compiled: Callable[[Any], Any] = compiled if compile else lambda function: function
         # Autocast around all of them, as diffpp_fast/training/build.py has it.
-        generator, fake, reference, decode = (
-            maybe_compiled(Autocast(module, networks.dtype, networks.device))
-            for module in (
-                *map(package.Denoiser, unets),
-                package.FrozenDecoder(parts.path.vae, checkpoint=checkpoint),
-            )
-        )
+        low = networks.dtype if networks.dtype == torch.bfloat16 else None
+        generator, fake, reference = map(maybe_compiled, _denoisers(parts, low))
+        decoder = package.FrozenDecoder(parts.path.vae, checkpoint=checkpoint)
+        decode = maybe_compiled(Autocast(decoder, networks.dtype, networks.device))
         path = RewardPath(
             decode, maybe_compiled(_pixels(parts.path, networks.dtype)), maybe_compiled(parts.path.reward)
         )
@@ -266,24 +276,49 @@ class Fused:
             reward=watched_reward(self, path),
             reward_scale=networks.reward_scale,
             guidance_scale=GUIDANCE_SCALE,
+            batched_passes=batched,
         )
 
     def generator_loss(self, batch: Batch) -> Tensor:
-        self.marks.begin(NOISE_AND_SCORES)
-        return self.method.generator_loss(batch).loss
+        self._begin("fake")  # which may have no call of its own
+        output = self.method.generator_loss(batch)
+        self.made = output.x0
+        return output.loss
 
     def fake_loss(self, batch: Batch) -> Tensor:
+        if self.share and self.made is not None and len(self.made) == len(batch):
+            self._begin("generator")
+            return self.method.fake_loss(replace(batch, x0=self.made)).loss
         self.marks.begin(NOISE_AND_SCORES)
         return self.method.fake_loss(batch).loss
 
+    def _begin(self, empty: str) -> None:
+        """Begin a step in which a phase may be empty."""
+        self.marks.begin(empty)
+        self.marks.begin(NOISE_AND_SCORES)
+
     def _watched(self, phase: str, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(*arguments: Any) -> Tensor:
+        def run(*arguments: Any, **options: Any) -> Tensor:
             self.marks.begin(phase)
-            result = call(*arguments)
+            result = call(*arguments, **options)
             self.marks.begin(NOISE_AND_SCORES)
             return result
 
+        for name in ("adapters", "adapter", "dtype", "joins"):
+            if hasattr(call, name):
+                setattr(run, name, getattr(call, name))
         return run
+
+
+def _denoisers(parts: Parts, dtype: torch.dtype | None) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The three roles; TA and reference on one module where their weights are the same, as the trainer has them."""
+    layers = {path: layer for path, layer in parts.fake.named_modules() if hasattr(layer, "lora_A")}
+    generator = package.Denoiser(parts.generator, dtype=dtype)
+    if not layers:
+        return generator, package.Denoiser(parts.fake, dtype=dtype), package.Denoiser(parts.reference, dtype=dtype)
+    adapters = Adapters.of(parts.fake, "fake", layers)
+    fake = package.Denoiser(parts.fake, dtype=dtype, adapters=adapters, adapter="fake")
+    return generator, fake, package.Denoiser(parts.fake, dtype=dtype, adapters=adapters)
 
 
 def watched_reward(step: Step, path: RewardPath) -> Callable[[Tensor, Any], Tensor]:
@@ -327,6 +362,8 @@ PROVIDERS: dict[str, StepProvider] = {
     "fused": StepProvider(Fused),
     "fused-nhwc": StepProvider(Fused, torch.channels_last),
     "fused-checkpoint": StepProvider(lambda networks: Fused(networks, checkpoint=True)),
+    "fused-batched": StepProvider(lambda networks: Fused(networks, batched=True)),
+    "fused-shared": StepProvider(lambda networks: Fused(networks, batched=True, share=True)),
     "compile": StepProvider(lambda networks: Unfused(networks, compile=True), compiles=True),
     "fused-compile": StepProvider(lambda networks: Fused(networks, compile=True), compiles=True),
 }

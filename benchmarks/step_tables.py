@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks import tables
+from benchmarks.reward import MODELS as LATENTS
 from benchmarks.reward import TOWERS, NetworkPlan, sentences
 from benchmarks.step import COMMON, OWN, StepOutcome, StepResults, StepRun
 from benchmarks.step_providers import PHASES, WHOLE
@@ -48,7 +49,8 @@ def write(where: Place, plan: NetworkPlan, results: StepResults, origin: Provena
 
 def kind_of(plan: NetworkPlan) -> str:
     """Return the name of these tables' place in the documentation, and of their files."""
-    return f"{plan.device.type}-{plan.model}"
+    pixels = "" if plan.latent == LATENTS[plan.model].latent else f"-{8 * plan.latent}px"
+    return f"{plan.device.type}-{plan.model}{pixels}{'' if plan.lora is None else '-lora'}"
 
 
 def doubts(results: StepResults) -> list[str]:
@@ -127,8 +129,9 @@ def _mark(runs: Runs, name: str, timing: Callable[[StepRun], Timing]) -> str:
 
 def _facts(plan: NetworkPlan, results: StepResults) -> str:
     asked = {role: f"{counts[WHOLE] * 1e-12:#.3g}" for role, counts in results.operations.items()}
+    trained = "" if plan.lora is None else f", LoRA of rank {plan.lora}"
     return (
-        f"{plan.model}: latents of {plan.latent} x {plan.latent}, {dtype_name(plan.dtype)}, "
+        f"{plan.model}{trained}: latents of {plan.latent} x {plan.latent}, {dtype_name(plan.dtype)}, "
         f"{threads_name(torch.get_num_threads())}, {TOWERS[plan.device.type].name} as the reward. For one image the "
         f"generator's update asks for {asked['generator']} TFLOP and the teaching assistant's for {asked['fake']}; one "
         f"large matrix product runs at {results.peak_rate * 1e-12:#.3g} TFLOP/s. Weights, gradients, AdamW's moments "

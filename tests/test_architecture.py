@@ -74,6 +74,7 @@ def test_no_method_imports_another(path: Path) -> None:
         "integral_kl",
         "method",
         "outputs",
+        "passes",
         "reward_term",
         "through_networks",
         "times",

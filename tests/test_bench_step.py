@@ -18,7 +18,7 @@ from benchmarks.memory import extrapolated, largest
 from benchmarks.reward import TOWERS, NetworkPlan, complaints
 from benchmarks.step import COMMON, OWN, StepOutcome, StepResults, StepRun
 from benchmarks.step_gate import Oracle
-from benchmarks.step_networks import StepNetworks, Trained, resident_bytes, twin
+from benchmarks.step_networks import StepNetworks, Trained, resident_bytes, trained_of, twin
 from benchmarks.step_providers import (
     PHASES,
     PROVIDERS,
@@ -37,7 +37,16 @@ from diffpp_fast.methods import Batch
 
 CPU = torch.device("cpu")
 #: All that neither compiles nor wants much time.
-NAMES = ["eager", "eager-nhwc", "eager-checkpoint", "fused", "fused-nhwc", "fused-checkpoint"]
+NAMES = [
+    "eager",
+    "eager-nhwc",
+    "eager-checkpoint",
+    "fused",
+    "fused-nhwc",
+    "fused-checkpoint",
+    "fused-batched",
+    "fused-shared",
+]
 MARKS = [f"<!-- python -m benchmarks step, cpu-tiny: {edge} -->" for edge in ("begin", "end")]
 
 
@@ -268,6 +277,29 @@ def test_sdxl_is_given_its_sizes() -> None:
     batch = StepNetworks("sdxl", 128, torch.bfloat16, torch.device("meta"), TOWERS["cuda"]).batch(0, 3)
     added = batch.conditioning.tensors["added_cond_kwargs"]
     assert added["text_embeds"].shape == (3, 1280) and added["time_ids"].shape == (3, 6)
+
+
+def test_adapters_are_trained_on_the_references_weights(least: None) -> None:
+    networks = StepNetworks("tiny", 8, torch.float32, CPU, lora=4)
+    parts = networks.parts
+    shared = {weight.data_ptr() for weight in parts.reference.parameters()}
+    for part in (parts.generator, parts.fake):
+        trained = trained_of(part)
+        assert trained and shared <= {weight.data_ptr() for weight in part.parameters()}
+        assert not shared & {weight.data_ptr() for weight in trained}
+    networks.reward_scale = balanced_scale(networks)
+    oracle, calls = Oracle(networks, networks.batch(0, 2), torch.float64), list[int]()
+    made = Fused(networks, batched=True, share=True)
+    made.method.reference.adapters.network.register_forward_pre_hook(  # type: ignore[attr-defined]
+        lambda _, inputs: calls.append(len(inputs[0]))
+    )
+    for role in ROLES:
+        loss = oracle.differentiate(made, role)
+        assert complaints(oracle.errors(role, loss, getattr(parts, role)), oracle.allowed) == []
+    # One call for the three passes, then the TA's own on the samples at hand.
+    assert calls == [6, 2]
+    lines = step_tables.kind_of(plan(lora=4, latent=16)), step_tables.kind_of(plan())
+    assert lines == ("cpu-tiny-128px-lora", "cpu-tiny")
 
 
 def test_a_twin_shares_weights_and_nothing_else(networks: StepNetworks) -> None:

@@ -525,3 +525,33 @@ def test_the_example_of_the_docs_is_what_the_command_prints(capsys: pytest.Captu
     printed = [line.rstrip() for line in capsys.readouterr().out.strip().splitlines()]
     assert printed == (root / "benchmarks/results/plan-sd15-8x-a100-80.txt").read_text().splitlines()
     assert printed[: len(shown.splitlines())] == shown.splitlines()
+
+
+def test_passes_of_one_call_are_planned(small: PlannedRun) -> None:
+    """The same operations in fewer calls, which hold more at a time."""
+    for lora in (None, {"rank": 2}):
+        counted = {}
+        for batched in (True, False):
+            run = changed(
+                by(small, "dmd2"),
+                training__batched_passes=batched,
+                models__fake__lora=lora,
+                models__generator__lora=lora,
+            )
+            counted[batched] = count_run(run)
+        phases = {
+            batched: {phase.name: phase for phase in found.phases if phase.update == "generator"}
+            for batched, found in counted.items()
+        }
+        total = {key: sum(sum(phase.operations.values()) for phase in found.values()) for key, found in phases.items()}
+        assert total[True] == total[False]
+        assert ("fake" in phases[True]) == (lora is None) and "fake" in phases[False]
+        assert phases[True]["reference"].peak > phases[False]["reference"].peak
+        assert counted[True].sizes == counted[False].sizes
+
+
+def test_a_spread_reference_is_gathered_once_for_both_passes(small: PlannedRun) -> None:
+    run = changed(by(small, "dmd2"), distributed__reference="shard")
+    assert run.reference_calls == 1
+    assert changed(run, training__batched_passes=False).reference_calls == 2
+    assert changed(by(small, "decoupled_dmd"), distributed__reference="shard").reference_calls == 2

@@ -8,7 +8,6 @@ read in the paper; its normalisers were not, so here each term has DMD's, of the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from diffpp_fast.methods.base import (
     norms,
 )
 from diffpp_fast.methods.method import Method, Noised
+from diffpp_fast.methods.passes import predict
 from diffpp_fast.methods.times import Times
 
 
@@ -56,20 +56,19 @@ class DecoupledDMD(Method):
         r = cond - target, each time at the term's own level.
         """
         at = self._noised(batch, x0)
-        fake = self._ask_fake(batch, at)
-        matching = self._normalised(x0, at, self._ask(batch.conditioning, at), fake, 1.0)
+        passes = [*self._fake_passes(batch, at), self._pass_of("reference", at, batch.conditioning)]
+        fake, cond = predict(passes, self.batched_passes)
+        matching = self._normalised(x0, at, cond, fake, 1.0)
         metrics = self._gap_metrics(matching.gap_sq, matching.gradient)
         if self.guidance_scale == 1.0:
             return SampleGradient(matching.gradient, metrics)
         null = self._null(batch, "guidance_scale", self.guidance_scale)
         at = self._noised(batch, x0, times=self.guidance_times, streams=(SECOND_TIMESTEP, SECOND_DIFFUSION))
-        cond, uncond = self._ask(batch.conditioning, at), self._ask(null, at)
+        passes = [self._pass_of("reference", at, given) for given in (batch.conditioning, null)]
+        cond, uncond = predict(passes, self.batched_passes)
         guidance = self._normalised(x0, at, cond, uncond, self.guidance_scale - 1.0).gradient
         metrics["guidance_gradient_norm"] = norms(guidance).mean()
         return SampleGradient(matching.gradient + guidance, metrics)
-
-    def _ask(self, conditioning: Any, at: Noised) -> torch.Tensor:
-        return self._call("the reference", self.reference, at, conditioning)
 
     def _normalised(
         self, x0: torch.Tensor, at: Noised, cond: torch.Tensor, other: torch.Tensor, factor: float

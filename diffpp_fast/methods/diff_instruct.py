@@ -36,7 +36,8 @@ class DiffInstruct(IntegralKL):
     def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:
         """h d."""
         at = self._noised(batch, x0)
-        return self._score_gradient(batch, x0, at, self._ask_reference(batch, at))[1]
+        fake, guided = self._ask(batch, at)
+        return self._score_gradient(batch, x0, at, guided, fake)[1]
 
 
 class DiffInstructPP(DiffInstruct):

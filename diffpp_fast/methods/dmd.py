@@ -129,8 +129,7 @@ class DMD2(Method):
     def _matching_gradient(self, batch: Batch, x0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradient of distribution matching, and sum d^2 per sample."""
         at = self._noised(batch, x0)
-        fake = self._ask_fake(batch, at)
-        cond, uncond, scale = self._ask_reference(batch, at)
+        fake, (cond, uncond, scale) = self._ask(batch, at)
         k = self.schedule.gap_scale(at.t)
         # Over one sample k cancels but for its sign.
         fused = self.normalizer_floor is None

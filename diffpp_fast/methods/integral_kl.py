@@ -36,10 +36,10 @@ class IntegralKL(Method):
 
     @torch.no_grad()
     def _score_gradient(
-        self, batch: Batch, x0: torch.Tensor, at: Noised, guided: Guided
+        self, batch: Batch, x0: torch.Tensor, at: Noised, guided: Guided, fake: torch.Tensor | None = None
     ) -> tuple[ops.ScoreGap, SampleGradient]:
-        """h d with the reference's outputs at hand, and what the operator says besides."""
-        fake = self._ask_fake(batch, at)
+        """h d with the reference's outputs at hand, or the TA's too, and what the operator says besides."""
+        fake = self._ask_fake(batch, at) if fake is None else fake
         # Only the normaliser needs the target; without it nothing regenerates the noise.
         normalised = {"normalizer": "mean_abs", **self._target(x0, at)} if self.weighting == "mean_abs" else {}
         factor = self._scale(at.t, at.alpha, at.sigma)

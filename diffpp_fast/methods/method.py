@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, get_args
 
@@ -30,6 +30,7 @@ from diffpp_fast.methods.base import (
 from diffpp_fast.methods.dropout import drop_prompts
 from diffpp_fast.methods.guidance import Guided, guide
 from diffpp_fast.methods.outputs import check_differentiable, check_output
+from diffpp_fast.methods.passes import Pass, predict
 from diffpp_fast.methods.times import TimeDistribution, Times
 from diffpp_fast.noise import Noise
 from diffpp_fast.schedule import LARGEST_GAP_SCALE, NoiseSchedule
@@ -58,6 +59,7 @@ class Options(TypedDict, total=False):
     """Arguments of `Method` that no method gives a default of its own."""
 
     share_samples: bool
+    batched_passes: bool | None
     fake_t_range: tuple[int, int] | None
     time_distribution: TimeDistribution | None
     fake_time_distribution: TimeDistribution | None
@@ -83,6 +85,9 @@ class Method(ABC):
         fake_rounds: TA updates per generator update. The method does not act on it: its caller does.
         share_samples: the last of these updates learns on the samples of the generator's own step, after it, as DMD2's
             published loop does: one call of the generator less. The method does not act on it, either.
+        batched_passes: the reference's two passes, with the prompt and without, are one call of twice the batch; with
+            the TA's where it is LoRA on the reference's `Denoiser` and nothing is differentiated. Equal up to rounding.
+            False: a call each. None: one call where it is small, see `methods.passes`.
         fake_weighting: lambda(t) of the TA's denoising loss: of the prediction itself (1), of the x0 that it implies
             (k^2), of the score (k^2 alpha^2 / sigma^4); or a function of t.
         fake_t_range: diffusion times of the TA's loss; None is `t_range`.
@@ -110,6 +115,7 @@ class Method(ABC):
     t_range: tuple[int, int] | None = None
     fake_rounds: int = 1
     share_samples: bool = False
+    batched_passes: bool | None = None
     fake_weighting: FakeWeighting | TimeFunction = "prediction"
     fake_t_range: tuple[int, int] | None = None
     time_distribution: TimeDistribution | None = None
@@ -127,6 +133,8 @@ class Method(ABC):
             raise ValueError(f"guidance_rescale must lie in [0, 1], got {self.guidance_rescale}")
         if not 0.0 <= self.prompt_dropout < 1.0:
             raise ValueError(f"prompt_dropout must lie in [0, 1), got {self.prompt_dropout}")
+        if self.batched_passes not in (True, False, None):
+            raise ValueError(f"batched_passes must be True, False or None, got {self.batched_passes!r}")
         if self.share_samples and self.prompt_dropout > 0.0:
             raise ValueError(
                 f"prompt_dropout is {self.prompt_dropout}: it makes samples without their prompt, and those that "
@@ -230,25 +238,43 @@ class Method(ABC):
         weight = self._fake_weight(at.t, at.alpha, at.sigma)
         return ops.denoising_loss(prediction, **self._target(x0, at), weight=weight)
 
+    def _ask(self, batch: Batch, at: Noised) -> tuple[torch.Tensor, Guided]:
+        """The TA's output and the reference's."""
+        fake, reference = self._fake_passes(batch, at), self._reference_passes(batch, at)
+        outputs = predict([*fake, *reference], self.batched_passes)
+        return self._guided_fake(outputs[: len(fake)]), self._guided(outputs[len(fake) :])
+
     def _ask_fake(self, batch: Batch, at: Noised) -> torch.Tensor:
-        return self._call("the fake score", self.fake, at, batch.conditioning)
+        return self._guided_fake(predict(self._fake_passes(batch, at), self.batched_passes))
 
     def _ask_reference(self, batch: Batch, at: Noised) -> Guided:
         """The reference's outputs with the prompt and, if guided, without; rescaled they are one."""
-        cond = self._call("the reference", self.reference, at, batch.conditioning)
-        if self.guidance_scale == 1.0:
-            return Guided(cond, None, 1.0)
-        null = self._null(batch, "guidance_scale", self.guidance_scale)
-        uncond = self._call("the reference", self.reference, at, null)
+        return self._guided(predict(self._reference_passes(batch, at), self.batched_passes))
+
+    def _fake_passes(self, batch: Batch, at: Noised) -> list[Pass]:
+        return [self._pass_of("fake", at, batch.conditioning)]
+
+    def _guided_fake(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        return outputs[0]
+
+    def _reference_passes(self, batch: Batch, at: Noised) -> list[Pass]:
+        passes = [self._pass_of("reference", at, batch.conditioning)]
+        if self.guidance_scale != 1.0:
+            null = self._null(batch, "guidance_scale", self.guidance_scale)
+            passes.append(self._pass_of("reference", at, null))
+        return passes
+
+    def _guided(self, outputs: Sequence[torch.Tensor]) -> Guided:
+        if len(outputs) == 1:
+            return Guided(outputs[0], None, 1.0)
+        cond, uncond = outputs
         if self.guidance_rescale == 0.0:
             return Guided(cond, uncond, self.guidance_scale)
         return Guided(guide(cond, uncond, self.guidance_scale, self.guidance_rescale), None, 1.0)
 
-    def _call(self, who: str, network: Callable[..., Any], at: Noised, conditioning: Any) -> torch.Tensor:
-        prediction = check_output(who, network(at.x_t, at.t, conditioning), at.x_t)
-        if at.x_t.requires_grad:
-            check_differentiable(who, prediction, "x_t")
-        return prediction
+    def _pass_of(self, role: Literal["fake", "reference"], at: Noised, conditioning: Any) -> Pass:
+        who, network = ("the fake score", self.fake) if role == "fake" else ("the reference", self.reference)
+        return Pass(who, network, at.x_t, at.t, conditioning)
 
     def _null(self, batch: Batch, name: str, scale: float) -> Any:
         """The unconditional conditioning, which an option with this value needs."""

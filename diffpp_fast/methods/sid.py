@@ -11,6 +11,7 @@ Checked against the published code of SiD-LSG; docs/method.md says where this di
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ import torch
 from diffpp_fast import ops
 from diffpp_fast.methods.base import Batch, SampleGradient
 from diffpp_fast.methods.method import Method, Noised
+from diffpp_fast.methods.passes import Pass
 from diffpp_fast.methods.through_networks import gradient_through
 
 
@@ -52,8 +54,7 @@ class SiD(Method):
 
         def losses_of(x0: torch.Tensor) -> torch.Tensor:
             at = self._noised(batch, x0)
-            fake = self._ask_fake(batch, at)
-            cond, uncond, scale = self._ask_reference(batch, at)
+            fake, (cond, uncond, scale) = self._ask(batch, at)
             gaps.append(ops.score_gap(fake, cond, uncond, guidance_scale=scale).gap_sq)
             return ops.sid_loss(
                 fake, cond, uncond, **self._target(x0, at), guidance_scale=scale, sid_alpha=self.sid_alpha
@@ -62,10 +63,15 @@ class SiD(Method):
         losses, gradient = gradient_through((self.fake, self.reference), losses_of, x0, self.differentiate)
         return SampleGradient(gradient, {"divergence_loss": losses.mean(), **self._gap_metrics(gaps[0], gradient)})
 
-    def _ask_fake(self, batch: Batch, at: Noised) -> torch.Tensor:
-        cond = super()._ask_fake(batch, at)
-        if self.fake_guidance_scale == 1.0:
-            return cond
-        null = self._null(batch, "fake_guidance_scale", self.fake_guidance_scale)
-        uncond = self._call("the fake score", self.fake, at, null)
+    def _fake_passes(self, batch: Batch, at: Noised) -> list[Pass]:
+        passes = super()._fake_passes(batch, at)
+        if self.fake_guidance_scale != 1.0:
+            null = self._null(batch, "fake_guidance_scale", self.fake_guidance_scale)
+            passes.append(self._pass_of("fake", at, null))
+        return passes
+
+    def _guided_fake(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        if len(outputs) == 1:
+            return outputs[0]
+        cond, uncond = outputs
         return torch.lerp(uncond, cond, self.fake_guidance_scale)

@@ -20,6 +20,7 @@ import torch
 from diffpp_fast import ops
 from diffpp_fast.methods.base import Batch, Reward, SampleGradient, TimeFunction, check_choice
 from diffpp_fast.methods.method import Method, Noised
+from diffpp_fast.methods.passes import predict
 from diffpp_fast.methods.reward_term import RewardTerm
 from diffpp_fast.methods.through_networks import gradient_through
 from diffpp_fast.prediction import score_scale
@@ -61,8 +62,7 @@ class SIM(Method):
 
         def losses_of(x0: torch.Tensor) -> torch.Tensor:
             at = self._noised(batch, x0)
-            fake = self._ask_fake(batch, at)
-            cond, uncond, scale = self._ask_reference(batch, at)
+            fake, (cond, uncond, scale) = self._ask(batch, at)
             gap = ops.score_gap(fake, cond, uncond, guidance_scale=scale)
             outputs.update(gap_sq=gap.gap_sq, cond=cond.detach())
             losses = ops.sim_loss(
@@ -133,6 +133,6 @@ class DiffInstructStar(SIM):
         null = self._null(batch, "guidance_scale", self.outside_guidance_scale)
         k = self.schedule.gap_scale(at.t)
         weight = at.alpha.square() * k / at.sigma.square() * self._weight(at.t, at.alpha, at.sigma)
-        uncond = self._call("the reference", self.reference, at, null)
+        (uncond,) = predict([self._pass_of("reference", at, null)], self.batched_passes)
         # d = cond - uncond in the place of guided - fake.
         return ops.score_gap(uncond, cond, scale=(1.0 - self.outside_guidance_scale) * weight).gradient

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
+
+#: Text and its mask, by their names in diffusers: what the mask leaves out has no share in attention, exactly.
+TEXT, TEXT_MASK = "encoder_hidden_states", "encoder_attention_mask"
 
 #: Keyword arguments of a diffusers network; values are tensors [B, ...] or such mappings (`added_cond_kwargs`).
 Tensors = Mapping[str, Any]
@@ -53,3 +57,93 @@ def _map(tensors: Tensors, function: Callable[[torch.Tensor], torch.Tensor]) -> 
         name: _map(value, function) if isinstance(value, Mapping) else function(value)
         for name, value in tensors.items()
     }
+
+
+class Unjoinable(ValueError):
+    """Conditionings that can't be put one after another."""
+
+
+def join(conditionings: Sequence[Any], count: int) -> Any:
+    """Return the conditionings of so many samples each as one, of all samples in order.
+
+    Args:
+        conditionings: tensors [B, ...], lists of B things, mappings, tuples and named tuples of such, `Conditioning`,
+            or None; numbers and text must be equal. Text [B, N, C] of other lengths is padded where it has a mask
+            [B, N] beside it, by the names that diffusers has for them.
+        count: B.
+
+    Raises Unjoinable, with the reason, for others: where it is not sure that samples stay apart, too.
+    """
+    return _join("the conditioning", conditionings, count)
+
+
+def _join(name: str, values: Sequence[Any], count: int) -> Any:
+    first = values[0]
+    if any(type(value) is not type(first) for value in values):
+        raise Unjoinable(f"{name} is {' and '.join(sorted({type(value).__name__ for value in values}))}")
+    if isinstance(first, torch.Tensor):
+        return _join_tensors(name, values, count)
+    if isinstance(first, Conditioning):
+        prompts = tuple(prompt for value in values for prompt in value.prompts)
+        return Conditioning(prompts, _join(name, [value.tensors for value in values], count))
+    if isinstance(first, Mapping):
+        if any(value.keys() != first.keys() for value in values):
+            missing = set().union(*values) - set(first).intersection(*values)
+            raise Unjoinable(f"only one of them has {', '.join(sorted(map(str, missing)))}")
+        values = _padded(values)
+        return {key: _join(str(key), [value[key] for value in values], count) for key in first}
+    if isinstance(first, tuple | list):
+        return _join_sequences(name, values, count)
+    if first is None or isinstance(first, str | bool | int | float):
+        if any(value != first for value in values):
+            raise Unjoinable(f"{name} is {' and '.join(map(repr, values))}")
+        return first
+    raise Unjoinable(f"{name} is {type(first).__name__}")
+
+
+def _join_tensors(name: str, values: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    kinds = {(value.dtype, value.device, value.shape[1:]) for value in values}
+    if len(kinds) > 1 or any(value.dim() == 0 or len(value) != count for value in values):
+        shapes = " and ".join(f"{value.dtype} {list(value.shape)}" for value in values)
+        raise Unjoinable(f"{name} is {shapes}, for {count} samples each")
+    return torch.cat(list(values))
+
+
+def _join_sequences(name: str, values: Sequence[Any], count: int) -> Any:
+    first = values[0]
+    if any(len(value) != len(first) for value in values):
+        raise Unjoinable(f"{name} has {' and '.join(str(len(value)) for value in values)} entries")
+    by_sample = len(first) == count and not hasattr(first, "_fields")
+    if by_sample and any(isinstance(entry, torch.Tensor) for entry in first):
+        # Entries of samples, or tensors of all samples of which there are as many: nobody can tell.
+        raise Unjoinable(f"{name} has as many tensors as there are samples")
+    if by_sample:
+        return type(first)(entry for value in values for entry in value)
+    entries = [_join(f"entry {place} of {name}", parts, count) for place, parts in enumerate(zip(*values, strict=True))]
+    return type(first)(*entries) if hasattr(first, "_fields") else type(first)(entries)
+
+
+def _padded(values: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Text of one length, where a mask tells of each which tokens are padding."""
+    shapes = {text.shape for value in values if isinstance(text := value.get(TEXT), torch.Tensor)}
+    if len(shapes) < 2:
+        return values  # and no mask is read, for which a GPU would be waited for
+    pairs = [_text_of(value) for value in values]
+    lengths = {text.shape[1] for text, _ in filter(None, pairs)}
+    if None in pairs:
+        return values
+    padded = []
+    for value, (text, mask) in zip(values, filter(None, pairs), strict=True):
+        more = max(lengths) - text.shape[1]
+        padded.append({**value, TEXT: pad(text, (0, 0, 0, more)), TEXT_MASK: pad(mask, (0, more))})
+    return padded
+
+
+def _text_of(value: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Text [B, N, C] and its mask [B, N], of which every sample has a token."""
+    text, mask = value.get(TEXT), value.get(TEXT_MASK)
+    if not isinstance(text, torch.Tensor) or not isinstance(mask, torch.Tensor):
+        return None
+    fits = text.dim() == 3 and mask.shape == text.shape[:2]
+    # Who may attend to nothing attends to all alike, padding too.
+    return (text, mask) if fits and bool(mask.any(1).all()) else None

@@ -10,7 +10,7 @@ from torch import nn
 
 from diffpp_fast.networks.conditioning import network_arguments
 from diffpp_fast.networks.last_layer import widen_last_layer
-from diffpp_fast.networks.lora import Adapters
+from diffpp_fast.networks.lora import Adapters, Part
 from diffpp_fast.precision import autocast_dtype, widen
 
 
@@ -43,11 +43,36 @@ class Denoiser(nn.Module):
         self.adapters = adapters
         self.adapter = adapter
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, conditioning: Any = None) -> torch.Tensor:
-        """x_t [B, C, H, W], cast to the network's dtype unless autocast does that, and t [B] int64 -> [B, C, H, W]."""
-        role: AbstractContextManager[Any] = (
-            nullcontext() if self.adapters is None else self.adapters.active(self.adapter)
+    def joins(self, other: object) -> bool:
+        """Whether a call of this role can predict as `other` for a part of its samples: an adapter on its weights."""
+        return (
+            self.adapters is not None
+            and self.adapters is getattr(other, "adapters", None)
+            and self.adapter is None
+            and getattr(other, "adapter", None) is not None
+            and self.dtype == getattr(other, "dtype", None)
         )
+
+    def forward(
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        conditioning: Any = None,
+        *,
+        first: tuple[Denoiser, int] | None = None,
+    ) -> torch.Tensor:
+        """x_t [B, C, H, W], cast to the network's dtype unless autocast does that, and t [B] int64 -> [B, C, H, W].
+
+        Args:
+            x_t, t: the samples.
+            conditioning: for B samples.
+            first: a role that this one `joins`, and for how many samples, the first ones, it predicts instead.
+        """
+        role: AbstractContextManager[Any] = nullcontext()
+        if first is not None and self.adapters is not None:
+            role = self.adapters.active(first[0].adapter, Part(first[1], len(x_t)))
+        elif self.adapters is not None:
+            role = self.adapters.active(self.adapter)
         precision: AbstractContextManager[Any] = nullcontext()
         if self.dtype is not None:
             precision = torch.autocast(x_t.device.type, dtype=self.dtype)

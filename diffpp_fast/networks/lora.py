@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,7 +32,51 @@ def inject(network: nn.Module, name: str, *, rank: int, alpha: float, targets: S
     layers: dict[str, Any] = {path: layer for path, layer in network.named_modules() if isinstance(layer, LoraLayer)}
     for layer in layers.values():
         layer.cast_input_dtype_enabled = False
+        if not isinstance(layer, _OnRows):
+            layer.__class__ = _on_rows(layer.__class__)
     return layers
+
+
+class Part(NamedTuple):
+    """The first `acted` of the `total` samples of a call."""
+
+    acted: int
+    total: int
+
+
+class _OnRows:
+    """A LoRA layer that can leave its adapter out for all but the first samples of a call."""
+
+    #: None: the adapter acts on all.
+    part: Part | None = None
+
+    def forward(self: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        """x [n total, ...], whose samples have n rows each, one after the other -> the layer's output."""
+        if self.part is None or not self._active_adapter:
+            whole: torch.Tensor = self._whole(x, *arguments, **options)
+            return whole
+        output: torch.Tensor = self.base_layer(x, *arguments, **options)
+        if len(x) % self.part.total:
+            raise RuntimeError(
+                f"an adapter on {self.part.acted} of {self.part.total} samples got {len(x)} rows, which these can't "
+                "share: ask for the roles in calls of their own"
+            )
+        rows = len(x) // self.part.total * self.part.acted
+        (name,) = self._active_adapter
+        if name not in self.lora_A:
+            return output
+        update = self.lora_B[name](self.lora_A[name](x[:rows])) * self.scaling[name]
+        changed = (output[:rows] + update).to(output.dtype)
+        if torch.is_grad_enabled():
+            return torch.cat([changed, output[rows:]])
+        output[:rows] = changed
+        return output
+
+
+@cache
+def _on_rows(kind: Any) -> type:
+    """Return peft's layer of this kind with the choice of rows."""
+    return type(kind.__name__, (_OnRows, kind), {"_whole": kind.forward, "__module__": kind.__module__})
 
 
 class Adapters:
@@ -75,8 +120,7 @@ class Adapters:
         # peft initialises from the global generator; what it draws is replaced below.
         with torch.random.fork_rng(devices=[]):
             self._layers = inject(self.network, name, rank=rank, alpha=alpha, targets=targets)
-        for layer in self._layers.values():
-            layer._active_adapter = []
+        self._deactivate()
         adapted = {path: layer for path, layer in self._layers.items() if name in layer.lora_A}
         parameters = {}
         for number, (path, layer) in enumerate(adapted.items()):
@@ -93,19 +137,36 @@ class Adapters:
         self.names.append(name)
         return parameters
 
+    @classmethod
+    def of(cls, network: nn.Module, name: str, layers: dict[str, Any]) -> Adapters:
+        """Return those of a network into which one adapter was injected already, as it is initialised."""
+        adapters = cls.__new__(cls)
+        adapters.network, adapters.names, adapters._layers = network, [name], layers
+        adapters._deactivate()
+        return adapters
+
+    def _deactivate(self) -> None:
+        for layer in self._layers.values():
+            layer._active_adapter = []
+
     @contextmanager
-    def active(self, name: str | None) -> Iterator[None]:
-        """Inside, the network computes with this adapter; with None, as it did before it had any."""
-        before = [layer._active_adapter for layer in self._layers.values()]
+    def active(self, name: str | None, part: Part | None = None) -> Iterator[None]:
+        """Inside, the network computes with this adapter; with None, as it did before it had any.
+
+        Args:
+            name: of the adapter.
+            part: the samples that it acts on, where not on all of a call.
+        """
+        before = [(layer._active_adapter, layer.part) for layer in self._layers.values()]
         # Not peft's `set_adapter`, which also changes what requires gradient.
         chosen = [] if name is None else [name]
         for layer in self._layers.values():
-            layer._active_adapter = chosen
+            layer._active_adapter, layer.part = chosen, part
         try:
             yield
         finally:
-            for layer, active in zip(self._layers.values(), before, strict=True):
-                layer._active_adapter = active
+            for layer, (active, rows) in zip(self._layers.values(), before, strict=True):
+                layer._active_adapter, layer.part = active, rows
 
 
 def settings_of(rank: int, alpha: float, targets: Sequence[str]) -> Any:

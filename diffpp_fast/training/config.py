@@ -461,6 +461,9 @@ class Training(Section):
     activation_checkpointing: MayChange[bool] = False
     #: torch.compile for generator, fake score and reference.
     compile: MayChange[bool] = False
+    #: The reference's passes with the prompt and without are one call, with the fake score's where both have the same
+    #: weights; null: where the call is small.
+    batched_passes: MayChange[bool | None] = None
     #: Fused blocks in these three.
     fuse: MayChange[bool] = True
     #: The kernel that attends in them; null: PyTorch's choice.

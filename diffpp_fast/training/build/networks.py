@@ -15,6 +15,7 @@ from torch import nn
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.methods.base import DIFFUSION, FAKE_ADAPTER, GENERATOR_ADAPTER, LATENT
 from diffpp_fast.networks import Denoiser, freeze, fuse, load_denoiser, set_attention
+from diffpp_fast.networks.kept_text import keep_text
 from diffpp_fast.networks.loading import is_file, open_denoiser, read_config, refuse_stored, resolve
 from diffpp_fast.networks.lora import Adapters
 from diffpp_fast.networks.quantization import quantize, refuse_kind
@@ -246,6 +247,12 @@ class Networks:
             freeze(denoiser.network)
         else:
             logger.info("reference: not frozen for its gradient, for training.fuse=false leaves its blocks as they are")
+
+    def keep_reference_text(self) -> None:
+        """Let the reference project the empty prompt once, after all roles are loaded; not for weights in motion."""
+        denoiser, adapters = self._backbone(stored_weights(self.config.models, "reference"))
+        if not adapters.names and self.config.distributed.reference == "replica" and not self.config.training.compile:
+            keep_text(denoiser.network)
 
     def place_reference(self, world: World) -> None:
         """Spreads the reference over the processes as `distributed.reference` says (collective).

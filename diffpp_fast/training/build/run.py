@@ -60,6 +60,18 @@ def make_generator(config: Config, network: nn.Module, schedule: NoiseSchedule) 
         return OneStepGenerator(network, schedule, timestep=settings.timestep, input_scale=settings.input_scale)
 
 
+def batches_passes(config: Config) -> bool | None:
+    """Return `Method.batched_passes` of a run: where the configuration leaves it open, by what calls cost.
+
+    A spread reference sends its weights in every call. What is compiled has few launches, and a code for each size.
+    """
+    if config.training.batched_passes is not None:
+        return config.training.batched_passes
+    if config.distributed.reference != "replica":
+        return True
+    return False if config.training.compile else None
+
+
 def make_method(
     config: Config,
     generator: Callable[..., Any],
@@ -74,6 +86,7 @@ def make_method(
     for key in ("time_distribution", "fake_time_distribution"):
         if key in arguments:
             arguments[key] = DISTRIBUTIONS[arguments[key].pop("name")](**arguments[key])
+    arguments["batched_passes"] = batches_passes(config)
     optimised = config.rewards.optimised
     if METHODS[settings.name].takes_reward:
         assert optimised is not None  # the schema sees to it
@@ -177,6 +190,7 @@ def build_run(
     reference, fake = networks.reference(), networks.trained("fake")
     if "reference" in METHODS[config.method.name].differentiates:
         networks.freeze_reference()
+    networks.keep_reference_text()
     if config.training.compile:
         _check_compiled(config, world, text, sampler.trained, fake, reference)
     networks.place_reference(world)
@@ -241,15 +255,17 @@ def _check_compiled(
     config: Config, world: World, text: Text, generator: Trained, fake: Trained, reference: nn.Module
 ) -> None:
     """Compare the gradients that the run takes through compiled networks with those of eager mode."""
-    conditioning = text.null().expand(config.training.micro_batch or config.training.global_batch // world.size)
+    null, samples = text.null(), config.training.micro_batch or config.training.global_batch // world.size
+    conditioning = null.expand(samples)
     dtype, shape = compute_dtype("auto", config), config.models.latent_shape
     for part in (generator, fake):
         with part.active():
             check_gradients(part.role, part.denoise, part.parameters, conditioning, shape, dtype, world.device)
     denoisers = {"fake": fake.denoise, "reference": reference}
     for role in METHODS[config.method.name].differentiates:
+        passes = 2 if batches_passes(config) and (role == "reference" or config.method.name == "sid") else 1
         with without_parameters([denoisers[role]]):
-            check_gradients(role, denoisers[role], {}, conditioning, shape, dtype, world.device)
+            check_gradients(role, denoisers[role], {}, null.expand(passes * samples), shape, dtype, world.device)
 
 
 def _load_decoder(config: Config, section: Decoder, device: torch.device) -> nn.Module:

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import flop_registry
 from diffpp_fast.methods import METHODS, Batch, Method
 from diffpp_fast.networks import Denoiser, FrozenDecoder, fuse
 from diffpp_fast.networks.last_layer import WideConv2d, WideLinear
-from diffpp_fast.networks.lora import inject
+from diffpp_fast.networks.lora import Adapters, inject
 from diffpp_fast.networks.quantization import quantized_size
-from diffpp_fast.training.build.networks import compute_dtype
+from diffpp_fast.training.build.networks import compute_dtype, stored_weights
 from diffpp_fast.training.build.run import make_generator, make_method
 from diffpp_fast.training.config import Config, Lora
 from diffpp_fast.training.planning.architectures import (
@@ -35,6 +35,8 @@ from diffpp_fast.training.planning.architectures import (
 #: (aten/src/ATen/autocast_mode.h).
 LOWER = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d.input")
 FLOAT32 = ("layer_norm", "group_norm", "softmax.int", "log_softmax.int")
+#: The name of a role's adapters.
+ADAPTER = "planned"
 
 
 @dataclass(frozen=True)
@@ -415,17 +417,20 @@ class _Book:
             if self._name != backward:
                 self.enter(backward, role, recomputed=autocast)
 
-        def called(*inputs: Any) -> Tensor:
+        def called(*inputs: Any, **options: Any) -> Tensor:
             if self._name != role + self.suffix:
                 self.enter(role + self.suffix, role)
             self.ledger.owner = role
             with self.gpu.autocast(autocast):
-                result: Tensor = call(*inputs)
+                result: Tensor = call(*inputs, **options)
             self.ledger.owner = self.update
             if result.requires_grad and role in ("fake", "reference"):
                 result.register_hook(differentiated)
             return result
 
+        if isinstance(call, Denoiser):
+            for name in ("adapters", "adapter", "dtype", "joins"):
+                setattr(called, name, getattr(call, name))
         return called
 
 
@@ -437,6 +442,8 @@ class _MetaNetworks:
         models = config.models
         self.dtype = compute_dtype("auto", config)
         self.reference_dtype = _counted(compute_dtype(models.reference.dtype, config))
+        #: Of a fake score on the reference's weights.
+        self.adapters: Adapters | None = None
         self.generator, self.fake = (self._trained(role, role in low_weights) for role in ("generator", "fake"))
         self.reference = _cast(self._network("reference"), self.reference_dtype)
         self.decoder: FrozenDecoder | None = None
@@ -459,6 +466,10 @@ class _MetaNetworks:
     def method(self, book: _Book) -> Method:
         schedule = self.architectures.schedule()
         denoisers = {role: Denoiser(getattr(self, role)) for role in ("generator", "fake", "reference")}
+        if self.adapters is not None:
+            # One network as both roles, which may be asked in one call.
+            denoisers["fake"] = Denoiser(self.fake, adapters=self.adapters, adapter=ADAPTER)
+            denoisers["reference"] = Denoiser(self.fake, adapters=self.adapters)
         for denoiser in denoisers.values():
             for layer in denoiser.modules():
                 if isinstance(layer, WideConv2d | WideLinear):
@@ -517,7 +528,10 @@ class _MetaNetworks:
     def _trained(self, role: str, low: bool) -> Any:
         network, lora = self._network(role), getattr(self.config.models, role).lora
         if lora is not None:
-            _add_adapters(_cast(network, self.reference_dtype), lora)
+            layers = _add_adapters(_cast(network, self.reference_dtype), lora)
+            models = self.config.models
+            if role == "fake" and stored_weights(models, role) == stored_weights(models, "reference"):
+                self.adapters = Adapters.of(network, ADAPTER, layers)
         elif low:
             _cast(network, self.dtype).requires_grad_(True)
         for parameter in network.parameters():
@@ -537,12 +551,13 @@ def _cast(network: Any, dtype: torch.dtype) -> Any:
     return nn.Module.to(network, dtype).requires_grad_(False)
 
 
-def _add_adapters(network: nn.Module, lora: Lora) -> None:
+def _add_adapters(network: nn.Module, lora: Lora) -> dict[str, Any]:
     with torch.device("meta"):
-        inject(network, "planned", rank=lora.rank, alpha=lora.rank, targets=lora.targets)
+        layers = inject(network, ADAPTER, rank=lora.rank, alpha=lora.rank, targets=lora.targets)
     for name, parameter in network.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
+    return layers
 
 
 def _drop(parameter: Tensor) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.training.build.networks import compute_dtype, stored_weights
+from diffpp_fast.training.build.run import batches_passes
 from diffpp_fast.training.config import Config, Zero
 from diffpp_fast.training.planning.architectures import Architectures
 from diffpp_fast.training.planning.counting import Counted, NetworkSize
@@ -73,8 +74,11 @@ class PlannedRun:
     def reference_calls(self) -> int:
         """Calls of the reference in a generator's update, for each micro-batch."""
         method = self.config.method
-        # Decoupled DMD asks for the output with the prompt at both of its noise levels.
+        # Decoupled DMD asks for the output with the prompt at both of its noise levels. A spread reference is asked for
+        # both outputs of a level in one call.
         guided = (method.guidance_scale != 1.0) * (2 if method.name == "decoupled_dmd" else 1)
+        if guided and batches_passes(self.config):
+            guided -= 1
         return (1 + guided) * (1 + self.normalizes_apart)
 
     @property
