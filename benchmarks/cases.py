@@ -277,7 +277,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, index: int
     if case.op == "reward_pixels":
         options["size"] = REWARD_SIZE
     elif case.op == "group_norm_silu":
-        options["groups"] = GROUPS
+        options["groups"] = min(GROUPS, case.shape[1])
         options["wrt"] = "all" if case.variant == "trained" else "x"
     elif case.op in LATENT_OPS:
         options = {"prediction_type": case.prediction_type, "noise": "none" if case.noise == "none" else "stored"}

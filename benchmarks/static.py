@@ -1,7 +1,7 @@
 """`python -m benchmarks static`: what every GPU kernel executes and moves, counted in its machine code, without a GPU.
 
 The public operators run on tensors of the CPU; their launches are compiled for the GPU that is named and walked
-(`walk.Walk`), not launched. Instructions are those of threads, divided by the elements of the operator's tensor: every
+(`walk`), not launched. Instructions are those of threads, divided by the elements of the operator's tensor: every
 instruction takes a warp's slot of issue, also where a thread takes no part. The cap is the share of the copy bandwidth
 that issuing them leaves possible. Latency, occupancy, conflicts of banks and what the caches hold are not seen.
 """

@@ -151,8 +151,11 @@ def kernels(op: str, device: torch.device, dtype: torch.dtype, elements: int | N
     Raises:
         RuntimeError: the requested backend can't serve, or with "auto" none can; the message says why.
     """
-    small = elements is not None and not torch.compiler.is_compiling() and elements <= SMALL
-    return _loaded[_choose(op, device, dtype, small)]
+    if torch.compiler.is_compiling():
+        return _loaded[_choose(op, device, dtype, False)]
+    small = elements is not None and elements <= SMALL
+    chosen = _chosen.get((op, _requested.get(), device, dtype, small))
+    return _loaded[_choose(op, device, dtype, small) if chosen is None else chosen]
 
 
 # torch.compile can't trace context variables and imports: it fixes the choice when it traces.

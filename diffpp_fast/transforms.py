@@ -10,6 +10,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _functional = torch._C._are_functorch_transforms_active
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def decided_when_traced(function: Callable[P, R]) -> Callable[P, R]:
@@ -42,4 +43,4 @@ def batched(tensor: object) -> bool:
     # torch.compile can't trace the question, and never has such a tensor.
     if torch.compiler.is_compiling():
         return False
-    return isinstance(tensor, torch.Tensor) and torch._C._functorch.is_legacy_batchedtensor(tensor)
+    return isinstance(tensor, torch.Tensor) and _is_batched(tensor)

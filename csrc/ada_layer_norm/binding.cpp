@@ -35,11 +35,6 @@ class Modulation {
   PerColumn view_;
 };
 
-Tensor empty_rows(const Shape& shape, ScalarType dtype, const Tensor& beside) {
-  const int64_t sizes[] = {shape.batch, shape.rows};
-  return torch::stable::empty({sizes, 2}, dtype, std::nullopt, beside.device());
-}
-
 // x [B, ..., D], scale and shift [B, D] -> y like x; mean and rstd [B, rows] in the compute dtype.
 std::tuple<Tensor, Tensor, Tensor> outputs(const Tensor& x, const Tensor& scale, const Tensor& shift, double eps) {
   constexpr auto op = "ada_layer_norm";
@@ -47,10 +42,11 @@ std::tuple<Tensor, Tensor, Tensor> outputs(const Tensor& x, const Tensor& scale,
   const Dtype dtype = dtype_of(op, "x", x);
   const Tensor ordered = dense(x);
   const Modulation scales(op, "scale", scale, shape, dtype), shifts(op, "shift", shift, shape, dtype);
-  Tensor y = torch::stable::empty_like(x);
-  const Tensor written = y.is_contiguous() ? y : torch::stable::empty_like(ordered);
+  Tensor y = uninitialised_like(x);
+  const Tensor written = y.is_contiguous() ? y : uninitialised_like(ordered);
   prefer_huge_pages(written);
-  Tensor mean = empty_rows(shape, compute_dtype(dtype), x), rstd = empty_rows(shape, compute_dtype(dtype), x);
+  Tensor mean = empty_matrix(shape.batch, shape.rows, compute_dtype(dtype), x);
+  Tensor rstd = empty_matrix(shape.batch, shape.rows, compute_dtype(dtype), x);
   const Forward arguments{
       .shape = shape,
       .dtype = dtype,
@@ -86,12 +82,11 @@ std::tuple<Tensor, Tensor, Tensor> gradients(
   check_saved(op, "rstd", rstd, shape, dtype);
   const Tensor ordered = dense(x), ordered_grad = dense(grad_output);
   const Modulation scales(op, "scale", scale, shape, dtype);
-  Tensor grad_x = needs_x ? torch::stable::empty_like(x) : empty_vector(0, x.scalar_type(), x);
-  const Tensor written = grad_x.is_contiguous() ? grad_x : torch::stable::empty_like(ordered);
+  Tensor grad_x = needs_x ? uninitialised_like(x) : empty_vector(0, x.scalar_type(), x);
+  const Tensor written = grad_x.is_contiguous() ? grad_x : uninitialised_like(ordered);
   prefer_huge_pages(written);
   const auto modulation = [&](bool needed) {
-    const int64_t sizes[] = {shape.batch, shape.width};
-    return needed ? torch::stable::empty({sizes, 2}, scale.scalar_type(), std::nullopt, x.device())
+    return needed ? empty_matrix(shape.batch, shape.width, scale.scalar_type(), x)
                   : empty_vector(0, scale.scalar_type(), x);
   };
   const Tensor grad_scale = modulation(needs_scale), grad_shift = modulation(needs_shift);

@@ -63,6 +63,33 @@ inline void check_same_dtype(const char* op, const char* name, const Tensor& ten
       torch::headeronly::toString(like.scalar_type()));
 }
 
+// Uninitialised. torch::stable::empty and empty_like look their operator up by name, in every call, and cost twice as much.
+inline Tensor empty_strided(
+    torch::headeronly::IntHeaderOnlyArrayRef sizes, torch::headeronly::IntHeaderOnlyArrayRef strides, ScalarType dtype,
+    const Tensor& beside) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  int32_t type = 0;
+  int32_t index = 0;
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(beside.get(), &index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), to<int32_t>(from(dtype)), type, index, &made));
+  return Tensor(made);
+}
+
+inline Tensor empty_vector(int64_t n, ScalarType dtype, const Tensor& beside) {
+  const int64_t stride = 1;
+  return empty_strided({&n, 1}, {&stride, 1}, dtype, beside);
+}
+
+inline Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype, const Tensor& beside) {
+  const int64_t sizes[] = {rows, columns};
+  const int64_t strides[] = {columns > 1 ? columns : 1, 1};
+  return empty_strided({sizes, 2}, {strides, 2}, dtype, beside);
+}
+
 inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
@@ -78,6 +105,12 @@ inline bool is_channels_last(const Tensor& tensor) {
     if (axis == 0) break;
   }
   return true;
+}
+
+// What torch.empty_like returns, which keeps the strides of a tensor that fills its memory.
+inline Tensor uninitialised_like(const Tensor& like) {
+  if (like.numel() == 0 || !(like.is_contiguous() || is_channels_last(like))) return torch::stable::empty_like(like);
+  return empty_strided(like.sizes(), like.strides(), like.scalar_type(), like);
 }
 
 // The order in which a call works: that of its first tensor if kernels know it, else row-major. Other tensors are copied into
@@ -137,7 +170,7 @@ inline void prefer_huge_pages([[maybe_unused]] const Tensor& tensor) {
 // A result in a memory format of its own (that of `like`), written by a kernel in the order of the call.
 class Result {
  public:
-  Result(const Tensor& like, const Order& order) : Result(torch::stable::empty_like(like), order, like.scalar_type()) {}
+  Result(const Tensor& like, const Order& order) : Result(uninitialised_like(like), order, like.scalar_type()) {}
 
   // `result`, uninitialised, of this dtype.
   Result(Tensor result, const Order& order, ScalarType dtype)
@@ -156,10 +189,6 @@ class Result {
   Tensor result_;
   Tensor written_;
 };
-
-inline Tensor empty_vector(int64_t n, ScalarType dtype, const Tensor& beside) {
-  return torch::stable::empty({&n, 1}, dtype, std::nullopt, beside.device());
-}
 
 inline PerSample per_sample(const char* op, const char* name, const Tensor& values, int64_t batch) {
   STD_TORCH_CHECK(

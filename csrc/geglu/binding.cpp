@@ -37,8 +37,8 @@ Tensor gradient(const Tensor& grad_output, const Tensor& x) {
       grad_output.numel() == shape.rows * shape.half, op, ": grad_output must have half the elements of x");
   check_same_dtype(op, "grad_output", grad_output, x);
   const Tensor ordered = dense(x), ordered_grad = dense(grad_output);
-  Tensor grad_x = torch::stable::empty_like(x);
-  const Tensor written = grad_x.is_contiguous() ? grad_x : torch::stable::empty_like(ordered);
+  Tensor grad_x = uninitialised_like(x);
+  const Tensor written = grad_x.is_contiguous() ? grad_x : uninitialised_like(ordered);
   prefer_huge_pages(written);
   const Backward arguments{
       .shape = shape,

@@ -50,11 +50,6 @@ Tensor with_offset(const Tensor& x, const optional<Tensor>& offset) {
   return added(x, column);
 }
 
-Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype, const Tensor& beside) {
-  const int64_t sizes[] = {rows, columns};
-  return torch::stable::empty({sizes, 2}, dtype, std::nullopt, beside.device());
-}
-
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // x [B, C, ...], residual like x, weight [C], bias [C], offset [B, C] -> y and x + residual like x; mean and rstd

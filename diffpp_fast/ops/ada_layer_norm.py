@@ -4,13 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from diffpp_fast import transforms
 from diffpp_fast.availability import fake
 from diffpp_fast.backends import kernels, register
 from diffpp_fast.ops import checks
-from diffpp_fast.ops.autograd import needs_gradient, only_needed, recorded
+from diffpp_fast.ops.autograd import Operator, needs_gradient, only_needed, recorded, straight
 from diffpp_fast.plain import compute_dtype, stored_like
 
 
@@ -59,7 +58,7 @@ def ada_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -
     if transforms.active():
         y, _, _ = forward(x, scale, shift, eps)
     elif needs_gradient(x, scale, shift):
-        y = _AdaLayerNorm.apply(x, scale, shift, eps)
+        y = _AdaLayerNorm.directly(x, scale, shift, eps)
     else:
         y, _, _ = kernels(op, x.device, x.dtype).forward(x, scale, shift, eps)
     return y
@@ -106,7 +105,8 @@ def _rows(x: Tensor) -> Tensor:
     return x.to(compute_dtype(x)).reshape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1])
 
 
-class _AdaLayerNorm(Function):
+@straight
+class _AdaLayerNorm(Operator):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
         ctx.kernels = kernels("ada_layer_norm", x.device, x.dtype)

@@ -4,13 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from diffpp_fast.availability import fake
 from diffpp_fast.backends import kernels, register
 from diffpp_fast.noise import Noise
 from diffpp_fast.ops import checks
-from diffpp_fast.ops.autograd import by_definition, needs_gradient, recorded
+from diffpp_fast.ops.autograd import Operator, by_definition, needs_gradient, recorded, straight
 from diffpp_fast.philox import normal_like
 from diffpp_fast.plain import compute_dtype, per_sample, stored_like
 
@@ -49,7 +48,7 @@ def add_noise(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Noise | Tensor) -
     if by_definition(alpha, sigma, eps):
         x_t = forward(x0, alpha, sigma, eps, seed, stream)
     elif needs_gradient(x0):
-        x_t = _AddNoise.apply(x0, (alpha, sigma, eps, seed, stream))
+        x_t = _AddNoise.directly(x0, (alpha, sigma, eps, seed, stream))
     else:
         x_t = kernels(op, x0.device, x0.dtype, x0.numel()).forward(x0, alpha, sigma, eps, seed, stream)
     return checks.cast(x_t, dtype)
@@ -68,7 +67,8 @@ def backward(grad_output: Tensor, alpha: Tensor) -> Tensor:
     return stored_like(scaled, grad_output)
 
 
-class _AddNoise(Function):
+@straight
+class _AddNoise(Operator):
     @staticmethod
     def forward(ctx: Any, x0: Tensor, others: tuple[Any, ...]) -> Tensor:
         ctx.kernels = kernels("add_noise", x0.device, x0.dtype, x0.numel())

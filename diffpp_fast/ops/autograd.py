@@ -14,6 +14,8 @@ from torch.autograd import Function
 
 from diffpp_fast import transforms
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
 
 def needs_gradient(*tensors: object) -> bool:
     """Whether autograd will ask for a gradient. Where it won't, an operator saves the microseconds of its Function."""
@@ -40,12 +42,44 @@ def recorded(*gradients: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return torch.is_grad_enabled() or transforms.active() or any(map(transforms.batched, gradients))
+    if torch.is_grad_enabled() or transforms.active():
+        return True
+    # Not `any`, whose generator takes as long as all else.
+    for gradient in gradients:  # noqa: SIM110
+        if gradient is not None and transforms.batched(gradient):
+            return True
+    return False
 
 
 def only_needed(gradients: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """Return the gradients as autograd takes them: None where a kernel left an empty tensor, for none was needed."""
+    if False not in needs:
+        return tuple(gradients)
     return tuple([gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)])
+
+
+class Operator(Function):
+    """An operator's boundary with autograd. No transform is active where it is applied: `by_definition` rules."""
+
+    @classmethod
+    def directly(cls, *arguments: Any) -> Any:
+        """`apply` without what it does for transforms in Python, which takes longer than a small kernel."""
+        if torch.compiler.is_compiling():
+            return cls.apply(*arguments)
+        for value in arguments:
+            # Of a transform that is over: `apply` takes the wrapping off.
+            if isinstance(value, Tensor) and _is_wrapped(value):
+                return cls.apply(*arguments)
+        return super(Function, cls).apply(*arguments)  # type: ignore[misc]
+
+
+def straight(function: type[Operator]) -> type[Operator]:
+    """`function`, whose backward pass autograd calls itself, and not through a method of torch's that looks it up."""
+    # A class of torch's own for each Function, of which `apply` is what the engine calls.
+    backward_class: Any = getattr(function, "_backward_cls", None)
+    if backward_class is not None:
+        backward_class.apply = function.backward
+    return function
 
 
 class _Refused(Function):

@@ -56,23 +56,31 @@ def per_sample(op: str, batch: int, tensors: Mapping[str, Tensor | None]) -> Non
     shape = (batch,)
     # A tracer's and a transform's tensors have no values, and elsewhere reading one would wait for the device.
     readable = not (torch.compiler.is_compiling() or transforms.functional())
-    total, read = 0.0, {}
-    for name, tensor in tensors.items():
+    total = 0.0
+    for tensor in tensors.values():
         if tensor is None:
             continue
         if tensor.shape != shape:
-            raise ValueError(f"{op}: {name} must have shape [B] = [{batch}], got {list(tensor.shape)}")
+            raise _not_per_sample(op, shape, tensors)
         if readable and tensor.is_cpu and type(tensor) is Tensor:
-            read[name] = values = tensor.tolist()
-            total += sum(values)
-    if not math.isfinite(total):
-        _refuse_not_finite(op, read)
+            total += sum(tensor.tolist())
+    # True of NaN and infinity alone.
+    if total - total != 0.0:
+        _refuse_not_finite(op, tensors)
 
 
-def _refuse_not_finite(op: str, read: Mapping[str, Sequence[float]]) -> None:
+def _not_per_sample(op: str, shape: tuple[int], tensors: Mapping[str, Tensor | None]) -> ValueError:
+    wrong = ((name, tensor.shape) for name, tensor in tensors.items() if tensor is not None and tensor.shape != shape)
+    name, got = next(wrong)
+    return ValueError(f"{op}: {name} must have shape [B] = [{shape[0]}], got {list(got)}")
+
+
+def _refuse_not_finite(op: str, tensors: Mapping[str, Tensor | None]) -> None:
     """Raise ValueError for the first number that is not finite; there may be none where only the sum is too large."""
-    for name, values in read.items():
-        for b, value in enumerate(values):
+    for name, tensor in tensors.items():
+        if tensor is None or not tensor.is_cpu:
+            continue
+        for b, value in enumerate(tensor.tolist()):
             if not math.isfinite(value):
                 raise ValueError(f"{op}: {name} must be finite, got {value} for sample {b}")
 

@@ -4,13 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from diffpp_fast.availability import fake
 from diffpp_fast.backends import kernels, register
 from diffpp_fast.noise import Noise
 from diffpp_fast.ops import checks
-from diffpp_fast.ops.autograd import by_definition, needs_gradient, recorded
+from diffpp_fast.ops.autograd import Operator, by_definition, needs_gradient, recorded, straight
 from diffpp_fast.plain import compute_dtype, per_sample, stored_like, sum_per_sample
 from diffpp_fast.prediction import PREDICTION_TYPES, regression_target
 
@@ -68,7 +67,7 @@ def denoising_loss(
     if by_definition(x0, eps, alpha, sigma, weight):
         loss, _ = forward(*arguments, False)
     elif needs_gradient(prediction):
-        loss, _ = _DenoisingLoss.apply(prediction, arguments[1:])
+        loss, _ = _DenoisingLoss.directly(prediction, arguments[1:])
     else:
         loss, _ = kernels(op, prediction.device, prediction.dtype, prediction.numel()).forward(*arguments, False)
     return loss
@@ -108,7 +107,8 @@ def backward(grad_output: Tensor, residual: Tensor, weight: Tensor | None) -> Te
     return stored_like(scale * residual.to(dtype), residual)
 
 
-class _DenoisingLoss(Function):
+@straight
+class _DenoisingLoss(Operator):
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, others: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """Return the loss and the residual, an output so that second derivatives can go through it."""

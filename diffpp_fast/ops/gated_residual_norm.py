@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from diffpp_fast import transforms
 from diffpp_fast.backends import kernels, register
 from diffpp_fast.ops import checks
-from diffpp_fast.ops.autograd import needs_gradient, only_needed, recorded
+from diffpp_fast.ops.autograd import Operator, needs_gradient, only_needed, recorded, straight
 from diffpp_fast.plain import compute_dtype, stored_like
 
 NORMS = ("layer", "rms")
@@ -89,7 +88,7 @@ def gated_residual_norm(
     if transforms.active():
         hidden, modulated, _, _ = forward(*arguments)
     elif needs_gradient(*arguments):
-        hidden, modulated = _GatedResidualNorm.apply(*arguments)
+        hidden, modulated = _GatedResidualNorm.directly(*arguments)
     else:
         hidden, modulated, _, _ = kernels(op, residual.device, residual.dtype).forward(*arguments)
     return hidden, modulated
@@ -302,7 +301,8 @@ def _summed(grad: Tensor, values: Tensor) -> Tensor:
     return (grad if values.dim() == 3 else grad.sum(dim=1)).to(values.dtype)
 
 
-class _GatedResidualNorm(Function):
+@straight
+class _GatedResidualNorm(Operator):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         residual, branch, gate, weight, scale, shift, ctx.eps, layer = arguments

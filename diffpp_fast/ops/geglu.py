@@ -4,13 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from diffpp_fast import transforms
 from diffpp_fast.availability import fake
 from diffpp_fast.backends import kernels, register
 from diffpp_fast.ops import checks
-from diffpp_fast.ops.autograd import needs_gradient, recorded
+from diffpp_fast.ops.autograd import Operator, needs_gradient, recorded, straight
 from diffpp_fast.plain import compute_dtype, stored_like
 
 
@@ -42,7 +41,7 @@ def geglu(x: Tensor) -> Tensor:
     if transforms.active():
         y = forward(x)
     elif needs_gradient(x):
-        y = _Geglu.apply(x)
+        y = _Geglu.directly(x)
     else:
         y = kernels(op, x.device, x.dtype).forward(x)
     return y
@@ -63,7 +62,8 @@ def backward(grad_output: Tensor, x: Tensor) -> Tensor:
     return stored_like(torch.cat((grad * (b * below), grad * a * (below + b * density)), dim=-1), x)
 
 
-class _Geglu(Function):
+@straight
+class _Geglu(Operator):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.kernels = kernels("geglu", x.device, x.dtype)

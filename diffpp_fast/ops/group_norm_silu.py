@@ -4,14 +4,13 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from diffpp_fast import transforms
 from diffpp_fast.arguments import integer
 from diffpp_fast.availability import fake
 from diffpp_fast.backends import kernels, register
 from diffpp_fast.ops import checks
-from diffpp_fast.ops.autograd import needs_gradient, only_needed, recorded
+from diffpp_fast.ops.autograd import Operator, needs_gradient, only_needed, recorded, straight
 from diffpp_fast.plain import compute_dtype, stored_like
 
 ACTIVATIONS = ("silu", "identity")
@@ -94,9 +93,9 @@ def group_norm_silu(
     num_groups = integer(op, "num_groups", num_groups)
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"{op}: num_groups must divide the {channels} channels, got {num_groups}")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape != (channels,):
-            raise ValueError(f"{op}: {name} must have shape [C] = [{channels}], got {list(parameter.shape)}")
+    per_channel = (channels,)
+    if (weight is not None and weight.shape != per_channel) or (bias is not None and bias.shape != per_channel):
+        _refuse_parameters(op, channels, weight=weight, bias=bias)
     if residual is not None:
         if offset is not None:
             raise ValueError(f"{op}: takes a residual or an offset, not both")
@@ -115,11 +114,17 @@ def group_norm_silu(
     if transforms.active():
         y, _, _ = forward(x, num_groups, weight, bias, eps, silu, offset)
     elif needs_gradient(x, weight, bias, offset):
-        y = _GroupNormSilu.apply(x, weight, bias, offset, (num_groups, eps, silu))
+        y = _GroupNormSilu.directly(x, weight, bias, offset, (num_groups, eps, silu))
     else:
         serving = kernels(op, x.device, x.dtype, x.numel())
         y, _, _ = serving.forward(x, num_groups, weight, bias, eps, silu, offset)
     return y
+
+
+def _refuse_parameters(op: str, channels: int, **parameters: Tensor | None) -> None:
+    for name, parameter in parameters.items():
+        if parameter is not None and parameter.shape != (channels,):
+            raise ValueError(f"{op}: {name} must have shape [C] = [{channels}], got {list(parameter.shape)}")
 
 
 def _of_sum(
@@ -130,7 +135,7 @@ def _of_sum(
     if transforms.active():
         y, total, _, _ = forward_of_sum(x, residual, num_groups, weight, bias, eps, silu)
     elif needs_gradient(x, residual, weight, bias):
-        y, total = _GroupNormSiluOfSum.apply(x, residual, weight, bias, (num_groups, eps, silu))
+        y, total = _GroupNormSiluOfSum.directly(x, residual, weight, bias, (num_groups, eps, silu))
     else:
         serving = kernels("group_norm_silu", x.device, x.dtype, x.numel())
         y, total, _, _ = serving.group_norm_silu_of_sum(x, residual, num_groups, weight, bias, eps, silu)
@@ -230,7 +235,8 @@ def _sum_per_channel(values: Tensor) -> Tensor:
     return values.sum(dim=[axis for axis in range(values.dim()) if axis != 1])
 
 
-class _GroupNormSilu(Function):
+@straight
+class _GroupNormSilu(Operator):
     @staticmethod
     def forward(
         ctx: Any,
@@ -240,12 +246,11 @@ class _GroupNormSilu(Function):
         offset: Tensor | None,
         numbers: tuple[int, float, bool],
     ) -> Tensor:
-        num_groups, ctx.eps, ctx.silu = numbers
-        ctx.kernels = kernels("group_norm_silu", x.device, x.dtype, x.numel())
+        ctx.numbers = num_groups, eps, silu = numbers
+        ctx.kernels = serving = kernels("group_norm_silu", x.device, x.dtype, x.numel())
         y: Tensor
-        y, mean, rstd = ctx.kernels.forward(x, num_groups, weight, bias, ctx.eps, ctx.silu, offset)
+        y, mean, rstd = serving.forward(x, num_groups, weight, bias, eps, silu, offset)
         ctx.save_for_backward(x, mean, rstd, weight, bias, offset)
-        ctx.offset_dtype = None if offset is None else offset.dtype
         return y
 
     @staticmethod
@@ -258,11 +263,12 @@ class _GroupNormSilu(Function):
             assert grad_x is not None
             # Every pixel of a channel has it.
             grad_offset = grad_x.sum(dim=list(range(2, grad_x.dim()))) if grad_x.dim() > 2 else grad_x
-            grad_offset = grad_offset.to(ctx.offset_dtype)
+            grad_offset = grad_offset.to(ctx.saved_tensors[5].dtype)
         return grad_x if needs_x else None, grad_weight, grad_bias, grad_offset, None
 
 
-class _GroupNormSiluOfSum(Function):
+@straight
+class _GroupNormSiluOfSum(Operator):
     @staticmethod
     def forward(
         ctx: Any,
@@ -272,14 +278,12 @@ class _GroupNormSiluOfSum(Function):
         bias: Tensor | None,
         numbers: tuple[int, float, bool],
     ) -> tuple[Tensor, Tensor]:
-        num_groups, ctx.eps, ctx.silu = numbers
-        ctx.kernels = kernels("group_norm_silu", x.device, x.dtype, x.numel())
+        ctx.numbers = num_groups, eps, silu = numbers
+        ctx.kernels = serving = kernels("group_norm_silu", x.device, x.dtype, x.numel())
         ctx.set_materialize_grads(False)
         y: Tensor
         total: Tensor
-        y, total, mean, rstd = ctx.kernels.group_norm_silu_of_sum(
-            x, residual, num_groups, weight, bias, ctx.eps, ctx.silu
-        )
+        y, total, mean, rstd = serving.group_norm_silu_of_sum(x, residual, num_groups, weight, bias, eps, silu)
         ctx.save_for_backward(total, mean, rstd, weight, bias, None)
         return y, total
 
@@ -298,11 +302,12 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return those of x, weight and bias, each where it is needed."""
     x, mean, rstd, weight, bias, offset = ctx.saved_tensors
+    num_groups, eps, silu = ctx.numbers
     differentiate = ctx.kernels.backward
     if recorded(grad_output, grad_sum):
         differentiate = backward
-        _, mean, rstd = forward(x, mean.shape[1], weight, bias, ctx.eps, ctx.silu, offset)  # which depend on x
-    grads = differentiate(grad_output, grad_sum, x, mean, rstd, weight, bias, offset, ctx.silu, *needs)
+        _, mean, rstd = forward(x, num_groups, weight, bias, eps, silu, offset)  # which depend on x
+    grads = differentiate(grad_output, grad_sum, x, mean, rstd, weight, bias, offset, silu, *needs)
     return only_needed(grads, needs)
 
 

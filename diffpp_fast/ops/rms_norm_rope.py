@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from diffpp_fast.backends import kernels, register
 from diffpp_fast.ops import checks
-from diffpp_fast.ops.autograd import by_definition, needs_gradient, only_needed, recorded
+from diffpp_fast.ops.autograd import Operator, by_definition, needs_gradient, only_needed, recorded, straight
 from diffpp_fast.plain import compute_dtype, stored_like
 
 
@@ -72,7 +71,7 @@ def rms_norm_rope(
     if by_definition(cos, sin):
         y = forward(tokens, cos, sin, weight, eps, interleaved)
     elif needs_gradient(x, weight):
-        y = _RmsNormRope.apply(tokens, cos, sin, weight, eps, interleaved)
+        y = _RmsNormRope.directly(tokens, cos, sin, weight, eps, interleaved)
     else:
         y = kernels(op, x.device, x.dtype).forward(tokens, cos, sin, weight, eps, interleaved)
     return y if sequence_dim == 1 else y.transpose(1, 2)
@@ -137,7 +136,8 @@ def _rotated(y: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((-b, a), dim=-1)
 
 
-class _RmsNormRope(Function):
+@straight
+class _RmsNormRope(Operator):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, interleaved: bool
