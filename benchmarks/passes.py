@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.cases import check_known
 from benchmarks.step_networks import MODELS, twin
@@ -42,7 +42,7 @@ def network_of(model: str, latent: int) -> tuple[Any, int, int]:
     )
 
 
-def ways_of(model: str, latent: int, batch: int, device: torch.device) -> dict[str, Callable[[], Tensor]]:
+def ways_of(model: str, latent: int, batch: int, device: torch.device) -> dict[str, Callable[[], Any]]:
     """Return how to ask for both predictions, by name; each gives them as one tensor [2 batch, ...]."""
     with torch.random.fork_rng(), device:
         torch.manual_seed(0)

@@ -17,7 +17,7 @@ from diffpp_fast.methods.outputs import check_differentiable, check_output
 from diffpp_fast.networks.conditioning import Unjoinable, join
 
 #: Positions of the latents of all samples of a call up to which calls are made as one, where nothing else is asked for.
-#: Measured on a CPU: 1.2 to 1.4x faster at up to half of this, as fast at this, 1 % slower beyond.
+#: Measured on a CPU: 1.01 to 1.4x faster at up to half of this, 0.91 to 1.08x at this, 1 % slower beyond.
 MOST_ON_CPU = 2 * 64 * 64
 #: Not measured: eight pictures of 512 pixels, about where a GPU's time is no longer that of launches.
 MOST_ON_GPU = 8 * 64 * 64
