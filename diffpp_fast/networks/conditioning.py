@@ -26,7 +26,11 @@ class Conditioning:
         return Conditioning(self.prompts[part], _map(self.tensors, lambda tensor: tensor[part]))
 
     def to(self, device: torch.device | str) -> Conditioning:
-        return Conditioning(self.prompts, _map(self.tensors, lambda tensor: tensor.to(device)))
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Conditioning:
+        """The same prompts with something done to every tensor."""
+        return Conditioning(self.prompts, _map(self.tensors, function))
 
     def expand(self, count: int) -> Conditioning:
         """The same single prompt `count` times, without copying."""

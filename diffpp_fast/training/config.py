@@ -455,6 +455,8 @@ class Training(Section):
     activation_checkpointing: MayChange[bool] = False
     #: torch.compile for generator, fake score and reference.
     compile: MayChange[bool] = False
+    #: CUDA graphs of the losses and gradients of both updates, recorded before the first step.
+    capture: MayChange[bool] = False
     #: Fused blocks in these three.
     fuse: MayChange[bool] = True
     #: The kernel that attends in them; null: PyTorch's choice.
