@@ -14,6 +14,7 @@ import method_cases
 import pytest
 import tiny
 import torch
+from capture_check import ALLOWED, Again, differences
 from test_trainer import QUIET, assert_equal, records, weights
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -59,31 +60,9 @@ class Watch(TorchDispatchMode):
         return frame is not None and frame.f_code.co_filename.endswith(CPU_ONLY)
 
 
-class Again:
-    """In place of CUDA graphs: does the recorded work again on the same inputs."""
-
-    def __init__(self) -> None:
-        self.replays = self.recorded = 0
-
-    def rehearse(self, work: Callable[[], T], *, watch: bool) -> T:
-        if not watch:
-            return work()
-        with Watch():
-            return work()
-
-    def record(self, work: Callable[[], T]) -> Callable[[], T]:
-        self.recorded += 1
-
-        def replay() -> T:
-            self.replays += 1
-            return work()
-
-        return replay
-
-
 @pytest.fixture
 def tape(monkeypatch: pytest.MonkeyPatch) -> Again:
-    again = Again()
+    again = Again(Watch)
     monkeypatch.setattr("diffpp_fast.training.trainer.make_tape", lambda *_: again)
     return again
 
@@ -170,6 +149,11 @@ def test_a_captured_run_is_the_uncaptured_one_to_the_bit(
     assert tape.recorded and tape.replays >= 4
     assert_equal(weights(captured, 2), weights(plain, 2))
     assert figures(captured) == figures(plain)
+
+
+def test_the_check_for_gpus_compares_all_weights() -> None:
+    found = differences("cpu", steps=1)
+    assert len(found) > 200 and max(found.values()) <= ALLOWED
 
 
 def test_a_captured_run_goes_on_where_an_uncaptured_one_ended(

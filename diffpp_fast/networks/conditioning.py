@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from diffpp_fast import transforms
+
 #: Keyword arguments of a diffusers network; values are tensors [B, ...] or such mappings (`added_cond_kwargs`).
 Tensors = Mapping[str, Any]
 
@@ -42,17 +44,27 @@ class Conditioning:
 
 
 def network_arguments(conditioning: Conditioning | Tensors | torch.Tensor | None) -> dict[str, Any]:
-    """Keyword arguments for a diffusers network; a bare tensor is taken for `encoder_hidden_states`."""
+    """Keyword arguments for a diffusers network; a bare tensor is taken for `encoder_hidden_states`.
+
+    Tensors are contiguous: of an expanded one, as the empty prompt's is, every layer would make a copy of its own. So
+    torch.compile, which makes a graph for other strides and for views, meets one kind of tensor.
+    """
     if conditioning is None:
         return {}
     if isinstance(conditioning, Conditioning):
-        return dict(conditioning.tensors)
+        conditioning = conditioning.tensors
     if isinstance(conditioning, torch.Tensor):
-        return {"encoder_hidden_states": conditioning}
-    return dict(conditioning)
+        conditioning = {"encoder_hidden_states": conditioning}
+    return _map(conditioning, lambda value: _whole(value) if isinstance(value, torch.Tensor) else value)
 
 
-def _map(tensors: Tensors, function: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor contiguous and, where it has no derivative, as no view of another."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.requires_grad or transforms.active() else tensor.detach()
+
+
+def _map(tensors: Tensors, function: Callable[[Any], Any]) -> dict[str, Any]:
     return {
         name: _map(value, function) if isinstance(value, Mapping) else function(value)
         for name, value in tensors.items()

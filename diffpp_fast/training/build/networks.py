@@ -22,6 +22,7 @@ from diffpp_fast.networks.text import refuse_stored_text
 from diffpp_fast.networks.weight_files import holds_weights
 from diffpp_fast.noise import Noise
 from diffpp_fast.training.build.agreement import naming
+from diffpp_fast.training.build.compiling import Mode, compile_network, repeated_blocks
 from diffpp_fast.training.config import Config, Dtype, Lora, Models, TextEncoderSection, WeightsSection
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import place_reference
@@ -326,7 +327,9 @@ class Networks:
             with naming("training.activation_checkpointing", stored.path):
                 network.enable_gradient_checkpointing(_recompute)
         if training.compile:
-            refuse_known_faults(network, fused=training.fuse, device=self.device)
-            logger.info("%s: torch.compile compiles it in the first steps, which takes minutes", stored.key)
-            network.compile()
+            mode: Mode = "regional" if training.compile is True else training.compile
+            if mode == "whole" or not repeated_blocks(network):
+                refuse_known_faults(network, fused=training.fuse, device=self.device)
+            count = compile_network(network, mode)
+            logger.info("%s: torch.compile compiles %d modules of it in the first steps", stored.key, count)
         return denoiser
