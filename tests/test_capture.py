@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -224,6 +225,19 @@ def test_nothing_is_timed_inside_a_graph() -> None:
     with phases("graph"), phases.muted(), phases("inside"):
         pass
     assert phases.take().keys() == {"graph", "other"}
+
+
+def test_no_kernel_of_csrc_does_what_a_capture_forbids() -> None:
+    forbidden = re.compile(
+        r"\bcuda(Malloc|Free|Mem(set|cpy)|\w*Synchronize|StreamDefault|StreamLegacy)|<<<[^>]*, *0>>>"
+    )
+    files = [*Path(__file__).parents[1].glob("csrc/**/*.cu*"), *Path(__file__).parents[1].glob("csrc/**/*.h")]
+    launches = 0
+    for file in files:
+        text = file.read_text()
+        assert not forbidden.search(text), file
+        launches += text.count("<<<")
+    assert launches > 20
 
 
 def networks() -> Iterator[nn.Module]:
