@@ -119,8 +119,9 @@ class NoiseSchedule:
         if not isinstance(t, Tensor) or t.dtype != torch.int64 or t.dim() != 1:
             got = f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
             raise ValueError(f"NoiseSchedule: t must be an int64 tensor of shape [B], got {got}")
-        # On a GPU the gather asserts the range on the device; reading it here would wait for it.
-        if t.device.type == "cpu" and not torch.compiler.is_compiling() and ((t < 0) | (t >= len(self))).any():
+        # On a GPU the gather asserts the range on the device; reading it would wait for it. A tracer has no values.
+        readable = t.device.type == "cpu" and type(t) is Tensor and not torch.compiler.is_compiling()
+        if readable and ((t < 0) | (t >= len(self))).any():
             raise ValueError(f"NoiseSchedule: t must be in [0, {len(self)}), got {t.tolist()}")
         if t.device not in self._tables:
             self._tables[t.device] = self._tables[torch.device("cpu")].to(t.device)

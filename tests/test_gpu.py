@@ -36,6 +36,8 @@ SESSION = gpu_session.current or (Session(rehearse=False) if torch.cuda.is_avail
 GATE, SANITIZER, TESTS, BUILD, PLAN = 170.0, 150.0, 170.0, 200.0, 60.0
 #: The exit code of compute-sanitizer when it has found errors.
 SANITIZER_ERRORS = 86
+#: What a run needs besides torch.
+TRAINING = ("diffusers", "pydantic", "safetensors", "transformers", "yaml")
 FILES = ("test_triton_*.py", "test_ops_*.py", "test_noise.py")
 
 
@@ -104,9 +106,15 @@ def plan(session: Session) -> Check:
     return Check("plan", python(ROOT / "tests/planning_check.py", "--device", session.device.type), PLAN)
 
 
+def captured(session: Session) -> Check:
+    """Both updates in CUDA graphs against uncaptured ones."""
+    command = python(ROOT / "tests/capture_check.py", "--device", session.device.type)
+    return Check("captured", command, PLAN)
+
+
 def left_out(session: Session, check: Check) -> str | None:
     """Return the reason why a check can't be made here; None if it can."""
-    needs = {"tests": ("hypothesis",), "plan": ("diffusers", "pydantic")}.get(check.name, ())
+    needs = {"tests": ("hypothesis",), "plan": ("diffusers", "pydantic"), "captured": TRAINING}.get(check.name, ())
     missing = [package for package in needs if importlib.util.find_spec(package) is None]
     if missing:
         return f"{' and '.join(missing)} is not installed"
@@ -120,7 +128,8 @@ def all_checks(session: Session) -> list[Check]:
     judged = list(gates(session))
     watched = [sanitizer(session, backend) for backend in session.backends]
     by_triton = [check for check in judged if not check.needs_csrc and " reference " not in check.name]
-    return [*by_triton, operators_tests(session), *watched, *(c for c in judged if c not in by_triton), plan(session)]
+    others = [check for check in judged if check not in by_triton]
+    return [*by_triton, operators_tests(session), *watched, *others, plan(session), captured(session)]
 
 
 CHECKS = [] if SESSION is None else all_checks(SESSION)

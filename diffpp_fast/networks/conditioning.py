@@ -12,6 +12,8 @@ from torch.nn.functional import pad
 #: Text and its mask, by their names in diffusers: what the mask leaves out has no share in attention, exactly.
 TEXT, TEXT_MASK = "encoder_hidden_states", "encoder_attention_mask"
 
+from diffpp_fast import transforms
+
 #: Keyword arguments of a diffusers network; values are tensors [B, ...] or such mappings (`added_cond_kwargs`).
 Tensors = Mapping[str, Any]
 
@@ -30,7 +32,11 @@ class Conditioning:
         return Conditioning(self.prompts[part], _map(self.tensors, lambda tensor: tensor[part]))
 
     def to(self, device: torch.device | str) -> Conditioning:
-        return Conditioning(self.prompts, _map(self.tensors, lambda tensor: tensor.to(device)))
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Conditioning:
+        """The same prompts with something done to every tensor."""
+        return Conditioning(self.prompts, _map(self.tensors, function))
 
     def expand(self, count: int) -> Conditioning:
         """The same single prompt `count` times, without copying."""
@@ -42,17 +48,27 @@ class Conditioning:
 
 
 def network_arguments(conditioning: Conditioning | Tensors | torch.Tensor | None) -> dict[str, Any]:
-    """Keyword arguments for a diffusers network; a bare tensor is taken for `encoder_hidden_states`."""
+    """Keyword arguments for a diffusers network; a bare tensor is taken for `encoder_hidden_states`.
+
+    Tensors are contiguous: of an expanded one, as the empty prompt's is, every layer would make a copy of its own. So
+    torch.compile, which makes a graph for other strides and for views, meets one kind of tensor.
+    """
     if conditioning is None:
         return {}
     if isinstance(conditioning, Conditioning):
-        return dict(conditioning.tensors)
+        conditioning = conditioning.tensors
     if isinstance(conditioning, torch.Tensor):
-        return {"encoder_hidden_states": conditioning}
-    return dict(conditioning)
+        conditioning = {"encoder_hidden_states": conditioning}
+    return _map(conditioning, lambda value: _whole(value) if isinstance(value, torch.Tensor) else value)
 
 
-def _map(tensors: Tensors, function: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor contiguous and, where it has no derivative, as no view of another."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.requires_grad or transforms.active() else tensor.detach()
+
+
+def _map(tensors: Tensors, function: Callable[[Any], Any]) -> dict[str, Any]:
     return {
         name: _map(value, function) if isinstance(value, Mapping) else function(value)
         for name, value in tensors.items()

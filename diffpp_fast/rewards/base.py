@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffpp_fast import ops
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.precision import widen
+from diffpp_fast.rewards.text import HeldPrompts
 
 logger = logging.getLogger(__name__)
 
@@ -187,16 +188,18 @@ def as_reward(scorer: Scorer) -> Reward:
 
 
 def check_prompts(prompts: Sequence[str], count: int) -> tuple[str, ...]:
-    """The prompts as a tuple; raises unless they are `count` strings."""
+    """The prompts as a tuple, or as they are held while a step is captured; raises unless they are `count` strings."""
     if isinstance(prompts, str):
         raise TypeError("prompts must be a sequence of strings, got a single string")
-    prompts = tuple(prompts)
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompts must be strings, got {type(prompt).__name__}")
+    if not isinstance(prompts, HeldPrompts):
+        prompts = tuple(prompts)
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise TypeError(f"prompts must be strings, got {type(prompt).__name__}")
     if len(prompts) != count:
         raise ValueError(f"{count} images need {count} prompts, got {len(prompts)}")
-    return prompts
+    checked: Any = prompts
+    return checked
 
 
 @torch.no_grad()

@@ -81,6 +81,8 @@ class PromptCache:
 
     def __call__(self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Tensor]) -> Tensor:
         """B prompts -> [B, ...], without gradient; `encode` gives it for those that are not known."""
+        if isinstance(prompts, HeldPrompts):
+            return prompts.look_up(self, encode)
         rows = {prompt: self._known.get(prompt) for prompt in prompts}
         missing = [prompt for prompt, row in rows.items() if row is None]
         with torch.no_grad():
@@ -98,6 +100,39 @@ class PromptCache:
 
     def clear(self) -> None:
         self._known.clear()
+
+
+class HeldPrompts(Sequence[str]):
+    """The prompts of a step that is captured in a graph, of which every replay has others.
+
+    Nobody can read them, for a graph holds no text. What a `PromptCache` has given for them stays in place, and is
+    brought up to date with them.
+
+    Args:
+        prompts: the first ones.
+    """
+
+    def __init__(self, prompts: Sequence[str]) -> None:
+        self._prompts = tuple(prompts)
+        self._results: dict[int, tuple[PromptCache, Callable[[Sequence[str]], Tensor], Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, place: Any) -> Any:
+        raise TypeError("it reads its prompts as text, of which a captured graph would see the first ones for ever")
+
+    def look_up(self, cache: PromptCache, encode: Callable[[Sequence[str]], Tensor]) -> Tensor:
+        """Return what a cache gives for these prompts, the same tensor each time."""
+        if id(cache) not in self._results:
+            self._results[id(cache)] = cache, encode, cache(self._prompts, encode)
+        return self._results[id(cache)][2]
+
+    def set(self, prompts: Sequence[str]) -> None:
+        """Take other prompts, as many."""
+        self._prompts = tuple(prompts)
+        for cache, encode, result in self._results.values():
+            result.copy_(cache(self._prompts, encode))
 
 
 def clean_like_clip(prompt: str) -> str:

@@ -459,8 +459,11 @@ class Training(Section):
     threads: MayChange[Threads | None] = None
     #: Compute the blocks of generator and fake score again in the backward pass instead of keeping what they compute.
     activation_checkpointing: MayChange[bool] = False
-    #: torch.compile for generator, fake score and reference.
-    compile: MayChange[bool] = False
+    #: torch.compile for generator, fake score and reference: of the whole networks, or ("regional", and true) of the
+    #: blocks that they have many of.
+    compile: MayChange[bool | Literal["regional", "whole"]] = False
+    #: CUDA graphs of the losses and gradients of both updates, recorded before the first step.
+    capture: MayChange[bool] = False
     #: The reference's passes with the prompt and without are one call, with the fake score's where both have the same
     #: weights; null: where the call is small.
     batched_passes: MayChange[bool | None] = None

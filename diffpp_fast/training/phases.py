@@ -36,7 +36,7 @@ class Phases:
     def __init__(self, device: torch.device) -> None:
         self._clock: _Clock | _Events = _Events(device) if device.type == "cuda" else _Clock()
         self._open = [OTHER]
-        self._whole = 0
+        self._whole = self._muted = 0
         #: In order of time: where a stretch of it begins, and whose it is.
         self._marks: list[tuple[Any, str]] = [(self._clock.mark(), OTHER)]
 
@@ -50,6 +50,15 @@ class Phases:
         finally:
             self._whole -= whole
             self._end()
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Inside, no phase begins: what a captured graph does has no marks of its own in a replay."""
+        self._muted += 1
+        try:
+            yield
+        finally:
+            self._muted -= 1
 
     def wrap(self, function: Callable[..., Any], name: str) -> Any:
         """Make `function` a phase of its own: a module in place, which stays what it is, or a `Timed` in its place."""
@@ -79,7 +88,8 @@ class Phases:
         self._mark()
 
     def _mark(self) -> None:
-        self._marks.append((self._clock.mark(), self._open[-1]))
+        if not self._muted:
+            self._marks.append((self._clock.mark(), self._open[-1]))
 
 
 class Timed:

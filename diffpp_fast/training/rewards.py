@@ -20,6 +20,7 @@ from diffpp_fast.networks import Conditioning
 from diffpp_fast.precision import widen
 from diffpp_fast.rewards import Mixture
 from diffpp_fast.rewards.base import undisturbed
+from diffpp_fast.rewards.text import HeldPrompts
 from diffpp_fast.rewards.user_code import call_factory, explained
 from diffpp_fast.training import config
 from diffpp_fast.training.inputs import digest_of, digest_of_files
@@ -70,13 +71,14 @@ class LatentReward:
     def _score(self, images: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         before = None if self._watched else _generators(images.device)
         parts: dict[str, torch.Tensor] = {}
+        texts: Any = prompts if isinstance(prompts, HeldPrompts) else tuple(prompts)
         with undisturbed(self.name), explained(self.name):
             if isinstance(self.scorer, Mixture):
-                components = self.scorer.components(images.clone(), tuple(prompts))
+                components = self.scorer.components(images.clone(), texts)
                 values = components.pop("total")
                 parts = {name: part.detach() for name, part in components.items()}
             else:
-                values = self.scorer(images.clone(), tuple(prompts))
+                values = self.scorer(images.clone(), texts)
         if not isinstance(values, torch.Tensor) or values.shape != (len(images),):
             got = f"shape {tuple(values.shape)}" if isinstance(values, torch.Tensor) else type(values).__name__
             raise ConfigurationError(f"{self.name} must give one number per image, shape ({len(images)},), got {got}")

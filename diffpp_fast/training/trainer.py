@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from diffpp_fast.training.batches import Batches, MicroBatch
 from diffpp_fast.training.build import build_run
 from diffpp_fast.training.build.text import open_embeddings
 from diffpp_fast.training.callbacks import Callback, Environment, describe_environment, standard_callbacks
+from diffpp_fast.training.capture import Captured, StaticGradients, Work, make_tape, of_step, of_tensor
 from diffpp_fast.training.checkpoint import Checkpoints, SavedGenerator, read_scores
 from diffpp_fast.training.config import Config, EmaSection
 from diffpp_fast.training.distributed import World
@@ -145,6 +147,7 @@ class Trainer:
         }
         #: Updates that were asked for, and of those that were not skipped, before this session.
         self._begun = {engine.role: (engine.updates, engine.applied) for engine in self._engines}
+        self._captured = self._capture()
         optimised = config.rewards.optimised
         self._reward_watch = RewardWatch(
             name,
@@ -206,6 +209,40 @@ class Trainer:
     def _make_engine(self, role: str, ema: EmaSection | None = None) -> Engine:
         trained = self.parts.trained(role)
         return make_engine(role, trained.network, trained.parameters, self.config, self.world, ema)
+
+    def _capture(self) -> Captured | None:
+        """Record what both updates compute, where it is asked for, in every shape that a micro-batch of theirs has."""
+        settings, method = self.config.training, self.parts.method
+        if not settings.capture:
+            return None
+        learn = {
+            "generator": partial(self._learn, self.generator, method.generator_loss),
+            "fake": partial(self._learn, self.fake, method.fake_loss),
+        }
+        work: dict[str, Work] = {role: (function, of_step) for role, function in learn.items()}
+        work["normalizers"] = (lambda batch, _: method.normalizers(batch).sum(), of_tensor)
+        captured = Captured(make_tape(self.config, self.world.device, self._engines), work, self.phases.muted)
+        with self.phases("capture", whole=True):
+            every = self.batches.micro_batches(0, self._encode, self.parts.null)
+            for part in {len(part.batch): part for part in every}.values():
+                if method.normalizes_update and not self.batches.is_whole:
+                    captured.prepare("normalizers", part)
+                    one = torch.ones((), device=self.world.device)
+                    part = replace(part, batch=replace(part.batch, normalizer=one))
+                made = captured.prepare("generator", part)
+                if settings.fake_warmup > 0 or method.fake_rounds > method.share_samples:
+                    captured.prepare("fake", replace(part, batch=replace(part.batch, normalizer=None)))
+                if method.share_samples:
+                    captured.prepare("fake", replace(part, batch=replace(part.batch, x0=made.x0)))
+            self._gradients = {engine.role: StaticGradients(engine) for engine in self._engines}
+        return captured
+
+    def _learn(self, engine: Engine, loss_of: Callable[[Batch], StepOutput], batch: Batch, weight: float) -> StepOutput:
+        """The static part of an update: loss and gradient of a micro-batch."""
+        output = loss_of(batch)
+        with self.parts.trained(engine.role).active():
+            engine.backward(weight * output.loss, last=True)
+        return output._replace(loss=output.loss.detach())
 
     def _make_output(self) -> None:
         refused = f"output: can't write to {self.output}: "
@@ -300,17 +337,26 @@ class Trainer:
         trained = self.parts.trained(engine.role)
         defined = torch.zeros((), device=self.world.device)
         rewards: list[RewardOutput] = []
+        if self._captured is not None:
+            self._gradients[engine.role].put_on()
         for part in [part.later(later) for part in shared] or self._micro_batches(engine, first):
-            with self.phases("loss"):
-                output = loss_of(part.batch)
+            if self._captured is not None:
+                with self.phases(f"{engine.role}_graph"):
+                    output: StepOutput = self._captured(engine.role, part)
+            else:
+                with self.phases("loss"):
+                    output = loss_of(part.batch)
             made.append(replace(part, batch=replace(part.batch, x0=output.x0)))
             loss = part.weight * output.loss
             if "reward_undefined" in output.metrics:
                 defined = defined + (1.0 - output.metrics["reward_undefined"])
-                if part.last:
+                if part.last and self._captured is not None:
+                    self._gradients[engine.role].spoil(self._one_or_nan(defined))
+                elif part.last:
                     loss = loss * self._one_or_nan(defined)
-            with self.phases("backward"), trained.active():
-                engine.backward(loss, last=part.last)
+            if self._captured is None:
+                with self.phases("backward"), trained.active():
+                    engine.backward(loss, last=part.last)
             # The reward's statistics over the whole batch are logged below.
             metrics = {name: value for name, value in output.metrics.items() if name not in ("reward", "reward_std")}
             self._means.add(metrics, prefix=engine.role, weight=part.weight)
@@ -349,8 +395,13 @@ class Trainer:
         method = self.parts.method
         if engine is not self.generator or not method.normalizes_update or self.batches.is_whole:
             return parts()
-        with self.phases("loss"):
-            total = torch.stack([method.normalizers(part.batch).sum() for part in parts()]).sum()
+        captured = self._captured
+        with self.phases("loss" if captured is None else "generator_graph"):
+            sums = [
+                method.normalizers(part.batch).sum() if captured is None else captured("normalizers", part)
+                for part in parts()
+            ]
+            total = torch.stack(sums).sum()
             mean = self.world.sum(total) / self.batches.size
         return (replace(part, batch=replace(part.batch, normalizer=mean)) for part in parts())
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.methods.base import DIFFUSION, FAKE_ADAPTER, GENERATOR_ADAPTER, LATENT
@@ -23,6 +24,7 @@ from diffpp_fast.networks.text import refuse_stored_text
 from diffpp_fast.networks.weight_files import holds_weights
 from diffpp_fast.noise import Noise
 from diffpp_fast.training.build.agreement import naming
+from diffpp_fast.training.build.compiling import Mode, compile_network, repeated_blocks
 from diffpp_fast.training.config import Config, Dtype, Lora, Models, TextEncoderSection, WeightsSection
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import place_reference
@@ -213,6 +215,12 @@ def refuse_weights(config: Config, *, download: bool = True) -> None:
                 look(f"models.{name}", section, refuse_stored_text)
 
 
+def _recompute(block: Any, *inputs: Any) -> Any:
+    """Call a block that is computed again in the backward pass. In eval mode none draws: no generator is put back,
+    which a captured graph could not do."""
+    return checkpoint(block.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 class Networks:
     """Loads the denoisers of a run; frozen weights once, however many roles compute with them.
 
@@ -350,9 +358,11 @@ class Networks:
                 set_attention(network, training.attention)
         if training.activation_checkpointing:
             with naming("training.activation_checkpointing", stored.path):
-                network.enable_gradient_checkpointing()
+                network.enable_gradient_checkpointing(_recompute)
         if training.compile:
-            refuse_known_faults(network, fused=training.fuse, device=self.device)
-            logger.info("%s: torch.compile compiles it in the first steps, which takes minutes", stored.key)
-            network.compile()
+            mode: Mode = "regional" if training.compile is True else training.compile
+            if mode == "whole" or not repeated_blocks(network):
+                refuse_known_faults(network, fused=training.fuse, device=self.device)
+            count = compile_network(network, mode)
+            logger.info("%s: torch.compile compiles %d modules of it in the first steps", stored.key, count)
         return denoiser
