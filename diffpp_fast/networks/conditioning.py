@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from diffpp_fast import transforms
+
 #: Text and its mask, by their names in diffusers: what the mask leaves out has no share in attention, exactly.
 TEXT, TEXT_MASK = "encoder_hidden_states", "encoder_attention_mask"
-
-from diffpp_fast import transforms
 
 #: Keyword arguments of a diffusers network; values are tensors [B, ...] or such mappings (`added_cond_kwargs`).
 Tensors = Mapping[str, Any]

@@ -81,7 +81,7 @@ def _forward(
     alpha = tl.load(p_alpha + b * alpha_stride).to(tl.float32)
     sigma = tl.load(p_sigma + b * sigma_stride).to(tl.float32)
     b_at, m_inside, b_block, b_lane = tile(
-        block_of_sample(), sample, channels, p_x0, PIXEL, CHANNELS_LAST, False, WIDE, BLOCK
+        block_of_sample(), sample, channels, p_x0.dtype.element_ty, PIXEL, CHANNELS_LAST, False, WIDE, BLOCK
     )
     b_x0 = tl.load(p_x0 + start + b_at, mask=m_inside).to(tl.float32)
     if DRAWN:
@@ -105,6 +105,6 @@ def _backward(
     b = tl.program_id(0)
     start = b.to(tl.int64) * sample
     alpha = tl.load(p_alpha + b * alpha_stride).to(tl.float32)
-    b_at, m_inside = in_order(block_of_sample(), sample, p_grad_output, WIDE, BLOCK)
+    b_at, m_inside = in_order(block_of_sample(), sample, p_grad_output.dtype.element_ty, WIDE, BLOCK)
     b_grad = tl.load(p_grad_output + start + b_at, mask=m_inside).to(tl.float32)
     tl.store(p_grad_x0 + start + b_at, (alpha * b_grad).to(p_grad_x0.dtype.element_ty), mask=m_inside)

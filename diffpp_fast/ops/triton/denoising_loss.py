@@ -128,7 +128,7 @@ def _forward(
     b_sum = tl.zeros([BLOCK // PER_THREAD], tl.float32)
     for block in range(program, tl.cdiv(sample, BLOCK), programs):
         b_at, m_inside, b_block, b_lane = tile(
-            block, sample, channels, p_prediction, PIXEL, CHANNELS_LAST, EVEN, WIDE, BLOCK
+            block, sample, channels, p_prediction.dtype.element_ty, PIXEL, CHANNELS_LAST, EVEN, WIDE, BLOCK
         )
         b_target = regression_target(
             p_x0=p_x0,
@@ -184,6 +184,6 @@ def _backward(
     b = tl.program_id(0)
     start = b.to(tl.int64) * sample
     scale = tl.load(p_grad_output).to(tl.float32) * mean * per_sample(p_weight, weight_stride, b, 1.0)
-    b_at, m_inside = in_order(block_of_sample(), sample, p_residual, WIDE, BLOCK)
+    b_at, m_inside = in_order(block_of_sample(), sample, p_residual.dtype.element_ty, WIDE, BLOCK)
     b_gradient = scale * load(p_residual + start, b_at, m_inside)
     tl.store(p_gradient + start + b_at, b_gradient.to(p_gradient.dtype.element_ty), mask=m_inside)

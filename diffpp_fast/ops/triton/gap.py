@@ -242,7 +242,9 @@ def _sums(
     b_residual_abs = tl.zeros([BLOCK // PER_THREAD], tl.float32)
     b_product = tl.zeros([BLOCK // PER_THREAD], tl.float32)
     for block in range(program, tl.cdiv(sample, BLOCK), programs):
-        b_at, m_inside, b_block, b_lane = tile(block, sample, channels, p_fake, PIXEL, CHANNELS_LAST, EVEN, WIDE, BLOCK)
+        b_at, m_inside, b_block, b_lane = tile(
+            block, sample, channels, p_fake.dtype.element_ty, PIXEL, CHANNELS_LAST, EVEN, WIDE, BLOCK
+        )
         b_guided = guide(p_cond, p_uncond, w, start, b_at, m_inside)
         b_gap = b_guided - load(p_fake + start, b_at, m_inside)
         b_gap = tl.where(m_inside, b_gap, 0.0)

@@ -222,7 +222,7 @@ def _gradients(
     outer = tl.load(p_grad_output + b * grad_output_stride).to(tl.float32) * tl.load(p_factor + b)
     bend = curvature + per_sample(p_shrink, 1, b, 0.0)
     b_at, m_inside, b_block, b_lane = tile(
-        block_of_sample(), sample, channels, p_fake, PIXEL, CHANNELS_LAST, False, WIDE, BLOCK
+        block_of_sample(), sample, channels, p_fake.dtype.element_ty, PIXEL, CHANNELS_LAST, False, WIDE, BLOCK
     )
     b_guided = guide(p_cond, p_uncond, w, start, b_at, m_inside)
     b_gap = b_guided - load(p_fake + start, b_at, m_inside)

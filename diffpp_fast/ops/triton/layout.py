@@ -105,7 +105,7 @@ def tile(
     block,
     sample,
     channels,
-    p_like,
+    DTYPE: tl.constexpr,
     PIXEL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     EVEN: tl.constexpr,
@@ -118,7 +118,8 @@ def tile(
     are two, the Philox block and the lane there; a thread holds whole Philox blocks, in any order of memory.
 
     Args:
-        p_like: a tensor in memory, for the width of accesses.
+        DTYPE: of the tensor in memory, for the width of accesses. With the tensor in its place torch.compile would take
+            that one for written, since writes go to places from here.
         PIXEL: the channels of a channels_last sample, a power of two, whose pixels a multiple of 4 is; else 0.
         CHANNELS_LAST: whether it is another such sample, of which noise is drawn. BLOCK counts logical elements then.
         EVEN: whether all blocks are whole. The compiler drops the masks then.
@@ -126,7 +127,7 @@ def tile(
     # Not an early return: what follows it is compiled too, and one function has one type.
     first = (tl.cast(block, tl.int64) if WIDE else block) * BLOCK
     # 16 bytes, as wide as an access may be; but where a pixel has more channels, 4 of each of 4 pixels.
-    WIDEST: tl.constexpr = 8 if p_like.dtype.element_ty.primitive_bitwidth == 16 else 4
+    WIDEST: tl.constexpr = 8 if DTYPE.primitive_bitwidth == 16 else 4
     VECTOR: tl.constexpr = 1 if CHANNELS_LAST else 4 if PIXEL > 4 else WIDEST
     THREADS: tl.constexpr = BLOCK // PER_THREAD
     if _ROWS_FIRST:
@@ -168,9 +169,9 @@ def tile(
 
 
 @triton.jit
-def in_order(block, sample, p_like, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def in_order(block, sample, DTYPE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """Where the elements of a block are in the sample's memory, and which are inside it."""
-    b_at, m_inside, _, _ = tile(block, sample, 1, p_like, 0, False, False, WIDE, BLOCK)
+    b_at, m_inside, _, _ = tile(block, sample, 1, DTYPE, 0, False, False, WIDE, BLOCK)
     return b_at, m_inside
 
 

@@ -73,7 +73,9 @@ def integers(samples: Tensor, seed: int, stream: int, low: int, span: int) -> Te
 @triton.jit(do_not_specialize=["noise_seed", "noise_stream"])
 def _normal(p_to, p_samples, noise_seed, noise_stream, count, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     b = tl.program_id(0)
-    b_at, m_inside, b_block, b_lane = tile(block_of_sample(), count, 1, p_to, 0, False, False, WIDE, BLOCK)
+    b_at, m_inside, b_block, b_lane = tile(
+        block_of_sample(), count, 1, p_to.dtype.element_ty, 0, False, False, WIDE, BLOCK
+    )
     b_drawn = normals(noise_seed, noise_stream, tl.load(p_samples + b), b_block, b_lane)
     tl.store(p_to + b.to(tl.int64) * count + b_at, b_drawn.to(p_to.dtype.element_ty), mask=m_inside)
 

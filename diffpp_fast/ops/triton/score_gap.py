@@ -111,7 +111,7 @@ def _finish(
         start = b.to(tl.int64) * sample
         factor = tl.div_rn(per_sample(p_scale, scale_stride, b, scale), divisor)
         for block in range(program, tl.cdiv(sample, BLOCK), programs):
-            b_at, m_inside = in_order(block, sample, p_fake, WIDE, BLOCK)
+            b_at, m_inside = in_order(block, sample, p_fake.dtype.element_ty, WIDE, BLOCK)
             b_gap = guide(p_cond, p_uncond, w, start, b_at, m_inside) - load(p_fake + start, b_at, m_inside)
             tl.store(p_gradient + start + b_at, (factor * b_gap).to(p_gradient.dtype.element_ty), mask=m_inside)
     if program == 0:
