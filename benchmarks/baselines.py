@@ -77,6 +77,30 @@ def score_gap_mean_abs(
         return gradient.to(fake.dtype), gap_sq, mean_abs, (gap * residual).flatten(1).sum(1)
 
 
+def score_gap_with_reward(
+    fake: Tensor,
+    cond: Tensor,
+    uncond: Tensor,
+    scale: Tensor,
+    reward_score: Tensor,
+    reward_scale: Tensor,
+    *,
+    guidance_scale: float,
+) -> tuple[Tensor, ...]:
+    """The gradient scale d - reward_scale s [B, ...] in the dtype of `fake`, and sum d^2, sum s^2 and sum d s [B].
+
+    A sample whose reward term is not finite gets none.
+    """
+    with torch.no_grad():
+        gap = guide(cond, uncond, guidance_scale) - fake.float()
+        score = reward_score.float()
+        gap_sq, reward_sq = gap.square().flatten(1).sum(1), score.square().flatten(1).sum(1)
+        defined = (reward_scale * reward_sq.sqrt()).isfinite()
+        term = torch.where(_expand(defined, gap), _expand(reward_scale, gap) * score, 0.0)
+        gradient = (_expand(scale, gap) * gap - term).to(fake.dtype)
+        return gradient, gap_sq, reward_sq, (gap * score).flatten(1).sum(1), defined.to(gap.dtype)
+
+
 def sid_loss(
     fake: Tensor,
     cond: Tensor,

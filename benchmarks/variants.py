@@ -63,6 +63,7 @@ OPTIONS: Mapping[str, Mapping[str, Sequence[Any]]] = {
         "uncond": (True, False),
         "normalizer": (None, "mean_abs"),
         "scale": ("number", "tensor"),
+        "reward": ("none", "whole", "clipped"),
         "shape": (*LATENTS,),
     },
     "sid_loss": LOSS,
@@ -194,6 +195,8 @@ def _makes_sense(variant: Variant) -> bool:
         )
     if options["layout"] == "channels_last" and (options["shape"] == "video" or variant.op in TOKEN_OPS):
         return False
+    if variant.op == "score_gap" and options["reward"] != "none" and options["prediction_type"] == "v_prediction":
+        return False  # A target is made before the reward is looked at: those of the other types are enough.
     if variant.op == "score_gap" and options["noise"] == "none":
         return options["normalizer"] is None and options["prediction_type"] == "epsilon"
     if variant.op == "group_norm_silu":

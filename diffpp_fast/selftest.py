@@ -50,6 +50,8 @@ CHECKED: dict[str, Sequence[dict[str, Any]]] = {
         {"noise": "stored", "normalizer": "mean_abs"},
         {"noise": "drawn", "normalizer": "mean_abs"},
         {"normalizer": "mean_abs", **FLOW},
+        {"noise": "none", "reward": "whole"},
+        {"noise": "stored", "normalizer": "mean_abs", "reward": "clipped"},
     ),
     "sid_loss": ({"noise": "stored"}, {"noise": "drawn"}, FLOW),
     "sim_loss": ({"noise": "stored"}, {"noise": "drawn"}, FLOW),
@@ -90,6 +92,8 @@ class Call:
         if self.op == "score_gap":
             outputs = ["gradient", "gap_sq", "residual_abs", "gap_dot_residual"]
             del outputs[len(outputs) if "noise" in self.arguments else 2 :]
+            if "reward_score" in self.arguments:
+                outputs += ["reward_sq", "gap_dot_reward", "reward_share"]
         elif self.op == "gated_residual_norm":
             outputs = ["hidden", "modulated"]
         return [*outputs, *(f"gradient of {name}" for name in self.wrt)]
@@ -257,6 +261,7 @@ def _latents(
     uncond: bool = True,
     normalizer: str | None = None,
     scale: str = "tensor",
+    reward: str = "none",
     wrt: str = "outputs",
 ) -> Call:
     alpha = draw.per_sample(0.3, 0.9)
@@ -280,7 +285,11 @@ def _latents(
     arguments = {**outputs, "guidance_scale": GUIDANCE_SCALE if uncond else 1.0, **arguments}
     if op == "score_gap":
         factor = 0.7 if scale == "number" else draw.per_sample(0.5, 2.0)
-        return Call(op, {**arguments, "scale": factor, "normalizer": normalizer}, (), None)
+        arguments |= {"scale": factor, "normalizer": normalizer}
+        if reward != "none":
+            arguments |= {"reward_score": draw.normal(scale=0.5), "reward_clip": 0.05 if reward == "clipped" else None}
+            arguments["reward_scale"] = 0.3 if scale == "number" else draw.per_sample(0.5, 2.0)
+        return Call(op, arguments, (), None)
     wanted = ("fake",) if wrt == "fake" else tuple(name for name, value in outputs.items() if value is not None)
     # The target of "epsilon" holds no x0.
     if wrt == "all" and prediction_type != "epsilon":

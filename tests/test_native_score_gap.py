@@ -1,5 +1,6 @@
 """The compiled score gap: registration, threads, layouts, sizes. The formula is in test_ops_score_gap.py."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,6 @@ from native import assert_compiles_once, assert_same_bits_for_any_threads, check
 from torch import Tensor
 
 from diffpp_fast import Noise, ops, use_backend
-from diffpp_fast.ops.score_gap import ScoreGap
 from diffpp_fast.prediction import PREDICTION_TYPES
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
@@ -27,7 +27,7 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor
     return outputs, {"x0": x0, "noise": noise, "alpha": alpha, "sigma": sigma}
 
 
-def assert_close(actual: ScoreGap, expected: ScoreGap, **tolerances: float) -> None:
+def assert_close(actual: tuple[Any, ...], expected: tuple[Any, ...], **tolerances: float) -> None:
     for value, oracle in zip(actual, expected, strict=True):
         assert (value is None) == (oracle is None)
         if value is not None:
@@ -43,6 +43,11 @@ def test_registration(number: int, dtype: torch.dtype, cpu_backend: Any) -> None
     of_target = x0, noise.samples, -5, 1, alpha, sigma, number
     check_registration(call, fake, cond, uncond, 7.5, 1.0, alpha, True, *of_target)
     check_registration(call, fake, cond, uncond, 7.5, -2.0, None, False, None, None, 0, 0, None, None, 0)
+    call = cpu_backend.score_gap_with_reward.default
+    check_registration(call, fake, cond, uncond, 7.5, 1.0, alpha, True, *of_target, x0, 0.5, sigma, 0.3)
+    check_registration(
+        call, fake, cond, None, 1.0, 2.0, None, False, None, None, 0, 0, None, None, 0, x0, 0.5, None, math.inf
+    )
 
 
 @pytest.mark.parametrize("normalizer", [None, "mean_abs"])
@@ -52,6 +57,28 @@ def test_same_bits_for_any_threads(batch: int, dtype: torch.dtype, normalizer: s
     """Also where some numbers of threads take whole samples and others chunks."""
     three, target = inputs(batch, 5, 61, 67, dtype=dtype)
     assert_same_bits_for_any_threads(lambda: ops.score_gap(*three, guidance_scale=4.5, normalizer=normalizer, **target))
+
+
+@pytest.mark.parametrize("normalizer", [None, "mean_abs"])
+@pytest.mark.parametrize("batch", [3, 4])
+def test_same_bits_for_any_threads_with_a_reward(batch: int, normalizer: str | None) -> None:
+    """Of the samples some are settled by the first pass, one is clipped, and one has no reward term."""
+    three, target = inputs(batch, 5, 61, 67)
+    reward = {"reward_score": torch.randn_like(target["x0"]), "reward_clip": 0.5}
+    reward["reward_scale"] = torch.tensor([0.1, 100.0, torch.nan, 0.1])[:batch]
+    options = {"guidance_scale": 4.5, "normalizer": normalizer, **target, **reward}
+    assert_same_bits_for_any_threads(lambda: ops.score_gap(*three, **options))
+    share = ops.score_gap(*three, **options).reward_share
+    assert [share[0].item(), share[2].item()] == [1.0, 0.0] and 0.0 < share[1] < 0.1
+
+
+def test_compiles_once_with_a_reward() -> None:
+    def gradient(fake: Tensor, cond: Tensor, score: Tensor, a: Tensor) -> Tensor:
+        gap = ops.score_gap(fake, cond, scale=a, reward_score=score, reward_scale=a, reward_clip=0.5)
+        return gap.gradient + gap.reward_sq.sum() + gap.gap_dot_reward.sum() + gap.reward_share.sum()
+
+    batches = [(*inputs(2, 4, 8, 8)[0], torch.rand(2) + 0.1) for _ in range(3)]
+    assert_compiles_once(gradient, *batches)
 
 
 def test_compiles_once() -> None:
@@ -85,6 +112,7 @@ def test_compiles_once() -> None:
     guided=st.booleans(),
     known=st.booleans(),
     scale=st.sampled_from([-2.0, None]),
+    reward=st.sampled_from([None, 0.3, torch.inf]),
 )
 def test_any_size_agrees_with_the_reference(
     shape: list[int],
@@ -94,6 +122,7 @@ def test_any_size_agrees_with_the_reference(
     guided: bool,
     known: bool,
     scale: float | None,
+    reward: float | None,
 ) -> None:
     (fake, cond, uncond), target = inputs(batch, *shape)
     options = {
@@ -103,6 +132,9 @@ def test_any_size_agrees_with_the_reference(
         "prediction_type": prediction_type,
         **(target if known else {}),
     }
+    if reward is not None:
+        options |= {"reward_score": torch.randn_like(fake), "reward_scale": -0.5 if scale is None else target["sigma"]}
+        options["reward_clip"] = None if math.isinf(reward) else reward
     arguments = fake, cond, uncond if guided else None
     actual = ops.score_gap(*arguments, **options)
     with use_backend("reference"):
@@ -207,6 +239,18 @@ def test_the_binding_itself_refuses_what_it_does_not_serve(cpu_backend: Any) -> 
     ):
         with pytest.raises(RuntimeError, match=message):
             cpu_backend.score_gap.default(*arguments)
+
+
+def test_errors_of_the_registered_operator_with_a_reward(cpu_backend: Any) -> None:
+    (fake, cond, score), _ = inputs(2, 3)
+    plain = fake, cond, None, 1.0, 1.0, None, False, None, None, 0, 0, None, None, 0
+    for reward, message in (
+        ((score[:, :1], 1.0, None, 1.0), "score_gap: reward_score must have the shape"),
+        ((score.double(), 1.0, None, 1.0), "score_gap: reward_score is Double, the tensors before"),
+        ((score, 1.0, torch.ones(3), 1.0), r"score_gap: reward_scales must have shape \[B\] = \[2\]"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            cpu_backend.score_gap_with_reward.default(*plain, *reward)
 
 
 def test_fakes_beyond_2_to_the_31_elements(cpu_backend: Any) -> None:

@@ -266,7 +266,13 @@ def score_gap(x: Tensor, y: Tensor) -> Tensor:
     return gap.gradient + gap.gap_sq[:, None]
 
 
-def test_the_score_gap_lets_no_derivative_vanish() -> None:
+def rewarded_score_gap(x: Tensor, y: Tensor) -> Tensor:
+    gap = ops.score_gap(y.detach(), y.square().detach(), reward_score=x * y, reward_scale=y.mean(1), reward_clip=0.3)
+    return gap.gradient + gap.gap_dot_reward[:, None] + gap.reward_share[:, None]
+
+
+@pytest.mark.parametrize("score_gap", [score_gap, rewarded_score_gap])
+def test_the_score_gap_lets_no_derivative_vanish(score_gap: Callable[[Tensor, Tensor], Tensor]) -> None:
     x, y = torch.randn(2, 2, 6, dtype=F64).unbind()
     with pytest.raises(RuntimeError, match=r"score_gap is not differentiable.*: detach its arguments"):
         jvp(lambda x: score_gap(x, y), (x,), (y,))

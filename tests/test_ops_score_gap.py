@@ -123,6 +123,112 @@ def test_nan_is_not_hidden() -> None:
     assert torch.isnan(ops.score_gap(known["x0"], cond, normalizer="mean_abs", **known).gradient).all()
 
 
+def rewarded_formula(
+    three: tuple[Tensor, ...], w: float, scale: Tensor, known: dict[str, Tensor] | None, reward: dict[str, Any]
+) -> tuple[Tensor | None, ...]:
+    """Sample by sample, with vectors and norms as the definition says them."""
+    fake, cond, uncond = three
+    rows: list[tuple[Tensor, ...]] = []
+    for b in range(len(fake)):
+        d = uncond[b] + w * (cond[b] - uncond[b]) - fake[b]
+        score, toward = reward["reward_score"][b], reward["reward_scale"][b]
+        given, term = scale[b] * d, toward * score
+        share = term.new_ones(())
+        if not term.norm().isfinite():
+            share, term = share * 0.0, torch.zeros_like(term)
+        elif reward["reward_clip"] is not None and term.norm() > reward["reward_clip"] * given.norm():
+            share = reward["reward_clip"] * given.norm() / term.norm()
+        divisor: Tensor | float = 1.0
+        if known is not None:
+            target = TARGETS["flow_prediction"](known["x0"][b], known["noise"][b], known["alpha"][b], known["sigma"][b])
+            divisor = (d + fake[b] - target).abs().mean()
+        rows.append(((given - share * term) / divisor, score.square().sum(), (d * score).sum(), share))
+    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+
+
+@pytest.mark.parametrize("normalizer", [None, "mean_abs"])
+@pytest.mark.parametrize("clip", [None, 0.7])
+def test_formula_with_a_reward(normalizer: str | None, clip: float | None) -> None:
+    for shape in ((4, 5), (4, 4, 3, 7), (4,)):
+        three, known, scale = outputs(*shape), behind(*shape), torch.randn(4, dtype=F64)
+        target = {**known, "prediction_type": "flow_prediction"} if normalizer else {}
+        score, toward = torch.randn(shape, dtype=F64), torch.tensor([-2.0, 0.01, 1.0, 1.0], dtype=F64)
+        # One sample has a score that is not finite, another a factor that is not.
+        score[2].view(-1)[-1], toward[3] = torch.inf, torch.nan
+        reward = {"reward_score": score, "reward_scale": toward, "reward_clip": clip}
+        options: dict[str, Any] = {"guidance_scale": 7.5, "scale": scale, "normalizer": normalizer, **target}
+        actual = ops.score_gap(*three, **options, **reward)
+        plain = ops.score_gap(*three, **options)
+        gradient, *statistics = rewarded_formula(three, 7.5, scale, known if normalizer else None, reward)
+        torch.testing.assert_close(actual.gradient, gradient)
+        torch.testing.assert_close(actual.gradient[2:], plain.gradient[2:])
+        for value, oracle in zip(actual[1:4], plain[1:], strict=True):
+            assert (value is None and oracle is None) or torch.equal(value, oracle)
+        for value, oracle in zip(actual[4:], statistics, strict=True):
+            torch.testing.assert_close(value, oracle)
+        assert actual.reward_share.tolist()[2:] == [0.0, 0.0]
+
+
+def test_numbers_and_layouts_with_a_reward(layout: Callable[[Tensor], Tensor]) -> None:
+    three, score = outputs(2, 4, 5, 7, dtype=torch.float32), torch.randn(2, 4, 5, 7)
+    expected = ops.score_gap(*three, guidance_scale=3.0, scale=-0.5)
+    for clip in (None, 0.2):
+        actual = ops.score_gap(
+            layout(three[0]), *three[1:], guidance_scale=3.0, scale=-0.5,
+            reward_score=layout(score), reward_scale=2.0, reward_clip=clip,
+        )  # fmt: skip
+        term = actual.reward_share.view(2, 1, 1, 1) * 2.0 * score
+        torch.testing.assert_close(actual.gradient, expected.gradient - term)
+        assert actual.gradient.stride() == torch.empty_like(layout(three[0])).stride()
+        assert (actual.reward_share < 1.0).all() == (clip is not None)
+    assert torch.equal(ops.score_gap(*three, guidance_scale=3.0, reward_score=score).reward_share, torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_with_a_reward(dtype: torch.dtype, assert_twice_unfused: Callable[..., None]) -> None:
+    shape = (4, 4, 16, 16)
+    three, scale, toward = outputs(*shape, dtype=dtype), torch.rand(4), torch.rand(4)
+    score = torch.randn(shape, dtype=dtype)
+    gap = ops.score_gap(*three, guidance_scale=7.5, scale=scale, reward_score=score, reward_scale=toward)
+    assert gap.gradient.dtype == dtype and gap.reward_sq.dtype == torch.float32
+
+    def by_hand(dtype: torch.dtype) -> Tensor:
+        fake, cond, uncond, s = (x.to(dtype) for x in (*three, score))
+        h, c = (x.to(dtype).view(4, 1, 1, 1) for x in (scale, toward))
+        return h * (uncond + 7.5 * (cond - uncond) - fake) - c * s
+
+    assert_twice_unfused(gap.gradient, by_hand(dtype), by_hand(F64))
+
+
+def test_a_nan_of_an_output_shows_with_a_reward() -> None:
+    (fake, cond, _), score = outputs(2, 6, dtype=torch.float32), torch.randn(2, 6)
+    fake[1, 2] = torch.nan
+    gap = ops.score_gap(fake, cond, reward_score=score, reward_clip=0.5)
+    assert gap.gradient[0].isfinite().all() and gap.gradient[1, 2].isnan()
+
+
+def test_errors_of_a_reward_name_what_is_wrong() -> None:
+    (fake, cond, score), ones = outputs(2, 3), torch.ones(2)
+    for options, message in (
+        ({"reward_scale": 2.0}, "score_gap: reward_scale is given without reward_score"),
+        ({"reward_clip": 0.5}, "score_gap: reward_clip is given without reward_score"),
+        ({"reward_score": score[:1]}, r"score_gap: reward_score has shape \[1, 3\], fake has \[2, 3\]"),
+        ({"reward_score": score, "reward_scale": torch.ones(3)}, r"reward_scale must have shape \[B\] = \[2\], got"),
+        ({"reward_score": score, "reward_scale": torch.nan}, "score_gap: reward_scale must be finite, got nan"),
+        ({"reward_score": score, "reward_clip": 0.0}, "score_gap: reward_clip must be above 0, or None, got 0"),
+        ({"reward_score": score, "reward_clip": torch.inf}, "score_gap: reward_clip must be finite, got inf"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.score_gap(fake, cond, **options)
+    for options, message in (
+        ({"reward_score": score.int()}, "score_gap: reward_score must be float32, bfloat16, float16 or float64"),
+        ({"reward_score": score, "reward_scale": ones.int()}, "score_gap: reward_scale must be float32, bfloat16"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            ops.score_gap(fake, cond, **options)
+    assert not ops.score_gap(fake, cond, reward_score=score.requires_grad_()).gradient.requires_grad
+
+
 def test_carries_no_graph() -> None:
     three, known = outputs(2, 3), behind(2, 3)
     gap = ops.score_gap(*(output.requires_grad_() for output in three), guidance_scale=2.0, **known)

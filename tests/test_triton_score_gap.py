@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffpp_fast import Noise, ops, use_backend
-from diffpp_fast.ops.score_gap import ScoreGap
+from diffpp_fast.ops.score_gap import RewardedScoreGap, ScoreGap
 from diffpp_fast.prediction import PREDICTION_TYPES
 
 SEED = 2**64 - 5
@@ -60,6 +60,34 @@ def test_formula(prediction_type: str, normalizer: str | None, drawn: bool, trit
         }
         arguments = [fake, cond, uncond if guided else None]
         assert_close(ops.score_gap(*arguments, **options), oracle(arguments, options))
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("normalizer", [None, "mean_abs"])
+@pytest.mark.parametrize("known", [True, False])
+def test_with_a_reward(normalizer: str | None, known: bool, clip: float | None, triton_backend: torch.device) -> None:
+    """Of three samples one has no finite score; several blocks, one, and less than one."""
+    if normalizer and not known:
+        return
+    for shape, scaled in (((3, 3, 41, 37), True), ((3, 7), False), ((3,), True)):
+        (fake, cond, uncond), target = inputs(triton_backend, *shape, drawn=scaled)
+        score = torch.randn_like(fake)
+        score[1].view(-1)[0] = torch.nan
+        options: dict[str, Any] = {
+            "guidance_scale": 4.5,
+            "scale": target["sigma"].flip(0) if scaled else -2.0,
+            "normalizer": normalizer,
+            "reward_score": score,
+            "reward_scale": target["alpha"].flip(0) if scaled else 0.5,
+            "reward_clip": clip,
+            **(target if known else {}),
+        }
+        actual, expected = ops.score_gap(fake, cond, uncond, **options), oracle([fake, cond, uncond], options)
+        assert isinstance(actual, RewardedScoreGap) and isinstance(expected, RewardedScoreGap)
+        assert_close(ScoreGap(*actual[:4]), ScoreGap(*expected[:4]))
+        assert actual.reward_share[1] == 0.0 and actual.reward_sq[1].isnan()
+        for value, correct in zip(actual[4:], expected[4:], strict=True):
+            torch.testing.assert_close(value.double(), correct, rtol=3e-6, atol=3e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("guided", [True, False])
@@ -133,6 +161,12 @@ def test_a_nan_shows_and_stays_in_its_sample(triton_backend: torch.device) -> No
     cond[1, 4] = torch.nan
     actual = ops.score_gap(fake, cond, normalizer="mean_abs", **target)
     assert all(value[0].isfinite().all() and value[1].isnan().all() for value in actual)
+
+
+def test_empty_batch_with_a_reward(triton_backend: torch.device) -> None:
+    (fake, cond, score), _ = inputs(triton_backend, 0, 9)
+    actual = ops.score_gap(fake, cond, reward_score=score)
+    assert actual.gradient.shape == (0, 9) and actual.reward_share.shape == (0,)
 
 
 def test_empty_batch(triton_backend: torch.device) -> None:

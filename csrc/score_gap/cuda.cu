@@ -4,12 +4,19 @@
 namespace diffpp::score_gap::cuda {
 namespace {
 
-// With mean_abs the gradient holds d until it is normalised if it can hold it unrounded; else d is made again then.
+// With mean_abs the gradient holds d until it is normalised if it can hold it unrounded; else, and with a reward, d is made
+// again then.
 template <typename S>
 constexpr bool kKeepsGap = sizeof(S) >= sizeof(float);
 
-// The partial sums of d^2, |r| and d r: [3, B, gridDim.x]; and factor d to the gradient.
-template <typename S, Access kAccess, bool kTarget>
+template <typename C>
+__device__ C reward_factor(const Arguments& a, int64_t b) {
+  return number<C>(a.reward.scales, b, static_cast<C>(a.reward.scale));
+}
+
+// The partial sums of d^2, |r| and d r, with a reward of s^2 and d s, too: [3 or 5, B, gridDim.x]; and factor d, less the reward's
+// term, to the gradient.
+template <typename S, Access kAccess, bool kTarget, bool kReward>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(S), Run<S, kAccess>::kCount))
     sums(const __grid_constant__ Arguments a) {
   using R = Run<S, kAccess>;
@@ -18,11 +25,13 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(S), Run<S, kAcc
   const Layout& layout = outputs.layout;
   const int64_t runs = R::per_sample(layout);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  const bool write = !a.mean_abs || kKeepsGap<S>;
+  const bool write = !a.mean_abs || (kKeepsGap<S> && !kReward);
+  constexpr int kSums = kReward ? 5 : 3;
   for (int64_t b = blockIdx.y; b < layout.batch; b += gridDim.y) {
     const C factor = a.mean_abs ? C(1) : number<C>(a.scales, b, static_cast<C>(a.scale));
+    const C toward = kReward ? reward_factor<C>(a, b) : C(0);
     const typename R::Sample sample(layout, b, outputs.target);
-    double totals[3] = {};
+    double totals[kSums] = {};
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < runs; i += step) {
       const R run(sample, i);
       C guided[R::kCount], fake[R::kCount], target[R::kCount];
@@ -41,6 +50,20 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(S), Run<S, kAcc
           residual_abs += fabs(r);
           gap_dot_residual += d * r;
         }
+        if constexpr (kReward) guided[lane] = d;
+      }
+      if constexpr (kReward) {
+        C score[R::kCount], reward_sq = 0, gap_dot_reward = 0;
+        run.load(a.reward.score, score);
+#pragma unroll
+        for (int lane = 0; lane < R::kCount; ++lane) {
+          const C d = guided[lane];
+          fake[lane] = fma(-toward, score[lane], factor * d);
+          reward_sq += score[lane] * score[lane];
+          gap_dot_reward += d * score[lane];
+        }
+        totals[3] += static_cast<double>(reward_sq);
+        totals[4] += static_cast<double>(gap_dot_reward);
       }
       if (write) run.store(fake, a.gradient);
       totals[0] += static_cast<double>(gap_sq);
@@ -50,8 +73,8 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(S), Run<S, kAcc
     block_sum(totals);
     if (threadIdx.x == 0) {
 #pragma unroll
-      for (int k = 0; k < (kTarget ? 3 : 1); ++k)
-        a.partials[(k * layout.batch + b) * gridDim.x + blockIdx.x] = totals[k];
+      for (int k = 0; k < kSums; ++k)
+        if (kTarget || k < 1 || k > 2) a.partials[(k * layout.batch + b) * gridDim.x + blockIdx.x] = totals[k];
     }
   }
 }
@@ -64,12 +87,30 @@ __device__ double sample_sum(const Arguments& a, int k, int64_t b, int64_t parti
   return warp_sum(sum);
 }
 
+// The share of the reward's term, by the sums of d^2 and s^2.
+template <typename C>
+__device__ C reward_share(const Arguments& a, int64_t b, double gap_sq, double reward_sq) {
+  const C length = fabs(reward_factor<C>(a, b)) * sqrt(static_cast<C>(reward_sq));
+  if (!(length - length == C(0))) return C(0);
+  const C scale = fabs(number<C>(a.scales, b, static_cast<C>(a.scale)));
+  const C limit = static_cast<C>(a.reward.clip) * scale * sqrt(static_cast<C>(gap_sq));
+  return length > limit ? limit / length : C(1);
+}
+
 // The statistics of a sample, by a warp.
 template <typename C>
 __device__ void write_statistics(const Arguments& a, int64_t b, int64_t partials) {
   const double gap_sq = sample_sum(a, 0, b, partials);
   const bool writes = threadIdx.x % kWarp == 0;
   if (writes) static_cast<C*>(a.gap_sq)[b] = static_cast<C>(gap_sq);
+  if (a.reward.score != nullptr) {
+    const double reward_sq = sample_sum(a, 3, b, partials), gap_dot_reward = sample_sum(a, 4, b, partials);
+    if (writes) {
+      static_cast<C*>(a.reward.reward_sq)[b] = static_cast<C>(reward_sq);
+      static_cast<C*>(a.reward.gap_dot_reward)[b] = static_cast<C>(gap_dot_reward);
+      static_cast<C*>(a.reward.share)[b] = reward_share<C>(a, b, gap_sq, reward_sq);
+    }
+  }
   if (!a.outputs.has_target) return;
   const double residual_abs = sample_sum(a, 1, b, partials) / static_cast<double>(a.outputs.layout.sample());
   const double gap_dot_residual = sample_sum(a, 2, b, partials);
@@ -79,7 +120,7 @@ __device__ void write_statistics(const Arguments& a, int64_t b, int64_t partials
   }
 }
 
-// A warp per sample.
+// The statistics of every sample, a warp each.
 template <typename C>
 __global__ void __launch_bounds__(kThreads) statistics(const __grid_constant__ Arguments a, int64_t partials) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
@@ -122,38 +163,94 @@ __global__ void __launch_bounds__(kThreads) normalize(const __grid_constant__ Ar
   }
 }
 
+// The same with a reward, whose term the sums settle: a sample that has none of it to change, and no normaliser, is done.
+template <typename S, Access kAccess>
+__global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(S), Run<S, kAccess>::kCount))
+    settle(const __grid_constant__ Arguments a) {
+  using R = Run<S, kAccess>;
+  using C = typename R::C;
+  const Outputs& outputs = a.outputs;
+  const Layout layout = in_any_order(outputs.layout);
+  const int64_t runs = R::per_sample(layout);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t b = blockIdx.y; b < layout.batch; b += gridDim.y) {
+    const typename R::Sample sample(layout, b);
+    if (blockIdx.x == 0 && threadIdx.x < kWarp) write_statistics<C>(a, b, gridDim.x);
+    const C share = reward_share<C>(a, b, sample_sum(a, 0, b, gridDim.x), sample_sum(a, 3, b, gridDim.x));
+    if (!a.mean_abs && share == C(1)) continue;
+    C divisor = C(1);
+    if (a.mean_abs) {
+      const C mean = static_cast<C>(sample_sum(a, 1, b, gridDim.x) / static_cast<double>(layout.sample()));
+      const C floor = static_cast<C>(kMeanAbsFloor);
+      divisor = mean < floor ? floor : mean;
+    }
+    const C factor = number<C>(a.scales, b, static_cast<C>(a.scale)) / divisor;
+    const C toward = share == C(0) ? C(0) : share / divisor * reward_factor<C>(a, b);
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < runs; i += step) {
+      const R run(sample, i);
+      C gap[R::kCount], other[R::kCount];
+      run.load(outputs.fake, other);
+      run.guided(outputs, gap);
+#pragma unroll
+      for (int lane = 0; lane < R::kCount; ++lane) gap[lane] = factor * (gap[lane] - other[lane]);
+      if (toward != C(0)) {
+        run.load(a.reward.score, other);
+#pragma unroll
+        for (int lane = 0; lane < R::kCount; ++lane) gap[lane] = fma(-toward, other[lane], gap[lane]);
+      }
+      run.store(gap, a.gradient);
+    }
+  }
+}
+
+// The first launch, and the grid that the second shares.
+template <typename S, bool kReward>
+dim3 launch_sums(const Arguments& a, cudaStream_t on) {
+  const Outputs& outputs = a.outputs;
+  const Noise& noise = outputs.target.noise;
+  const Access by = access<S>(
+      outputs.layout, noise.samples != nullptr,
+      {outputs.fake, outputs.cond, outputs.uncond, outputs.target.x0, noise.stored, a.reward.score, a.gradient});
+  const dim3 grid = grid_of_sums(outputs.layout);
+  if (!outputs.has_target) {
+    (by == Access::any ? sums<S, Access::any, false, kReward> : sums<S, Access::packed, false, kReward>)<<<
+        grid, kThreads, 0, on>>>(a);
+  } else if (by == Access::tiled) {
+    if constexpr (sizeof(S) < 8) sums<S, Access::tiled, true, kReward><<<grid, kThreads, 0, on>>>(a);
+  } else if (by == Access::any) {
+    sums<S, Access::any, true, kReward><<<grid, kThreads, 0, on>>>(a);
+  } else {
+    (by == Access::drawn ? sums<S, Access::drawn, true, kReward> : sums<S, Access::packed, true, kReward>)<<<
+        grid, kThreads, 0, on>>>(a);
+  }
+  check_launch("score_gap");
+  return grid;
+}
+
 }  // namespace
 
-int64_t bytes_of_partials(const Arguments& a) { return bytes_of_sums(a.outputs.layout, 3); }
+int64_t bytes_of_partials(const Arguments& a) { return bytes_of_sums(a.outputs.layout, a.sums()); }
 
 void forward(const Arguments& a, void* stream) {
   const Outputs& outputs = a.outputs;
   const Layout& layout = outputs.layout;
   if (layout.batch * layout.sample() == 0) return;
   const auto on = static_cast<cudaStream_t>(stream);
+  const bool rewarded = a.reward.score != nullptr;
   dispatch(outputs.dtype, [&](auto* kind) {
     using S = std::remove_pointer_t<decltype(kind)>;
     using C = typename Storage<S>::Compute;
-    const Noise& noise = outputs.target.noise;
-    const Access by = access<S>(
-        layout, noise.samples != nullptr,
-        {outputs.fake, outputs.cond, outputs.uncond, outputs.target.x0, noise.stored, a.gradient});
-    const dim3 grid = grid_of_sums(layout);
-    if (!outputs.has_target) {
-      (by == Access::any ? sums<S, Access::any, false> : sums<S, Access::packed, false>)<<<grid, kThreads, 0, on>>>(a);
-    } else if (by == Access::tiled) {
-      if constexpr (sizeof(S) < 8) sums<S, Access::tiled, true><<<grid, kThreads, 0, on>>>(a);
-    } else if (by == Access::any) {
-      sums<S, Access::any, true><<<grid, kThreads, 0, on>>>(a);
-    } else {
-      (by == Access::drawn ? sums<S, Access::drawn, true> : sums<S, Access::packed, true>)<<<grid, kThreads, 0, on>>>(a);
-    }
-    check_launch("score_gap");
-    if (a.mean_abs) {
-      const bool whole = access<S>(layout, false, {outputs.fake, outputs.cond, outputs.uncond, a.gradient}) == Access::packed;
-      (whole ? normalize<S, Access::packed> : normalize<S, Access::any>)<<<grid, kThreads, 0, on>>>(a);
-    } else {
+    const dim3 grid = rewarded ? launch_sums<S, true>(a, on) : launch_sums<S, false>(a, on);
+    if (!rewarded && !a.mean_abs) {
       statistics<C><<<grid_of(kWarp * layout.batch), kThreads, 0, on>>>(a, grid.x);
+      return;
+    }
+    const bool whole =
+        access<S>(layout, false, {outputs.fake, outputs.cond, outputs.uncond, a.reward.score, a.gradient}) == Access::packed;
+    if (rewarded) {
+      (whole ? settle<S, Access::packed> : settle<S, Access::any>)<<<grid, kThreads, 0, on>>>(a);
+    } else {
+      (whole ? normalize<S, Access::packed> : normalize<S, Access::any>)<<<grid, kThreads, 0, on>>>(a);
     }
   });
   check_launch("score_gap");

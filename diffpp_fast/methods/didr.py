@@ -21,7 +21,8 @@ from dataclasses import KW_ONLY, dataclass
 
 import torch
 
-from diffpp_fast.methods.base import Batch, Reward, SampleGradient
+from diffpp_fast import ops
+from diffpp_fast.methods.base import Batch, Reward, RewardOutput, SampleGradient, is_finite
 from diffpp_fast.methods.guidance import Guided, guide
 from diffpp_fast.methods.integral_kl import IntegralKL
 from diffpp_fast.methods.method import Noised
@@ -85,11 +86,53 @@ class DIDR(IntegralKL):
         with without_parameters([self.reference]):
             evaluated = self.reward_term.evaluate(batch, at.x_t, denoise)
         guided = outputs[0].detach()
-        gap, found = self._score_gradient(batch, x0, at, guided)
-        scale = self._reward_scale(at.t, at.alpha, at.sigma)
-        if self.weighting == "mean_abs" and gap.residual_abs is not None:
-            scale = scale / gap.residual_abs.clamp(min=MEAN_ABS_FLOOR)
-        return self.reward_term.subtract(found, evaluated, scale)
+        if evaluated is None or evaluated.gradient is None:
+            _, found = self._score_gradient(batch, x0, at, guided)
+            return self.reward_term.subtract(found, evaluated)
+        return self._rewarded_gradient(batch, x0, at, guided, evaluated.rewards, evaluated.gradient)
+
+    @torch.no_grad()
+    def _rewarded_gradient(
+        self,
+        batch: Batch,
+        x0: torch.Tensor,
+        at: Noised,
+        guided: Guided,
+        rewards: RewardOutput,
+        slope: torch.Tensor,
+    ) -> SampleGradient:
+        """Both terms in one pass over memory, with what there is to log from its sums: `slope` is dr/dx_t."""
+        fake = self._ask_fake(batch, at)
+        normalised = {"normalizer": "mean_abs", **self._target(x0, at)} if self.weighting == "mean_abs" else {}
+        factor = self._scale(at.t, at.alpha, at.sigma)
+        toward = self.reward_term.scale * self._reward_scale(at.t, at.alpha, at.sigma)
+        gap = ops.score_gap(
+            fake,
+            guided.cond,
+            guided.uncond,
+            guidance_scale=guided.scale,
+            scale=factor,
+            reward_score=slope,
+            # A sample whose reward is not finite has no reward term.
+            reward_scale=toward.where(is_finite(rewards.values), math.nan),
+            reward_clip=self.reward_term.clip,
+            **normalised,
+        )
+        if gap.residual_abs is not None:
+            divisor = gap.residual_abs.clamp(min=MEAN_ABS_FLOOR)
+            factor, toward = factor / divisor, toward / divisor
+        given_lengths, lengths = factor.abs() * gap.gap_sq.sqrt(), toward.abs() * gap.reward_sq.sqrt()
+        defined = is_finite(lengths + rewards.values)
+        # The sums of a sample that is left out are not finite.
+        lengths = lengths.where(defined, 0.0)
+        product = (factor * toward * gap.gap_dot_reward).where(defined, 0.0)
+        share = None if self.reward_term.clip is None else gap.reward_share.where(defined, 1.0)
+        about_gap = {
+            "score_gap": (gap.gap_sq / slope[0].numel()).sqrt().mean(),
+            "score_gradient_norm": given_lengths.mean(),
+        }
+        about_reward = self.reward_term.metrics(rewards, defined, lengths, product, given_lengths, share)
+        return SampleGradient(gap.gradient, {**about_gap, **about_reward}, rewards)
 
     def _reward_scale(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """Return alpha w(t) / beta = h(t) sigma^2 / (alpha k beta), but for the normaliser by which h is divided."""

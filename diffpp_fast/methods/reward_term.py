@@ -27,7 +27,7 @@ SMALLEST = 1e-30
 
 
 class Evaluated(NamedTuple):
-    """The rewards of a batch, and scale times their gradient [B, ...]; None where the scale is 0."""
+    """The rewards of a batch, and their gradient [B, ...]; None where it is not wanted, since the scale is 0."""
 
     rewards: RewardOutput
     gradient: torch.Tensor | None
@@ -90,38 +90,57 @@ class RewardTerm:
             return Evaluated(told, None)
         if not reward.requires_grad:
             raise ValueError("the reward has no gradient by x0: it must be differentiable, or reward_scale 0")
-        return Evaluated(told, self.scale * widen(self.differentiate(reward, x)))
+        return Evaluated(told, self.differentiate(reward, x))
 
-    def subtract(
-        self, given: SampleGradient, evaluated: Evaluated | None, factor: torch.Tensor | None = None
-    ) -> SampleGradient:
-        """Return a gradient less the reward's term, with the rewards and what there is to log of them.
-
-        Args:
-            given: the gradient [B, ...].
-            evaluated: by `evaluate`.
-            factor: [B], what the reward's gradient is multiplied by; None: 1.
-        """
+    def subtract(self, given: SampleGradient, evaluated: Evaluated | None) -> SampleGradient:
+        """Return a gradient [B, ...] less the reward's term, with the rewards and what there is to log of them."""
         if evaluated is None:
             return given
         gradient, metrics = given.gradient, dict(given.metrics)
-        rewards, term = evaluated
-        metrics["reward"], metrics["reward_std"] = finite_statistics(rewards.values)
-        if term is None:
+        rewards, slope = evaluated
+        if slope is None:
+            metrics["reward"], metrics["reward_std"] = finite_statistics(rewards.values)
             return SampleGradient(gradient, metrics, rewards)
-        if factor is not None:
-            term = term * per_sample(factor, term)
+        term = self.scale * widen(slope)
         lengths, given_lengths = norms(term), norms(gradient)
         # A length is finite where all of its elements are.
         defined = is_finite(lengths + rewards.values)
-        metrics["reward_undefined"] = 1.0 - defined.float().mean()
         term, lengths = term.where(per_sample(defined, term), 0.0), lengths.where(defined, 0.0)
-        metrics["reward_gradient_norm"] = lengths.mean()
-        product = -torch.linalg.vecdot(widen(gradient).flatten(1), term.flatten(1))
-        metrics["gradient_cosine"] = (product / (given_lengths * lengths).clamp(min=SMALLEST)).mean()
-        if self.clip is not None:
-            share = self.clip * given_lengths / lengths
-            metrics["reward_clipped"] = (share < 1.0).to(share.dtype).mean()
-            # A sample without a reward gradient has nothing to shorten.
-            term = term * per_sample(torch.where(lengths == 0.0, 1.0, share).clamp(max=1.0), term)
+        product = torch.linalg.vecdot(widen(gradient).flatten(1), term.flatten(1))
+        # A sample without a reward gradient has nothing to shorten.
+        share = None if self.clip is None else (self.clip * given_lengths / lengths).where(lengths != 0.0, 1.0)
+        metrics |= self.metrics(rewards, defined, lengths, product, given_lengths, share)
+        if share is not None:
+            term = term * per_sample(share.clamp(max=1.0), term)
         return SampleGradient(gradient - term, metrics, rewards)
+
+    def metrics(
+        self,
+        rewards: RewardOutput,
+        defined: torch.Tensor,
+        lengths: torch.Tensor,
+        product: torch.Tensor,
+        given_lengths: torch.Tensor,
+        share: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """Return what there is to log of a term that is subtracted from a gradient.
+
+        Args:
+            rewards: of the samples.
+            defined: [B], whether the sample has a reward term.
+            lengths: [B], the term's norm before it is shortened, 0 where there is none.
+            product: [B], gradient times term.
+            given_lengths: [B], the norm of the gradient.
+            share: [B], below 1 where the term is shortened; None without a clip.
+        """
+        mean, std = finite_statistics(rewards.values)
+        found = {
+            "reward": mean,
+            "reward_std": std,
+            "reward_undefined": 1.0 - defined.float().mean(),
+            "reward_gradient_norm": lengths.mean(),
+            "gradient_cosine": (-product / (given_lengths * lengths).clamp(min=SMALLEST)).mean(),
+        }
+        if share is not None:
+            found["reward_clipped"] = (share < 1.0).to(share.dtype).mean()
+        return found

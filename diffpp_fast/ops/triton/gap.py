@@ -68,19 +68,27 @@ class Gap:
         gradient: Tensor | None = None,
         scale: float = 1.0,
         scales: Tensor | None = None,
+        reward: Tensor | None = None,
+        reward_scale: float = 1.0,
+        reward_scales: Tensor | None = None,
     ) -> Tensor:
         """float32 [3, B, programs]: parts of sum d^2, sum |r|, sum d (r - curvature d). Writes `gradient` = scale d.
 
-        A `curvature` of 0 is None.
+        With a reward's score s (in the order of `fake`) [5, B, programs]: sum s^2 and sum d s follow; `gradient` is
+        scale d - reward_scale s. A `curvature` of 0 is None.
         """
         order = self.order
-        partials = self.fake.new_empty(3, order.batch, self.programs, dtype=torch.float32)
+        partials = self.fake.new_empty(3 if reward is None else 5, order.batch, self.programs, dtype=torch.float32)
         _sums[order.batch, self.programs](
             p_partials=partials,
             p_gradient=gradient,
             p_scale=scales,
             scale_stride=stride(scales),
             scale=float(scale),
+            p_reward=reward,
+            p_reward_scale=reward_scales,
+            reward_scale_stride=stride(reward_scales),
+            reward_scale=float(reward_scale),
             curvature=curvature,
             batch=order.batch,
             programs=self.programs,
@@ -203,11 +211,15 @@ def floored_mean(total, elements):
 
 @triton.jit(do_not_specialize=["noise_seed", "noise_stream", "batch", "programs"])
 def _sums(
-    p_partials,  # float32 [3, B, programs]
+    p_partials,  # float32 [3, B, programs], or 5 with a reward
     p_gradient,  # [B, sample] as the outputs, or None
     p_scale,  # [B], or None for `scale`
     scale_stride,
     scale,
+    p_reward,  # [B, sample] as the outputs, or None
+    p_reward_scale,  # [B], or None for `reward_scale`
+    reward_scale_stride,
+    reward_scale,
     curvature,  # or None for 0
     batch,
     programs,
@@ -241,6 +253,10 @@ def _sums(
     b_gap_sq = tl.zeros([BLOCK // PER_THREAD], tl.float32)
     b_residual_abs = tl.zeros([BLOCK // PER_THREAD], tl.float32)
     b_product = tl.zeros([BLOCK // PER_THREAD], tl.float32)
+    b_reward_sq = tl.zeros([BLOCK // PER_THREAD], tl.float32)
+    b_reward_product = tl.zeros([BLOCK // PER_THREAD], tl.float32)
+    if p_reward is not None:
+        reward_factor = per_sample(p_reward_scale, reward_scale_stride, b, reward_scale)
     for block in range(program, tl.cdiv(sample, BLOCK), programs):
         b_at, m_inside, b_block, b_lane = tile(
             block, sample, channels, p_fake.dtype.element_ty, PIXEL, CHANNELS_LAST, EVEN, WIDE, BLOCK
@@ -271,9 +287,15 @@ def _sums(
             if curvature is not None:
                 b_residual = tl.fma(b_gap, -curvature, b_residual)
             b_product += fold(b_gap * b_residual)
+        b_gradient = factor * b_gap
+        if p_reward is not None:
+            b_reward = tl.where(m_inside, load(p_reward + start, b_at, m_inside), 0.0)
+            b_reward_sq += fold(b_reward * b_reward)
+            b_reward_product += fold(b_gap * b_reward)
+            b_gradient = tl.fma(b_reward, -reward_factor, b_gradient)
         # After all loads: they could not pass a store that may write what they read.
         if p_gradient is not None:
-            tl.store(p_gradient + start + b_at, (factor * b_gap).to(p_gradient.dtype.element_ty), mask=m_inside)
+            tl.store(p_gradient + start + b_at, b_gradient.to(p_gradient.dtype.element_ty), mask=m_inside)
     row = tl.cast(batch, tl.int64) * programs
     p_partial = p_partials + b * programs + program
     if PREDICTION is None:
@@ -282,3 +304,6 @@ def _sums(
         b_sums = tl.sum(tl.join(tl.join(b_gap_sq, b_residual_abs), tl.join(b_product, b_product)), axis=0)
         b_row = tl.arange(0, 2)[:, None] + 2 * tl.arange(0, 2)[None, :]
         tl.store(p_partial + b_row * row, b_sums, mask=b_row < 3)
+    if p_reward is not None:
+        b_sums = tl.sum(tl.join(b_reward_sq, b_reward_product), axis=0)
+        tl.store(p_partial + (3 + tl.arange(0, 2)) * row, b_sums)
