@@ -25,7 +25,7 @@ KNOWN: dict[str, dict[str, Any]] = {
 }
 UP_BLOCK = "UpDecoderBlock2D"
 ACTIVATIONS = ("silu", "swish")
-NEAREST_KERNEL = {"kernel_size": (3, 3), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
+KERNEL = {"kernel_size": (3, 3), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -64,6 +64,28 @@ def check_vae(vae: Any) -> None:
     for name, values in (("latents_mean", mean), ("latents_std", std)):
         if values is not None and len(values) != config.latent_channels:
             raise ValueError(f"FrozenDecoder: {name} must have {config.latent_channels} values, got {len(values)}")
+
+
+def check_rows(vae: Any, rows: Any) -> None:
+    """Raises TypeError or ValueError unless the decoder can be computed by so many rows at a time; None is all."""
+    if rows is None:
+        return
+    if isinstance(rows, bool) or not isinstance(rows, int):
+        raise TypeError(f"FrozenDecoder: rows must be an integer or None, got {rows!r}")
+    if rows < 1:
+        raise ValueError(f"FrozenDecoder: rows must be at least 1, got {rows}")
+    if not hasattr(vae.decoder, "up_blocks"):
+        raise ValueError(
+            f"FrozenDecoder: rows is for AutoencoderKL; {type(vae).__name__} keeps a byte per ReLU, give slice_size"
+        )
+    blocks = {
+        name: module
+        for name, module in vae.decoder.named_modules()
+        if any(cls.__name__ == "ResnetBlock2D" for cls in type(module).__mro__)
+    }
+    layers = {f"{name}.{part}": getattr(block, part) for name, block in blocks.items() for part in ("conv1", "conv2")}
+    for name, layer in (layers | {"conv_out": vae.decoder.conv_out}).items():
+        _check_kernel(name, layer)
 
 
 def check_latents(latents: Tensor, weight: Tensor, channels: int) -> None:
@@ -116,9 +138,13 @@ def _check_enlargements(decoder: Any) -> None:
         f"layers.{index + 1}": layers[index + 1] for index, layer in enumerate(layers) if isinstance(layer, nn.Upsample)
     }
     for name, layer in convolutions.items():
-        for attribute, expected in NEAREST_KERNEL.items():
-            if getattr(layer, attribute, None) != expected:
-                raise ValueError(
-                    f"FrozenDecoder: decoder.{name} must be a convolution with {attribute} {expected}, "
-                    f"got {getattr(layer, attribute, type(layer).__name__)}"
-                )
+        _check_kernel(name, layer)
+
+
+def _check_kernel(name: str, layer: nn.Module) -> None:
+    for attribute, expected in KERNEL.items():
+        if getattr(layer, attribute, None) != expected:
+            raise ValueError(
+                f"FrozenDecoder: decoder.{name} must be a convolution with {attribute} {expected}, "
+                f"got {getattr(layer, attribute, type(layer).__name__)}"
+            )

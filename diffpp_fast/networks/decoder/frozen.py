@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from diffpp_fast import transforms
 from diffpp_fast.networks.decoder import checks
-from diffpp_fast.networks.decoder.walk import Stage, kl_stages, tiny_stages
+from diffpp_fast.networks.decoder.walk import Stage, kl_stages, kl_stages_by_rows, tiny_stages
 from diffpp_fast.ops.autograd import needs_gradient
 
 #: How to walk each class of autoencoder.
@@ -41,12 +41,16 @@ class FrozenDecoder(nn.Module):
             backward pass, one resolution at a time.
         slice_size: decode at most so many images at once. With `checkpoint`, or where no gradient is needed, this
             bounds the memory beyond inputs, results and what `checkpoint` keeps.
+        rows: of an `AutoencoderKL`: compute so many rows of each tensor at a time, forward and backward, and keep the
+            input of every residual block alone. Image and gradient are the same but for rounding. It takes more time,
+            less memory the fewer rows, and with `checkpoint` the least.
         memory_format: of the activations: `torch.channels_last` or `torch.contiguous_format`. None chooses
             channels_last, which was faster on the CPU in float32 and bfloat16, and is what tensor cores take.
 
     Raises:
-        TypeError: not a known class of autoencoder.
-        ValueError: it holds something unknown, it blends tiles, or it is in float16 and says that it overflows there.
+        TypeError: not a known class of autoencoder, or rows that are no integer.
+        ValueError: it holds something unknown, it blends tiles, or it is in float16 and says that it overflows there;
+            slice_size or rows below 1, or rows of what has no such slices.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class FrozenDecoder(nn.Module):
         checkpoint: bool = False,
         *,
         slice_size: int | None = None,
+        rows: int | None = None,
         memory_format: torch.memory_format | None = None,
     ) -> None:
         super().__init__()
@@ -64,10 +69,12 @@ class FrozenDecoder(nn.Module):
         if slice_size is not None and slice_size < 1:
             raise ValueError(f"FrozenDecoder: slice_size must be at least 1, got {slice_size}")
         checks.check_vae(vae)
+        checks.check_rows(vae, rows)
         self.vae: Any = vae.eval().requires_grad_(False)
         self.kind = kind
         self.checkpoint = checkpoint
         self.slice_size = slice_size
+        self.rows = rows
         self.memory_format = memory_format or torch.channels_last
         # diffusers' autoencoders share no base class that declares `config`.
         config: Any = vae.config
@@ -93,13 +100,13 @@ class FrozenDecoder(nn.Module):
         z = z.to(dtype)
         if not transforms.functional():  # which hides the layout
             z = z.contiguous(memory_format=self.memory_format)
-        stages = STAGES[self.kind](self.vae, z)
+        stages = STAGES[self.kind](self.vae, z) if self.rows is None else kl_stages_by_rows(self.vae, z, self.rows)
         if self.slice_size is None or len(z) <= self.slice_size:
             return self._decode(z, stages).contiguous()
         return torch.cat([self._decode(part, stages).contiguous() for part in z.split(self.slice_size)])
 
     def extra_repr(self) -> str:
-        return f"{self.kind}, checkpoint={self.checkpoint}, slice_size={self.slice_size}"
+        return f"{self.kind}, checkpoint={self.checkpoint}, slice_size={self.slice_size}, rows={self.rows}"
 
     @property
     def _first(self) -> Any:

@@ -49,7 +49,7 @@ def enlarged_convolution(x: Tensor, layer: nn.Conv2d, taps: Tensor) -> Tensor:
     """
     if transforms.active():
         weight, bias = _frozen(layer, x)
-        return F.conv_transpose2d(x, _summed(weight, taps, x.dtype), bias, stride=2, padding=1)
+        return F.conv_transpose2d(x, summed(weight, taps, x.dtype), bias, stride=2, padding=1)
     y: Tensor = _EnlargedConvolution.apply(x, layer.weight, layer.bias, taps)
     return y
 
@@ -114,7 +114,7 @@ class _Convolution(Function):
         stride, padding, dilation, groups = ctx.geometry
         if blocked is not None:
             grad = grad.masked_fill(blocked, 0.0)
-        grad = _laid_out(grad, ctx.layout)
+        grad = laid_out(grad, ctx.layout)
         grad_x = None
         if needs_x:
             # Rows and columns at the end of x that no step of the stride reaches.
@@ -131,13 +131,13 @@ class _EnlargedConvolution(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor) -> Tensor:
         ctx.save_for_backward(weight, taps)
         ctx.layout = layout(x)
-        return F.conv_transpose2d(x, _summed(weight, taps, x.dtype), _cast(bias, x), stride=2, padding=1)
+        return F.conv_transpose2d(x, summed(weight, taps, x.dtype), _cast(bias, x), stride=2, padding=1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, taps = ctx.saved_tensors
-        grad = _laid_out(grad, ctx.layout)
-        return F.conv2d(grad, _summed(weight, taps, grad.dtype), stride=2, padding=1), None, None, None
+        grad = laid_out(grad, ctx.layout)
+        return F.conv2d(grad, summed(weight, taps, grad.dtype), stride=2, padding=1), None, None, None
 
 
 class _Linear(Function):
@@ -169,13 +169,13 @@ def _frozen(layer: Any, like: Tensor | None = None) -> tuple[Tensor, Tensor | No
     return (weight, bias) if like is None else (weight.to(like.dtype), _cast(bias, like))
 
 
-def _laid_out(grad: Tensor, memory_format: torch.memory_format) -> Tensor:
+def laid_out(grad: Tensor, memory_format: torch.memory_format) -> Tensor:
     """A gradient in the layout of the forward pass; as it is under `is_grads_batched`, where torch hides the layout."""
     batched = not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
     return grad if batched else grad.contiguous(memory_format=memory_format)
 
 
-def _summed(weight: Tensor, taps: Tensor, dtype: torch.dtype) -> Tensor:
+def summed(weight: Tensor, taps: Tensor, dtype: torch.dtype) -> Tensor:
     """[C', C, 3, 3] -> [C, C', 4, 4], each sum rounded once."""
     sums = weight.flatten(2) @ taps.to(weight.dtype)
     return sums.unflatten(2, (4, 4)).transpose(0, 1).to(dtype)

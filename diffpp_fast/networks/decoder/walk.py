@@ -13,8 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from diffpp_fast import transforms
+from diffpp_fast.networks.decoder import rows as by_rows
 from diffpp_fast.networks.decoder.layers import (
     convolution,
     enlarged_convolution,
@@ -23,6 +25,7 @@ from diffpp_fast.networks.decoder.layers import (
     group_norm_of_sum,
     linear,
 )
+from diffpp_fast.ops.autograd import needs_gradient
 
 Step = Callable[[Tensor], Tensor]
 Stage = list[Step]
@@ -31,8 +34,7 @@ Stage = list[Step]
 def kl_stages(vae: Any, like: Tensor) -> list[Stage]:
     """Return an `AutoencoderKL`'s stages: unscaled latents -> images. `like` has the dtype and device of the decode."""
     decoder, taps = vae.decoder, enlarging_taps(like)
-    entrance = [layer for layer in (vae.post_quant_conv, decoder.conv_in) if layer is not None]
-    steps: Stage = [partial(convolution, layer=layer) for layer in entrance]
+    steps = _entrance(vae)
     first, *rest = decoder.mid_block.resnets
     steps.append(partial(_resnets, [first]))
     for attention, resnet in zip(decoder.mid_block.attentions, rest, strict=True):
@@ -44,7 +46,31 @@ def kl_stages(vae: Any, like: Tensor) -> list[Stage]:
         stages[-1].append(partial(_resnets, block.resnets))
         for upsampler in block.upsamplers or ():
             stages.append([partial(enlarged_convolution, layer=upsampler.conv, taps=taps)])
-    stages[-1] += [partial(group_norm, layer=decoder.conv_norm_out), partial(convolution, layer=decoder.conv_out)]
+    return [*stages[:-1], [*stages[-1], partial(_exit, decoder)]]
+
+
+def kl_stages_by_rows(vae: Any, like: Tensor, rows: int) -> list[Stage]:
+    """Return the same stages, whose steps are one block each and compute so many rows at a time."""
+    decoder, taps = vae.decoder, enlarging_taps(like)
+    steps = _entrance(vae)
+    first, *rest = decoder.mid_block.resnets
+    steps.append(partial(_block_by_rows, first, None, taps, rows))
+    for attention, resnet in zip(decoder.mid_block.attentions, rest, strict=True):
+        if attention is not None:
+            steps.append(partial(_attention_by_rows, attention, rows))
+        steps.append(partial(_block_by_rows, resnet, None, taps, rows))
+    stages, enlargement = [steps], None
+    for block in decoder.up_blocks:
+        for resnet in block.resnets:
+            if enlargement is not None:
+                stages.append([])
+            stages[-1].append(partial(_block_by_rows, resnet, enlargement, taps, rows))
+            enlargement = None
+        for upsampler in block.upsamplers or ():
+            enlargement = upsampler.conv
+    plain = partial(_exit, decoder)
+    norm, layer = decoder.conv_norm_out, decoder.conv_out
+    stages[-1].append(lambda x: by_rows.normed_convolution(x, norm, layer, rows, plain))
     return stages
 
 
@@ -72,6 +98,15 @@ def tiny_stages(vae: Any, like: Tensor) -> list[Stage]:
     return stages
 
 
+def _entrance(vae: Any) -> Stage:
+    layers = (vae.post_quant_conv, vae.decoder.conv_in)
+    return [partial(convolution, layer=layer) for layer in layers if layer is not None]
+
+
+def _exit(decoder: Any, x: Tensor) -> Tensor:
+    return convolution(group_norm(x, decoder.conv_norm_out), decoder.conv_out)
+
+
 def _resnets(blocks: Sequence[Any], x: Tensor) -> Tensor:
     """`ResnetBlock2D`s without time embedding, one after the other.
 
@@ -93,16 +128,37 @@ def _resnets(blocks: Sequence[Any], x: Tensor) -> Tensor:
     return x
 
 
-def _attention(block: Any, x: Tensor) -> Tensor:
+def _block_by_rows(block: Any, enlargement: Any, taps: Tensor, rows: int, x: Tensor) -> Tensor:
+    """A `ResnetBlock2D`, behind an enlargement and its convolution if there is one. Keeps x."""
+
+    def plain(x: Tensor) -> Tensor:
+        return _resnets([block], x if enlargement is None else enlarged_convolution(x, enlargement, taps))
+
+    return by_rows.residual_block(x, block, enlargement, rows, plain)
+
+
+def _attention(block: Any, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Tensor:
     """An `Attention` over the pixels, with its residual connection. Keeps q, k, v, the output and its row sums."""
     tokens = group_norm(x, block.group_norm, "identity").permute(0, 2, 3, 1).flatten(1, 2)
     q, k, v = (
         linear(tokens, layer).unflatten(2, (block.heads, -1)).transpose(1, 2)
         for layer in (block.to_q, block.to_k, block.to_v)
     )
-    attended = _attend(q, k, v).transpose(1, 2).flatten(2)
+    attended = (attend or _attend)(q, k, v).transpose(1, 2).flatten(2)
     y = x + linear(attended, block.to_out[0]).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
     return y if block.rescale_output_factor == 1.0 else y / block.rescale_output_factor
+
+
+def _attention_by_rows(block: Any, rows: int, x: Tensor) -> Tensor:
+    """The same for the queries of so many rows at a time. Keeps x."""
+    if transforms.active():
+        return _attention(block, x)
+    attend = partial(by_rows.attention, queries=rows * x.shape[3])
+    # torch.compile chooses by itself what it keeps.
+    if torch.compiler.is_compiling() or not needs_gradient(x):
+        return _attention(block, x, attend)
+    y: Tensor = recompute(_attention, block, x, attend, use_reentrant=False, preserve_rng_state=False)
+    return y
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
