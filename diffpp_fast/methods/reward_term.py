@@ -27,7 +27,7 @@ SMALLEST = 1e-30
 
 
 class Evaluated(NamedTuple):
-    """The rewards of a batch, and scale times their gradient [B, ...]; None where the scale is 0."""
+    """The rewards of a batch, and their gradient [B, ...]; None where it is not wanted, since the scale is 0."""
 
     rewards: RewardOutput
     gradient: torch.Tensor | None
@@ -64,6 +64,8 @@ class RewardTerm:
         self.clip = clip
         #: (reward [B], x) -> d sum of rewards / dx; a trainer that times the pass wraps it.
         self.differentiate = input_gradient
+        #: Whether mean and spread of a batch's rewards are logged; a trainer that does so by updates takes it back.
+        self.describes = True
 
     def evaluate(
         self, batch: Batch, x: torch.Tensor, sample_of: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -90,7 +92,7 @@ class RewardTerm:
             return Evaluated(told, None)
         if not reward.requires_grad:
             raise ValueError("the reward has no gradient by x0: it must be differentiable, or reward_scale 0")
-        return Evaluated(told, self.scale * widen(self.differentiate(reward, x)))
+        return Evaluated(told, self.differentiate(reward, x))
 
     def subtract(
         self, given: SampleGradient, evaluated: Evaluated | None, factor: torch.Tensor | None = None
@@ -105,23 +107,55 @@ class RewardTerm:
         if evaluated is None:
             return given
         gradient, metrics = given.gradient, dict(given.metrics)
-        rewards, term = evaluated
-        metrics["reward"], metrics["reward_std"] = finite_statistics(rewards.values)
-        if term is None:
-            return SampleGradient(gradient, metrics, rewards)
+        rewards, slope = evaluated
+        if slope is None:
+            return SampleGradient(gradient, metrics | self._statistics(rewards), rewards)
+        term = self.scale * widen(slope)
         if factor is not None:
             term = term * per_sample(factor, term)
-        lengths, given_lengths = norms(term), norms(gradient)
+        lengths, given_lengths = norms(term), norms(gradient) if given.lengths is None else given.lengths
         # A length is finite where all of its elements are.
         defined = is_finite(lengths + rewards.values)
-        metrics["reward_undefined"] = 1.0 - defined.float().mean()
         term, lengths = term.where(per_sample(defined, term), 0.0), lengths.where(defined, 0.0)
-        metrics["reward_gradient_norm"] = lengths.mean()
-        product = -torch.linalg.vecdot(widen(gradient).flatten(1), term.flatten(1))
-        metrics["gradient_cosine"] = (product / (given_lengths * lengths).clamp(min=SMALLEST)).mean()
-        if self.clip is not None:
-            share = self.clip * given_lengths / lengths
-            metrics["reward_clipped"] = (share < 1.0).to(share.dtype).mean()
-            # A sample without a reward gradient has nothing to shorten.
-            term = term * per_sample(torch.where(lengths == 0.0, 1.0, share).clamp(max=1.0), term)
+        product = torch.linalg.vecdot(widen(gradient).flatten(1), term.flatten(1))
+        # A sample without a reward gradient has nothing to shorten.
+        share = None if self.clip is None else (self.clip * given_lengths / lengths).where(lengths != 0.0, 1.0)
+        metrics |= self.metrics(rewards, defined, lengths, product, given_lengths, share)
+        if share is not None:
+            term = term * per_sample(share.clamp(max=1.0), term)
         return SampleGradient(gradient - term, metrics, rewards)
+
+    def metrics(
+        self,
+        rewards: RewardOutput,
+        defined: torch.Tensor,
+        lengths: torch.Tensor,
+        product: torch.Tensor,
+        given_lengths: torch.Tensor,
+        share: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """Return what there is to log of a term that is subtracted from a gradient.
+
+        Args:
+            rewards: of the samples.
+            defined: [B], whether the sample has a reward term.
+            lengths: [B], the term's norm before it is shortened, 0 where there is none.
+            product: [B], gradient times term.
+            given_lengths: [B], the norm of the gradient.
+            share: [B], below 1 where the term is shortened; None without a clip.
+        """
+        by_sample = {
+            "reward_undefined": torch.where(defined, 0.0, 1.0),
+            "reward_gradient_norm": lengths,
+            "gradient_cosine": -product / (given_lengths * lengths).clamp(min=SMALLEST),
+        }
+        if share is not None:
+            by_sample["reward_clipped"] = torch.where(share < 1.0, 1.0, 0.0)
+        means = torch.stack(list(by_sample.values())).mean(1)
+        return {**self._statistics(rewards), **dict(zip(by_sample, means.unbind(), strict=True))}
+
+    def _statistics(self, rewards: RewardOutput) -> dict[str, torch.Tensor]:
+        if not self.describes:
+            return {}
+        mean, std = finite_statistics(rewards.values)
+        return {"reward": mean, "reward_std": std}
