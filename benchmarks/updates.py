@@ -97,7 +97,7 @@ OVER_WEIGHTS = {
 
 
 def kind_here() -> str | None:
-    """What the running call of ATen serves; None for nothing that a GPU is asked for."""
+    """Return what the running call of ATen serves; None for nothing that a GPU is asked for."""
     frame = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
