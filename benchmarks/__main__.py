@@ -15,7 +15,21 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
 
 import torch
 
-from benchmarks import backends, blocks, cases, frozen, host, kernels, loops, passes, quantized, reward, static, tables
+from benchmarks import (
+    backends,
+    blocks,
+    cases,
+    frozen,
+    host,
+    kernels,
+    loops,
+    passes,
+    quantized,
+    reward,
+    static,
+    tables,
+    updates,
+)
 from benchmarks.kernels import KernelPlan
 from benchmarks.tables import Place
 from benchmarks.timing import load_sentence, provenance
@@ -137,6 +151,7 @@ def make_parser() -> argparse.ArgumentParser:
     static.add_arguments(subject("static", static.run, "GPU kernels, counted", static.__doc__, "performance"))
     loops.add_arguments(subject("loops", loops.run, "training loops, before and after", loops.__doc__, "embedding"))
     passes.add_arguments(subject("passes", passes.run, "the reference's two passes", passes.__doc__, "step"))
+    updates.add_arguments(subject("updates", updates.run, "launches of updates", updates.__doc__, "performance"))
     return parser
 
 

@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from method_cases import SCHEDULES, SHAPE, Convolution, T, batch_of, level_of, quadratic_reward, train_gaussian
+from method_cases import (
+    SCHEDULES,
+    SHAPE,
+    Convolution,
+    T,
+    batch_of,
+    gradient_by_x0,
+    level_of,
+    quadratic_reward,
+    train_gaussian,
+)
 from prediction_targets import TARGETS
 from torch import nn
 
@@ -61,6 +71,29 @@ def test_gradient_by_x0_is_the_papers(prediction_type: str, weighting: str) -> N
     expected = (expected - reward_scale * -2 * (x0 - 0.5)) / len(batch)
     assert table.grad is not None
     torch.testing.assert_close(table.grad.double(), expected, rtol=2e-4, atol=2e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("weighting", ["x0", "score", "unit", "mean_abs"])
+def test_the_logged_length_is_the_gradients(weighting: Any) -> None:
+    networks = Convolution(1), Convolution(2)
+    batch = batch_of()
+    lengths = []
+
+    def build(generator: Any) -> DiffInstruct:
+        method = DiffInstruct(generator, *networks, SCHEDULES["epsilon"], guidance_scale=3.0, weighting=weighting)
+        loss_of = method.generator_loss
+
+        def noting(batch: Batch) -> Any:
+            output = loss_of(batch)
+            lengths.append(output.metrics["score_gradient_norm"])
+            return output
+
+        method.generator_loss = noting  # type: ignore[method-assign]
+        return method
+
+    _, gradient = gradient_by_x0(build, batch)
+    expected = (len(batch) * gradient).flatten(1).norm(dim=1).mean()
+    assert float(lengths[0]) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("method_class", [DiffInstruct, DiffInstructPP])

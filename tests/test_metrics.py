@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import processes
 import pytest
 import torch
 
 from diffpp_fast.training.distributed import World
+from diffpp_fast.training.faults import SkippedUpdates
 from diffpp_fast.training.metrics import Means
 
 ALONE = World.alone("cpu")
@@ -126,3 +129,18 @@ def test_nothing_is_read_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> 
     assert reads == []
     means.take(ALONE, {"memory/peak": 0.5})
     assert reads == ["tolist"]
+
+
+def test_skipped_updates_are_counted_when_they_are_read() -> None:
+    batches: Any = SimpleNamespace(world=ALONE)
+    skips = SkippedUpdates("fake", batches, row=2, first_sample=5)
+    assert skips.record() == (2, 5) and skips.take_share() is None
+    for first, norm in ((8, math.inf), (16, 1.0), (24, math.nan)):
+        skips.note(torch.tensor(norm), first)
+    assert skips.record() == (1, 24)
+    skips.note(torch.tensor(math.nan), 32)
+    assert skips.record() == (2, 24) and skips.take_share() == 0.75 and skips.take_share() is None
+    # A row that began before a resume goes on.
+    skips = SkippedUpdates("fake", batches, row=2, first_sample=5)
+    skips.note(torch.tensor(math.inf), 8)
+    assert skips.record() == (3, 5)

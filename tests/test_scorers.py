@@ -111,7 +111,7 @@ def test_the_reward_gradient_of_a_sample_that_has_none_is_left_out() -> None:
         )
 
     term = RewardTerm(undefined, 2.0, clip=1e9)
-    got, metrics, told = term.subtract(SampleGradient(gradient, {}), term.evaluate(batch, x0.abs()))
+    got, metrics, told, *_ = term.subtract(SampleGradient(gradient, {}), term.evaluate(batch, x0.abs()))
     assert told is not None and told.values.isfinite().tolist() == [False, True, True]
     assert torch.equal(got[:2], gradient[:2]) and got.isfinite().all() and not torch.equal(got[2], gradient[2])
     assert metrics["reward_undefined"] == pytest.approx(2 / 3)

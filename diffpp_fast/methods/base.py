@@ -83,11 +83,15 @@ class RewardOutput(NamedTuple):
 
 
 class SampleGradient(NamedTuple):
-    """A method's gradient on each sample [B, ...], without graph, what to log of it, and the rewards if any."""
+    """A method's gradient on each sample [B, ...], without graph, what to log of it, and the rewards if any.
+
+    `lengths` [B], float32 or wider, are the gradient's norms where the method knows them.
+    """
 
     gradient: torch.Tensor
     metrics: dict[str, torch.Tensor]
     rewards: RewardOutput | None = None
+    lengths: torch.Tensor | None = None
 
 
 class StepOutput(NamedTuple):
@@ -111,7 +115,7 @@ class _InjectGradient(torch.autograd.Function):
     def forward(ctx: Any, x0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gradient)
         ctx.dtype = x0.dtype
-        return 0.5 * gradient.square().sum() / len(gradient)
+        return 0.5 / len(gradient) * gradient.square().sum()
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -146,7 +150,7 @@ def input_gradient(values: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
 
     Raises ValueError where the values have a graph, but not from x0.
     """
-    (gradient,) = torch.autograd.grad(values.sum(), x0, allow_unused=True)
+    (gradient,) = torch.autograd.grad(values, x0, torch.ones_like(values), allow_unused=True)
     if gradient is None:
         raise ValueError("a reward's or a network's gradient does not reach the samples: are they detached in it?")
     return gradient

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,6 +12,7 @@ from diffpp_fast import ops
 from diffpp_fast.methods.base import Batch, SampleGradient, TimeFunction, check_choice
 from diffpp_fast.methods.guidance import Guided
 from diffpp_fast.methods.method import Method, Noised
+from diffpp_fast.prediction import MEAN_ABS_FLOOR
 
 Weighting = Literal["x0", "score", "unit", "mean_abs"]
 
@@ -44,7 +46,15 @@ class IntegralKL(Method):
         normalised = {"normalizer": "mean_abs", **self._target(x0, at)} if self.weighting == "mean_abs" else {}
         factor = self._scale(at.t, at.alpha, at.sigma)
         gap = ops.score_gap(fake, guided.cond, guided.uncond, guidance_scale=guided.scale, scale=factor, **normalised)
-        return gap, SampleGradient(gap.gradient, self._gap_metrics(gap.gap_sq, gap.gradient))
+        distance, length = gap.gap_sq.sqrt(), factor.abs()
+        if self.weighting == "mean_abs" and gap.residual_abs is not None:
+            length = length / gap.residual_abs.clamp(min=MEAN_ABS_FLOOR)
+        lengths = length * distance
+        metrics = {
+            "score_gap": distance.mean() / math.sqrt(gap.gradient[0].numel()),
+            "score_gradient_norm": lengths.mean(),
+        }
+        return gap, SampleGradient(gap.gradient, metrics, lengths=lengths)
 
     def _scale(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         k = self.schedule.gap_scale(t)

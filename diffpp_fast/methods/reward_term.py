@@ -64,6 +64,8 @@ class RewardTerm:
         self.clip = clip
         #: (reward [B], x) -> d sum of rewards / dx; a trainer that times the pass wraps it.
         self.differentiate = input_gradient
+        #: Whether mean and spread of a batch's rewards are logged; a trainer that does so by updates takes it back.
+        self.describes = True
 
     def evaluate(
         self, batch: Batch, x: torch.Tensor, sample_of: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -99,10 +101,9 @@ class RewardTerm:
         gradient, metrics = given.gradient, dict(given.metrics)
         rewards, slope = evaluated
         if slope is None:
-            metrics["reward"], metrics["reward_std"] = finite_statistics(rewards.values)
-            return SampleGradient(gradient, metrics, rewards)
+            return SampleGradient(gradient, metrics | self._statistics(rewards), rewards)
         term = self.scale * widen(slope)
-        lengths, given_lengths = norms(term), norms(gradient)
+        lengths, given_lengths = norms(term), norms(gradient) if given.lengths is None else given.lengths
         # A length is finite where all of its elements are.
         defined = is_finite(lengths + rewards.values)
         term, lengths = term.where(per_sample(defined, term), 0.0), lengths.where(defined, 0.0)
@@ -133,14 +134,18 @@ class RewardTerm:
             given_lengths: [B], the norm of the gradient.
             share: [B], below 1 where the term is shortened; None without a clip.
         """
-        mean, std = finite_statistics(rewards.values)
-        found = {
-            "reward": mean,
-            "reward_std": std,
-            "reward_undefined": 1.0 - defined.float().mean(),
-            "reward_gradient_norm": lengths.mean(),
-            "gradient_cosine": (-product / (given_lengths * lengths).clamp(min=SMALLEST)).mean(),
+        by_sample = {
+            "reward_undefined": torch.where(defined, 0.0, 1.0),
+            "reward_gradient_norm": lengths,
+            "gradient_cosine": -product / (given_lengths * lengths).clamp(min=SMALLEST),
         }
         if share is not None:
-            found["reward_clipped"] = (share < 1.0).to(share.dtype).mean()
-        return found
+            by_sample["reward_clipped"] = torch.where(share < 1.0, 1.0, 0.0)
+        means = torch.stack(list(by_sample.values())).mean(1)
+        return {**self._statistics(rewards), **dict(zip(by_sample, means.unbind(), strict=True))}
+
+    def _statistics(self, rewards: RewardOutput) -> dict[str, torch.Tensor]:
+        if not self.describes:
+            return {}
+        mean, std = finite_statistics(rewards.values)
+        return {"reward": mean, "reward_std": std}

@@ -16,7 +16,7 @@ SHOWN = 4
 
 
 class SkippedUpdates:
-    """Counts one role's updates that were skipped in a row, and how that began. Only reading waits for the device.
+    """Counts one role's updates that were skipped in a row, and how that began. Only reading computes and waits.
 
     Args:
         role: "generator" or "fake".
@@ -30,9 +30,10 @@ class SkippedUpdates:
         self, role: str, batches: Batches, reward: str | None = None, row: int = 0, first_sample: int = 0
     ) -> None:
         self.role, self.batches, self.reward, self.world = role, batches, reward, batches.world
-        self._row = torch.full((), row, dtype=torch.int64, device=self.world.device)
-        self._first = torch.full((), first_sample, dtype=torch.int64, device=self.world.device)
-        self._undefined: torch.Tensor | None = None  # which of this process's rewards were not finite in that update
+        self._row, self._first = row, first_sample
+        self._rewards: torch.Tensor | None = None  # of this process's samples in that update
+        self._noted: list[tuple[torch.Tensor, int, torch.Tensor | None]] = []
+        self._updates = self._skipped = 0  # since the last share
 
     def note(self, norm: torch.Tensor, first_sample: int, rewards: torch.Tensor | None = None) -> None:
         """Takes in an update.
@@ -42,21 +43,23 @@ class SkippedUpdates:
             first_sample: the number of its first sample.
             rewards: of this process's samples, [B] on the device, if the update had any.
         """
-        self._row = (self._row + 1) * ~norm.isfinite()
-        begins = self._row == 1
-        self._first = torch.where(begins, first_sample, self._first)
-        if rewards is not None:
-            undefined = ~rewards.isfinite()
-            before = torch.zeros_like(undefined) if self._undefined is None else self._undefined
-            self._undefined = torch.where(begins, undefined, before)
+        self._noted.append((norm, first_sample, rewards))
 
     def row(self) -> int:
         """Return how many of the last updates in a row were skipped; the same in all processes, as the norms are."""
-        return int(self._row)
+        self._read()
+        return self._row
 
     def record(self) -> tuple[int, int]:
         """Return what a resumed run goes on from: `row` and `first_sample`."""
-        return self.row(), int(self._first)
+        return self.row(), self._first
+
+    def take_share(self) -> float | None:
+        """Return the share of skipped ones among the updates since the last call; None where there were none."""
+        self._read()
+        share = self._skipped / self._updates if self._updates else None
+        self._updates = self._skipped = 0
+        return share
 
     def explain(self, step: int) -> str:
         """Say which updates were skipped, and on which prompts that began (collective)."""
@@ -71,13 +74,25 @@ class SkippedUpdates:
             said += f"It began with samples {first} to {first + len(prompts) - 1}, prompts: {_some(prompts)}"
         return f"{said}. No weight was changed by them."
 
+    def _read(self) -> None:
+        if not self._noted:
+            return
+        noted, self._noted = self._noted, []
+        finite = torch.stack([norm for norm, _, _ in noted]).isfinite().tolist()
+        for applied, (_, first_sample, rewards) in zip(finite, noted, strict=True):
+            self._row = 0 if applied else self._row + 1
+            if self._row == 1:
+                self._first, self._rewards = first_sample, rewards
+        self._updates += len(noted)
+        self._skipped += finite.count(False)
+
     def _undefined_places(self) -> list[int]:
         """Places in the row's first whole batch whose reward was not finite (collective)."""
-        if self._undefined is None:
+        if self._rewards is None:
             return []
-        share = len(self._undefined)
+        share = len(self._rewards)
         flags = torch.zeros(self.world.size * share, dtype=torch.int64, device=self.world.device)
-        flags[self.world.rank * share : (self.world.rank + 1) * share] = self._undefined
+        flags[self.world.rank * share : (self.world.rank + 1) * share] = ~self._rewards.isfinite()
         return [place for place, flag in enumerate(self.world.sum(flags).tolist()) if flag]
 
 

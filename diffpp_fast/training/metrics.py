@@ -3,7 +3,7 @@ processes then."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -23,19 +23,17 @@ class Means:
     """
 
     def __init__(self) -> None:
-        # By the names that come together: their weighted sums, and the sums of the weights, as rows of one tensor.
-        self._sums: dict[tuple[str, ...], torch.Tensor] = {}
+        # By the names that come together: their values in one tensor, and their weight, for each time that they came.
+        self._added: dict[tuple[str, ...], list[tuple[torch.Tensor, float]]] = {}
         # By name: one tensor [samples] per update.
         self._samples: dict[str, list[torch.Tensor]] = {}
         self._with_spread: set[str] = set()
 
     def add(self, scalars: Mapping[str, torch.Tensor], *, prefix: str, weight: float = 1.0) -> None:
         """Takes in float32 scalars, all on one device."""
+        # One launch; everything else waits for the log.
         names = tuple(f"{prefix}/{name}" for name in scalars)
-        values = torch.stack([_moment(scalars, name) for name in scalars])
-        finite = values.isfinite()
-        sums = weight * torch.stack((values.where(finite, 0.0), finite.to(values.dtype)))
-        self._sums[names] = self._sums[names] + sums if names in self._sums else sums
+        self._added.setdefault(names, []).append((torch.stack(list(scalars.values())), weight))
 
     def add_samples(self, name: str, values: torch.Tensor, *, spread: bool = True) -> None:
         """Takes in what an update's samples were each given: `name` is their mean, `name_std` their spread if wanted.
@@ -64,8 +62,9 @@ class Means:
             tell: called with every name of `add_samples` and what all samples were given, [updates, samples] on the
                 CPU, in the samples' order.
         """
-        means, samples, own = self._sums, self._samples, dict(of_process or {})
-        self._sums, self._samples = {}, {}
+        means = {names: _weighted_sums(names, added) for names, added in self._added.items()}
+        samples, own = self._samples, dict(of_process or {})
+        self._added, self._samples = {}, {}
         # Figures that need more than a sum have a row per process, which fills its own alone: the sum gathers them.
         local = [torch.stack(values).flatten() for values in samples.values()]
         local.append(torch.tensor(list(own.values()), dtype=torch.float32, device=world.device))
@@ -97,6 +96,16 @@ class Means:
             if world.size > 1:
                 taken[f"{name}_max"] = column.max()
         return dict(zip(taken, torch.stack(list(taken.values())).tolist(), strict=True))
+
+
+def _weighted_sums(names: Sequence[str], added: Sequence[tuple[torch.Tensor, float]]) -> torch.Tensor:
+    """[2, names]: of each name the weighted sum of what is finite, and the sum of its weights."""
+    values = torch.stack([values for values, _ in added])
+    scalars = dict(zip(names, values.unbind(1), strict=True))
+    moments = torch.stack([_moment(scalars, name) for name in names], dim=1)
+    weights = values.new_tensor([[weight] for _, weight in added])
+    finite = moments.isfinite()
+    return torch.stack(((weights * moments).where(finite, 0.0).sum(0), (weights * finite).sum(0)))
 
 
 def _moment(scalars: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -335,7 +335,7 @@ class Trainer:
         later = self.batches.size  # from the numbers of the generator's update to the next ones
         made: list[MicroBatch] = []
         trained = self.parts.trained(engine.role)
-        defined = torch.zeros((), device=self.world.device)
+        defined: torch.Tensor | None = None
         rewards: list[RewardOutput] = []
         if self._captured is not None:
             self._gradients[engine.role].put_on()
@@ -347,9 +347,10 @@ class Trainer:
                 with self.phases("loss"):
                     output = loss_of(part.batch)
             made.append(replace(part, batch=replace(part.batch, x0=output.x0)))
-            loss = part.weight * output.loss
+            loss = output.loss if part.weight == 1.0 else part.weight * output.loss
             if "reward_undefined" in output.metrics:
-                defined = defined + (1.0 - output.metrics["reward_undefined"])
+                share = 1.0 - output.metrics["reward_undefined"]
+                defined = share if defined is None else defined + share
                 if part.last and self._captured is not None:
                     self._gradients[engine.role].spoil(self._one_or_nan(defined))
                 elif part.last:
@@ -357,9 +358,7 @@ class Trainer:
             if self._captured is None:
                 with self.phases("backward"), trained.active():
                     engine.backward(loss, last=part.last)
-            # The reward's statistics over the whole batch are logged below.
-            metrics = {name: value for name, value in output.metrics.items() if name not in ("reward", "reward_std")}
-            self._means.add(metrics, prefix=engine.role, weight=part.weight)
+            self._means.add(output.metrics, prefix=engine.role, weight=part.weight)
             rewards += [] if output.rewards is None else [output.rewards]
         with self.phases("optimizer"):
             self._whole = False
@@ -367,8 +366,7 @@ class Trainer:
             self._count(engine, shared=bool(shared))
             # The samples of the generator's update are gone with an error before they are shared.
             self._whole = engine is not self.generator or not self.parts.method.share_samples
-        skipped = 1.0 - norm.isfinite().float()
-        self._means.add({"gradient_norm": norm, "updates_skipped": skipped}, prefix=engine.role)
+        self._means.add({"gradient_norm": norm}, prefix=engine.role)
         prompts_of = first - later if shared else first
         self._skips[engine.role].note(norm, prompts_of, self._note_rewards(rewards, first))
         return made
@@ -424,6 +422,9 @@ class Trainer:
         scalars = self._means.take(self.world, {**times, **self._memory.take()}, self._reward_watch.judge)
         for engine in self._engines:
             scalars[f"{engine.role}/learning_rate"] = engine.learning_rate
+            skipped = self._skips[engine.role].take_share()
+            if skipped is not None:
+                scalars[f"{engine.role}/updates_skipped"] = skipped
         if self._baseline is not None:
             scalars |= self._baseline.scalars()
         before, self._mark = self._mark, self._now()

@@ -209,6 +209,7 @@ def build_run(
     term = getattr(method, "reward_term", None)
     if term is not None:
         term.differentiate = phases.wrap(term.differentiate, "reward_backward")
+        term.describes = False  # the trainer logs the rewards of whole updates
     null = text.null() if config.method.guided else None
     inputs = {**sampler.inputs, **networks.inputs}
     if reward is not None and config.rewards.optimised is not None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.methods.base import is_finite
 from diffpp_fast.training.engines.base import NORM_FLOOR, Engine
 from diffpp_fast.training.engines.optimizers import make_optimizer
 from diffpp_fast.training.engines.shards import Shards, start_together
@@ -61,7 +62,7 @@ class PlainEngine(Engine):
 
     def _update_fused(self, norm: torch.Tensor) -> None:
         """One pass over memory for clipping and AdamW, one for the average."""
-        skipped = 1.0 - norm.isfinite().float()
+        skipped = torch.where(is_finite(norm), 0.0, 1.0)
         # As with GradScaler: the fused kernel divides gradients by `grad_scale` where it reads them, and leaves
         # weights, state and its count of steps alone where `found_inf` is 1. torch declares neither anywhere.
         setattr(self.optimizer, "grad_scale", self._divisor(norm))  # noqa: B010
