@@ -30,6 +30,8 @@ from diffpp_fast.selftest import PIXEL_MEAN, PIXEL_STD
 PHASES = ("decode", "pixels", "reward", "reward backward", "pixels adjoint", "decode backward")
 WHOLE = "whole"
 WARM_UPS = 1
+#: Of a slice of `fused-rows`.
+ROWS = 32
 
 
 class Decoder(NamedTuple):
@@ -171,6 +173,8 @@ PROVIDERS: dict[str, Callable[[PathNetworks], RewardPath]] = {
     "fused": fused,
     "fused-nchw": lambda networks: fused(networks, memory_format=torch.contiguous_format),
     "fused-checkpoint": lambda networks: fused(networks, checkpoint=True),
+    "fused-rows": lambda networks: fused(networks, rows=ROWS),
+    "fused-rows-checkpoint": lambda networks: fused(networks, rows=ROWS, checkpoint=True),
     "fused-compile": lambda networks: compiled(fused(networks)),
 }
 COMPILED = ("compile", "fused-compile")

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.memory import kept_bytes
+from benchmarks.memory import kept_bytes, peak_temporary_bytes
 from diffpp_fast.networks import FrozenDecoder, load_decoder
 from diffpp_fast.networks.decoder import layers
 
@@ -147,6 +147,46 @@ def test_recomputation_and_slices_change_nothing(name: str, options: dict[str, A
     assert_equal(step(FrozenDecoder(vae, **options), latents), step(FrozenDecoder(vae), latents), 1e-14)
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 5, 64])
+@pytest.mark.parametrize("name", KL)
+def test_slices_of_rows_change_nothing(name: str, rows: int, checkpoint: bool) -> None:
+    """Heights are 6 to 48: slices of unequal height, a single one, and borders of every kind."""
+    vae, latents = variant(name).double(), random_latents(torch.float64)
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        expected = step(FrozenDecoder(vae, memory_format=memory_format), latents)
+        sliced = FrozenDecoder(vae, checkpoint, rows=rows, memory_format=memory_format)
+        assert_equal(step(sliced, latents), expected, 1e-13)
+
+
+def test_slices_of_rows_scale_their_blocks_output() -> None:
+    vae = variant("sd").double()
+    for module in vae.decoder.modules():
+        if hasattr(module, "output_scale_factor"):
+            module.output_scale_factor = 2.0
+    expected = step(unfused(vae), random_latents(torch.float64))
+    assert_equal(step(FrozenDecoder(vae, rows=2), random_latents(torch.float64)), expected, 1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slices_of_rows_are_as_close_to_float64_as_whole_tensors(dtype: torch.dtype) -> None:
+    vae, latents = variant("four resolutions").to(dtype), random_latents(dtype)
+    # Means that are large beside the deviations, where sums of squares would lose them.
+    with torch.no_grad():
+        vae.decoder.conv_in.bias.fill_(100.0)
+    oracle = step(unfused(copy.deepcopy(vae).double()), latents.double())
+    both = step(FrozenDecoder(vae, rows=3), latents), step(FrozenDecoder(vae), latents)
+    for sliced, whole, expected in zip(*both, oracle, strict=True):
+        assert sliced.dtype == dtype
+        assert (sliced.double() - expected).norm() <= 1.5 * (whole.double() - expected).norm()
+
+
+def test_slices_of_rows_without_fused_attention() -> None:
+    vae, latents = variant("sd").double(), random_latents(torch.float64)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_equal(step(FrozenDecoder(vae, rows=2), latents), step(FrozenDecoder(vae), latents), 1e-13)
+
+
 @pytest.mark.parametrize("name", ["sd", "tiny"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_memory_formats(name: str, memory_format: torch.memory_format, layout: Callable[[Tensor], Tensor]) -> None:
@@ -269,6 +309,23 @@ def test_what_is_kept_for_the_backward_pass() -> None:
     assert kept_bytes(FrozenDecoder(vae, checkpoint=True), latents, vae) <= 0.03 * eager
 
 
+def test_what_slices_of_rows_take() -> None:
+    """The inputs of blocks are kept; the peak has two tensors of the last resolution more, and slices."""
+    vae = kl(block_out_channels=(32, 64, 64), layers_per_block=2)
+    latents = torch.randn(1, 4, 32, 32)
+    sliced = FrozenDecoder(vae, rows=4)
+    tensors = {32: 64 * 7, 64: 64 * 3, 128: 32 * 3}
+    inputs = sum(4 * channels * side**2 for side, channels in tensors.items())
+    assert inputs < kept_bytes(sliced, latents, vae) < 1.01 * inputs
+
+    def peak(decoder: FrozenDecoder) -> int:
+        return peak_temporary_bytes(lambda: step(decoder, latents), latents.device)
+
+    largest = 4 * 32 * 128**2
+    assert peak(sliced) < inputs + 2.6 * largest < 0.7 * peak(FrozenDecoder(vae))
+    assert peak(FrozenDecoder(vae, True, rows=4)) < 7 * largest < 0.7 * peak(FrozenDecoder(vae, True))
+
+
 def test_what_a_tiny_autoencoder_keeps() -> None:
     vae = tiny()
     latents = torch.randn(2, 4, 16, 16)
@@ -300,6 +357,15 @@ def test_compiled_in_one_graph(name: str, options: dict[str, Any]) -> None:
     assert_equal(step(compiled, latents), step(decoder, latents), 1e-13)
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_slices_of_rows_compiled_in_one_graph(checkpoint: bool) -> None:
+    torch._dynamo.reset()
+    decoder = FrozenDecoder(kl(block_out_channels=(8, 8)).double(), checkpoint, rows=7)
+    compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
+    latents = random_latents(torch.float64)
+    assert_equal(step(compiled, latents), step(decoder, latents), 1e-13)
+
+
 def test_compiled_under_autocast() -> None:
     torch._dynamo.reset()
     decoder = FrozenDecoder(variant("sd"))
@@ -308,12 +374,13 @@ def test_compiled_under_autocast() -> None:
         assert torch.equal(compiled(random_latents()), decoder(random_latents()))
 
 
+@pytest.mark.parametrize("rows", [None, 3])
 @pytest.mark.parametrize("name", ["sd", "mean and std", "tiny"])
-def test_no_value_is_read(name: str) -> None:
+def test_no_value_is_read(name: str, rows: int | None) -> None:
     """Fake tensors have none: reading one, or a branch on it, raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    decoder = FrozenDecoder(variant(name))
+    decoder = FrozenDecoder(variant(name), rows=None if name == "tiny" else rows)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         latents = mode.from_tensor(random_latents()).requires_grad_()
         decoder(latents).sum().backward()
@@ -352,10 +419,16 @@ def test_weights_are_read_when_they_are_used() -> None:
     assert not torch.equal(other(random_latents()), decoder(random_latents()))
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("name", ["sd", "tiny", "tiny silu"])
-def test_tangents_second_derivatives_and_vmap(name: str, checkpoint: bool) -> None:
-    decoder = FrozenDecoder(variant(name).double(), checkpoint=checkpoint)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {"checkpoint": checkpoint}) for name in ("sd", "tiny", "tiny silu") for checkpoint in (False, True)),
+        *(("sd", {"checkpoint": checkpoint, "rows": 3}) for checkpoint in (False, True)),
+    ],
+    ids=str,
+)
+def test_tangents_second_derivatives_and_vmap(name: str, options: dict[str, Any]) -> None:
+    decoder = FrozenDecoder(variant(name).double(), **options)
     z, tangent = random_latents(torch.float64), torch.randn(2, *LATENT, dtype=torch.float64)
     image, pushed = jvp(decoder, (z,), (tangent,))
     torch.testing.assert_close(image, decoder(z))
@@ -408,6 +481,14 @@ def test_a_tiny_autoencoder_loads_from_its_folder(tmp_path: Path) -> None:
     assert torch.equal(load_decoder(str(tmp_path / "vae"), checkpoint=True)(random_latents()), expected)
 
 
+def test_a_decoder_is_loaded_with_rows(tmp_path: Path) -> None:
+    vae = variant("sd")
+    vae.save_pretrained(tmp_path / "vae")
+    decoder = load_decoder(str(tmp_path / "vae"), rows=5)
+    assert decoder.rows == 5
+    assert_equal(step(decoder, random_latents()), step(FrozenDecoder(vae), random_latents()), 1e-5)
+
+
 # Refusals
 
 
@@ -452,6 +533,22 @@ def test_what_an_autoencoder_may_hold() -> None:
         FrozenDecoder(kl(latents_mean=(0.0,) * 4, latents_std=(1.0,) * 3))
     with pytest.raises(ValueError, match="slice_size must be at least 1"):
         FrozenDecoder(kl(), slice_size=0)
+
+
+def test_rows_that_make_no_sense() -> None:
+    for rows in (0, -3):
+        with pytest.raises(ValueError, match=f"rows must be at least 1, got {rows}"):
+            FrozenDecoder(kl(), rows=rows)
+    wrong: Any
+    for wrong in (True, 2.0, "8"):
+        with pytest.raises(TypeError, match="rows must be an integer or None"):
+            FrozenDecoder(kl(), rows=wrong)
+    with pytest.raises(ValueError, match="rows is for AutoencoderKL; AutoencoderTiny keeps"):
+        FrozenDecoder(tiny(), rows=8)
+    vae = kl()
+    vae.decoder.up_blocks[0].resnets[0].conv2 = nn.Conv2d(16, 16, 5, padding=2)
+    with pytest.raises(ValueError, match=r"up_blocks\.0\.resnets\.0\.conv2 must be a convolution with kernel_size"):
+        FrozenDecoder(vae, rows=8)
 
 
 def test_float16_is_refused_where_the_config_says_that_it_overflows() -> None:

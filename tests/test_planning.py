@@ -317,6 +317,25 @@ def test_checkpointing_keeps_less_and_computes_more(small: PlannedRun) -> None:
         assert operations(both, "generator", name) > 1.2 * operations(plain, "generator", name)
 
 
+def test_slices_of_rows_keep_less_and_compute_more(small: PlannedRun) -> None:
+    def decoder(**keys: Any) -> tuple[int, int]:
+        counted = count_run(changed(small, models__decoder__dtype="float32", **keys))
+        phase = next(phase for phase in counted.phases if phase.name == "reward and decoder backward")
+        return phase.at_peak["decoder"], sum(phase.operations.values())
+
+    whole, sliced = decoder(), decoder(models__decoder__rows=2)
+    least = decoder(models__decoder__rows=2, models__decoder__checkpoint=True)
+    assert whole[0] > sliced[0] > least[0] and whole[1] < sliced[1] < least[1]
+
+
+def test_rows_of_a_decoder_without_slices_are_refused(small: PlannedRun) -> None:
+    from diffusers import AutoencoderTiny
+
+    tiny_decoder = replace(small, architectures=replace(small.architectures, decoder=AutoencoderTiny))
+    with pytest.raises(ConfigurationError, match=r"models\.decoder.*rows is for AutoencoderKL"):
+        count_run(changed(tiny_decoder, models__decoder__rows=2))
+
+
 # States
 
 

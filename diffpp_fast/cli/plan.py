@@ -41,6 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "reward": "hpsv2.1",
     "checkpointing": False,
     "decoder_checkpoint": False,
+    "decoder_rows": None,
     "fake_rounds": 1,
 }
 #: The keys of a configuration that these options set.
@@ -51,6 +52,7 @@ KEYS = {
     "reference": "distributed.reference",
     "checkpointing": "training.activation_checkpointing",
     "decoder_checkpoint": "models.decoder.checkpoint",
+    "decoder_rows": "models.decoder.rows",
     "fake_rounds": "method.fake_rounds",
 }
 
@@ -79,6 +81,7 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     add("--reward", metavar="NAME,...", help="pickscore, hpsv2.1, imagereward, clip, aesthetic, or none (hpsv2.1)")
     add("--checkpointing", action="store_true", default=None, help="compute blocks again in the backward pass")
     add("--decoder-checkpoint", action="store_true", default=None, help="compute the decode again, too")
+    add("--decoder-rows", type=positive, metavar="N", help="decode so many rows at a time (all)")
     add("--fake-rounds", type=positive, metavar="N", help="updates of the fake score for each of the generator (1)")
 
 

@@ -165,10 +165,15 @@ def load_denoiser(
 
 
 def load_decoder(
-    path: str, *, dtype: torch.dtype = torch.float32, checkpoint: bool = False, variant: str | None = None
+    path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    checkpoint: bool = False,
+    rows: int | None = None,
+    variant: str | None = None,
 ) -> FrozenDecoder:
-    """Return an `AutoencoderKL` or `AutoencoderTiny`, frozen; raises like `load_denoiser`."""
-    return FrozenDecoder(_load(path, dtype, variant), checkpoint=checkpoint)
+    """Return an `AutoencoderKL` or `AutoencoderTiny`, frozen; raises like `load_denoiser` and `FrozenDecoder`."""
+    return FrozenDecoder(_load(path, dtype, variant), checkpoint=checkpoint, rows=rows)
 
 
 def load_schedule(path: str) -> NoiseSchedule:

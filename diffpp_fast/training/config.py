@@ -127,6 +127,9 @@ class Generator(Fake):
 class Decoder(Frozen):
     #: Recompute the decode in the backward pass and keep nothing of it.
     checkpoint: MayChange[bool] = False
+    #: Decode so many rows of each tensor at a time and keep the blocks' inputs alone; null: whole tensors. For an
+    #: `AutoencoderKL`.
+    rows: MayChange[Positive | None] = None
 
 
 class SizeConditions(Section):

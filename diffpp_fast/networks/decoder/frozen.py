@@ -15,6 +15,8 @@ from diffpp_fast.ops.autograd import needs_gradient
 
 #: How to walk each class of autoencoder.
 STAGES = {"AutoencoderKL": kl_stages, "AutoencoderTiny": tiny_stages}
+#: The class that can be decoded by slices of rows.
+BY_ROWS = "AutoencoderKL"
 
 
 class FrozenDecoder(nn.Module):

@@ -26,7 +26,7 @@ Read = Callable[[int, int], Tensor]
 
 
 def residual_block(x: Tensor, block: Any, enlargement: nn.Conv2d | None, rows: int, plain: Plain) -> Tensor:
-    """A `ResnetBlock2D` without time embedding, behind an enlargement by nearest neighbours and its convolution, if any.
+    """A `ResnetBlock2D` without time embedding, behind an enlargement and its convolution if there is one.
 
     Args:
         enlargement: this convolution; 3 x 3 with padding 1, as those of the block are.
@@ -124,16 +124,16 @@ class _ResidualBlock(Function):
         norm2 = _norm((mean2, rstd2), p.norm2, p.norm2_bias, p.conv1.shape[0])
         grad = laid_out(grad, ctx.layout)
         grad = grad if ctx.divisor == 1.0 else grad / ctx.divisor
-        inside = _inside_gradient(source, grad, p, norm1, norm2, ctx.rows)
         if p.enlargement is None and p.shortcut is None:
-            return _input_gradient_inside(inside, source, grad, p.conv1, norm1, ctx.rows), *nothing
-        return _input_gradient(x, inside, source, grad, p, norm1, ctx.rows), *nothing
+            return _input_gradient_inside(source, grad, p, (norm1, norm2), ctx.rows), *nothing
+        return _input_gradient(x, source, grad, p, (norm1, norm2), ctx.rows), *nothing
 
 
 def _inside_gradient(
-    source: Tensor, grad: Tensor, p: _BlockParameters, norm1: _Norm, norm2: _Norm, rows: int
+    source: Tensor, grad: Tensor, p: _BlockParameters, norms: tuple[_Norm, _Norm], rows: int
 ) -> Tensor:
     """Return the gradient of what lies between the convolutions, in the memory where that was computed again."""
+    norm1, norm2 = norms
     inside, slices = _like(grad, p.conv1.shape[0]), _slices(grad.shape[2], rows)
     convolved = _convolved(norm1.output_of(_reader(source)), p.conv1, p.conv1_bias, inside)
     adjoint = _adjoint(_reader(grad), p.conv2, grad)
@@ -147,11 +147,12 @@ def _inside_gradient(
 
 
 def _input_gradient_inside(
-    inside: Tensor, source: Tensor, grad: Tensor, weight: Tensor, norm1: _Norm, rows: int
+    source: Tensor, grad: Tensor, p: _BlockParameters, norms: tuple[_Norm, _Norm], rows: int
 ) -> Tensor:
-    """Return the gradient of a block's input whose shortcut is the identity, in the memory of `inside`."""
-    slices, read = _slices(grad.shape[2], rows), _reader(source)
-    adjoint = _adjoint(_reader(inside), weight, inside)
+    """Return the gradient of a block's input where the shortcut is the identity, in the memory of what lies inside."""
+    slices, read, norm1 = _slices(grad.shape[2], rows), _reader(source), norms[0]
+    inside = _inside_gradient(source, grad, p, norms, rows)
+    adjoint = _adjoint(_reader(inside), p.conv1, inside)
     terms = norm1.terms((read(*at), part) for at, part in _overwritten(inside, slices, adjoint))
     for first, last in slices:
         part = inside[:, :, first:last]
@@ -160,26 +161,33 @@ def _input_gradient_inside(
 
 
 def _input_gradient(
-    x: Tensor, inside: Tensor, source: Tensor, grad: Tensor, p: _BlockParameters, norm1: _Norm, rows: int
+    x: Tensor, source: Tensor, grad: Tensor, p: _BlockParameters, norms: tuple[_Norm, _Norm], rows: int
 ) -> Tensor:
-    """Return the gradient of a block's input through its shortcut's convolution or its enlargement.
+    """Return the gradient of a block's input through its shortcut's convolution or its enlargement."""
+    if p.enlargement is None:
+        return _source_gradient(torch.empty_like(x), source, grad, p, norms, rows)
+    enlarged = _source_gradient(source, source, grad, p, norms, rows)
+    grad_x = torch.empty_like(x)
+    _fill(grad_x, _slices(x.shape[2], max(rows // 2, 1)), _enlargement_adjoint(enlarged, p.enlargement))
+    return grad_x
 
-    The gradient of the norm's output is computed twice: it has more channels or pixels than what is kept whole.
+
+def _source_gradient(
+    into: Tensor, source: Tensor, grad: Tensor, p: _BlockParameters, norms: tuple[_Norm, _Norm], rows: int
+) -> Tensor:
+    """Fill `into`, which may be `source`, with the gradient of what the first norm takes.
+
+    That of the norm's output is computed twice, for it has more channels than what lies between the convolutions.
     """
-    read, adjoint = _reader(source), _adjoint(_reader(inside), p.conv1, inside)
-    terms = norm1.terms((read(*at), adjoint(*at)) for at in _slices(source.shape[2], rows))
-
-    def of_source(first: int, last: int) -> Tensor:
+    slices, read, norm1 = _slices(source.shape[2], rows), _reader(source), norms[0]
+    inside = _inside_gradient(source, grad, p, norms, rows)
+    adjoint = _adjoint(_reader(inside), p.conv1, inside)
+    terms = norm1.terms((read(*at), adjoint(*at)) for at in slices)
+    for first, last in slices:
         direct = grad[:, :, first:last]
         direct = direct if p.shortcut is None else F.conv_transpose2d(direct, p.shortcut)
-        return norm1.input_gradient(read(first, last), adjoint(first, last), terms, direct)
-
-    grad_x = torch.empty_like(x)
-    if p.enlargement is None:
-        _fill(grad_x, _slices(x.shape[2], rows), of_source)
-    else:
-        _fill(grad_x, _slices(x.shape[2], max(rows // 2, 1)), _enlargement_adjoint(of_source, p.enlargement, x))
-    return grad_x
+        into[:, :, first:last] = norm1.input_gradient(read(first, last), adjoint(first, last), terms, direct)
+    return into
 
 
 class _NormedConvolution(Function):
@@ -318,12 +326,11 @@ class _Norm(NamedTuple):
     def _through_silu(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Return x - mean, and the gradient of what SiLU takes."""
         centered = x - self.mean
-        y = self._affine(centered.clone())
+        y = self._affine(centered)
         return centered, torch.ops.aten.silu_backward(grad.to(y.dtype), y)
 
     def _affine(self, centered: Tensor) -> Tensor:
-        centered.mul_(self.scale)
-        return centered if self.bias is None else centered.add_(self.bias)
+        return centered * self.scale if self.bias is None else torch.addcmul(self.bias, centered, self.scale)
 
 
 def _norm(statistics: tuple[Tensor, Tensor], weight: Tensor | None, bias: Tensor | None, channels: int) -> _Norm:
@@ -377,13 +384,12 @@ def _enlarged(x: Tensor, kernel: Tensor, bias: Tensor | None, rows: int) -> Tens
     return y
 
 
-def _enlargement_adjoint(read: Read, kernel: Tensor, like: Tensor) -> Read:
-    """Return rows of the adjoint of `_enlarged`, in the shape of `like`."""
-    height = 2 * like.shape[2]
+def _enlargement_adjoint(y: Tensor, kernel: Tensor) -> Read:
+    """Return rows of the adjoint of `_enlarged`, of a gradient in the shape of its result."""
 
     def rows(first: int, last: int) -> Tensor:
-        low, high = max(2 * first - 1, 0), min(2 * last + 1, height)
-        part = F.pad(read(low, high), (0, 0, low - 2 * first + 1, 2 * last + 1 - high))
+        low, high = max(2 * first - 1, 0), min(2 * last + 1, y.shape[2])
+        part = F.pad(y[:, :, low:high], (0, 0, low - 2 * first + 1, 2 * last + 1 - high))
         return F.conv2d(part, kernel, stride=2, padding=(0, 1))
 
     return rows

@@ -272,7 +272,9 @@ def _check_compiled(
 def _load_decoder(config: Config, section: Decoder, device: torch.device) -> nn.Module:
     dtype = compute_dtype(section.dtype, config)
     with naming("models.decoder", section.path):
-        decoder = load_decoder(section.path, dtype=dtype, checkpoint=section.checkpoint, variant=section.variant)
+        decoder = load_decoder(
+            section.path, dtype=dtype, checkpoint=section.checkpoint, rows=section.rows, variant=section.variant
+        )
     return decoder.to(device)
 
 

@@ -19,6 +19,7 @@ from diffpp_fast.networks import Denoiser, FrozenDecoder, fuse
 from diffpp_fast.networks.last_layer import WideConv2d, WideLinear
 from diffpp_fast.networks.lora import Adapters, inject
 from diffpp_fast.networks.quantization import quantized_size
+from diffpp_fast.training.build.agreement import naming
 from diffpp_fast.training.build.networks import compute_dtype, stored_weights
 from diffpp_fast.training.build.run import make_generator, make_method
 from diffpp_fast.training.config import Config, Lora
@@ -449,7 +450,8 @@ class _MetaNetworks:
         self.decoder: FrozenDecoder | None = None
         if architectures.decoder is not None and models.decoder is not None:
             vae = _cast(on_meta(architectures.decoder), _counted(compute_dtype(models.decoder.dtype, config)))
-            self.decoder = FrozenDecoder(vae, checkpoint=models.decoder.checkpoint)
+            with naming("models.decoder", models.decoder.path):
+                self.decoder = FrozenDecoder(vae, checkpoint=models.decoder.checkpoint, rows=models.decoder.rows)
         self.text = [(on_meta(recipe), width) for recipe, width in architectures.text_encoders]
         rewards = config.rewards.optimised, config.rewards.held_out
         self.scorer, self.held_out = (None if reward is None else Scorer(towers_of(reward)) for reward in rewards)

@@ -24,7 +24,9 @@ RESERVE, RESERVED_SHARE = 1.5 * 2**30, 0.03
 #: The phase in which an optimizer works, after its backward pass.
 STEP = "optimizer"
 #: How many changes are told.
-MOST_CHANGES = 6
+MOST_CHANGES = 8
+#: What `models.decoder.rows` is tried with: more take more memory, fewer compute more rows twice.
+ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,10 @@ def _candidates(run: PlannedRun) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "training.activation_checkpointing=true", {"training.activation_checkpointing": True}
     if config.rewards.optimised is not None and not (config.models.decoder and config.models.decoder.checkpoint):
         yield "models.decoder.checkpoint=true", {"models.decoder.checkpoint": True}
+    if config.rewards.optimised is not None and not (config.models.decoder and config.models.decoder.rows):
+        rows = {"models.decoder.rows": ROWS}
+        yield f"models.decoder.rows={ROWS}", rows
+        yield f"models.decoder.rows={ROWS} models.decoder.checkpoint=true", rows | {"models.decoder.checkpoint": True}
     if config.precision == "float32":
         yield "precision=bfloat16", {"precision": "bfloat16"}
     if config.prompts.embeddings is None:

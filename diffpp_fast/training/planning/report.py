@@ -139,7 +139,10 @@ def print_plan(plan: RunPlan, advice: list[Saving], console: Console) -> None:
     if advice:
         console.print("What to change first, each alone:")
         for change in advice:
-            console.print(f"  {change.keys:<44} saves {change.saves / GIB:.1f} GiB", markup=False)
+            peak = (plan.total - change.saves) / GIB
+            console.print(
+                f"  {change.keys:<52} saves {change.saves / GIB:.1f} GiB: {peak:.1f} at the peak", markup=False
+            )
 
 
 def as_data(plan: RunPlan, advice: list[Saving]) -> dict[str, Any]:
