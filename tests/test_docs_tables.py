@@ -27,7 +27,11 @@ PIXELS = 56
 #: Of one channel each; those of `LARGE_GROUPS` are beyond what a program then keeps in registers.
 GROUPS, MOST_IN_ONE = 4, 4096
 #: Of csrc: the folder and the functions that launch, where they are not the operator's `forward` and `backward`.
-HOSTS = {"philox": ("noise", "draw_normals", None), "reward_pixels": ("reward_pixels", "launch", "launch")}
+HOSTS = {
+    "philox": ("noise", "draw_normals", None),
+    "score_gap": ("score_gap", "launch", None),
+    "reward_pixels": ("reward_pixels", "launch", "launch"),
+}
 SHAPES = {
     "reward_pixels": [IMAGES],
     "group_norm_silu": [LARGE_GROUPS, SMALL_GROUPS],

@@ -98,12 +98,12 @@ __device__ C reward_share(const Arguments& a, int64_t b, double gap_sq, double r
 }
 
 // The statistics of a sample, by a warp.
-template <typename C>
+template <typename C, bool kReward = false>
 __device__ void write_statistics(const Arguments& a, int64_t b, int64_t partials) {
   const double gap_sq = sample_sum(a, 0, b, partials);
   const bool writes = threadIdx.x % kWarp == 0;
   if (writes) static_cast<C*>(a.gap_sq)[b] = static_cast<C>(gap_sq);
-  if (a.reward.score != nullptr) {
+  if constexpr (kReward) {
     const double reward_sq = sample_sum(a, 3, b, partials), gap_dot_reward = sample_sum(a, 4, b, partials);
     if (writes) {
       static_cast<C*>(a.reward.reward_sq)[b] = static_cast<C>(reward_sq);
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(S), Run<S, kAcc
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t b = blockIdx.y; b < layout.batch; b += gridDim.y) {
     const typename R::Sample sample(layout, b);
-    if (blockIdx.x == 0 && threadIdx.x < kWarp) write_statistics<C>(a, b, gridDim.x);
+    if (blockIdx.x == 0 && threadIdx.x < kWarp) write_statistics<C, true>(a, b, gridDim.x);
     const C share = reward_share<C>(a, b, sample_sum(a, 0, b, gridDim.x), sample_sum(a, 3, b, gridDim.x));
     if (!a.mean_abs && share == C(1)) continue;
     C divisor = C(1);
@@ -203,28 +203,41 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(S), Run<S, kAcc
   }
 }
 
-// The first launch, and the grid that the second shares.
-template <typename S, bool kReward>
-dim3 launch_sums(const Arguments& a, cudaStream_t on) {
+template <bool kReward>
+void launch(const Arguments& a, cudaStream_t on) {
   const Outputs& outputs = a.outputs;
-  const Noise& noise = outputs.target.noise;
-  const Access by = access<S>(
-      outputs.layout, noise.samples != nullptr,
-      {outputs.fake, outputs.cond, outputs.uncond, outputs.target.x0, noise.stored, a.reward.score, a.gradient});
-  const dim3 grid = grid_of_sums(outputs.layout);
-  if (!outputs.has_target) {
-    (by == Access::any ? sums<S, Access::any, false, kReward> : sums<S, Access::packed, false, kReward>)<<<
-        grid, kThreads, 0, on>>>(a);
-  } else if (by == Access::tiled) {
-    if constexpr (sizeof(S) < 8) sums<S, Access::tiled, true, kReward><<<grid, kThreads, 0, on>>>(a);
-  } else if (by == Access::any) {
-    sums<S, Access::any, true, kReward><<<grid, kThreads, 0, on>>>(a);
-  } else {
-    (by == Access::drawn ? sums<S, Access::drawn, true, kReward> : sums<S, Access::packed, true, kReward>)<<<
-        grid, kThreads, 0, on>>>(a);
-  }
+  const Layout& layout = outputs.layout;
+  dispatch(outputs.dtype, [&](auto* kind) {
+    using S = std::remove_pointer_t<decltype(kind)>;
+    using C = typename Storage<S>::Compute;
+    const Noise& noise = outputs.target.noise;
+    const Access by = access<S>(
+        layout, noise.samples != nullptr,
+        {outputs.fake, outputs.cond, outputs.uncond, outputs.target.x0, noise.stored, a.reward.score, a.gradient});
+    const dim3 grid = grid_of_sums(layout);
+    if (!outputs.has_target) {
+      (by == Access::any ? sums<S, Access::any, false, kReward>
+                         : sums<S, Access::packed, false, kReward>)<<<grid, kThreads, 0, on>>>(a);
+    } else if (by == Access::tiled) {
+      if constexpr (sizeof(S) < 8) sums<S, Access::tiled, true, kReward><<<grid, kThreads, 0, on>>>(a);
+    } else if (by == Access::any) {
+      sums<S, Access::any, true, kReward><<<grid, kThreads, 0, on>>>(a);
+    } else {
+      (by == Access::drawn ? sums<S, Access::drawn, true, kReward>
+                           : sums<S, Access::packed, true, kReward>)<<<grid, kThreads, 0, on>>>(a);
+    }
+    check_launch("score_gap");
+    const bool whole =
+        access<S>(layout, false, {outputs.fake, outputs.cond, outputs.uncond, a.reward.score, a.gradient}) == Access::packed;
+    if (kReward) {
+      (whole ? settle<S, Access::packed> : settle<S, Access::any>)<<<grid, kThreads, 0, on>>>(a);
+    } else if (a.mean_abs) {
+      (whole ? normalize<S, Access::packed> : normalize<S, Access::any>)<<<grid, kThreads, 0, on>>>(a);
+    } else {
+      statistics<C><<<grid_of(kWarp * layout.batch), kThreads, 0, on>>>(a, grid.x);
+    }
+  });
   check_launch("score_gap");
-  return grid;
 }
 
 }  // namespace
@@ -232,28 +245,9 @@ dim3 launch_sums(const Arguments& a, cudaStream_t on) {
 int64_t bytes_of_partials(const Arguments& a) { return bytes_of_sums(a.outputs.layout, a.sums()); }
 
 void forward(const Arguments& a, void* stream) {
-  const Outputs& outputs = a.outputs;
-  const Layout& layout = outputs.layout;
-  if (layout.batch * layout.sample() == 0) return;
+  if (a.outputs.layout.batch * a.outputs.layout.sample() == 0) return;
   const auto on = static_cast<cudaStream_t>(stream);
-  const bool rewarded = a.reward.score != nullptr;
-  dispatch(outputs.dtype, [&](auto* kind) {
-    using S = std::remove_pointer_t<decltype(kind)>;
-    using C = typename Storage<S>::Compute;
-    const dim3 grid = rewarded ? launch_sums<S, true>(a, on) : launch_sums<S, false>(a, on);
-    if (!rewarded && !a.mean_abs) {
-      statistics<C><<<grid_of(kWarp * layout.batch), kThreads, 0, on>>>(a, grid.x);
-      return;
-    }
-    const bool whole =
-        access<S>(layout, false, {outputs.fake, outputs.cond, outputs.uncond, a.reward.score, a.gradient}) == Access::packed;
-    if (rewarded) {
-      (whole ? settle<S, Access::packed> : settle<S, Access::any>)<<<grid, kThreads, 0, on>>>(a);
-    } else {
-      (whole ? normalize<S, Access::packed> : normalize<S, Access::any>)<<<grid, kThreads, 0, on>>>(a);
-    }
-  });
-  check_launch("score_gap");
+  a.reward.score == nullptr ? launch<false>(a, on) : launch<true>(a, on);
 }
 
 }  // namespace diffpp::score_gap::cuda

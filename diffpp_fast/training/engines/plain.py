@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -40,14 +42,15 @@ class PlainEngine(Engine):
         """Clips or normalises the gradient, updates weights and average, and drops it; see `Engine.step`."""
         trained = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-        self._reduce(gradients)
+        gradients = self._reduce(trained, gradients)
         norm = nn.utils.get_total_norm(gradients).float()
         self._set_learning_rate()
         if self.optimizer_state.is_torch:
             self._update_fused(norm)
-        elif norm.isfinite().item():
+        elif math.isfinite(size := norm.item()):
             divisor = self._divisor(norm)
-            if divisor is not None:
+            # bitsandbytes' kernels take no factor. A gradient that is short enough is left as it is, not divided by 1.
+            if divisor is not None and (self.settings.normalize or size > (self.settings.clip or math.inf)):
                 torch._foreach_div_(gradients, divisor)
             self.optimizer.step()
             if self.average is not None:
@@ -82,8 +85,9 @@ class PlainEngine(Engine):
                 "use distributed.engine=deepspeed, or auto"
             )
 
-    def _reduce(self, gradients: list[torch.Tensor]) -> None:
-        """Nothing to average in one process."""
+    def _reduce(self, trained: list[nn.Parameter], gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the gradients averaged over the processes; in one there is nothing to do."""
+        return gradients
 
 
 class ReplicatedEngine(PlainEngine):
@@ -99,16 +103,22 @@ class ReplicatedEngine(PlainEngine):
         start_together(self.parameters, self.world)
 
     @torch.no_grad()
-    def _reduce(self, gradients: list[torch.Tensor]) -> None:
+    def _reduce(self, trained: list[nn.Parameter], gradients: list[torch.Tensor]) -> list[torch.Tensor]:
         if self.world.size == 1:
-            return
+            return gradients
+        left = iter(trained)
         for bucket in _buckets(gradients):
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
             dist.all_reduce(flat)
             flat /= self.world.size
             parts = flat.split([gradient.numel() for gradient in bucket])
-            for gradient, part in zip(bucket, parts, strict=True):
-                gradient.copy_(part.view(gradient.shape))
+            for weight, gradient, part in zip(islice(left, len(bucket)), bucket, parts, strict=True):
+                # The bucket is the gradient from here on, but where the optimizer expects another order in memory.
+                if gradient.is_contiguous():
+                    weight.grad = part.view(gradient.shape)
+                else:
+                    gradient.copy_(part.view(gradient.shape))
+        return [weight.grad for weight in trained if weight.grad is not None]
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
