@@ -98,12 +98,12 @@ __device__ C reward_share(const Arguments& a, int64_t b, double gap_sq, double r
 }
 
 // The statistics of a sample, by a warp.
-template <typename C>
+template <typename C, bool kReward = false>
 __device__ void write_statistics(const Arguments& a, int64_t b, int64_t partials) {
   const double gap_sq = sample_sum(a, 0, b, partials);
   const bool writes = threadIdx.x % kWarp == 0;
   if (writes) static_cast<C*>(a.gap_sq)[b] = static_cast<C>(gap_sq);
-  if (a.reward.score != nullptr) {
+  if constexpr (kReward) {
     const double reward_sq = sample_sum(a, 3, b, partials), gap_dot_reward = sample_sum(a, 4, b, partials);
     if (writes) {
       static_cast<C*>(a.reward.reward_sq)[b] = static_cast<C>(reward_sq);
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(S), Run<S, kAcc
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t b = blockIdx.y; b < layout.batch; b += gridDim.y) {
     const typename R::Sample sample(layout, b);
-    if (blockIdx.x == 0 && threadIdx.x < kWarp) write_statistics<C>(a, b, gridDim.x);
+    if (blockIdx.x == 0 && threadIdx.x < kWarp) write_statistics<C, true>(a, b, gridDim.x);
     const C share = reward_share<C>(a, b, sample_sum(a, 0, b, gridDim.x), sample_sum(a, 3, b, gridDim.x));
     if (!a.mean_abs && share == C(1)) continue;
     C divisor = C(1);
