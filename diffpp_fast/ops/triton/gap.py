@@ -13,6 +13,8 @@ from diffpp_fast.prediction import MEAN_ABS_FLOOR, PREDICTION_TYPES
 #: With 128 threads, 16 elements each: two 16-byte accesses per tensor in bfloat16 and four in float32.
 BLOCK = 2048
 WARPS = 4
+#: Of a thread that reads a reward's score as well: left to itself the compiler takes fewer, and spills some.
+MOST_REGISTERS = 224
 #: Programs that share a sample, at most; beyond it each takes several blocks. A program of a second launch reads one
 #: number of each of them, and a single large sample still gives three or four programs to every multiprocessor.
 PROGRAMS = 512
@@ -114,6 +116,7 @@ class Gap:
             WIDE=order.wide,
             BLOCK=BLOCK,
             num_warps=WARPS,
+            maxnreg=None if reward is None else MOST_REGISTERS,
         )
         return partials
 

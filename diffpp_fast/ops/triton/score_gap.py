@@ -252,19 +252,18 @@ def _settle(
         if p_residual_abs is not None:
             tl.store(p_residual_abs + b, mean)
             tl.store(p_gap_dot_residual + b, combine(p_partials, 2, batch, b, programs))
-    blocks = tl.cdiv(sample, BLOCK)
     if MEAN_ABS:
         factor = tl.div_rn(factor, divisor)
         reward_factor = tl.div_rn(reward_factor, divisor)
-    else:
-        blocks = tl.where(share == 1.0, 0, blocks)
     start = b.to(tl.int64) * sample
     left = share > 0.0
     reward_factor = tl.where(left, share * reward_factor, 0.0)
-    for block in range(program, blocks, programs):
-        b_at, m_inside = in_order(block, sample, p_fake, WIDE, BLOCK)
-        b_gap = guide(p_cond, p_uncond, w, start, b_at, m_inside) - load(p_fake + start, b_at, m_inside)
-        # A term that is left out may hold NaN.
-        b_reward = tl.where(left, load(p_reward + start, b_at, m_inside), 0.0)
-        b_gradient = tl.fma(b_reward, -reward_factor, factor * b_gap)
-        tl.store(p_gradient + start + b_at, b_gradient.to(p_gradient.dtype.element_ty), mask=m_inside)
+    # Else the first launch has written the gradient as it is.
+    if MEAN_ABS or share != 1.0:
+        for block in range(program, tl.cdiv(sample, BLOCK), programs):
+            b_at, m_inside = in_order(block, sample, p_fake.dtype.element_ty, WIDE, BLOCK)
+            b_gap = guide(p_cond, p_uncond, w, start, b_at, m_inside) - load(p_fake + start, b_at, m_inside)
+            # A term that is left out may hold NaN.
+            b_reward = tl.where(left, load(p_reward + start, b_at, m_inside), 0.0)
+            b_gradient = tl.fma(b_reward, -reward_factor, factor * b_gap)
+            tl.store(p_gradient + start + b_at, b_gradient.to(p_gradient.dtype.element_ty), mask=m_inside)
