@@ -269,6 +269,7 @@ class Ours:
             _micro_batches=lambda engine, first: [MicroBatch(setting.batch, 1.0, last=True)],
             _count=lambda engine, shared: None,
             _means=Means(),
+            _captured=None,
             _skips={role: SkippedUpdates(role, batches) for role in ROLES},
             _reward_watch=SimpleNamespace(note=lambda *noted: None),
         )
