@@ -79,8 +79,8 @@ NOTHING = {
     *("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "lift_fresh", "_unsafe_view"),
     *("promote_types", "scalar_tensor"),
 }
-#: `NoiseSchedule` looks at times on the CPU; a GPU asserts them where it reads the tables.
-ON_CPU_ALONE = "_lookup if t.device.type"
+#: `NoiseSchedule` looks at times on the CPU, in these calls; a GPU asserts them where it reads the tables.
+ON_CPU_ALONE = ("lt", "ge", "bitwise_or", "any", "_local_scalar_dense")
 #: Of torch's multi_tensor_apply: elements of a block, and by toolkit the blocks of a launch and its tensors, where it
 #: goes over one list of them, two, ...
 CHUNK = 65536
@@ -96,14 +96,14 @@ OVER_WEIGHTS = {
 }
 
 
-def kind_here() -> str | None:
+def kind_here(operator: str) -> str | None:
     """Return what the running call of ATen serves; None for nothing that a GPU is asked for."""
     frame = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
         if "/diffpp_fast/" in file:
             line = linecache.getline(file, frame.f_lineno)
-            if _is_at(ON_CPU_ALONE, frame.f_code.co_name, line):
+            if frame.f_code.co_name == "_lookup" and operator in ON_CPU_ALONE:
                 return None
             for place, kind in PLACES.items():
                 if _is_at(place, frame.f_code.co_name, line):
@@ -129,7 +129,7 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         library, _, name = function._schema.name.partition("::")
         if not (self.paused or function.is_view or name in NOTHING) and library in ("aten", "diffpp_fast"):
-            kind = OPERATORS if library == "diffpp_fast" else self.kind or kind_here()
+            kind = OPERATORS if library == "diffpp_fast" else self.kind or kind_here(name)
             if kind is not None:
                 self.counts[kind, name] += 1
         return function(*arguments, **(options or {}))
@@ -269,6 +269,7 @@ class Ours:
             _micro_batches=lambda engine, first: [MicroBatch(setting.batch, 1.0, last=True)],
             _count=lambda engine, shared: None,
             _means=Means(),
+            _captured=None,
             _skips={role: SkippedUpdates(role, batches) for role in ROLES},
             _reward_watch=SimpleNamespace(note=lambda *noted: None),
         )
