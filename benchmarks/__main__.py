@@ -15,7 +15,7 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
 
 import torch
 
-from benchmarks import backends, blocks, cases, frozen, host, kernels, loops, reward, static, tables
+from benchmarks import backends, blocks, cases, decoder, frozen, host, kernels, loops, reward, static, tables
 from benchmarks.kernels import KernelPlan
 from benchmarks.tables import Place
 from benchmarks.timing import load_sentence, provenance
@@ -124,6 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--latent", type=positive, metavar="N", help="side of the latents (32, 64 and 128)")
     add("--dtype", choices=DTYPES, help="(bfloat16 on a GPU, else float32)")
     _add_rounds(add)
+    decoder.add_arguments(subject("decoder", decoder.run, "memory of decoding", decoder.__doc__, "reward-path"))
     add = subject("step", run_step, "a whole training step, phase by phase", STEP, "step")
     add("--model", metavar="NAME", help='"tiny", "small", "sd15" or "sdxl" (sd15 on a GPU, else small)')
     fill = 'images, or "fill": as many as fit (fill on a GPU; 2, 1, 4, 1)'
