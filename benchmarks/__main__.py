@@ -19,6 +19,7 @@ from benchmarks import (
     backends,
     blocks,
     cases,
+    decoder,
     frozen,
     host,
     kernels,
@@ -139,6 +140,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--latent", type=positive, metavar="N", help="side of the latents (32, 64 and 128)")
     add("--dtype", choices=DTYPES, help="(bfloat16 on a GPU, else float32)")
     _add_rounds(add)
+    decoder.add_arguments(subject("decoder", decoder.run, "memory of decoding", decoder.__doc__, "reward-path"))
     add = subject("step", run_step, "a whole training step, phase by phase", STEP, "step")
     add("--model", metavar="NAME", help='"tiny", "small", "emoji", "sd15" or "sdxl" (sd15 on a GPU, else small)')
     add("--latent", type=positive, metavar="N", help="side of the latents (16, 32, 64 and 128)")

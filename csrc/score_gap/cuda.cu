@@ -17,7 +17,7 @@ __device__ C reward_factor(const Arguments& a, int64_t b) {
 // The partial sums of d^2, |r| and d r, with a reward of s^2 and d s, too: [3 or 5, B, gridDim.x]; and factor d, less the reward's
 // term, to the gradient.
 template <typename S, Access kAccess, bool kTarget, bool kReward>
-__global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(S), Run<S, kAccess>::kCount))
+__global__ void __launch_bounds__(kThreads, blocks_per_sm(sizeof(S), Run<S, kAccess>::kCount) - (kReward ? 1 : 0))
     sums(const __grid_constant__ Arguments a) {
   using R = Run<S, kAccess>;
   using C = typename R::C;

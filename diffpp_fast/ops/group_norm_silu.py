@@ -251,6 +251,7 @@ class _GroupNormSilu(Operator):
         y: Tensor
         y, mean, rstd = serving.forward(x, num_groups, weight, bias, eps, silu, offset)
         ctx.save_for_backward(x, mean, rstd, weight, bias, offset)
+        ctx.offset_dtype = None if offset is None else offset.dtype
         return y
 
     @staticmethod
@@ -263,7 +264,8 @@ class _GroupNormSilu(Operator):
             assert grad_x is not None
             # Every pixel of a channel has it.
             grad_offset = grad_x.sum(dim=list(range(2, grad_x.dim()))) if grad_x.dim() > 2 else grad_x
-            grad_offset = grad_offset.to(ctx.saved_tensors[5].dtype)
+            # What is saved can be read once alone under torch.utils.checkpoint.
+            grad_offset = grad_offset.to(ctx.offset_dtype)
         return grad_x if needs_x else None, grad_weight, grad_bias, grad_offset, None
 
 

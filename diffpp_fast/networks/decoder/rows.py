@@ -63,7 +63,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, queries: int) -> Tensor:
 
 
 class _BlockParameters(NamedTuple):
-    """Those of a residual block, in the order in which its Function takes them."""
+    """The parameters of a residual block, in the order in which its Function takes them."""
 
     enlargement: Tensor | None
     enlargement_bias: Tensor | None
@@ -280,7 +280,7 @@ def _statistics(parts: Iterable[Tensor], groups: int, eps: float) -> tuple[Tenso
 
 
 class _Terms(NamedTuple):
-    """What the group's two sums add to the input gradient: slope (x - mean) + intercept, [B, C, 1, 1]."""
+    """The part of the input gradient that the two sums give: slope (x - mean) + intercept, [B, C, 1, 1]."""
 
     slope: Tensor
     intercept: Tensor
