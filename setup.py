@@ -4,8 +4,8 @@ licence: setuptools before 77 reads only a form of it there that later ones drop
 With a C++17 compiler and torch's headers, csrc becomes `diffpp_fast/native/_library.so`, and with Python's
 headers also the host module `_host`; with nvcc the library holds the GPU kernels too. Where one is missing the package
 installs without it, says so, and runs on the kernels that are left. CXX, CXXFLAGS, LDFLAGS and CUDA_HOME are honoured;
-DIFFPP_FAST_BUILD=0 builds nothing, DIFFPP_FAST_CUDA=0 nothing for GPUs; DIFFPP_FAST_CUDA_ARCHS lists the GPUs to build
-for.
+DIFFPP_FAST_BUILD=0 builds nothing, `library` no host module, DIFFPP_FAST_CUDA=0 nothing for GPUs;
+DIFFPP_FAST_CUDA_ARCHS lists the GPUs to build for.
 """
 
 import os
@@ -38,7 +38,9 @@ elif find_torch() is None:
     requires = ["torch>=2.11"]
 else:
     extensions.append(Extension(LIBRARY, []))
-    if find_python_headers() is not None:
+    if os.environ.get("DIFFPP_FAST_BUILD") == "library":
+        pass
+    elif find_python_headers() is not None:
         extensions.append(Extension(HOST, []))
     else:
         print("diffpp_fast: no headers of Python or pybind11: the host module is not built.", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -202,3 +203,26 @@ def test_old_setuptools_are_refused_in_a_sentence(tree: Tree) -> None:
     tree.build()
     assert tree.last.returncode != 0
     assert "building needs setuptools 70.1 or newer, here is 65.5.0" in tree.last.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="wheels are for Linux on x86-64")
+def test_stubs_bind_a_library_to_old_versions(tmp_path: Path) -> None:
+    """What newer libraries have moved or added is asked for as manylinux_2_28 has it, and what can't be is named."""
+    wheels = runpy.run_path(str(ROOT / "csrc/wheels.py"))
+    source, library = tmp_path / "source.cpp", tmp_path / "library.so"
+    source.write_text(
+        "#include <cmath>\n#include <dlfcn.h>\n#include <pthread.h>\n#include <sstream>\n"
+        'double f(double x) { std::ostringstream text; text << std::exp(x); return dlopen("", 1) != nullptr; }\n'
+        "int g(pthread_mutex_t* lock) { return pthread_mutex_trylock(lock); }\n"
+    )
+
+    def link(*files: Path) -> list[str]:
+        compiled = ["c++", "-std=c++17", "-O2", "-fPIC", "-shared", "-fno-builtin", str(source), *map(str, files)]
+        subprocess.run([*compiled, "-o", str(library)], check=True)
+        return wheels["too_new"](library)
+
+    plain = link()
+    assert link(*wheels["stubs"](tmp_path)) == [], plain
+    wheels["NEWEST"]["GLIBC"] = (2, 2, 4)
+    assert "exp@GLIBC_2.2.5" in wheels["too_new"](library)
+    assert wheels["foreign"](library) == []
