@@ -321,8 +321,8 @@ def test_an_x0_that_the_target_does_not_hold_widens_nothing(op: str) -> None:
         if op == "denoising_loss":
             return ops.denoising_loss(fake, x0, noise, alpha, sigma)
         if op == "score_gap":
-            target = {"x0": x0, "noise": noise, "alpha": alpha, "sigma": sigma, "normalizer": "mean_abs"}
-            return ops.score_gap(fake, cond, uncond, guidance_scale=2.0, **target).gradient
+            target: dict[str, Any] = {"x0": x0, "noise": noise, "alpha": alpha, "sigma": sigma}
+            return ops.score_gap(fake, cond, uncond, guidance_scale=2.0, normalizer="mean_abs", **target).gradient
         return getattr(ops, op)(fake, cond, uncond, x0, noise, alpha, sigma, guidance_scale=2.0)
 
     wide = compute(torch.full(FOUR, torch.nan))

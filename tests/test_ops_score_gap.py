@@ -157,7 +157,7 @@ def test_formula_with_a_reward(normalizer: str | None, clip: float | None) -> No
         score[2].view(-1)[-1], toward[3] = torch.inf, torch.nan
         reward = {"reward_score": score, "reward_scale": toward, "reward_clip": clip}
         options: dict[str, Any] = {"guidance_scale": 7.5, "scale": scale, "normalizer": normalizer, **target}
-        actual = ops.score_gap(*three, **options, **reward)
+        actual: Any = ops.score_gap(*three, **options, **reward)
         plain = ops.score_gap(*three, **options)
         gradient, *statistics = rewarded_formula(three, 7.5, scale, known if normalizer else None, reward)
         torch.testing.assert_close(actual.gradient, gradient)

@@ -94,7 +94,10 @@ def test_with_a_reward(normalizer: str | None, known: bool, clip: float | None, 
 def test_without_a_target(guided: bool, triton_backend: torch.device) -> None:
     (fake, cond, uncond), _ = inputs(triton_backend, 2, 4, 9, 60)
     arguments = [fake, cond, uncond if guided else None]
-    options = {"guidance_scale": 7.5 if guided else 1.0, "scale": torch.tensor([0.5]).to(fake).expand(2)}
+    options: dict[str, Any] = {
+        "guidance_scale": 7.5 if guided else 1.0,
+        "scale": torch.tensor([0.5]).to(fake).expand(2),
+    }
     actual = ops.score_gap(*arguments, **options)
     assert_close(actual, oracle(arguments, options))
     assert actual.residual_abs is None and actual.gap_dot_residual is None

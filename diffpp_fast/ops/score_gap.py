@@ -43,18 +43,14 @@ class RewardedScoreGap(NamedTuple):
 
 
 @overload
-def score_gap(
-    fake: Tensor, cond: Tensor, uncond: Tensor | None = None, *, reward_score: None = None, **options: Any
-) -> ScoreGap: ...
+def score_gap(*outputs: Tensor | None, reward_score: None = None, **options: Any) -> ScoreGap: ...
 
 
 @overload
-def score_gap(
-    fake: Tensor, cond: Tensor, uncond: Tensor | None = None, *, reward_score: Tensor, **options: Any
-) -> RewardedScoreGap: ...
+def score_gap(*outputs: Tensor | None, reward_score: Tensor, **options: Any) -> RewardedScoreGap: ...
 
 
-def score_gap(
+def score_gap(  # type: ignore[misc]  # whose other arguments the overloads leave out
     fake: Tensor,
     cond: Tensor,
     uncond: Tensor | None = None,
@@ -139,8 +135,8 @@ def score_gap(
     x0 = None if x0 is None else checks.target_x0(prediction_type, x0, fake)
     fake, cond, uncond, x0, eps = checks.promoted(fake, cond, uncond, x0, eps)
     if of_reward:
-        fake, cond, uncond, x0, eps, reward_score = checks.promoted(fake, cond, uncond, x0, eps, reward_score)
-        of_reward = reward_score, *of_reward[1:]
+        fake, cond, uncond, x0, eps, score = checks.promoted(fake, cond, uncond, x0, eps, of_reward[0])
+        of_reward = score, *of_reward[1:]
     mean_abs = normalizer == "mean_abs"
     of_target = (x0, eps, seed, stream, alpha, sigma, kind)
     arguments = (fake, cond, uncond, guidance_scale, scale, scales, mean_abs, *of_target, *of_reward)
@@ -232,8 +228,8 @@ def score_gap_with_reward(
     factor, reward_factor = _factor(scale, scales, fake), _factor(reward_scale, reward_scales, fake)
     score = score.to(gap.dtype)
     reward_sq, gap_dot_reward = sum_per_sample(score.square()), sum_per_sample(gap * score)
-    length = abs(reward_factor) * per_sample(reward_sq.sqrt(), fake)
-    limit = clip * abs(factor) * per_sample(statistics[0].sqrt(), fake)
+    length = (reward_factor * per_sample(reward_sq.sqrt(), fake)).abs()
+    limit = clip * (factor * per_sample(statistics[0].sqrt(), fake)).abs()
     finite = length.isfinite()
     share = torch.where(length > limit, limit / length, 1.0).where(finite, 0.0)
     term = (share * reward_factor * score).where(finite, 0.0)
@@ -275,7 +271,7 @@ def _factor(scale: float, scales: Tensor | None, like: Tensor) -> float | Tensor
     return scale if scales is None else per_sample(scales, like)
 
 
-_DEFINITION = {"forward": forward, "score_gap_with_reward": score_gap_with_reward}
+_DEFINITION: dict[str, Any] = {"forward": forward, "score_gap_with_reward": score_gap_with_reward}
 
 
 def _shapes(fake: Tensor, *others: Any) -> tuple[Tensor, ...]:
