@@ -111,9 +111,7 @@ def measured(model: str, pixels: int, dtype: torch.dtype, rows: int, rounds: int
         shares = [own / whole for own, whole in zip(times[name][1:], times[WHOLE][1:], strict=True)]
         found.append(
             {
-                "measured_peak_bytes": peak_temporary_bytes(
-                    lambda decode=decode: _pass(decode, latents), latents.device
-                ),
+                "measured_peak_bytes": peak_temporary_bytes(partial(_pass, decode, latents), latents.device),
                 **{"x_whole": median(shares), "image_error": errors[0], "gradient_error": errors[1]},
             }
         )
