@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import gpu_check, gpu_session, reward
+from benchmarks import decoder, gpu_check, gpu_session, reward
 from benchmarks.__main__ import main
 from benchmarks.memory import kept_bytes
 from benchmarks.reward import MODELS, PHASES, PROVIDERS, TOWERS, PathNetworks, RewardPath, run_phases
@@ -93,6 +93,19 @@ def test_a_wrong_provider_is_reported_and_not_timed(
     rows = {row["provider"]: row for row in rows_of(tmp_path / "reward-path-cpu-small.csv") if row["phase"] == "whole"}
     assert rows["fused"]["median_ms"] == "" and rows["fused"]["status"].startswith("wrong: ")
     assert float(rows["eager"]["median_ms"]) > 0.0
+
+
+def test_the_decoders_options_are_counted_as_they_are_measured() -> None:
+    measured = decoder.measured("small", 512, torch.float32, rows=8, rounds=1)
+    with torch.device("meta"):
+        vae, latents = reward._autoencoder(MODELS["small"]), torch.empty(1, 4, 64, 64)
+    counts = {name: decoder.count(make(vae), latents) for name, make in decoder.options(8).items()}
+    for row, own in zip(measured, counts.values(), strict=True):
+        assert max(row["image_error"], row["gradient_error"]) <= 1e-5
+        # What convolutions take for themselves does not grow with the image, and is not counted.
+        assert 0.85 < own.peak / row["measured_peak_bytes"] < 1.05
+    assert counts["rows=8"].kept < counts["whole"].kept < counts["eager"].kept
+    assert counts["rows=8"].operations > counts["whole"].operations
 
 
 class _Halved(nn.Module):
