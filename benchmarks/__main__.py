@@ -141,7 +141,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, help="(bfloat16 on a GPU, else float32)")
     _add_rounds(add)
     decoder.add_arguments(subject("decoder", decoder.run, "memory of decoding", decoder.__doc__, "reward-path"))
-    add = subject("step", run_step, "a whole training step, phase by phase", STEP, "step")
+    add = subject("step", run_step, "a whole training step, phase by phase", STEP, "performance")
     add("--model", metavar="NAME", help='"tiny", "small", "emoji", "sd15" or "sdxl" (sd15 on a GPU, else small)')
     add("--latent", type=positive, metavar="N", help="side of the latents (16, 32, 64 and 128)")
     add("--lora", type=positive, metavar="RANK", help="train adapters on the reference's weights (all weights)")
@@ -152,7 +152,7 @@ def make_parser() -> argparse.ArgumentParser:
     host.add_arguments(subject("host", host.run, "host time of a call, without a GPU", host.__doc__, "performance"))
     static.add_arguments(subject("static", static.run, "GPU kernels, counted", static.__doc__, "performance"))
     loops.add_arguments(subject("loops", loops.run, "training loops, before and after", loops.__doc__, "embedding"))
-    passes.add_arguments(subject("passes", passes.run, "the reference's two passes", passes.__doc__, "step"))
+    passes.add_arguments(subject("passes", passes.run, "the reference's two passes", passes.__doc__, "performance"))
     updates.add_arguments(subject("updates", updates.run, "launches of updates", updates.__doc__, "performance"))
     return parser
 
