@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.frozen import build
 from benchmarks.step_networks import MODELS
-from benchmarks.tables import Table, markdown
+from benchmarks.tables import Table, markdown, write_csv
 from benchmarks.timing import intra_op_threads, provenance
 from diffpp_fast import networks
 from diffpp_fast.networks import Denoiser
@@ -156,13 +156,10 @@ def run(arguments: argparse.Namespace, device: torch.device) -> int:
     return 0
 
 
-def _write(path: Any, rows: list[QuantizedRow]) -> None:
+def _write(path: Path, rows: list[QuantizedRow]) -> None:
     scales = [f"{scale:g}" for scale in GUIDANCE]
     columns = ["network", "reference", "weights_bytes"]
     columns += [f"gap_w{scale}" for scale in scales] + [f"error_w{scale}" for scale in scales]
-    origin = provenance(torch.device("cpu"))._asdict()
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*columns, *origin])
-        for row in rows:
-            writer.writerow([*row[:3], *(f"{each:.6g}" for each in (*row.gap, *row.error)), *origin.values()])
+    figures = [[*row[:3], *(f"{each:.6g}" for each in (*row.gap, *row.error))] for row in rows]
+    found = [dict(zip(columns, each, strict=True)) for each in figures]
+    write_csv(path, found, columns, provenance(torch.device("cpu")))

@@ -90,10 +90,7 @@ class Place(NamedTuple):
     ) -> list[Path]:
         """Write CSV and Markdown, the latter into the page too. Return the paths. What was not measured is empty."""
         paths = [self.stem.with_suffix(suffix) for suffix in (".csv", ".md")]
-        with paths[0].open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, (*columns, *Provenance._fields), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(cells({**row, **origin._asdict()}) for row in rows)
+        write_csv(paths[0], rows, columns, origin)
         text = "\n".join([str(origin), *(part if isinstance(part, str) else markdown(part) for part in parts if part)])
         paths[1].write_text(text, encoding="utf-8")
         if self.page is not None:
@@ -102,6 +99,14 @@ class Place(NamedTuple):
             self.page.write_text(f"{head}{begin}\n{text.strip()}\n{end}{rest.split(end)[1]}", encoding="utf-8")
             paths.append(self.page)
         return paths
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], origin: Provenance) -> None:
+    """Write rows, each with its origin, as a table of text and numbers."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, (*columns, *Provenance._fields), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(cells({**row, **origin._asdict()}) for row in rows)
 
 
 def markdown(table: Table) -> str:

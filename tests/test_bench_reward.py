@@ -136,7 +136,7 @@ def test_kept_bytes_count_storages_once_and_leave_networks_out() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "sd3"], "--model: unknown 'sd3'; known: tiny, small, sd15, sdxl"),
+        (["--model", "sd3"], "--model: unknown 'sd3'; known: tiny, small, emoji, sd15, sdxl"),
         (["--providers", "eager,nothing"], "--providers: unknown 'nothing'"),
         (["--providers", "fused"], "eager is what the others are measured against"),
         (["--docs", "missing.md"], "--docs missing.md"),

@@ -207,7 +207,7 @@ def test_old_setuptools_are_refused_in_a_sentence(tree: Tree) -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="wheels are for Linux on x86-64")
 def test_stubs_bind_a_library_to_old_versions(tmp_path: Path) -> None:
-    """What newer libraries have moved or added is asked for as manylinux_2_28 has it, and what can't be is named."""
+    """Symbols that newer libraries have moved or added are asked for as manylinux_2_28 has them, or named."""
     wheels = runpy.run_path(str(ROOT / "csrc/wheels.py"))
     source, library = tmp_path / "source.cpp", tmp_path / "library.so"
     source.write_text(

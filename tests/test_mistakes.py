@@ -166,7 +166,7 @@ COMMANDS = (
     ([*EMBED, "prompts=afile"], "afile"),
     ([*EMBED, "prompts={00..99999999999}.txt"], "No such file"),
     (["embed", "align.yaml"], "--out FOLDER"),
-    (["embed", "align.yaml", "--out", "afile"], "can't read afile/manifest.json: Not a directory"),
+    (["embed", "align.yaml", "--out", "afile"], "afile is a file: name a folder"),
     (["sample"], "sample what?"),
     (["sample", "a", "--run", "adir"], "adir is neither"),
     (["sample", "a", "--run", LONG], "too long"),

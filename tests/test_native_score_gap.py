@@ -62,7 +62,7 @@ def test_same_bits_for_any_threads(batch: int, dtype: torch.dtype, normalizer: s
 @pytest.mark.parametrize("normalizer", [None, "mean_abs"])
 @pytest.mark.parametrize("batch", [3, 4])
 def test_same_bits_for_any_threads_with_a_reward(batch: int, normalizer: str | None) -> None:
-    """Of the samples some are settled by the first pass, one is clipped, and one has no reward term."""
+    """The first pass settles some of the samples; one is clipped, and one has no reward term."""
     three, target = inputs(batch, 5, 61, 67)
     reward = {"reward_score": torch.randn_like(target["x0"]), "reward_clip": 0.5}
     reward["reward_scale"] = torch.tensor([0.1, 100.0, torch.nan, 0.1])[:batch]

@@ -92,6 +92,10 @@ FUNCTIONS = {
     "_Convolution": "test_decoder.py",
     "_EnlargedConvolution": "test_decoder.py",
     "_Linear": "test_decoder.py",
+    "_ResidualBlock": "test_decoder.py",
+    "_NormedConvolution": "test_decoder.py",
+    "_Attention": "test_decoder.py",
+    "_Through": "test_quantization.py",
     "_Refused": "score_gap, inject_gradient, and test_decoder.py",
 }
 #: Where a constant stands for a quantity that depends on the arguments, finite differences see another function.

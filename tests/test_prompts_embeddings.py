@@ -268,7 +268,7 @@ def test_what_is_not_there_or_damaged_is_named(copy: Path, capsys: pytest.Captur
     assert main(["embed", str(copy)]) == 2
     assert "name a folder with --out FOLDER or prompts.embeddings=FOLDER" in capsys.readouterr().err
     assert main(["embed", str(copy), f"--out={copy}"]) == 2
-    assert "Not a directory" in capsys.readouterr().err
+    assert f"{copy} is a file: name a folder" in capsys.readouterr().err
 
 
 # The writer by itself, with an encoder that stops.

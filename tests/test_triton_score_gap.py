@@ -66,7 +66,7 @@ def test_formula(prediction_type: str, normalizer: str | None, drawn: bool, trit
 @pytest.mark.parametrize("normalizer", [None, "mean_abs"])
 @pytest.mark.parametrize("known", [True, False])
 def test_with_a_reward(normalizer: str | None, known: bool, clip: float | None, triton_backend: torch.device) -> None:
-    """Of three samples one has no finite score; several blocks, one, and less than one."""
+    """One of three samples has no finite score; several blocks, one, and less than one."""
     if normalizer and not known:
         return
     for shape, scaled in (((3, 3, 41, 37), True), ((3, 7), False), ((3,), True)):

@@ -47,11 +47,14 @@ class Conditioning:
         )
 
 
-def network_arguments(conditioning: Conditioning | Tensors | torch.Tensor | None) -> dict[str, Any]:
+def network_arguments(
+    conditioning: Conditioning | Tensors | torch.Tensor | None, *, whole: bool = True
+) -> dict[str, Any]:
     """Keyword arguments for a diffusers network; a bare tensor is taken for `encoder_hidden_states`.
 
     Tensors are contiguous: of an expanded one, as the empty prompt's is, every layer would make a copy of its own. So
-    torch.compile, which makes a graph for other strides and for views, meets one kind of tensor.
+    torch.compile, which makes a graph for other strides and for views, meets one kind of tensor. With `whole` False
+    they stay as they are, for a network that knows one prompt by its stride of 0.
     """
     if conditioning is None:
         return {}
@@ -59,6 +62,8 @@ def network_arguments(conditioning: Conditioning | Tensors | torch.Tensor | None
         conditioning = conditioning.tensors
     if isinstance(conditioning, torch.Tensor):
         conditioning = {"encoder_hidden_states": conditioning}
+    if not whole:
+        return dict(conditioning)
     return _map(conditioning, lambda value: _whole(value) if isinstance(value, torch.Tensor) else value)
 
 
@@ -100,7 +105,10 @@ def _join(name: str, values: Sequence[Any], count: int) -> Any:
     if isinstance(first, torch.Tensor):
         return _join_tensors(name, values, count)
     if isinstance(first, Conditioning):
-        prompts = tuple(prompt for value in values for prompt in value.prompts)
+        prompts: tuple[str, ...] = ("",) * sum(map(len, values))
+        # Those of a run that is captured can't be read, and no network does.
+        if all(isinstance(value.prompts, tuple) for value in values):
+            prompts = tuple(prompt for value in values for prompt in value.prompts)
         return Conditioning(prompts, _join(name, [value.tensors for value in values], count))
     if isinstance(first, Mapping):
         if any(value.keys() != first.keys() for value in values):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffpp_fast.networks.conditioning import network_arguments
+from diffpp_fast.networks.kept_text import keeps_text
 from diffpp_fast.networks.last_layer import widen_last_layer
 from diffpp_fast.networks.lora import Adapters, Part
 from diffpp_fast.precision import autocast_dtype, widen
@@ -78,5 +79,6 @@ class Denoiser(nn.Module):
             precision = torch.autocast(x_t.device.type, dtype=self.dtype)
         with role, precision:
             x = x_t if autocast_dtype(x_t.device) else x_t.to(next(self.network.parameters()).dtype)
-            prediction = self.network(x, timestep=t, return_dict=False, **network_arguments(conditioning))[0]
+            arguments = network_arguments(conditioning, whole=not keeps_text(self.network))
+            prediction = self.network(x, timestep=t, return_dict=False, **arguments)[0]
             return widen(prediction[:, : x_t.shape[1]])

@@ -28,7 +28,13 @@ def keep_text(network: nn.Module) -> int:
             if not isinstance(layer, _Kept):
                 layer.__class__ = _kept(type(layer))
             found += 1
+    network._keeps_text = found > 0  # type: ignore[assignment]
     return found
+
+
+def keeps_text(network: nn.Module) -> bool:
+    """Return whether `keep_text` has found layers in a network."""
+    return getattr(network, "_keeps_text", False)
 
 
 def _is_of_text(name: str) -> bool:

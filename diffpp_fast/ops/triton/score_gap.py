@@ -198,7 +198,7 @@ def _finish(
 
 @triton.jit
 def reward_share(length, limit):
-    """What is left of a reward's term of this length: all, what a limit leaves, or nothing where it is not finite."""
+    """The share that is left of a term of this length: all, what a limit leaves, or nothing where it is not finite."""
     share = tl.where(length > limit, tl.div_rn(limit, length), 1.0)
     return tl.where(length - length == 0.0, share, 0.0)
 
