@@ -165,13 +165,21 @@ def ordered(op: str, dtypes: Sequence[torch.dtype] = DTYPES) -> tuple[list[Varia
 def _three(variant: Variant) -> Iterator[tuple[Any, ...]]:
     """Yield what goes a way of its own only together.
 
-    Noise drawn in channels_last goes by whole Philox blocks, the gradient of large groups by clusters, by layout.
+    Noise drawn in channels_last goes by whole Philox blocks, the gradient of large groups by clusters, by layout, and a
+    score gap's normaliser by packs where there is no reward.
     """
     options = dict(variant.options)
     if "activation" in options and options["wrt"] == "x" and options["layout"] in ("contiguous", "channels_last"):
         yield "clusters", variant.dtype, options["layout"], options["shape"], options["activation"]
     if [options.get(name) for name in ("noise", "layout", "shape")] == ["drawn", "channels_last", "even"]:
         yield "tiles", variant.dtype
+    if [options.get(name) for name in ("normalizer", "reward", "layout", "shape")] == [
+        "mean_abs",
+        "none",
+        "contiguous",
+        "even",
+    ]:
+        yield "packs", variant.dtype
 
 
 def make(variant: Variant, device: torch.device) -> Call:
