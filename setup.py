@@ -38,11 +38,10 @@ elif find_torch() is None:
     requires = ["torch>=2.11"]
 else:
     extensions.append(Extension(LIBRARY, []))
-    if os.environ.get("DIFFPP_FAST_BUILD") == "library":
-        pass
-    elif find_python_headers() is not None:
-        extensions.append(Extension(HOST, []))
-    else:
-        print("diffpp_fast: no headers of Python or pybind11: the host module is not built.", file=sys.stderr)
+    if os.environ.get("DIFFPP_FAST_BUILD") != "library":
+        if find_python_headers() is not None:
+            extensions.append(Extension(HOST, []))
+        else:
+            print("diffpp_fast: no headers of Python or pybind11: the host module is not built.", file=sys.stderr)
 
 setup(license="Apache-2.0", ext_modules=extensions, cmdclass={"build_ext": BuildExt}, setup_requires=requires)

@@ -39,6 +39,8 @@ TOKENS = {"even": (2, 40, 256), "odd": (3, 7, 90), "short": (2, 300, 16), "long"
 HEADS = {"even": (2, 9, 24, 128), "odd": (3, 5, 7, 90), "long": (2, 3, 2, 1024), "one": (1, 1, 1, 2)}
 
 SHAPES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    # A large one, from 2^20 elements on, is drawn by larger blocks.
+    "philox": {**LATENTS, "large": (1, 4, 513, 512)},
     "reward_pixels": IMAGES,
     "group_norm_silu": ACTIVATIONS,
     "geglu": TOKENS,
@@ -54,7 +56,7 @@ TARGET = {"noise": NOISES, "prediction_type": PREDICTION_TYPES}
 LOSS = {**TARGET, "uncond": (True, False), "wrt": ("fake", "outputs", "all"), "shape": (*LATENTS,)}
 #: The values that each option takes. dtype and layout come on top.
 OPTIONS: Mapping[str, Mapping[str, Sequence[Any]]] = {
-    "philox": {"draws": ("normal", "uniform", "integers"), "shape": (*LATENTS,)},
+    "philox": {"draws": ("normal", "uniform", "integers"), "shape": (*LATENTS, "large")},
     "add_noise": {"noise": NOISES, "gradient": (True, False), "shape": (*LATENTS,)},
     "denoising_loss": {**TARGET, "weight": (False, True), "gradient": (True, False), "shape": (*LATENTS,)},
     "score_gap": {

@@ -15,6 +15,8 @@ from diffpp_fast.ops.triton.layout import as_float
 #: Elements of a tile: 8 a thread, which loads 16 bytes of 16-bit numbers at a time. Gradients of float32 have twice the
 #: warps, for their loads take twice the registers, and Triton would spill one.
 TILE, WARPS = 1024, 4
+#: Of a thread of the gradients: left to itself Triton 3.6 takes fewer for sm_100 and spills two.
+MOST_REGISTERS = 128
 #: The longest row, of which a tile then has one.
 MOST_COLUMNS = 1024
 #: Programs of the backward pass beyond which one takes more tokens: enough to fill large GPUs several times over.
@@ -108,6 +110,7 @@ def backward(
             HALF=half,
             HEADS=block,
             num_warps=WARPS * (2 if needs_x and x.element_size() == 4 else 1),
+            maxnreg=MOST_REGISTERS,
         )
     # torch sums in an order that depends on the shape alone.
     return None if grad_x is None else _laid_out(grad_x, like), None if sums is None or weight is None else sums.sum(
