@@ -159,8 +159,9 @@ class _ResizeCall:
     ) -> None:
         batch, channels, height, width = images.shape
         self.low, self.high = low, high
+        self.stds = std
         self.resize = height, width, size, FITS[fit], FILTERS[filter], antialias
-        self.rows, self.columns, self.mean, self.std = _constants(
+        self.rows, self.columns, self.mean, self.std, self.per_std = _constants(
             images.device, height, width, size, FITS[fit], FILTERS[filter], antialias, mean, std
         )
         self.channels, self.channels_last = channels, order.channels_last
@@ -180,16 +181,17 @@ class _ResizeCall:
         elements = max(tensor.shape[2:].numel() * self.inner for tensor in (source, to))
         if not {source.dtype, to.dtype} <= PRODUCTS or elements >= INT32_ELEMENTS:
             return None
-        return _tiles(source.device, source.dtype, self.inner, adjoint, *self.resize)
+        std = self.stds if adjoint and self.inner > 1 else ()
+        return _tiles(source.device, source.dtype, self.inner, adjoint, *self.resize, std)
 
     def shrink(self, cut: tiles.Call, images: Tensor, pixels: Tensor) -> None:
         chunk = min(cut.columns.window, CHUNK // cut.rows.window)
-        tiles.shrink[(self.planes, cut.rows.count, cut.columns.count)](
+        tiles.shrink[(self.planes, cut.rows.number, cut.columns.number)](
             images,
             pixels,
             *self._tables(cut, 0),
             p_mean=self.mean,
-            p_std=self.std,
+            p_per_std=self.per_std,
             p_row_sums=cut.row_sums,
             **self._numbers(cut, images, pixels, 0),
             UNIT=cut.columns.unit,
@@ -202,12 +204,12 @@ class _ResizeCall:
         )
 
     def spread(self, cut: tiles.Call, grads: Tensor, grad_images: Tensor, masked: Tensor | None) -> None:
-        tiles.spread[(self.planes, cut.rows.count, cut.columns.count)](
+        tiles.spread[(self.planes, cut.rows.number, cut.columns.number)](
             grads,
             grad_images,
             *self._tables(cut, 1),
             p_images=masked,
-            p_std=self.std,
+            p_per_std=self.per_std,
             **self._numbers(cut, grads, grad_images, 1),
             M=cut.rows.padded,
             K=cut.rows.window,
@@ -329,14 +331,15 @@ def _constants(
     antialias: bool,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-) -> tuple[tuple[Axis, Axis], tuple[Axis, Axis], Tensor, Tensor]:
-    """The tables of rows and of columns, mean and std on the device."""
+) -> tuple[tuple[Axis, Axis], tuple[Axis, Axis], Tensor, Tensor, Tensor]:
+    """The tables of rows and of columns, mean, std and 1 / std on the device."""
     options = size, fit, filter, antialias
     return (
         _tables(device, height, width, *options),
         _tables(device, width, height, *options),
         _per_channel(mean, device),
         _per_channel(std, device),
+        _per_channel(tuple(1.0 / value for value in std), device),
     )
 
 

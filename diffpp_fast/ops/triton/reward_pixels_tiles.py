@@ -37,7 +37,7 @@ MOST_CHANNELS = 4
 
 
 def _read(count: int, window: int, inputs: int, padded: int) -> float:
-    """Return what the forward direction reads, with what its second product and its programs' beginnings add to that."""
+    """Return what the forward direction reads, and what its second product and its programs' beginnings add."""
     return count * window / inputs * (1.0 + padded / 512 + 32 / window)
 
 
@@ -65,12 +65,12 @@ class Tiles(NamedTuple):
     """An axis of outputs in tiles, each the product of a dense matrix [outputs, window] and a window of inputs."""
 
     size: int  # outputs of a tile
-    count: int
+    number: int
     window: int
     padded: int  # `size` as a power of two
-    start: Tensor  # int32 [count]: where a tile's window begins, in units of `unit`
+    start: Tensor  # int32 [number]: where a tile's window begins, in units of `unit`
     unit: int
-    weights: Tensor  # float32 [count, padded, window] on the CPU
+    weights: Tensor  # float64 [number, padded, window] on the CPU
     whole: bool  # whether all windows are inside
 
 
@@ -115,8 +115,8 @@ def tiles_of(matrix: Tensor, shape: Shape, align: bool) -> Tiles | None:
     for tile, start in enumerate(starts):
         piece = matrix[tile * size : (tile + 1) * size, start : start + window]
         weights[tile, : piece.shape[0], : piece.shape[1]] = piece
-    start = torch.tensor([start // unit for start in starts], dtype=torch.int32)
-    return Tiles(size, len(starts), window, _padded(size), start, unit, weights, max(starts) + window <= inputs)
+    units = torch.tensor([start // unit for start in starts], dtype=torch.int32)
+    return Tiles(size, len(starts), window, _padded(size), units, unit, weights, max(starts) + window <= inputs)
 
 
 def _padded(size: int) -> int:
@@ -174,10 +174,13 @@ def tiled(
     fit: str,
     filter: str,
     antialias: bool,
+    std: tuple[float, ...],
 ) -> Call | None:
     """Return the tables of a direction; None where tiles don't fit.
 
-    dtype: of the source, which is what the first product multiplies.
+    Args:
+        dtype: of the source, which is what the first product multiplies.
+        std: divides the adjoint's weights of columns; none or one for each of `inner` channels.
     """
     if inner > MOST_CHANNELS:
         return None
@@ -185,6 +188,8 @@ def tiled(
     row_matrix, column_matrix = axis_matrix(height, width, *options), axis_matrix(width, height, *options)
     if inner > 1:
         column_matrix = torch.kron(column_matrix, torch.eye(inner, dtype=torch.float64))
+    if std:
+        column_matrix = column_matrix / torch.tensor(std, dtype=torch.float64).repeat(size)[:, None]
     if adjoint:
         rows, columns = tiles_of(row_matrix.T, ADJOINT_ROWS, False), tiles_of(column_matrix.T, ADJOINT_COLUMNS, False)
     else:
@@ -314,7 +319,7 @@ def shrink(
     p_taps_c,
     p_row_sums,  # [rows_out]
     p_mean,  # [channels]
-    p_std,
+    p_per_std,  # 1 / std
     rows_in,
     width_in,
     rows_out,
@@ -363,7 +368,7 @@ def shrink(
             b_sum = product(b_most, b_rest, b_sum)
             b_sum = product((b_between - b_most.to(tl.float32)).to(tl.float16), b_weights, b_sum)
     b_channel = b_c % INNER + (plane % channels if INNER == 1 else 0)
-    b_mean, b_per_std = tl.load(p_mean + b_channel)[None, :], (1.0 / tl.load(p_std + b_channel))[None, :]
+    b_mean, b_per_std = tl.load(p_mean + b_channel)[None, :], tl.load(p_per_std + b_channel)[None, :]
     if tl.max(tl.where(b_sum == b_sum, 0, 1)) != 0:
         for some in tl.range(0, M, ROWS_GATHERED):
             b_own = tile_r * SIZE_R + some + tl.arange(0, ROWS_GATHERED)
@@ -404,7 +409,7 @@ def spread(
     p_count_c,
     p_taps_c,
     p_images,  # as p_grad_images, or None
-    p_std,  # [channels]
+    p_per_std,  # [channels]: 1 / std, which channels_last has in the weights of columns
     rows_in,
     width_in,
     rows_out,
@@ -434,10 +439,9 @@ def spread(
     p_across = p_column_weights + tile_c * (N * C) + (tl.arange(0, N) * C)[:, None] + tl.arange(0, C)[None, :]
     first_r, first_c = tl.load(p_start_r + tile_r), tl.load(p_start_c + tile_c)
     b_source = _source(p_plane, first_r, first_c, rows_in, width_in, WHOLE, K, N)
-    b_channel = tl.minimum(b_c, width_out - 1) % INNER + (plane % channels if INNER == 1 else 0)
-    b_scale = (per_range / tl.load(p_std + b_channel))[None, :]
+    scale = per_range * (tl.load(p_per_std + plane % channels) if INNER == 1 else 1.0)
     b_between = product(b_source, tl.load(p_across), tl.zeros([K, C], tl.float32))
-    b_between = product(b_source, tl.load(p_across + tl.num_programs(2) * (N * C)), b_between) * b_scale
+    b_between = product(b_source, tl.load(p_across + tl.num_programs(2) * (N * C)), b_between) * scale
     b_most = b_between.to(tl.bfloat16)
     b_rest = (b_between - b_most.to(tl.float32)).to(tl.bfloat16)
     b_high = tl.load(p_rows)
@@ -449,7 +453,7 @@ def spread(
     if tl.max(tl.where(b_zero == 0.0, 0, 1)) != 0:
         for some in tl.range(0, M, ROWS_GATHERED):
             b_own = tile_r * SIZE_R + some + tl.arange(0, ROWS_GATHERED)
-            b_some = b_scale * _gathered(
+            b_some = (scale * tl.load(p_per_std + b_c % INNER)[None, :] if INNER > 1 else scale) * _gathered(
                 p_plane, b_own, b_c, rows_out, width_out, width_in, low, high, p_first_r, p_count_r, p_taps_r,
                 p_first_c, p_count_c, p_taps_c, False, INNER, TAPS_R, TAPS_C,
             )  # fmt: skip
