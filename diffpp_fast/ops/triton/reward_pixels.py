@@ -176,7 +176,7 @@ class _ResizeCall:
     def between(self, images: Tensor) -> Tensor:
         return torch.empty(self.planes, self.size, self.used, dtype=torch.float32, device=images.device)
 
-    def cut(self, source: Tensor, to: Tensor, adjoint: bool = False) -> tiles.Call | None:
+    def cut(self, source: Tensor, to: Tensor, adjoint: bool = False) -> tiles.TileTables | None:
         """Return the tables of the products; None where the taps are gathered."""
         elements = max(tensor.shape[2:].numel() * self.inner for tensor in (source, to))
         if not {source.dtype, to.dtype} <= PRODUCTS or elements >= INT32_ELEMENTS:
@@ -184,8 +184,10 @@ class _ResizeCall:
         std = self.stds if adjoint and self.inner > 1 else ()
         return _tiles(source.device, source.dtype, self.inner, adjoint, *self.resize, std)
 
-    def shrink(self, cut: tiles.Call, images: Tensor, pixels: Tensor) -> None:
-        chunk = min(cut.columns.window, CHUNK // cut.rows.window)
+    def shrink(self, cut: tiles.TileTables, images: Tensor, pixels: Tensor) -> None:
+        # Single addresses take more registers than those of vectors.
+        vectors = cut.columns.unit > 1
+        chunk = min(cut.columns.window, (CHUNK if vectors else CHUNK // 4) // cut.rows.window)
         tiles.shrink[(self.planes, cut.rows.number, cut.columns.number)](
             images,
             pixels,
@@ -194,16 +196,15 @@ class _ResizeCall:
             p_per_std=self.per_std,
             p_row_sums=cut.row_sums,
             **self._numbers(cut, images, pixels, 0),
-            UNIT=cut.columns.unit,
             CHUNKS=cut.columns.window // chunk,
             M=cut.rows.padded,
             K=cut.rows.window,
             N=chunk,
             C=cut.columns.padded,
-            num_warps=2 if cut.rows.window <= 64 and cut.columns.padded <= 64 else 4,
+            num_warps=4 if vectors else 8,
         )
 
-    def spread(self, cut: tiles.Call, grads: Tensor, grad_images: Tensor, masked: Tensor | None) -> None:
+    def spread(self, cut: tiles.TileTables, grads: Tensor, grad_images: Tensor, masked: Tensor | None) -> None:
         tiles.spread[(self.planes, cut.rows.number, cut.columns.number)](
             grads,
             grad_images,
@@ -218,20 +219,23 @@ class _ResizeCall:
             num_warps=SPREAD_WARPS,
         )
 
-    def _tables(self, cut: tiles.Call, direction: int) -> tuple[Tensor, ...]:
+    def _tables(self, cut: tiles.TileTables, direction: int) -> tuple[Tensor, ...]:
         rows, columns = self.rows[direction], self.columns[direction]
         return (
             *(cut.rows.start, cut.columns.start, cut.row_weights, cut.column_weights),
             *(rows.first, rows.counts, rows.weights, columns.first, columns.counts, columns.weights),
         )
 
-    def _numbers(self, cut: tiles.Call, source: Tensor, to: Tensor, direction: int) -> dict[str, Any]:
+    def _numbers(self, cut: tiles.TileTables, source: Tensor, to: Tensor, direction: int) -> dict[str, Any]:
+        width_in, width_out = source.shape[3] * self.inner, to.shape[3] * self.inner
         return {
             "rows_in": source.shape[2],
-            "width_in": source.shape[3] * self.inner,
+            "units_in": width_in // tiles.unit_of(width_in),
             "rows_out": to.shape[2],
-            "width_out": to.shape[3] * self.inner,
+            "units_out": width_out // tiles.unit_of(width_out),
             "channels": self.channels,
+            "UNIT_IN": tiles.unit_of(width_in),
+            "UNIT_OUT": tiles.unit_of(width_out),
             "INNER": self.inner,
             "SIZE_R": cut.rows.size,
             "SIZE_C": cut.columns.size,
@@ -344,7 +348,9 @@ def _constants(
 
 
 @decided_when_traced
-def _tiles(device: torch.device, dtype: torch.dtype, inner: int, adjoint: bool, *resize: Any) -> tiles.Call | None:
+def _tiles(
+    device: torch.device, dtype: torch.dtype, inner: int, adjoint: bool, *resize: Any
+) -> tiles.TileTables | None:
     return tiles.tiled(device, dtype, inner, adjoint, *resize)
 
 

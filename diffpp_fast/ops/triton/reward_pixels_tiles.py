@@ -46,8 +46,8 @@ def _written(count: int, window: int, inputs: int, padded: int) -> float:
     return float(count * (192 + window))
 
 
-class Shape(NamedTuple):
-    """What a direction's tiles may be, of rows or columns: the most outputs, the windows to choose from, their cost."""
+class TileSizes(NamedTuple):
+    """Tiles that a direction may have, of rows or columns: the most outputs, the windows to choose from, their cost."""
 
     most: int
     windows: tuple[int, ...]
@@ -55,10 +55,10 @@ class Shape(NamedTuple):
     fewest: int = 8
 
 
-ROWS = Shape(64, (16, 32, 64, 128), _read)
-COLUMNS = Shape(128, (16, 32, 64, 128, 256), _read)
-ADJOINT_ROWS = Shape(128, (16, 32, 64), _written)
-ADJOINT_COLUMNS = Shape(128, (16, 32, 64, 128), _written)
+ROWS = TileSizes(32, (16, 32, 64, 128), _read)
+COLUMNS = TileSizes(64, (16, 32, 64, 128, 256), _read)
+ADJOINT_ROWS = TileSizes(128, (16, 32, 64), _written)
+ADJOINT_COLUMNS = TileSizes(128, (16, 32, 64, 128), _written)
 
 
 class Tiles(NamedTuple):
@@ -74,8 +74,8 @@ class Tiles(NamedTuple):
     whole: bool  # whether all windows are inside
 
 
-def tiles_of(matrix: Tensor, shape: Shape, align: bool) -> Tiles | None:
-    """Cut an axis; None where a window would hold fewer outputs than a tile has at least.
+def tiles_of(matrix: Tensor, shape: TileSizes, align: bool) -> Tiles | None:
+    """TileTables an axis; None where a window would hold fewer outputs than a tile has at least.
 
     Args:
         matrix: float64 [out, in].
@@ -83,7 +83,7 @@ def tiles_of(matrix: Tensor, shape: Shape, align: bool) -> Tiles | None:
         align: whether windows begin at multiples of VECTOR where the inputs are one.
     """
     out, inputs = matrix.shape
-    unit = VECTOR if align and inputs % VECTOR == 0 else 1
+    unit = unit_of(inputs) if align else 1
     nonzero = matrix != 0.0
     some = nonzero.any(dim=1)
     first = nonzero.int().argmax(dim=1)
@@ -151,7 +151,7 @@ def split(weights: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack([high, (weights - high.double()).to(dtype)])
 
 
-class Call(NamedTuple):
+class TileTables(NamedTuple):
     """The tiles and tables of one direction for one kind of images, on their device."""
 
     rows: Tiles
@@ -175,7 +175,7 @@ def tiled(
     filter: str,
     antialias: bool,
     std: tuple[float, ...],
-) -> Call | None:
+) -> TileTables | None:
     """Return the tables of a direction; None where tiles don't fit.
 
     Args:
@@ -200,13 +200,18 @@ def tiled(
     across = columns.weights.transpose(1, 2)
     column_weights = split(across, dtype if adjoint else torch.float16)
     sums = row_matrix.sum(dim=1).float()
-    return Call(
+    return TileTables(
         rows._replace(start=rows.start.to(device)),
         columns._replace(start=columns.start.to(device)),
         row_weights.contiguous().to(device),
         column_weights.contiguous().to(device),
         sums.to(device),
     )
+
+
+def unit_of(width: int) -> int:
+    """Return what rows of so many elements, and where their windows begin, are counted in."""
+    return VECTOR if width % VECTOR == 0 else 1
 
 
 def exact(number: float, dtype: torch.dtype) -> bool:
@@ -321,14 +326,15 @@ def shrink(
     p_mean,  # [channels]
     p_per_std,  # 1 / std
     rows_in,
-    width_in,
+    units_in,  # of a row
     rows_out,
-    width_out,
+    units_out,
     channels,
     low,
     high,
     per_range,
-    UNIT: tl.constexpr,
+    UNIT_IN: tl.constexpr,
+    UNIT_OUT: tl.constexpr,
     WHOLE: tl.constexpr,
     INNER: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -343,12 +349,13 @@ def shrink(
 ):
     """Clamp, resize and normalise a tile of pixels, [M, C], from a window [K, CHUNKS N]."""
     plane, tile_r, tile_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    width_in, width_out = units_in * UNIT_IN, units_out * UNIT_OUT
     p_plane = p_images + plane.to(tl.int64) * rows_in * width_in
     p_result = p_pixels + plane.to(tl.int64) * rows_out * width_out
     b_r, b_c = tile_r * SIZE_R + tl.arange(0, M), tile_c * SIZE_C + tl.arange(0, C)
     end_r, end_c = tile_r * SIZE_R + SIZE_R, tile_c * SIZE_C + SIZE_C
     first_r = tl.load(p_start_r + tile_r)
-    first_c = tl.load(p_start_c + tile_c) * UNIT
+    first_c = tl.load(p_start_c + tile_c) * UNIT_IN
     p_rows = p_row_weights + tile_r * (M * K) + (tl.arange(0, M) * K)[:, None] + tl.arange(0, K)[None, :]
     p_across = p_column_weights + tile_c * (CHUNKS * N * C) + (tl.arange(0, N) * C)[:, None] + tl.arange(0, C)[None, :]
     b_high = tl.load(p_rows)
@@ -411,13 +418,15 @@ def spread(
     p_images,  # as p_grad_images, or None
     p_per_std,  # [channels]: 1 / std, which channels_last has in the weights of columns
     rows_in,
-    width_in,
+    units_in,  # of a row
     rows_out,
-    width_out,
+    units_out,
     channels,
     low,
     high,
     per_range,
+    UNIT_IN: tl.constexpr,
+    UNIT_OUT: tl.constexpr,
     WHOLE: tl.constexpr,
     INNER: tl.constexpr,
     TAPS_R: tl.constexpr,
@@ -431,6 +440,7 @@ def spread(
 ):
     """The adjoint: the gradient of a tile of the images, [M, C], from a window [K, N] of that of the pixels."""
     plane, tile_r, tile_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    width_in, width_out = units_in * UNIT_IN, units_out * UNIT_OUT
     p_plane = p_grads + plane.to(tl.int64) * rows_in * width_in
     first = plane.to(tl.int64) * rows_out * width_out
     b_r, b_c = tile_r * SIZE_R + tl.arange(0, M), tile_c * SIZE_C + tl.arange(0, C)
@@ -439,18 +449,18 @@ def spread(
     p_across = p_column_weights + tile_c * (N * C) + (tl.arange(0, N) * C)[:, None] + tl.arange(0, C)[None, :]
     first_r, first_c = tl.load(p_start_r + tile_r), tl.load(p_start_c + tile_c)
     b_source = _source(p_plane, first_r, first_c, rows_in, width_in, WHOLE, K, N)
+    # Zero times what is not finite is NaN.
+    strange = tl.max(tl.where(b_source.to(tl.float32) * 0.0 == 0.0, 0, 1))
     scale = per_range * (tl.load(p_per_std + plane % channels) if INNER == 1 else 1.0)
     b_between = product(b_source, tl.load(p_across), tl.zeros([K, C], tl.float32))
     b_between = product(b_source, tl.load(p_across + tl.num_programs(2) * (N * C)), b_between) * scale
     b_most = b_between.to(tl.bfloat16)
     b_rest = (b_between - b_most.to(tl.float32)).to(tl.bfloat16)
+    b_sum = product(tl.load(p_rows + tl.num_programs(1) * (M * K)), b_most, tl.zeros([M, C], tl.float32))
     b_high = tl.load(p_rows)
-    b_sum = product(b_high, b_most, tl.zeros([M, C], tl.float32))
+    b_sum = product(b_high, b_most, b_sum)
     b_sum = product(b_high, b_rest, b_sum)
-    b_sum = product(tl.load(p_rows + tl.num_programs(1) * (M * K)), b_most, b_sum)
-    # Zeros of all but what is not finite.
-    b_zero = b_source.to(tl.float32) * 0.0
-    if tl.max(tl.where(b_zero == 0.0, 0, 1)) != 0:
+    if strange != 0:
         for some in tl.range(0, M, ROWS_GATHERED):
             b_own = tile_r * SIZE_R + some + tl.arange(0, ROWS_GATHERED)
             b_some = (scale * tl.load(p_per_std + b_c % INNER)[None, :] if INNER > 1 else scale) * _gathered(
