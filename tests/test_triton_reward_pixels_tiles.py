@@ -114,3 +114,10 @@ def test_tiles_are_the_matrix(sizes: tuple[int, int, int], fit: str) -> None:
 
 def test_no_tiles_where_a_window_holds_few_outputs() -> None:
     assert tiles.tiles_of(axis_matrix(4096, 4096, 56, "crop", "bicubic", True), tiles.ROWS, False) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_which_ends_of_a_range_are_exact(dtype: torch.dtype) -> None:
+    for number in (0.0, 1.0, -1.0, 255.0, 257.0, 0.1, 2049.0, 1e5, 1e-9, 1.0078125, 1.00390625):
+        value = torch.tensor(number, dtype=torch.float64)
+        assert tiles.exact(number, dtype) == (value.to(dtype).double() == value).item()

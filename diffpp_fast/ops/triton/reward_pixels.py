@@ -85,7 +85,8 @@ def forward(
             high=high,
         )
         (rows, _), (columns, _) = call.rows, call.columns
-        clamped = CLAMPS[clamp] != "none" and tiles.exact(low, images.dtype) and tiles.exact(high, images.dtype)
+        # Clamped in their dtype.
+        clamped = CLAMPS[clamp] != "none" and all(tiles.exact(end, images.dtype) for end in (low, high))
         if clamped and (cut := call.cut(images, pixels)) is not None:
             call.shrink(cut, order.of(images), pixels)
             return pixels

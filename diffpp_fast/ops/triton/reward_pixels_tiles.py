@@ -215,8 +215,10 @@ def unit_of(width: int) -> int:
 
 
 def exact(number: float, dtype: torch.dtype) -> bool:
-    """Return whether a dtype has this number."""
-    return math.isfinite(number) and torch.tensor(number, dtype=torch.float64).to(dtype).item() == number
+    """Return whether a dtype of 16 bits has this number as one that is normal, or zero."""
+    limits = torch.finfo(dtype)
+    fits = number == 0.0 or limits.smallest_normal <= abs(number) <= limits.max
+    return fits and (math.frexp(number)[0] * 2.0 / limits.eps).is_integer()
 
 
 @triton.jit
