@@ -1,4 +1,7 @@
-"""A reward model's preprocessing and its exact adjoint, each in two launches: one axis, then the other.
+"""A reward model's preprocessing and its exact adjoint: one axis, then the other, each a launch.
+
+Images of 16 bits, whose axes can be cut into tiles, are resized by matrix products in one launch instead
+(`reward_pixels_tiles`); the rest is for float32, for images that are shrunk very much, and for no clamp.
 
 Forward resizes the rows, then the columns; backward goes the other way with the transposed tables. Between the two is
 a float32 tensor [planes, size, used columns], which has fewer rows than the image where the image shrinks. In one
@@ -9,7 +12,7 @@ channels_last is a plane of the whole image whose pixels are `inner` channels wi
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffpp_fast.ops.reward_pixels import CLAMPS, FILTERS, FITS, axis_matrix
+from diffpp_fast.ops.triton import reward_pixels_tiles as tiles
 from diffpp_fast.ops.triton.device import on_its_device
 from diffpp_fast.ops.triton.layout import INT32_ELEMENTS, Order
 from diffpp_fast.transforms import decided_when_traced
@@ -31,6 +35,11 @@ WARPS = 4
 ROWS_REGISTERS, COLUMNS_REGISTERS = 168, 128
 #: Of the start and the end of the used columns, in elements: keeps accesses of 16 bytes aligned.
 ALIGNMENT = 16
+#: What is resized by matrix products, if source and result are both of these.
+PRODUCTS = {torch.bfloat16, torch.float16}
+#: Pixels of a window that a program loads at a time.
+CHUNK = 128 * 64
+SPREAD_WARPS = 8
 
 
 class Axis(NamedTuple):
@@ -76,6 +85,11 @@ def forward(
             high=high,
         )
         (rows, _), (columns, _) = call.rows, call.columns
+        # Clamped in their dtype.
+        clamped = CLAMPS[clamp] != "none" and all(tiles.exact(end, images.dtype) for end in (low, high))
+        if clamped and (cut := call.cut(images, pixels)) is not None:
+            call.shrink(cut, order.of(images), pixels)
+            return pixels
         between = call.between(images)
         call.resize_rows(
             rows, order.of(images), between, height, size, offset=call.start, clamp=CLAMPS[clamp] != "none"
@@ -115,11 +129,14 @@ def backward(
             high=high,
         )
         (_, rows), (_, columns) = call.rows, call.columns
+        masked = order.of(images) if CLAMPS[clamp] == "hard" else None
+        if (cut := call.cut(grad_output, grad_images, adjoint=True)) is not None:
+            call.spread(cut, order.of(grad_output), grad_images, masked)
+            return order.finish(grad_images, images)
         between = call.between(images)
         call.resize_columns(
             columns, order.of(grad_output), between, size, from_offset=0, to_offset=call.start, normalise=False
         )
-        masked = order.of(images) if CLAMPS[clamp] == "hard" else None
         call.resize_rows(rows, between, grad_images, size, height, offset=-call.start, masked=masked)
     return order.finish(grad_images, images)
 
@@ -143,7 +160,9 @@ class _ResizeCall:
     ) -> None:
         batch, channels, height, width = images.shape
         self.low, self.high = low, high
-        self.rows, self.columns, self.mean, self.std = _constants(
+        self.stds = std
+        self.resize = height, width, size, FITS[fit], FILTERS[filter], antialias
+        self.rows, self.columns, self.mean, self.std, self.per_std = _constants(
             images.device, height, width, size, FITS[fit], FILTERS[filter], antialias, mean, std
         )
         self.channels, self.channels_last = channels, order.channels_last
@@ -157,6 +176,77 @@ class _ResizeCall:
 
     def between(self, images: Tensor) -> Tensor:
         return torch.empty(self.planes, self.size, self.used, dtype=torch.float32, device=images.device)
+
+    def cut(self, source: Tensor, to: Tensor, adjoint: bool = False) -> tiles.TileTables | None:
+        """Return the tables of the products; None where the taps are gathered."""
+        elements = max(tensor.shape[2:].numel() * self.inner for tensor in (source, to))
+        if not {source.dtype, to.dtype} <= PRODUCTS or elements >= INT32_ELEMENTS:
+            return None
+        std = self.stds if adjoint and self.inner > 1 else ()
+        return _tiles(source.device, source.dtype, self.inner, adjoint, *self.resize, std)
+
+    def shrink(self, cut: tiles.TileTables, images: Tensor, pixels: Tensor) -> None:
+        # Single addresses take more registers than those of vectors.
+        vectors = cut.columns.unit > 1
+        chunk = min(cut.columns.window, (CHUNK if vectors else CHUNK // 4) // cut.rows.window)
+        tiles.shrink[(self.planes, cut.rows.number, cut.columns.number)](
+            images,
+            pixels,
+            *self._tables(cut, 0),
+            p_mean=self.mean,
+            p_per_std=self.per_std,
+            p_row_sums=cut.row_sums,
+            **self._numbers(cut, images, pixels, 0),
+            CHUNKS=cut.columns.window // chunk,
+            M=cut.rows.padded,
+            K=cut.rows.window,
+            N=chunk,
+            C=cut.columns.padded,
+            num_warps=4 if vectors else 8,
+        )
+
+    def spread(self, cut: tiles.TileTables, grads: Tensor, grad_images: Tensor, masked: Tensor | None) -> None:
+        tiles.spread[(self.planes, cut.rows.number, cut.columns.number)](
+            grads,
+            grad_images,
+            *self._tables(cut, 1),
+            p_images=masked,
+            p_per_std=self.per_std,
+            **self._numbers(cut, grads, grad_images, 1),
+            M=cut.rows.padded,
+            K=cut.rows.window,
+            N=cut.columns.window,
+            C=cut.columns.padded,
+            num_warps=SPREAD_WARPS,
+        )
+
+    def _tables(self, cut: tiles.TileTables, direction: int) -> tuple[Tensor, ...]:
+        rows, columns = self.rows[direction], self.columns[direction]
+        return (
+            *(cut.rows.start, cut.columns.start, cut.row_weights, cut.column_weights),
+            *(rows.first, rows.counts, rows.weights, columns.first, columns.counts, columns.weights),
+        )
+
+    def _numbers(self, cut: tiles.TileTables, source: Tensor, to: Tensor, direction: int) -> dict[str, Any]:
+        width_in, width_out = source.shape[3] * self.inner, to.shape[3] * self.inner
+        return {
+            "rows_in": source.shape[2],
+            "units_in": width_in // tiles.unit_of(width_in),
+            "rows_out": to.shape[2],
+            "units_out": width_out // tiles.unit_of(width_out),
+            "channels": self.channels,
+            "UNIT_IN": tiles.unit_of(width_in),
+            "UNIT_OUT": tiles.unit_of(width_out),
+            "INNER": self.inner,
+            "SIZE_R": cut.rows.size,
+            "SIZE_C": cut.columns.size,
+            "low": self.low,
+            "high": self.high,
+            "per_range": 1.0 / (self.high - self.low),
+            "TAPS_R": self.rows[direction].weights.shape[0],
+            "TAPS_C": self.columns[direction].weights.shape[0],
+            "WHOLE": cut.rows.whole and cut.columns.whole,
+        }
 
     def resize_rows(
         self,
@@ -246,15 +336,23 @@ def _constants(
     antialias: bool,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-) -> tuple[tuple[Axis, Axis], tuple[Axis, Axis], Tensor, Tensor]:
-    """The tables of rows and of columns, mean and std on the device."""
+) -> tuple[tuple[Axis, Axis], tuple[Axis, Axis], Tensor, Tensor, Tensor]:
+    """The tables of rows and of columns, mean, std and 1 / std on the device."""
     options = size, fit, filter, antialias
     return (
         _tables(device, height, width, *options),
         _tables(device, width, height, *options),
         _per_channel(mean, device),
         _per_channel(std, device),
+        _per_channel(tuple(1.0 / value for value in std), device),
     )
+
+
+@decided_when_traced
+def _tiles(
+    device: torch.device, dtype: torch.dtype, inner: int, adjoint: bool, *resize: Any
+) -> tiles.TileTables | None:
+    return tiles.tiled(device, dtype, inner, adjoint, *resize)
 
 
 # Cached, so that a call copies nothing to the device.
