@@ -101,6 +101,37 @@ def score_gap_with_reward(
         return gradient, gap_sq, reward_sq, (gap * score).flatten(1).sum(1), defined.to(gap.dtype)
 
 
+def score_gap_mean_abs_with_reward(
+    fake: Tensor,
+    cond: Tensor,
+    uncond: Tensor,
+    x0: Tensor,
+    eps: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    scale: Tensor,
+    reward_score: Tensor,
+    reward_scale: Tensor,
+    *,
+    guidance_scale: float,
+    prediction_type: str,
+) -> tuple[Tensor, ...]:
+    """The same with the gradient divided by mean|r|, and after sum d^2 the statistics of r: mean|r| and sum d r [B]."""
+    with torch.no_grad():
+        guided = guide(cond, uncond, guidance_scale)
+        gap = guided - fake.float()
+        residual = guided - regression_target(prediction_type, x0.float(), eps.float(), alpha, sigma)
+        score = reward_score.float()
+        mean_abs = residual.abs().flatten(1).mean(1)
+        gap_sq, reward_sq = gap.square().flatten(1).sum(1), score.square().flatten(1).sum(1)
+        defined = (reward_scale * reward_sq.sqrt()).isfinite()
+        term = torch.where(_expand(defined, gap), _expand(reward_scale, gap) * score, 0.0)
+        gradient = (_expand(scale, gap) * gap - term) / _expand(mean_abs.clamp(min=1e-6), gap)
+        statistics = gap_sq, mean_abs, (gap * residual).flatten(1).sum(1)
+        of_reward = reward_sq, (gap * score).flatten(1).sum(1), defined.to(gap.dtype)
+        return gradient.to(fake.dtype), *statistics, *of_reward
+
+
 def sid_loss(
     fake: Tensor,
     cond: Tensor,

@@ -124,6 +124,7 @@ FAMILIES = (
     Family("score_gap", "guided", ("none",), "fake cond uncond -> gradient", LATENTS),
     Family("score_gap", "guided mean_abs", BOTH, f"{OUTPUTS} -> gradient", LATENTS),
     Family("score_gap", "guided with reward", ("none",), "fake cond uncond reward_score -> gradient", LATENTS),
+    Family("score_gap", "guided mean_abs with reward", ("stored",), f"{OUTPUTS} reward_score -> gradient", LATENTS),
     Family("sid_loss", "guided", BOTH, f"{OUTPUTS} ->; {OUTPUTS} -> grad_fake grad_cond grad_uncond", LATENTS),
     Family("sim_loss", "guided", BOTH, f"{OUTPUTS} ->; {OUTPUTS} -> grad_fake grad_cond grad_uncond", LATENTS),
     Family("reward_pixels", "bicubic", ("none",), PIXELS, IMAGES, LAYOUTS),
@@ -265,9 +266,11 @@ def unfused(case: Case) -> Callable[..., Any]:
     """Return the baseline, to be called with `Inputs.unfused`."""
     names = {
         "philox": "normal",
-        "score_gap": {"guided mean_abs": "score_gap_mean_abs", "guided with reward": "score_gap_with_reward"}.get(
-            case.variant, "score_gap"
-        ),
+        "score_gap": {
+            "guided mean_abs": "score_gap_mean_abs",
+            "guided with reward": "score_gap_with_reward",
+            "guided mean_abs with reward": "score_gap_mean_abs_with_reward",
+        }.get(case.variant, "score_gap"),
         "denoising_loss": "weighted_denoising_loss" if case.variant == "weighted" else "denoising_loss",
     }
     baseline: Callable[..., Any] = getattr(baselines, names.get(case.op, case.op))
@@ -286,7 +289,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, index: int
         options = {"prediction_type": case.prediction_type, "noise": "none" if case.noise == "none" else "stored"}
         options |= {"weight": case.variant == "weighted", "uncond": case.variant != "plain"}
         options["normalizer"] = "mean_abs" if case.op == "score_gap" and case.noise != "none" else None
-        options["reward"] = "whole" if case.variant == "guided with reward" else "none"
+        options["reward"] = "whole" if case.variant.endswith("with reward") else "none"
     place: dict[str, Any] = {"dtype": dtype, "layout": case.layout, "device": device, "drawn_on": device}
     call = selftest.make(case.op, case.shape, seed=f"{case.name} {index}", **place, **options)
     given = {**call.arguments, "dtype": dtype, "device": device}

@@ -48,6 +48,11 @@ BACKENDS = ("auto", *PREFERENCE)
 #: host in the functions of Triton, and half of that in the compiled library (`python -m benchmarks host` measures
 #: calls). With more the GPU is behind, and what counts is the kernels, of which Triton's are tuned first.
 SMALL = 2**22
+#: What is small where csrc's kernels execute much more. Resizing 512 to 224 pixels in 16 bits takes 162 and 229
+#: instructions an element forward and backward in csrc, which gathers, and 15 and 23 in Triton, which multiplies tiles
+#: (`python -m benchmarks static`). With 2^20 elements an H200 issues those in 5.7 and 8.1 us, these in 0.5 and 0.8: as
+#: much as a call of csrc saves the host.
+SMALL_OF = {("reward_pixels", dtype): 2**20 for dtype in (torch.bfloat16, torch.float16)}
 PREFERENCE_OF_SMALL = ("cpu", "cuda", "triton", "reference")
 ENVIRONMENT = "DIFFPP_FAST_BACKEND"
 
@@ -153,7 +158,7 @@ def kernels(op: str, device: torch.device, dtype: torch.dtype, elements: int | N
     """
     if torch.compiler.is_compiling():
         return _loaded[_choose(op, device, dtype, False)]
-    small = elements is not None and elements <= SMALL
+    small = elements is not None and elements <= SMALL_OF.get((op, dtype), SMALL)
     chosen = _chosen.get((op, _requested.get(), device, dtype, small))
     return _loaded[_choose(op, device, dtype, small) if chosen is None else chosen]
 

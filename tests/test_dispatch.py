@@ -70,13 +70,17 @@ def test_a_request_that_cannot_be_served_says_why(doubled: SimpleNamespace) -> N
             ops.score_gap(torch.zeros(1, 2), torch.zeros(1, 2))
 
 
-def test_few_elements_prefer_the_backend_with_the_shorter_call(
-    monkeypatch: pytest.MonkeyPatch, definition: Any
-) -> None:
-    found = {name: SimpleNamespace(forward=definition.forward) for name in ("triton", "cuda")}
+def on_gpus(monkeypatch: pytest.MonkeyPatch, op: str) -> dict[str, SimpleNamespace]:
+    """Both backends for GPUs, as if they served tensors of the CPU."""
+    found = {name: SimpleNamespace(forward=None) for name in ("triton", "cuda")}
     for name, kernels in found.items():
-        monkeypatch.setitem(backends._sources["add_noise"], name, lambda kernels=kernels: kernels)
+        monkeypatch.setitem(backends._sources[op], name, lambda kernels=kernels: kernels)
         monkeypatch.setitem(backends.LIMITS, name, UNLIMITED)
+    return found
+
+
+def test_few_elements_prefer_the_backend_with_the_shorter_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = on_gpus(monkeypatch, "add_noise")
     many = backends.SMALL + 1
     for elements, name in ((None, "triton"), (many, "triton"), (backends.SMALL, "cuda"), (0, "cuda")):
         assert backends.kernels("add_noise", CPU, torch.float32, elements) is found[name]
@@ -86,6 +90,18 @@ def test_few_elements_prefer_the_backend_with_the_shorter_call(
     # A compiled graph costs no host time, whatever the sizes, on which it would have to be guarded.
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert backends.kernels("add_noise", CPU, torch.float32, 0) is found["triton"]
+
+
+def test_fewer_pixels_of_16_bits_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = on_gpus(monkeypatch, "reward_pixels")
+    few, more = 2**20, 2**20 + 1
+    for dtype, elements, name in (
+        (torch.bfloat16, few, "cuda"),
+        (torch.bfloat16, more, "triton"),
+        (torch.float16, more, "triton"),
+        (torch.float32, more, "cuda"),
+    ):
+        assert backends.kernels("reward_pixels", CPU, dtype, elements) is found[name]
 
 
 def test_an_unavailable_backend_says_why(monkeypatch: pytest.MonkeyPatch, definition: Any) -> None:
