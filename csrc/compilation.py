@@ -95,20 +95,21 @@ class BuildExt(build_ext):
         return super().get_ext_filename(fullname)
 
     def run(self):
+        with self._locked():
+            super().run()
+
+    @contextmanager
+    def _locked(self):
         import fcntl
 
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         with Path(self.build_temp, "lock").open("w", encoding="utf-8") as lock:
             # Of two builds at once the second waits, and finds everything made.
             fcntl.flock(lock, fcntl.LOCK_EX)
-            super().run()
+            yield
 
     def build_extension(self, extension):
-        self._compiler, self._nvcc, self._archs = find_toolchain()
-        self._versions = {True: version([self._nvcc]) if self._nvcc else "", False: version(self._compiler)}
-        # As they are now: a file that changes while it is compiled is compiled again by the next build.
-        files = (path for path in sorted(CSRC.glob("*/*")) if path.suffix in SUFFIXES)
-        self._contents = {str(path): digest(path.read_bytes()) for path in files}
+        self._look_around()
         tasks, link = self._library() if extension.name == LIBRARY else self._host()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             # GPU kernels take longest, then bindings.
@@ -117,6 +118,20 @@ class BuildExt(build_ext):
         output = Path(self.get_ext_fullpath(extension.name))
         command = [*self._compiler, "-shared", *map(str, objects), *link, *LDFLAGS]
         self._make(output, command, *map(identity, objects))
+
+    def kernels(self):
+        """Return the compiler and the objects of `cpu_tasks`, which are those of the last build where nothing changed."""
+        with self._locked():
+            self._look_around()
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return self._compiler, list(pool.map(self._compile, cpu_tasks()))
+
+    def _look_around(self):
+        """Note the compilers, and csrc as it is: a file that changes from now on is compiled again by the next build."""
+        self._compiler, self._nvcc, self._archs = find_toolchain()
+        self._versions = {True: version([self._nvcc]) if self._nvcc else "", False: version(self._compiler)}
+        files = (path for path in sorted(CSRC.glob("*/*")) if path.suffix in SUFFIXES)
+        self._contents = {str(path): digest(path.read_bytes()) for path in files}
 
     def _library(self):
         """Return the objects of the library that torch loads, and how they are linked."""

@@ -40,6 +40,8 @@ PRODUCTS = {torch.bfloat16, torch.float16}
 #: Pixels of a window that a program loads at a time.
 CHUNK = 128 * 64
 SPREAD_WARPS = 8
+#: The most that a thread can have. Where nothing is said, ptxas spills a few bytes for more programs at a time.
+TILES_REGISTERS = 255
 
 
 class Axis(NamedTuple):
@@ -188,7 +190,9 @@ class _ResizeCall:
     def shrink(self, cut: tiles.TileTables, images: Tensor, pixels: Tensor) -> None:
         # Single addresses take more registers than those of vectors.
         vectors = cut.columns.unit > 1
-        chunk = min(cut.columns.window, (CHUNK if vectors else CHUNK // 4) // cut.rows.window)
+        # float16 has two terms of what is between the products at once.
+        loaded = CHUNK // 2 if pixels.dtype == torch.float16 else CHUNK
+        chunk = min(cut.columns.window, (loaded if vectors else CHUNK // 4) // cut.rows.window)
         tiles.shrink[(self.planes, cut.rows.number, cut.columns.number)](
             images,
             pixels,
@@ -203,6 +207,7 @@ class _ResizeCall:
             N=chunk,
             C=cut.columns.padded,
             num_warps=4 if vectors else 8,
+            maxnreg=TILES_REGISTERS,
         )
 
     def spread(self, cut: tiles.TileTables, grads: Tensor, grad_images: Tensor, masked: Tensor | None) -> None:
@@ -218,6 +223,7 @@ class _ResizeCall:
             N=cut.columns.window,
             C=cut.columns.padded,
             num_warps=SPREAD_WARPS,
+            maxnreg=TILES_REGISTERS,
         )
 
     def _tables(self, cut: tiles.TileTables, direction: int) -> tuple[Tensor, ...]:

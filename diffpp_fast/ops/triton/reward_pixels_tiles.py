@@ -59,6 +59,8 @@ ROWS = TileSizes(32, (16, 32, 64, 128), _read)
 COLUMNS = TileSizes(64, (16, 32, 64, 128, 256), _read)
 ADJOINT_ROWS = TileSizes(128, (16, 32, 64), _written)
 ADJOINT_COLUMNS = TileSizes(128, (16, 32, 64, 128), _written)
+#: Of a wider window the adjoint's tiles have no more rows than this: more than that takes more registers than there are.
+WIDE = 64
 
 
 class Tiles(NamedTuple):
@@ -191,7 +193,9 @@ def tiled(
     if std:
         column_matrix = column_matrix / torch.tensor(std, dtype=torch.float64).repeat(size)[:, None]
     if adjoint:
-        rows, columns = tiles_of(row_matrix.T, ADJOINT_ROWS, False), tiles_of(column_matrix.T, ADJOINT_COLUMNS, False)
+        columns = tiles_of(column_matrix.T, ADJOINT_COLUMNS, False)
+        wide = columns is not None and columns.window > WIDE
+        rows = tiles_of(row_matrix.T, ADJOINT_ROWS._replace(most=WIDE) if wide else ADJOINT_ROWS, False)
     else:
         rows, columns = tiles_of(row_matrix, ROWS, False), tiles_of(column_matrix, COLUMNS, True)
     if rows is None or columns is None:
