@@ -120,14 +120,14 @@ class BuildExt(build_ext):
         self._make(output, command, *map(identity, objects))
 
     def kernels(self):
-        """Return the compiler and the objects of `cpu_tasks`, which are those of the last build where nothing changed."""
+        """Return the compiler and the objects of `cpu_tasks`: those of the last build where nothing has changed."""
         with self._locked():
             self._look_around()
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 return self._compiler, list(pool.map(self._compile, cpu_tasks()))
 
     def _look_around(self):
-        """Note the compilers, and csrc as it is: a file that changes from now on is compiled again by the next build."""
+        """Note the compilers, and csrc as it is: what changes from now on is compiled again by the next build."""
         self._compiler, self._nvcc, self._archs = find_toolchain()
         self._versions = {True: version([self._nvcc]) if self._nvcc else "", False: version(self._compiler)}
         files = (path for path in sorted(CSRC.glob("*/*")) if path.suffix in SUFFIXES)

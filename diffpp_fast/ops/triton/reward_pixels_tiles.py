@@ -59,7 +59,7 @@ ROWS = TileSizes(32, (16, 32, 64, 128), _read)
 COLUMNS = TileSizes(64, (16, 32, 64, 128, 256), _read)
 ADJOINT_ROWS = TileSizes(128, (16, 32, 64), _written)
 ADJOINT_COLUMNS = TileSizes(128, (16, 32, 64, 128), _written)
-#: Of a wider window the adjoint's tiles have no more rows than this: more than that takes more registers than there are.
+#: The adjoint's tiles of a wider window have no more rows than this: there are no registers for more.
 WIDE = 64
 
 
