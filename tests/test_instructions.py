@@ -29,7 +29,8 @@ def test_kernels_take_what_is_recorded(program: Path) -> None:
     budget = instructions.read_budget()
     if counts.compiler not in instructions.compilers(budget):
         pytest.skip(f"no counts of {counts.compiler} are recorded: CI counts with the compiler that has some")
-    assert not failures(counts, budget)
+    wrong = "\n".join(failures(counts, budget))
+    assert not wrong, wrong
 
 
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
