@@ -15,9 +15,9 @@ from pages import ROOT
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    for package in ("mkdocs", "material"):
+    for package in ("mkdocs", "material", "mkdocstrings"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip('the site needs mkdocs and its theme: pip install --editable ".[docs]"')
+            pytest.skip('the site needs mkdocs, its theme and mkdocstrings: pip install --editable ".[docs]"')
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

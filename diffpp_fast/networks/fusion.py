@@ -53,7 +53,7 @@ def fuse(module: nn.Module) -> int:
 
 
 def unfuse(module: nn.Module) -> int:
-    """Gives every block that `fuse` has fused its own class again.
+    """Gives every block of `module` that `fuse` has fused its own class again.
 
     Returns:
         How many blocks were fused.

@@ -202,6 +202,7 @@ def mixture(rewards: Mapping[str, Mapping[str, Any]], *, folder: str = ".", devi
             a name that `load` knows, by default the key itself, or `file.py:name` or `module:name` of a factory. Text
             in `arguments` that begins with ./ or ../ is a path. `normalize` comes before `margin`.
         folder: what such paths are relative to.
+        device: where the rewards are put; None: the CPU.
 
     Rewards "clip" (by `path`) and "aesthetic" (by `clip`) with the same CLIP, dtype and recomputation share its towers.
 
