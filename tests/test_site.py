@@ -43,3 +43,10 @@ def test_formulas_reach_the_page_as_formulas(site: Path) -> None:
     text = (site / "method/index.html").read_text()
     assert len(re.findall(r'class="arithmatex"', text)) > 50
     assert "<p>```math" not in text
+
+
+def test_lines_of_code_fit_a_screen_of_1280_pixels() -> None:
+    """So they do up to 124 characters, measured in a browser with docs/stylesheets/extra.css."""
+    for block in pages.blocks():
+        if block.page.startswith("docs/") and block.language != "math":
+            assert max(map(len, block.code.splitlines())) <= 124, block.place
