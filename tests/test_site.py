@@ -15,9 +15,9 @@ from pages import ROOT
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    for package in ("mkdocs", "material"):
+    for package in ("mkdocs", "material", "mkdocstrings"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip('the site needs mkdocs and its theme: pip install --editable ".[docs]"')
+            pytest.skip('the site needs mkdocs, its theme and mkdocstrings: pip install --editable ".[docs]"')
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -43,3 +43,10 @@ def test_formulas_reach_the_page_as_formulas(site: Path) -> None:
     text = (site / "method/index.html").read_text()
     assert len(re.findall(r'class="arithmatex"', text)) > 50
     assert "<p>```math" not in text
+
+
+def test_lines_of_code_fit_a_screen_of_1280_pixels() -> None:
+    """So they do up to 124 characters, measured in a browser with docs/stylesheets/extra.css."""
+    for block in pages.blocks():
+        if block.page.startswith("docs/") and block.language != "math":
+            assert max(map(len, block.code.splitlines())) <= 124, block.place

@@ -129,7 +129,7 @@ def refuse_foreign_pictures(paths: Iterable[Path]) -> None:
 
 
 def read_facts(path: Path) -> dict[str, str]:
-    """Return the text in a PNG file, by name."""
+    """Return what the PNG file at `path` says of how it was made, by name: prompt, seed, sample, weights, ..."""
     with Image.open(path) as image:
         image.load()  # text may come after the pixels
         text: dict[str, str] = getattr(image, "text", {})

@@ -28,7 +28,9 @@ from diffpp_fast.methods.times import Times
 class DecoupledDMD(Method):
     """DMD whose guidance looks at other noise levels than its matching of distributions.
 
-    Args, beyond those of `Method`:
+    Beyond the arguments of `Method`:
+
+    Args:
         t_range: of the matching term, and of the TA's loss where it has none of its own.
         guidance_t_range: of the guidance term; None is `t_range`. The paper takes levels noisier than the generator's
             input, which for a one-step generator are all.

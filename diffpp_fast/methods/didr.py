@@ -38,7 +38,9 @@ class DIDR(IntegralKL):
 
     The optimum does not depend on `weighting`; that of Diff-Instruct++ does.
 
-    Args, beyond those of `IntegralKL`:
+    Beyond the arguments of `IntegralKL`:
+
+    Args:
         reward: (x0, conditioning) -> [B] or a `RewardOutput`. It judges X(x_t), not the generator's sample, and is
             differentiated by x_t through the reference.
         reward_scale: a factor of the reward; with 0.0 it is evaluated and logged only.

@@ -29,7 +29,7 @@ class DiffInstruct(IntegralKL):
 
     Guidance is an implicit reward here: w equals adding the reward log p_ref(x_t | c) / p_ref(x_t) with scale w - 1.
 
-    Args: those of `IntegralKL`.
+    Its arguments are those of `IntegralKL`.
     """
 
     @torch.no_grad()
@@ -43,8 +43,8 @@ class DiffInstruct(IntegralKL):
 class DiffInstructPP(DiffInstruct):
     """Diff-Instruct with a reward: aligns the generator with human preference while the KL keeps it near the reference.
 
-    Args, beyond those of `IntegralKL`: reward, reward_scale and reward_clip, those of `RewardTerm`. Without a reward
-    this is Diff-Instruct.
+    Beyond the arguments of `IntegralKL` it takes reward, reward_scale and reward_clip, those of `RewardTerm`. Without a
+    reward this is Diff-Instruct.
     """
 
     takes_reward = True

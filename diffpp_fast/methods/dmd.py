@@ -38,7 +38,9 @@ Normalizer = Literal["sample", "batch"]
 class DMD2(Method):
     """Distribution matching with the published normaliser; without a discriminator it needs no images.
 
-    Args, beyond those of `Method`:
+    Beyond the arguments of `Method`:
+
+    Args:
         fake_rounds: 5, as in the published scripts for SDXL; those for Stable Diffusion 1.5 have 10.
         normalizer: mean|x0 - X_guided| is taken over each sample ("sample", as published), or over all samples of the
             update ("batch"), as FastVideo does with those that a GPU computes at a time. Who splits an update takes the

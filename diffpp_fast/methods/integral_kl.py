@@ -21,7 +21,9 @@ Weighting = Literal["x0", "score", "unit", "mean_abs"]
 class IntegralKL(Method):
     """A method whose gradient has the term h(t) d, with d = guided - fake.
 
-    Args, beyond those of `Method`:
+    Beyond the arguments of `Method`:
+
+    Args:
         weighting: h(t) of the gradient. "x0": h = k, so that dL/dx0 = X_fake - X_guided; "score": w(t) = 1 before
             the difference of scores; "unit": h = sign k; "mean_abs": sign k / mean|r| (DMD's normaliser); or a
             function w(t) for the difference of scores.

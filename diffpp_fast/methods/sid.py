@@ -27,7 +27,9 @@ from diffpp_fast.methods.through_networks import gradient_through
 class SiD(Method):
     """Distils by matching scores through an identity that holds under the generator's own distribution.
 
-    Args, beyond those of `Method`:
+    Beyond the arguments of `Method`:
+
+    Args:
         sid_alpha: alpha of the loss above; 1 in SiD-LSG's scripts.
         fake_guidance_scale: w of classifier-free guidance of the TA, in its own loss and in the generator's: the guided
             output is what denoises the samples. SiD-LSG calls the scales kappa, and its scripts set all of them to 2:

@@ -33,7 +33,9 @@ Guidance = Literal["inside", "outside"]
 class SIM(Method):
     """Distils by the pseudo-Huber distance between the scores of generator and reference.
 
-    Args, beyond those of `Method`:
+    Beyond the arguments of `Method`:
+
+    Args:
         weighting: w(t). "score": 1; "x0": sigma^2 / alpha, so that for large gaps the loss is in units of x0; or a
             function of t.
         huber_c: c, in units of the whole sample's score: where the distance turns from squared into plain.
@@ -94,7 +96,9 @@ class DiffInstructStar(SIM):
     KL of Diff-Instruct++ these are one thing; here they are two, since this divergence's gradient is not linear in the
     reference's score.
 
-    Args, beyond those of `SIM`: reward, reward_scale and reward_clip, those of `RewardTerm`, and
+    Beyond the arguments of `SIM`, and reward, reward_scale and reward_clip, which are those of `RewardTerm`:
+
+    Args:
         guidance: "inside" or "outside".
     """
 

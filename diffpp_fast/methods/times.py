@@ -80,7 +80,7 @@ class LogitNormal(_FromNormal):
 
 @dataclass(frozen=True)
 class Shifted:
-    """floor(T s u / (1 + (s - 1) u)) with u uniform, as flow models do at high resolution; s = 1 is uniform."""
+    """floor(T s u / (1 + (s - 1) u)) with u uniform, s = `shift`, as flow models do at high resolution; 1: uniform."""
 
     shift: float
 

@@ -65,8 +65,11 @@ def set_attention(module: nn.Module, backend: str) -> int:
     Args:
         module: a UNet2DConditionModel, a PixArtTransformer2DModel, an AutoencoderKL, or any module that holds their
             `Attention` layers.
-        backend: "sdpa" (torch chooses among its own), "flash", "cudnn", "efficient" or "math" (that one of torch's),
-            "flash_attn" or "xformers" (the package of that name).
+        backend: "sdpa" (torch chooses among the next four) and "math" (unfused) serve everything; others CUDA alone.
+            "flash": torch's FlashAttention, for float16 and bfloat16, heads of up to 256 channels, no mask. "cudnn":
+            the same dtypes, heads of up to 256 channels in multiples of 8; 128 on some GPUs. "efficient": torch's
+            memory-efficient attention, heads in multiples of 4 channels, of 8 in half precision. "flash_attn" and
+            "xformers": the packages of that name, for what "flash" and "efficient" serve.
 
     Returns:
         How many layers were set.
@@ -96,7 +99,12 @@ def set_attention(module: nn.Module, backend: str) -> int:
 
 
 class AttentionProcessor:
-    """A processor for diffusers' `Attention`: the arithmetic of its AttnProcessor2_0 on a backend of one's choice."""
+    """A processor for diffusers' `Attention`: the arithmetic of its AttnProcessor2_0 on a backend of one's choice.
+
+    Args:
+        backend: its name.
+        attend: its function: (query, key, value, mask or None, scale) -> [B, heads, L, D], of tensors so shaped.
+    """
 
     def __init__(self, backend: str, attend: Attend) -> None:
         self.backend = backend

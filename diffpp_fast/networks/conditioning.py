@@ -20,7 +20,12 @@ Tensors = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Conditioning:
-    """B prompts and the keyword arguments that carry them into a network, each tensor with B in front."""
+    """B prompts and what carries them into a network. Its length is B, and a slice of it holds some of the prompts.
+
+    Attributes:
+        prompts: B strings.
+        tensors: the network's keyword arguments, each tensor with B in front.
+    """
 
     prompts: tuple[str, ...]
     tensors: Tensors

@@ -80,7 +80,7 @@ def freeze(module: nn.Module, *, recompute: str = "none") -> int:
 
 
 def unfreeze(module: nn.Module) -> int:
-    """Give every module that `freeze` has frozen the class that it had, and every parameter its `requires_grad`.
+    """Give what `freeze` has frozen in `module` the class that it had, and every parameter its `requires_grad`.
 
     Blocks that were fused before they were frozen stay fused.
 

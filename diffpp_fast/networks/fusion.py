@@ -33,7 +33,9 @@ def fuse(module: nn.Module) -> int:
     Modules stay the objects that they are, and so do parameters, state_dict keys, hooks, LoRA layers and what
     `save_pretrained` writes: only their classes change. Outputs and gradients are those of the unfused network but for
     rounding. Fuse before modules are sharded (FSDP) or given forwards of their own (offloading hooks); blocks that are
-    so already are left. What was left and why is logged at INFO and is in `fusion_report`.
+    so already are left. What was left and why is logged at INFO and is in `fusion_report`. A fused norm returns its
+    input's dtype, where torch's returns float32 under autocast on CUDA. For tangents, second derivatives and
+    `torch.func` the blocks compute unfused. A network that is loaded from disk is unfused.
 
     Args:
         module: a UNet2DConditionModel, a PixArtTransformer2DModel, an AutoencoderKL, or any module that holds such
@@ -53,7 +55,7 @@ def fuse(module: nn.Module) -> int:
 
 
 def unfuse(module: nn.Module) -> int:
-    """Gives every block that `fuse` has fused its own class again.
+    """Gives every block of `module` that `fuse` has fused its own class again.
 
     Returns:
         How many blocks were fused.

@@ -172,12 +172,21 @@ def load_decoder(
     rows: int | None = None,
     variant: str | None = None,
 ) -> FrozenDecoder:
-    """Return an `AutoencoderKL` or `AutoencoderTiny`, frozen; raises like `load_denoiser` and `FrozenDecoder`."""
+    """Return an `AutoencoderKL` or `AutoencoderTiny`, frozen.
+
+    Args:
+        path: a folder or a hub id.
+        dtype: of the weights, whatever they are stored in.
+        checkpoint, rows: as in `FrozenDecoder`.
+        variant: which of the folder's weights, e.g. "fp16".
+
+    Raises like `load_denoiser` and `FrozenDecoder`.
+    """
     return FrozenDecoder(_load(path, dtype, variant), checkpoint=checkpoint, rows=rows)
 
 
 def load_schedule(path: str) -> NoiseSchedule:
-    """Return the noise schedule of a folder with `scheduler_config.json`."""
+    """Return the noise schedule of `path`, a folder with `scheduler_config.json`."""
     return NoiseSchedule.from_diffusers(load_scheduler(path))
 
 

@@ -81,7 +81,7 @@ def quantize(module: nn.Module, kind: str, device: torch.device | str | None = N
 
 
 def quantization_report(module: nn.Module, kind: str) -> list[QuantizationRow]:
-    """Return a row for every linear layer and convolution of `module`."""
+    """Return a row for every linear layer and convolution of `module`, as `quantize` of this `kind` sees it."""
     rows = []
     for name, layer in module.named_modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):

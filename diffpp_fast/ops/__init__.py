@@ -14,9 +14,10 @@ from diffpp_fast.ops.geglu import geglu
 from diffpp_fast.ops.group_norm_silu import group_norm_silu
 from diffpp_fast.ops.reward_pixels import reward_pixels
 from diffpp_fast.ops.rms_norm_rope import rms_norm_rope
-from diffpp_fast.ops.score_gap import ScoreGap, score_gap
+from diffpp_fast.ops.score_gap import RewardedScoreGap, ScoreGap, score_gap
 
 __all__ = [
+    "RewardedScoreGap",
     "ScoreGap",
     "ada_layer_norm",
     "add_noise",

@@ -26,16 +26,18 @@ def ada_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -
         eps: added to the variance.
 
     Returns:
-        [B, ..., D] in the dtype of `x`. An empty batch gives an empty result.
+        [B, ..., D] in the dtype of `x`. An empty batch gives an empty result. What is not finite spoils its row, and
+        the sample's gradients of scale and shift.
 
     Transforms:
-        Kernels compute the value and the gradients of `x`, `scale` and `shift`. Plain torch computes second
-        derivatives, tangents (forward mode) and what `torch.func` makes of the operator, `vmap` among it; all are
-        exact.
+        Kernels compute the value and the gradients of `x`, `scale` and `shift`, for which `x`, `scale`, and each row's
+        mean and deviation are kept. Plain torch computes second derivatives, tangents (forward mode) and what
+        `torch.func` makes of the operator, `vmap` among it; all are exact.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or eps not a number.
-        ValueError: wrong shapes, a row has no elements, eps is negative or not finite.
+        ValueError: wrong shapes, a row has no elements or, on backend "triton", more than 8192, eps is negative or not
+            finite.
     """
     op = "ada_layer_norm"
     checks.floating(op, {"x": x, "scale": scale, "shift": shift})

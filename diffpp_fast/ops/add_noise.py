@@ -25,12 +25,15 @@ def add_noise(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Noise | Tensor) -
             as `x0`.
 
     Returns:
-        x_t [B, ...] in the dtype and memory format of `x0`. An empty batch gives an empty result.
+        x_t [B, ...] in the dtype and memory format of `x0`, also where a noise tensor has a wider one. An empty batch
+        gives an empty result. A `Noise` and the tensor of its normals give the same bits. An element is a product and a
+        fused multiply-add, rounded once more to a low precision; "reference", and processors without such an
+        instruction, round the second product as well.
 
     Transforms:
-        Kernels compute x_t and the gradient of `x0`. Plain torch computes gradients of `alpha`, `sigma` and a noise
-        tensor, second derivatives, tangents (forward mode) and what `torch.func` makes of the operator, `vmap` among
-        it; all are exact.
+        Kernels compute x_t and the gradient of `x0`, for which `alpha` is kept. Plain torch computes gradients of
+        `alpha`, `sigma` and a noise tensor, second derivatives, tangents (forward mode) and what `torch.func` makes of
+        the operator, `vmap` among it; all are exact.
 
     Raises:
         TypeError: an argument is not a floating-point tensor.

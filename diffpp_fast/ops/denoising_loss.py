@@ -31,7 +31,8 @@ def denoising_loss(
 
     Args:
         prediction: [B, ...], the network's output at (x_t, t).
-        x0: [B, ...], the clean samples behind x_t.
+        x0: [B, ...], the clean samples behind x_t. Its dtype counts even for "epsilon", whose target does not hold it:
+            beside a bfloat16 prediction pass `x0.to(prediction.dtype)` where the target does without it.
         noise: the noise in x_t: a `Noise` of B samples, regenerated from its address, or eps itself.
         alpha: [B], the factor of x0 in x_t.
         sigma: [B], the factor of the noise in x_t.
@@ -39,12 +40,14 @@ def denoising_loss(
         weight: [B], or None for 1.
 
     Returns:
-        A scalar, float32 (float64 for float64 inputs).
+        A scalar, float32 (float64 for float64 inputs). A NaN in the prediction makes it NaN, and the gradient at that
+        element alone.
 
     Transforms:
-        Kernels compute the loss and the gradient of `prediction`. Plain torch computes gradients of all other tensors
-        (detach those that only make the target), second derivatives, tangents (forward mode) and what `torch.func`
-        makes of the operator, `vmap` among it; all are exact.
+        Kernels compute the loss and the gradient of `prediction`, for which the residual is kept, unscaled, in the
+        common dtype of the large tensors, and `weight`. Plain torch computes gradients of all other tensors (detach
+        those that only make the target), second derivatives, tangents (forward mode) and what `torch.func` makes of the
+        operator, `vmap` among it; all are exact.
 
     Raises:
         TypeError: an argument is not a floating-point tensor.

@@ -67,13 +67,15 @@ def sid_loss(
         sid_alpha: SiD's alpha.
 
     Returns:
-        [B], float32 (float64 for float64 inputs). mean|r| is taken as at least 1e-6.
+        [B], float32 (float64 for float64 inputs). mean|r| is taken as at least 1e-6. A NaN in `fake` makes the sample's
+        loss NaN, and the gradients at that element; one in `cond`, `uncond` or the target spoils the whole sample.
 
     Transforms:
         Kernels compute the loss and the gradients of `fake`, `cond`, `uncond` and `x0`, the last as far as the target
         holds it (all but "epsilon"). Plain torch computes gradients of `alpha`, `sigma` and a noise tensor, second
         derivatives, tangents (forward mode) and what `torch.func` makes of the operator, `vmap` among it. In all of
-        them mean|r| is a constant, as SiD has it; else they are exact.
+        them mean|r| is a constant, as SiD has it; else they are exact. Kept for the gradients are the inputs and |k| /
+        mean|r|: the backward pass draws the noise again.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or not a number where one is due.
@@ -120,13 +122,13 @@ def sim_loss(
         huber_c: the distance, in units of the whole sample's score, where squared turns into absolute; positive.
 
     Returns:
-        [B], float32 (float64 for float64 inputs).
+        [B], float32 (float64 for float64 inputs). What is not finite spoils its whole sample, and its gradients.
 
     Transforms:
         Kernels compute the loss and the gradients of `fake`, `cond`, `uncond` and `x0`, the last as far as the target
         holds it (all but "epsilon"). Plain torch computes gradients of `alpha`, `sigma` and a noise tensor, second
         derivatives, tangents (forward mode) and what `torch.func` makes of the operator, `vmap` among it; all are
-        exact.
+        exact. Kept for the gradients are the inputs and two numbers a sample: the backward pass draws the noise again.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or not a number where one is due.

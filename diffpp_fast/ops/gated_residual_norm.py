@@ -54,16 +54,18 @@ def gated_residual_norm(
         eps: added to the variance, or to the mean of the squares.
 
     Returns:
-        h and its modulated norm, [B, ..., D] in the common dtype of `residual` and `branch`. An empty batch gives
-        empty results.
+        h and its modulated norm, [B, ..., D] in the common dtype of `residual` and `branch`. An empty batch gives empty
+        results.
 
     Transforms:
-        Kernels compute values and the gradients of all tensors. Plain torch computes second derivatives, tangents
-        (forward mode) and what `torch.func` makes of the operator, `vmap` among it; all are exact.
+        Kernels compute values and the gradients of all tensors, for which h, each row's mean and deviation, the vectors
+        and, for the gate's, the branch are kept. Plain torch computes second derivatives, tangents (forward mode) and
+        what `torch.func` makes of the operator, `vmap` among it; all are exact.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or eps not a number.
-        ValueError: wrong shapes, an unknown norm, a row has no elements, eps is negative or not finite.
+        ValueError: wrong shapes, an unknown norm, a row has no elements or, on backend "triton", more than 6144, eps is
+            negative or not finite.
     """
     op = "gated_residual_norm"
     tensors = {"residual": residual, "branch": branch, "gate": gate, "scale": scale, "shift": shift, "weight": weight}

@@ -23,11 +23,11 @@ def geglu(x: Tensor) -> Tensor:
         x: [..., 2 D].
 
     Returns:
-        [..., D] in the dtype of `x`, row-major.
+        [..., D] in the dtype of `x`, row-major. What is not finite spoils its own element.
 
     Transforms:
-        Kernels compute the value and the gradient. Plain torch computes second derivatives, tangents (forward mode)
-        and what `torch.func` makes of the operator, `vmap` among it; all are exact.
+        Kernels compute the value and the gradient. Plain torch computes second derivatives, tangents (forward mode) and
+        what `torch.func` makes of the operator, `vmap` among it; all are exact.
 
     Raises:
         TypeError: x is not a floating-point tensor.

@@ -61,7 +61,7 @@ def group_norm_silu(
 
     Args:
         x: [B, C, ...], any number of spatial dimensions.
-        num_groups: divides C.
+        num_groups: divides C. A group of one element is allowed, which torch's own refuses.
         weight: [C] or None for 1; its dtype may differ from that of `x`.
         bias: [C] or None for 0.
         eps: added to the variance.
@@ -71,12 +71,14 @@ def group_norm_silu(
             may differ from that of `x`. Not beside a residual.
 
     Returns:
-        [B, C, ...] in the dtype and memory format of `x`; with a residual a pair of it and x + residual. An empty
-        batch gives an empty result.
+        [B, C, ...] in the dtype and memory format of `x`, under autocast too; with a residual a pair of it and x +
+        residual. An empty batch gives an empty result. What is not finite spoils its group of its sample, and the
+        gradients of weight and bias.
 
     Transforms:
-        Kernels compute the value and the gradients of every tensor. Plain torch computes second derivatives, tangents
-        (forward mode) and what `torch.func` makes of the operator, `vmap` among it; all are exact.
+        Kernels compute the value and the gradients of every tensor, each in the dtype of its own. Kept for them are `x`
+        or the sum, mean and deviation of each group, and the parameters. Plain torch computes second derivatives,
+        tangents (forward mode) and what `torch.func` makes of the operator, `vmap` among it; all are exact.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, num_groups not an integer, or eps not a number.

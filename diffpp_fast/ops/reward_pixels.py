@@ -57,15 +57,17 @@ def reward_pixels(
         value_range: what becomes 0 and 1; (-1, 1) is a VAE decoder's.
         clamp: "hard" clamps to [0, 1] and stops the gradient of pixels outside; "straight_through" clamps and lets it
             through; "none" does not clamp. Resizing comes after and bicubic overshoots by a few percent, unclamped.
-        dtype: of the output; None for that of `images`.
+        dtype: of the output, cast after the arithmetic; None for that of `images`. The gradient has that of `images`.
 
     Returns:
-        [B, C, size, size], channels_last if `images` is. An empty batch gives an empty result.
+        [B, C, size, size], channels_last if `images` is. An empty batch gives an empty result. A NaN reaches the
+        outputs whose window holds it (in "reference", which multiplies by whole matrices, its plane); with "hard" it
+        gets gradient 0, and infinity is clamped.
 
     Transforms:
-        Kernels compute the pixels and the gradient of `images`, which is the exact adjoint. Plain torch computes second
-        derivatives, tangents (forward mode) and what `torch.func` makes of the operator, `vmap` among it; all are
-        exact, with "straight_through" as the identity where the clamp was.
+        Kernels compute the pixels and the gradient of `images`, which is the exact adjoint and keeps these alone. Plain
+        torch computes second derivatives, tangents (forward mode) and what `torch.func` makes of the operator, `vmap`
+        among it; all are exact, with "straight_through" as the identity where the clamp was.
 
     Raises:
         TypeError: `images` or `dtype` is not floating-point, or another argument not of the type that is named above.

@@ -28,8 +28,9 @@ def rms_norm_rope(
     i + D / 2. These are diffusers' `use_real_unbind_dim` -1 (FLUX) and -2.
 
     Args:
-        x: [B, T, H, D], or [B, H, T, D] with `sequence_dim` 2; D is even.
-        cos: [T, D] or [B, T, D]; its dtype may be its own.
+        x: [B, T, H, D], or [B, H, T, D] with `sequence_dim` 2; D is even. Slices of one projection are read where they
+            are.
+        cos: [T, D] or [B, T, D], as in diffusers; its dtype may be its own. Rotate text and image each with its part.
         sin: the same.
         weight: [D], of the norm; None is 1.
         eps: added to the mean of the squares.
@@ -40,12 +41,14 @@ def rms_norm_rope(
         The shape, dtype and memory format of `x`. An empty batch gives an empty result.
 
     Transforms:
-        Kernels compute the value and the gradients of `x` and `weight`. Plain torch computes those of `cos` and `sin`,
-        second derivatives, tangents (forward mode) and what `torch.func` makes of the operator; all are exact.
+        Kernels compute the value and the gradients of `x` and `weight`, for which these, `cos` and `sin` are kept.
+        Plain torch computes those of `cos` and `sin`, second derivatives, tangents (forward mode) and what `torch.func`
+        makes of the operator; all are exact.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, eps not a number, or `interleaved` not a bool.
-        ValueError: wrong shapes, eps is negative or not finite, `sequence_dim` is neither 1 nor 2.
+        ValueError: wrong shapes, a row of more than 1024 elements on backend "triton", eps is negative or not finite,
+            `sequence_dim` is neither 1 nor 2.
     """
     op = "rms_norm_rope"
     checks.floating(op, {"x": x, "cos": cos, "sin": sin, "weight": weight}, optional=("weight",))

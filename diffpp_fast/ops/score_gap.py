@@ -22,24 +22,40 @@ class ScoreGap(NamedTuple):
     """The result of `score_gap`, with d = guided - fake and r = guided - target.
 
     The statistics are float32, float64 for float64 inputs.
+
+    Attributes:
+        gradient: [B, ...], scale_b * d / N_b.
+        gap_sq: [B], sum d^2.
+        residual_abs: [B], mean |r|; None without a target.
+        gap_dot_residual: [B], sum d r; None without a target.
     """
 
-    gradient: Tensor  # [B, ...] scale_b * d / N_b
-    gap_sq: Tensor  # [B] sum d^2
-    residual_abs: Tensor | None  # [B] mean |r|
-    gap_dot_residual: Tensor | None  # [B] sum d r
+    gradient: Tensor
+    gap_sq: Tensor
+    residual_abs: Tensor | None
+    gap_dot_residual: Tensor | None
 
 
 class RewardedScoreGap(NamedTuple):
-    """The result of `score_gap` with a reward score s: that of `ScoreGap`, and the statistics of s."""
+    """The result of `score_gap` with a reward score s: that of `ScoreGap`, and the statistics of s.
 
-    gradient: Tensor  # [B, ...] (scale_b * d - reward_share_b * reward_scale_b * s) / N_b
-    gap_sq: Tensor  # [B] sum d^2
-    residual_abs: Tensor | None  # [B] mean |r|
-    gap_dot_residual: Tensor | None  # [B] sum d r
-    reward_sq: Tensor  # [B] sum s^2
-    gap_dot_reward: Tensor  # [B] sum d s
-    reward_share: Tensor  # [B] of the reward's term that is left: below 1 where clipped, 0 where it is not finite
+    Attributes:
+        gradient: [B, ...], (scale_b * d - reward_share_b * reward_scale_b * s) / N_b.
+        gap_sq: [B], sum d^2.
+        residual_abs: [B], mean |r|; None without a target.
+        gap_dot_residual: [B], sum d r; None without a target.
+        reward_sq: [B], sum s^2.
+        gap_dot_reward: [B], sum d s.
+        reward_share: [B], of the reward's term that is left: below 1 where clipped, 0 where it is not finite.
+    """
+
+    gradient: Tensor
+    gap_sq: Tensor
+    residual_abs: Tensor | None
+    gap_dot_residual: Tensor | None
+    reward_sq: Tensor
+    gap_dot_reward: Tensor
+    reward_share: Tensor
 
 
 @overload
@@ -93,7 +109,9 @@ def score_gap(  # type: ignore[misc]  # whose other arguments the overloads leav
     Returns:
         `ScoreGap(gradient, gap_sq, residual_abs, gap_dot_residual)`: the gradient in the common dtype of the large
         tensors and the memory format of `fake`, the statistics per sample, the last two None without a target. With a
-        reward score `RewardedScoreGap`: `reward_sq`, `gap_dot_reward` and `reward_share` follow.
+        reward score `RewardedScoreGap`: `reward_sq`, `gap_dot_reward` and `reward_share` follow. A NaN in an output
+        makes the sample's statistics NaN, and the gradient at that element, with "mean_abs" at every element of the
+        sample.
 
     Transforms:
         Nothing is differentiable: the outputs are constants that carry no graph, as `detach` has it. Where they would

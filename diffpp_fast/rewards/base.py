@@ -53,7 +53,10 @@ def undisturbed(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Arguments of `ops.reward_pixels`; two rewards with equal ones share the result."""
+    """The arguments size, mean, std, filter, antialias, fit and clamp of `ops.reward_pixels`.
+
+    Two rewards with equal ones share the result. The defaults of mean and std are CLIP's.
+    """
 
     size: int
     mean: tuple[float, ...] = CLIP_MEAN

@@ -45,7 +45,9 @@ class Transformed(Reward):
 
 
 class Normalized(Transformed):
-    """(r - mean) / std: puts rewards of different scales side by side. Take both from scores of the initial generator.
+    """(r - mean) / std of a `reward` r: puts rewards of different scales side by side.
+
+    Take both numbers from `rewards.score` of the initial generator's samples. They nest, also around callables.
 
     Raises ValueError unless both are finite and std is positive.
     """
@@ -63,7 +65,10 @@ class Normalized(Transformed):
 
 
 class Margin(Transformed):
-    """-relu(margin - r): a penalty below the margin, and no gradient above, where more of the reward is not wanted."""
+    """-relu(margin - r) of a `reward` r: a penalty below the `margin`, no gradient above, where more is not wanted.
+
+    There gains tend to be the scorer's errors, at the expense of the other rewards.
+    """
 
     stage = "margin"
 

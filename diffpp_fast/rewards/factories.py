@@ -37,7 +37,7 @@ def pickscore(
 ) -> CosineReward:
     """PickScore v1 (arXiv 2305.01569): exp(logit_scale) cos(image, text) of a CLIP ViT-H/14; near 20, more is better.
 
-    Source: README.md of yuvalkirstain/PickScore.
+    Source: README.md of yuvalkirstain/PickScore, and transformers' `CLIPModel`.
 
     Args:
         path: hub id, or a folder with config.json, model.safetensors and the tokenizer.
@@ -68,7 +68,8 @@ def hpsv2(
 ) -> CosineReward:
     """HPSv2 (arXiv 2306.09341): cos(image, text) of a CLIP ViT-H/14; near 0.3, more is better.
 
-    Source: hpsv2/img_score.py of tgxs002/HPSv2.
+    Source: hpsv2/img_score.py and utils.py of tgxs002/HPSv2, src/open_clip/transform.py in copies of it, and
+    open_clip's ViT-H-14.json.
 
     Args:
         path: hub id, the file HPS_v2.1_compressed.pt, or a folder that holds it; open_clip's keys are converted.
@@ -102,7 +103,7 @@ def clip(
     """CLIP score: cos(image, text), of ViT-L/14 unless `path` names another CLIP; near 0.25, more is better.
 
     It is neither multiplied by 2.5 nor cut at 0, as CLIPScore's paper (arXiv 2104.08718) has it, nor multiplied by 100.
-    Source: ImageReward/models/CLIPScore.py of THUDM/ImageReward; openai/CLIP clip/clip.py.
+    Source: ImageReward/models/CLIPScore.py of THUDM/ImageReward; clip/clip.py and clip/model.py of openai/CLIP.
 
     Args:
         path: hub id, a folder in transformers' format, or a `Clip`, e.g. that of another reward, to share it.
@@ -156,7 +157,8 @@ def imagereward(
 ) -> ImageReward:
     """ImageReward v1.0 (arXiv 2304.05977): about -2.3 to 2, near standard normal, more is better.
 
-    Source: ImageReward/ImageReward.py of THUDM/ImageReward.
+    Source: ImageReward/ImageReward.py and train/src/models of THUDM/ImageReward, models/vit.py and med.py of
+    salesforce/BLIP.
 
     Args:
         path: hub id, the file ImageReward.pt, or a folder that holds it.
@@ -202,6 +204,7 @@ def mixture(rewards: Mapping[str, Mapping[str, Any]], *, folder: str = ".", devi
             a name that `load` knows, by default the key itself, or `file.py:name` or `module:name` of a factory. Text
             in `arguments` that begins with ./ or ../ is a path. `normalize` comes before `margin`.
         folder: what such paths are relative to.
+        device: where the rewards are put; None: the CPU.
 
     Rewards "clip" (by `path`) and "aesthetic" (by `clip`) with the same CLIP, dtype and recomputation share its towers.
 

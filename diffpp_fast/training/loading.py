@@ -87,7 +87,7 @@ def may_change(key: str) -> bool:
 
 
 def dump_config(config: Config) -> str:
-    """Return the configuration with every default written out, as YAML that `load_config` reads."""
+    """Return a `config` with every default written out, as YAML that `load_config` reads."""
     return dump_yaml(config.model_dump(mode="json"))
 
 
