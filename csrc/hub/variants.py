@@ -113,9 +113,8 @@ def _library(folder, backend, namespace, place):
         made = list(pool.map(compile, _commands(backend, namespace)))
     library = place / f"{namespace}.abi3.so"
     compiler, nvcc, _ = find_toolchain()
-    link = ["-s", "-Wl,--as-needed", *map(str, stubs(objects)), f"-L{find_torch() / 'lib'}", "-ltorch_cpu"]
-    if backend == "cuda":
-        link += [f"-L{find_static_runtime(nvcc)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    runtime = [f"-L{find_static_runtime(nvcc)}", "-lcudart_static"] if backend == "cuda" else []
+    link = [*runtime, f"-L{find_torch() / 'lib'}", "-ltorch_cpu", "-s", "-Wl,--as-needed", *map(str, stubs(objects))]
     subprocess.run([*compiler, "-shared", *made, *link, "-o", str(library)], check=True)
     if found := too_new(library) + foreign(library):
         raise SystemExit(f"{library}: not for manylinux_2_28: {', '.join(found)}")
