@@ -5,6 +5,7 @@ kernel-builder takes them and, in its folder `build`, variants that `kernels.get
 """
 
 import argparse
+import platform
 import sys
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def chosen(asked):
     """Return the backends to compile for, of those asked for that this machine has a compiler for."""
     if asked == "none":
         return ()
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        raise SystemExit("libraries are for Linux on x86-64; --compile none builds the variants in Python alone")
     compiler = find_toolchain()
     if compiler is None:
         raise SystemExit("no working C++17 compiler; --compile none builds the variants in Python alone")

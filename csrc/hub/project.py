@@ -1,6 +1,7 @@
 """Writes the package as kernel-builder takes it: Python files, csrc, the description of the build, and the card."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -38,20 +39,19 @@ def write(folder, name):
     if folder.exists() and any(folder.iterdir()) and not (folder / "build.toml").exists():
         raise SystemExit(f"{folder} holds something else; name an empty folder")
     shutil.rmtree(folder, ignore_errors=True)
-    python = python_name(name)
-    own = {path.relative_to(FILES): path.read_text(encoding="utf-8") for path in FILES.rglob("*.py")}
-    relative.write({**relative.copied(ROOT / relative.PACKAGE), **own}, folder / "torch-ext" / python)
     sources = native()
+    relative.write({"build.toml": description(name, sources), **sources}, folder)
+    own = {path.relative_to(FILES): path.read_text(encoding="utf-8") for path in FILES.rglob("*.py")}
+    relative.write({**relative.copied(ROOT / relative.PACKAGE), **own}, folder / "torch-ext" / python_name(name))
     card = (FILES / "CARD.md").read_text(encoding="utf-8").replace("NAME", name)
     others = {
         "torch-ext/torch_binding.cpp": MODULE,
-        "build.toml": description(name, sources),
         "CARD.md": card,
         "README.md": card,
         "flake.nix": (FILES / "flake.nix").read_text(encoding="utf-8"),
         "LICENSE": (ROOT / "LICENSE").read_text(encoding="utf-8"),
     }
-    relative.write({**sources, **others}, folder)
+    relative.write(others, folder)
 
 
 def python_name(name):
@@ -107,7 +107,7 @@ def sections(sources):
 
 def capability(arch):
     """Return what CUDA calls a GPU's compute capability: 90 is 9.0."""
-    return f"{arch[:-1]}.{arch[-1]}"
+    return re.sub(r"^(\d+)(\d)", r"\1.\2", arch)
 
 
 def _kernel(backend, src, flags):
