@@ -5,13 +5,13 @@ from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from diffpp_fast.library import NAMESPACE, library_unavailable
+
 CPU = torch.device("cpu")
-LIBRARY = Path(__file__).parent / "native" / "_library.so"
 #: With TRITON_INTERPRET=1 Triton's kernels run on the CPU in its interpreter, for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -27,24 +27,12 @@ UNLIMITED = Limits(lambda: None, lambda device, dtype: None)
 
 
 @cache
-def library_unavailable() -> str | None:
-    """Load the compiled library. Return None, or why it can't be."""
-    if not LIBRARY.exists():
-        return "csrc was not compiled when the package was installed; install again where a C++17 compiler is"
-    try:
-        torch.ops.load_library(LIBRARY)
-    except OSError as error:
-        return f"{LIBRARY.name} does not load with torch {torch.__version__}: {error}"
-    return None
-
-
-@cache
 def cuda_unavailable() -> str | None:
     """Return None if the library's GPU kernels can run here, or why they can't."""
     reason = library_unavailable()
     if reason is not None:
         return reason
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("diffpp_fast::add_noise", "CUDA"):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::add_noise", "CUDA"):
         return "csrc was compiled without nvcc; install again where CUDA's compiler is"
     return None if torch.cuda.is_available() else "PyTorch can use no GPU"
 
@@ -95,4 +83,4 @@ def triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 def fake(name: str, function: Callable[..., Any]) -> None:
     """Tell torch what the registered operator `name` returns, without computing it."""
     if library_unavailable() is None:
-        torch.library.register_fake(f"diffpp_fast::{name}", function)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", function)

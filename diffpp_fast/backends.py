@@ -18,6 +18,7 @@ import torch
 
 from diffpp_fast import availability
 from diffpp_fast.availability import Limits
+from diffpp_fast.library import library_unavailable, operators
 from diffpp_fast.transforms import decided_when_traced
 
 OPS = (
@@ -36,7 +37,7 @@ OPS = (
 )
 # In order of preference. On the CPU "cpu" comes before Triton's interpreter; it serves nothing on GPUs.
 LIMITS: dict[str, Limits] = {
-    "cpu": Limits(availability.library_unavailable, availability.only_cpu),
+    "cpu": Limits(library_unavailable, availability.only_cpu),
     "triton": Limits(availability.triton_unavailable, availability.triton_refuses),
     "cuda": Limits(availability.cuda_unavailable, availability.only_cuda),
     "reference": availability.UNLIMITED,
@@ -99,10 +100,9 @@ def register(
     names = {name: {"forward": op, "backward": f"{op}_backward"}.get(name, name) for name in definition}
 
     def compiled() -> SimpleNamespace:
-        library = torch.ops.diffpp_fast
-        return SimpleNamespace(**{name: getattr(library, schema).default for name, schema in names.items()})
+        return SimpleNamespace(**{name: getattr(operators, schema).default for name, schema in names.items()})
 
-    module = triton or f"diffpp_fast.ops.triton.{op}"
+    module = triton or f"{__package__}.ops.triton.{op}"
     _sources[op] = {"cpu": (lambda: cpu) if cpu else compiled, "triton": lambda: resolve_name(module)}
     if cuda:
         _sources[op]["cuda"] = compiled

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "diffpp_fast"
 FLOORS = {
     "errors": 0,
     "install": 0,
-    "availability": 0,
+    "library": 0,
+    "availability": 0.05,
     "transforms": 0,
     "plain": 0.1,
     "backends": 0.1,

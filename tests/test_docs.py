@@ -36,6 +36,7 @@ PROSE = {"math": "a formula", "text": "something that is printed, or a picture o
 #: Titles of Python blocks that are not run, and why. They are parsed, and what they import from the package is there.
 NEEDS = {
     "a GPU": "needs a GPU; make gpu-check captures every operator in a graph",
+    "kernels": "needs Hugging Face's package, and what make hub-kernels writes",
     "the runs above": "needs the runs of its page; test_a_page_as_it_is_read runs it after them",
     "the downloads": "needs files of others",
     "the weights": "needs the weights of reward models",

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from diffpp_fast import availability, backends
+from diffpp_fast import availability, backends, library
 from diffpp_fast.cli.main import main
 
 
@@ -76,12 +76,12 @@ def test_doctor_on_every_instruction_set(isa: str) -> None:
 
 
 def test_doctor_without_the_library(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    availability.library_unavailable.cache_clear()
-    monkeypatch.setattr(availability, "LIBRARY", Path("nowhere.so"))
+    library.library_unavailable.cache_clear()
+    monkeypatch.setattr(library, "LIBRARY", Path("nowhere.so"))
     try:
         assert main(["doctor"]) == 0
     finally:
-        availability.library_unavailable.cache_clear()
+        library.library_unavailable.cache_clear()
     said = capsys.readouterr().out
     assert "cpu: csrc was not compiled when the package was installed" in said
     assert re.search(r"group_norm_silu +(triton|reference)", said)

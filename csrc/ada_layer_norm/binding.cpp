@@ -108,14 +108,14 @@ std::tuple<Tensor, Tensor, Tensor> gradients(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(diffpp_fast, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(TORCH_EXTENSION_NAME, m) {
   m.def("ada_layer_norm(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor, Tensor, Tensor)");
   m.def(
       "ada_layer_norm_backward(Tensor grad_output, Tensor x, Tensor mean, Tensor rstd, Tensor scale, bool needs_x,"
       " bool needs_scale, bool needs_shift) -> (Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(diffpp_fast, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   m.impl("ada_layer_norm", TORCH_BOX(&outputs));
   m.impl("ada_layer_norm_backward", TORCH_BOX(&gradients));
 }

@@ -51,7 +51,7 @@ Tensor gradient(const Tensor& grad_output, const Tensor& alpha) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(diffpp_fast, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(TORCH_EXTENSION_NAME, m) {
   m.def("add_noise(Tensor x0, Tensor alpha, Tensor sigma, Tensor noise, int seed, int stream) -> Tensor");
   m.def("add_noise_backward(Tensor grad_output, Tensor alpha) -> Tensor");
 }

@@ -25,6 +25,11 @@
 
 #include "kernel.h"
 
+// The operators' namespace in torch.ops. Libraries that are compiled with other names live side by side in a process.
+#if !defined(TORCH_EXTENSION_NAME)
+#define TORCH_EXTENSION_NAME diffpp_fast
+#endif
+
 namespace diffpp {
 
 using torch::headeronly::MemoryFormat;
@@ -404,13 +409,13 @@ class GpuStream {
 
 // Followed by a body of m.impl(...): registers those functions for the CPU, and for GPUs where kernels for them were compiled.
 #if defined(DIFFPP_CUDA)
-#define DIFFPP_ON_EVERY_DEVICE(m)                                            \
-  template <typename Library>                                               \
-  static void implement(Library& m);                                        \
-  STABLE_TORCH_LIBRARY_IMPL(diffpp_fast, CPU, library) { implement(library); }  \
-  STABLE_TORCH_LIBRARY_IMPL(diffpp_fast, CUDA, library) { implement(library); } \
-  template <typename Library>                                               \
+#define DIFFPP_ON_EVERY_DEVICE(m)                                                         \
+  template <typename Library>                                                            \
+  static void implement(Library& m);                                                     \
+  STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, library) { implement(library); }  \
+  STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, library) { implement(library); } \
+  template <typename Library>                                                            \
   static void implement(Library& m)
 #else
-#define DIFFPP_ON_EVERY_DEVICE(m) STABLE_TORCH_LIBRARY_IMPL(diffpp_fast, CPU, m)
+#define DIFFPP_ON_EVERY_DEVICE(m) STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m)
 #endif

@@ -59,7 +59,7 @@ Tensor gradient_of_prediction(const Tensor& grad_output, const Tensor& residual,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(diffpp_fast, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(TORCH_EXTENSION_NAME, m) {
   m.def(
       "denoising_loss(Tensor prediction, Tensor x0, Tensor noise, int seed, int stream, Tensor alpha, Tensor sigma, "
       "int prediction_type, Tensor? weight, bool save_residual) -> (Tensor loss, Tensor residual)");

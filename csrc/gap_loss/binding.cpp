@@ -110,7 +110,7 @@ Gradients sim_gradients(
 #define DIFFPP_NEEDS "bool needs_fake, bool needs_cond, bool needs_uncond, bool needs_x0"
 #define DIFFPP_GRADIENTS "(Tensor grad_fake, Tensor grad_cond, Tensor grad_uncond, Tensor grad_x0)"
 
-STABLE_TORCH_LIBRARY_FRAGMENT(diffpp_fast, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(TORCH_EXTENSION_NAME, m) {
   m.def("sid_loss(" DIFFPP_OUTPUTS ", float sid_alpha) -> (Tensor loss, Tensor factor)");
   m.def("sim_loss(" DIFFPP_OUTPUTS ", float huber_c) -> (Tensor loss, Tensor factor, Tensor shrink)");
   m.def("sid_loss_backward(Tensor grad_output, Tensor factor, " DIFFPP_OUTPUTS ", float sid_alpha, " DIFFPP_NEEDS ") -> "
@@ -119,7 +119,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(diffpp_fast, m) {
         DIFFPP_GRADIENTS);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(diffpp_fast, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   m.impl("sid_loss", TORCH_BOX(&loss<Kind::sid>));
   m.impl("sim_loss", TORCH_BOX(&loss<Kind::sim>));
   m.impl("sid_loss_backward", TORCH_BOX(&sid_gradients));

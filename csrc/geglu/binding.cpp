@@ -53,12 +53,12 @@ Tensor gradient(const Tensor& grad_output, const Tensor& x) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(diffpp_fast, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(TORCH_EXTENSION_NAME, m) {
   m.def("geglu(Tensor x) -> Tensor");
   m.def("geglu_backward(Tensor grad_output, Tensor x) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(diffpp_fast, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   m.impl("geglu", TORCH_BOX(&outputs));
   m.impl("geglu_backward", TORCH_BOX(&gradient));
 }

@@ -197,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(diffpp_fast, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(TORCH_EXTENSION_NAME, m) {
   m.def(
       "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? offset)"
       " -> (Tensor, Tensor, Tensor)");

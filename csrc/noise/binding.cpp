@@ -75,7 +75,7 @@ Tensor integers(const Tensor& samples, int64_t seed, int64_t stream, int64_t low
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(diffpp_fast, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(TORCH_EXTENSION_NAME, m) {
   m.def("normal(Tensor samples, int seed, int stream, SymInt count, ScalarType dtype) -> Tensor");
   m.def("uniform(Tensor samples, int seed, int stream) -> Tensor");
   m.def("integers(Tensor samples, int seed, int stream, int low, int range) -> Tensor");

@@ -135,7 +135,7 @@ Tensor gradient(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(diffpp_fast, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(TORCH_EXTENSION_NAME, m) {
   m.def(
       "reward_pixels(Tensor images, int size, float[] mean, float[] std, int filter, bool antialias, int fit, "
       "float low, float high, int clamp, ScalarType dtype) -> Tensor");

@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> with_reward(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(diffpp_fast, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(TORCH_EXTENSION_NAME, m) {
   m.def(
       "score_gap(Tensor fake, Tensor cond, Tensor? uncond, float guidance_scale, float scale, Tensor? scales, "
       "bool mean_abs, Tensor? x0, Tensor? noise, int seed, int stream, Tensor? alpha, Tensor? sigma, "

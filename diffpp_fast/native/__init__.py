@@ -1,7 +1,7 @@
 """The folder of the compiled library, and how it was built."""
 
-from diffpp_fast.availability import LIBRARY
-from diffpp_fast.availability import library_unavailable as unavailable
+from diffpp_fast.library import LIBRARY
+from diffpp_fast.library import library_unavailable as unavailable
 
 __all__ = ["LIBRARY", "facts", "unavailable"]
 

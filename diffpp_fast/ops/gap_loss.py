@@ -319,7 +319,7 @@ def _gradient_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-_TRITON = "diffpp_fast.ops.triton.gap_loss"
+_TRITON = f"{__package__}.triton.gap_loss"
 register("sid_loss", triton=f"{_TRITON}:sid", cuda=False, forward=sid_forward, backward=sid_backward)
 register("sim_loss", triton=f"{_TRITON}:sim", cuda=False, forward=sim_forward, backward=sim_backward)
 availability.fake("sid_loss", lambda fake, *others: _statistic_shapes(fake, 2))

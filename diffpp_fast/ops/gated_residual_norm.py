@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffpp_fast import transforms
 from diffpp_fast.backends import kernels, register
+from diffpp_fast.library import operators
 from diffpp_fast.ops import checks
 from diffpp_fast.ops.autograd import Operator, needs_gradient, only_needed, recorded, straight
 from diffpp_fast.plain import compute_dtype, stored_like
@@ -202,7 +203,7 @@ def cpu_forward(
     if scale is None or shift is None or not _is_ada(layer, weight, scale):
         return forward(residual, branch, gate, weight, scale, shift, eps, layer)
     hidden = _sum(residual, branch, gate)
-    y, mean, rstd = torch.ops.diffpp_fast.ada_layer_norm(hidden, *checks.promoted(scale, shift), eps)
+    y, mean, rstd = operators.ada_layer_norm(hidden, *checks.promoted(scale, shift), eps)
     return hidden, y, mean, rstd
 
 
@@ -223,7 +224,7 @@ def cpu_backward(
     if scale is None or shift is None or mean is None or not _is_ada(True, weight, scale):
         return backward(grad_hidden, grad_modulated, hidden, mean, rstd, branch, gate, weight, scale, shift, needs)
     needs_sum = needs.residual or needs.branch or needs.gate
-    normed, grad_scale, grad_shift = torch.ops.diffpp_fast.ada_layer_norm_backward(
+    normed, grad_scale, grad_shift = operators.ada_layer_norm_backward(
         grad_modulated, hidden, mean, rstd, scale, needs_sum, needs.scale, needs.shift
     )
     grad_branch = grad_gate = None
