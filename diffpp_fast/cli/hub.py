@@ -76,20 +76,22 @@ class HubRepository:
 
     @contextmanager
     def _asking(self, then: str = "") -> Iterator[None]:
-        import httpx
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub import errors
 
         try:
             yield
-        except HfHubHTTPError as error:
+        except errors.HfHubHTTPError as error:
             status = error.response.status_code
             reason = {401: "the token is not valid", 403: "the token may not write there", 409: "the name is taken"}
             said = reason.get(status, _first_line(error))
             raise ConfigurationError(f"{self._where}: the hub refuses: {said} (HTTP {status}).{then}") from error
-        except (httpx.HTTPError, OSError) as error:
+        # Of whichever client this version of the package has; and what its uploader raises of its own.
+        except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:
+            if then:
+                raise ConfigurationError(f"{self._where}: the upload failed: {_first_line(error)}.{then}") from error
             raise ConfigurationError(
-                f"{self._where}: {self._api.endpoint} can't be reached ({_first_line(error)})."
-                + (then or f" Export without --push, and when there is a network run: {_command(self.name)}")
+                f"{self._where}: {self._api.endpoint} can't be reached ({_first_line(error)}). Export without --push, "
+                f"and when there is a network run: {_command(self.name)}"
             ) from error
 
 
@@ -98,4 +100,4 @@ def _command(name: str, folder: Path | None = None) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

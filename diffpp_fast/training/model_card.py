@@ -20,9 +20,9 @@ from diffpp_fast.training.callbacks import read_sessions
 from diffpp_fast.training.checkpoint import SavedGenerator, read_scores
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.extraction import Extraction
+from diffpp_fast.training.output import CARD
 from diffpp_fast.training.state import read_record
 
-CARD = "README.md"
 #: Scalars of a run that are figures of the generator.
 FIGURES = {
     "grid/held_out": "held-out reward, mean over the run's sample grid",
