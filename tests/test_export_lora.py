@@ -41,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
     """Two that were trained for a step: the whole generator, and adapters."""
     held_out = f"rewards.held_out.factory={base.parent / 'rewards.py'}:Brightness"
-    common = ("training.grid_every=1", "training.grid_prompts=2", held_out)
+    common = ("training.grid_every=1", "training.grid_prompts=2", "training.baseline_steps=null", held_out)
     lora = (f"models.generator.lora={{rank: 3, alpha: 6, targets: {TARGETS}}}", "optimizers.generator.lr=0.1")
     configs = {}
     for name, overrides in (("whole", ("optimizers.generator.lr=0.01",)), ("lora", lora)):
@@ -393,7 +393,7 @@ def test_an_export_is_pushed_as_it_is(
     out = export(runs["lora"], tmp_path / "out", "--format", "kohya", "--push", "anna/emoji")
     assert hub.repositories["anna/emoji"]["visibility"] == "private"
     assert hub.files == {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert hub.cards == [(out / "README.md").read_text()] and "# emoji\n" in hub.cards[0]
+    assert set(hub.cards) == {(out / "README.md").read_text()} and "# emoji\n" in hub.cards[0]
     assert f"pushed: {hub.endpoint}/anna/emoji" in capsys.readouterr().out
     export(runs["lora"], tmp_path / "public", "--push", "anna/emoji", "--public")
     assert hub.repositories["anna/emoji"]["visibility"] == "public"
