@@ -26,6 +26,8 @@ from diffpp_fast.training.callbacks import (
     read_sessions,
     standard_callbacks,
 )
+from diffpp_fast.training.grids import tile, to_bytes
+from diffpp_fast.training.layout import cells_of, columns_of
 
 PIXELS = torch.arange(4 * 6 * 3, dtype=torch.uint8).view(4, 6, 3)
 
@@ -148,6 +150,34 @@ def test_tensorboard_shows_scalars_grids_and_warnings(tmp_path: Path) -> None:
     assert (image.step, image.height, image.width) == (2, 4, 6)
     (text,) = events.Tensors("warning/fake-diverging/text_summary")
     assert (text.step, text.tensor_proto.string_val[0]) == (2, b"fake/loss is 9")
+    assert "grid/prompts/text_summary" not in events.Tags()["tensors"]
+
+
+def test_tensorboard_shows_the_prompts_of_a_grid_by_their_places(tmp_path: Path) -> None:
+    """Once in a session, and again after a resume, which may have changed them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorBoard(tmp_path, ["a red apple", "black | white", "a whale"])
+    board.on_start(0, 10)
+    for step in (2, 4):
+        board.on_grid(step, PIXELS, Path("grid.png"))
+    board.on_end(4)
+    tell(TensorBoard(tmp_path, ["another"]), 4, 6)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [image.step for image in events.Images("grid")] == [2, 4, 6]
+    texts = events.Tensors("grid/prompts/text_summary")
+    assert [text.step for text in texts] == [2, 6]
+    table = texts[0].tensor_proto.string_val[0].decode().splitlines()
+    assert table == ["|  |  |", "| --- | --- |", "| a red apple | black \\| white |", "| a whale |  |"]
+
+
+def test_a_grids_cells_are_its_pictures() -> None:
+    pictures = torch.rand(5, 3, 4, 6) * 2 - 1
+    cells = list(cells_of(tile(pictures, columns_of(5)), 5))
+    assert len(cells) == 5
+    for picture, cell in zip(to_bytes(pictures), cells, strict=True):
+        assert torch.equal(cell, picture.permute(1, 2, 0))
 
 
 def test_weights_and_biases_works_without_a_network(config_of, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -168,6 +198,29 @@ def test_weights_and_biases_works_without_a_network(config_of, tmp_path: Path) -
         assert part in content, part
     (image,) = log.parent.glob("files/media/images/*.png")
     assert image.name.startswith("grid")
+
+
+def test_weights_and_biases_shows_each_picture_with_its_prompt(  # type: ignore[no-untyped-def]
+    config_of, tmp_path: Path
+) -> None:
+    import wandb
+    from PIL import Image
+
+    config = config_of("logging.wandb={project: emoji, mode: offline}")
+    pictures = torch.rand(3, 3, 8, 8) * 2 - 1
+    listener = WandB(config.logging.wandb, config, ["a red apple", "a green frog", "a blue whale"])
+    try:
+        listener.on_start(0, 10)
+        listener.on_grid(2, tile(pictures, columns_of(3)), Path("grid.png"))
+        listener.on_end(2)
+    finally:
+        wandb.teardown()
+    (log,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    assert all(prompt in content for prompt in (b"a red apple", b"a green frog", b"a blue whale"))
+    shown = sorted(log.parent.glob("files/media/images/grid*.png"))
+    expected = {cell.permute(1, 2, 0).numpy().tobytes() for cell in to_bytes(pictures)}
+    assert {Image.open(path).convert("RGB").tobytes() for path in shown} == expected and len(shown) == 3
 
 
 def test_weights_and_biases_goes_on_with_the_folder_s_run_or_says_why_not(  # type: ignore[no-untyped-def]

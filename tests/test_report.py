@@ -25,7 +25,8 @@ from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.report import curves, figures, find_runs, make_page, pictures, write_report
 from diffpp_fast.report.curves import DIVERGENCE, REWARD, concerns, divergence_panels, reward_panels
 from diffpp_fast.report.runs import RunRecord, Scalar, Warned, read_runs
-from diffpp_fast.training.grids import columns_of, tile, write_png
+from diffpp_fast.training.grids import tile, write_png
+from diffpp_fast.training.layout import columns_of
 from diffpp_fast.training.watch import standard_rules
 
 PROMPTS = ["a red apple", "<script>alert('frog')</script>", 'a "blue" whale & $x^2$']

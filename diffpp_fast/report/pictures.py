@@ -11,7 +11,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from diffpp_fast.report.runs import GridFile, RunRecord
-from diffpp_fast.training.grids import columns_of
+from diffpp_fast.training.layout import columns_of
 
 #: Prompts on the page; a grid may have more.
 MOST_PROMPTS = 32

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from diffpp_fast.terminal import printable, say
 from diffpp_fast.training.config import Config, WandBSection
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.durable import write_whole
+from diffpp_fast.training.layout import cells_of, columns_of
 from diffpp_fast.version import __version__
 
 
@@ -167,16 +169,22 @@ def _now() -> str:
 class TensorBoard(Callback):
     """Writes event files into `folder`; what an interrupted run wrote beyond the step of a resume is hidden.
 
+    Args:
+        folder: of the event files.
+        prompts: of the sample grids, row by row; they stand in a table under Text.
+
     Raises ConfigurationError where TensorBoard is not installed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prompts: Sequence[str] = ()) -> None:
         if find_spec("tensorboard") is None:
             raise ConfigurationError(
                 "logging.tensorboard needs TensorBoard: pip install tensorboard, or set logging.tensorboard=false"
             )
         self.folder = folder
+        self.prompts = list(prompts)
         self.writer: Any = None
+        self._told = False
 
     def on_start(self, step: int, steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -192,26 +200,49 @@ class TensorBoard(Callback):
 
     def on_grid(self, step: int, pixels: torch.Tensor, path: Path) -> None:
         self.writer.add_image("grid", pixels, step, dataformats="HWC")
+        # They change with a resume at most: once in a session.
+        if self.prompts and not self._told:
+            self.writer.add_text("grid/prompts", _as_table(self.prompts), step)
+            self._told = True
 
     def on_end(self, step: int) -> None:
         if self.writer is not None:
             self.writer.close()
 
 
+def _as_table(prompts: Sequence[str]) -> str:
+    """Return prompts as a table in Markdown with the cells of their pictures."""
+    columns = columns_of(len(prompts))
+    cells = [prompt.replace("|", "\\|").replace("\n", " ") for prompt in prompts]
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    lines = [[""] * columns, ["---"] * columns, *([*row, *[""] * (columns - len(row))] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+#: W&B shows no more pictures than this under one name and step.
+WANDB_IMAGES = 108
+
+
 class WandB(Callback):
     """One W&B run per output folder: its id lies in `wandb/run_id` there, so that a resumed run goes on with it.
+
+    Args:
+        settings: of the configuration.
+        config: the run's.
+        prompts: of the sample grids, row by row: the captions of their pictures.
 
     Raises ConfigurationError where the package is missing, and in `on_start` where nobody has logged in. Where W&B
     can't be reached, `on_start` raises its CommError, which costs a run its listener only.
     """
 
-    def __init__(self, settings: WandBSection, config: Config) -> None:
+    def __init__(self, settings: WandBSection, config: Config, prompts: Sequence[str] = ()) -> None:
         if find_spec("wandb") is None:
             raise ConfigurationError(
                 "logging.wandb needs the package wandb: pip install wandb, or set logging.wandb=null"
             )
         self.settings = settings
         self.config = config
+        self.prompts = list(prompts)
         self.run: Any = None
 
     def on_start(self, step: int, steps: int) -> None:
@@ -250,7 +281,12 @@ class WandB(Callback):
     def on_grid(self, step: int, pixels: torch.Tensor, path: Path) -> None:
         from wandb import Image
 
-        self.run.log({"step": step, "grid": Image(pixels.numpy())})
+        if not self.prompts:
+            self.run.log({"step": step, "grid": Image(pixels.numpy())})
+            return
+        pictures = zip(cells_of(pixels, len(self.prompts)), self.prompts, strict=True)
+        shown = [Image(picture.numpy(), caption=prompt) for picture, prompt in islice(pictures, WANDB_IMAGES)]
+        self.run.log({"step": step, "grid": shown})
 
     def on_end(self, step: int) -> None:
         if self.run is not None:
@@ -348,16 +384,20 @@ class Progress(Callback):
             self.bar.console.print(printable(sentence), highlight=False, markup=False, soft_wrap=True)
 
 
-def standard_callbacks(config: Config) -> list[Callback]:
+def standard_callbacks(config: Config, grid_prompts: Sequence[str] = ()) -> list[Callback]:
     """Return the listeners that a configuration asks for; they write into its output folder once the run starts.
+
+    Args:
+        config: the run's.
+        grid_prompts: of its sample grids, row by row.
 
     Raises ConfigurationError for a package that is missing.
     """
     output = Path(config.output)
     callbacks: list[Callback] = [JsonLines(output / "metrics.jsonl")]
     if config.logging.tensorboard:
-        callbacks.append(TensorBoard(output / "tensorboard"))
+        callbacks.append(TensorBoard(output / "tensorboard", grid_prompts))
     if config.logging.wandb is not None:
-        callbacks.append(WandB(config.logging.wandb, config))
+        callbacks.append(WandB(config.logging.wandb, config, grid_prompts))
     # Last, so that nothing that the others say at the start breaks into its line.
     return [*callbacks, Progress()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,16 @@ import torch
 
 from diffpp_fast.errors import CheckpointError, ConfigurationError
 from diffpp_fast.networks.loading import load_scheduler, read_config
+from diffpp_fast.networks.lora_formats import LoraFormat, LowRank, is_carried, refuse_format, write_lora
 from diffpp_fast.training.build import Sampler, Trained, build_sampler
 from diffpp_fast.training.build.agreement import naming
 from diffpp_fast.training.checkpoint import SavedGenerator, find_role, load_role, read_role, write_json
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.distributed import World
-from diffpp_fast.training.exported import Exported, copy_parts, one_step_scheduler, pipeline_files
+from diffpp_fast.training.exported import Exported, copy_parts, one_step_scheduler, pipeline_files, refuse_overflow
+from diffpp_fast.training.extraction import Extraction, Extractor
 from diffpp_fast.training.inputs import warn_of_changed_inputs
+from diffpp_fast.training.model_card import NOTHING_SAID, CardFacts, write_card
 from diffpp_fast.training.output import CALL, added_files
 from diffpp_fast.training.publish import MANIFEST, publish
 from diffpp_fast.training.saved_config import load_saved_config, naming_moves
@@ -29,9 +33,10 @@ def export_generator(
     *,
     dtype: torch.dtype | None = None,
     merge: bool = True,
+    card: CardFacts = NOTHING_SAID,
 ) -> None:
     """Write a generator in diffusers' format: weights, `scheduler_config.json` with the schedule of training, a
-    scheduler for one step in `scheduler/` where diffusers has one, and how to call it (`generator.json`).
+    scheduler for one step in `scheduler/` where diffusers has one, how to call it (`generator.json`), and a model card.
 
     Tensors are made and written one at a time: what was trained is read from the checkpoint, all else from the weights
     that the generator began as, in the precision that they have there.
@@ -41,31 +46,123 @@ def export_generator(
         config: the run's.
         generator: in a checkpoint, or as it is in memory.
         dtype: of the weights in the file; None: float32.
-        merge: of LoRA: into the weights, a network like any other. Else the adapters alone, in the format that
-            pipelines load with `load_lora_weights`, and in peft's for PixArt, where diffusers has no such loader.
+        merge: of LoRA: into the weights, a network like any other. Else the adapters alone, as `export_lora` writes
+            them for diffusers.
+        card: what the user says for the model card.
 
     Raises:
         ConfigurationError: what the generator began as is no longer there.
         CheckpointError: the folder can't be written; it is then as it was before.
     """
     exported = Exported(config, generator)
+    if exported.lora is not None and not merge:
+        export_lora(folder, config, generator, LoraSource(exported, "diffusers"), dtype=dtype, card=card)
+        return
 
     def write(folder: Path) -> None:
-        if exported.lora is not None and not merge:
-            exported.write_adapter(folder, dtype)
-        else:
-            exported.write_network(folder, dtype)
-        scheduler = load_scheduler(config.models.scheduler.path)
-        write_json(folder / "scheduler_config.json", _scheduler_config(scheduler))
-        if hasattr(scheduler, "betas"):
-            _one_step_scheduler(config).save_pretrained(folder / "scheduler")
-        _write_call(folder, config)
+        exported.write_network(folder, dtype)
+        scheduler = _write_schedulers(folder, config)
+        write_card(folder, config, generator, "network", card, target=exported.target, scheduler=scheduler)
 
     publish(folder, write, World.alone("cpu"))
 
 
+class LoraSource:
+    """Updates of low rank that will be written: a run's adapters, or what is extracted of its change.
+
+    Args:
+        exported: the generator.
+        kind: the format.
+        rank: of an extraction; None: the adapters that were trained.
+        base: what an extraction subtracts; None: what the generator began as.
+
+    Raises ConfigurationError, before anything is computed, for what the format, the run or the base does not allow.
+    """
+
+    def __init__(
+        self, exported: Exported, kind: LoraFormat, *, rank: int | None = None, base: str | None = None
+    ) -> None:
+        self.kind, self.target = kind, exported.target
+        self._exported = exported
+        with naming(f"--format {kind}"):
+            refuse_format(kind, self.target)
+        self.extractor = None if rank is None else Extractor(exported, rank, base, kind)
+        if rank is None and exported.lora is None:
+            raise ConfigurationError(
+                f"--format {kind} is of LoRA files, and the run trained all weights of its generator: add "
+                "--extract-lora RANK, or leave --format out for the network"
+            )
+        left = [] if self.extractor else [each for each in exported.adapted if not is_carried(kind, each)]
+        if left:
+            raise ConfigurationError(
+                f"--format {kind}: {', '.join(left[:4])} have adapters that kohya's sd-scripts do not read: use the "
+                "format comfyui or diffusers"
+            )
+
+    def make(
+        self, dtype: torch.dtype | None, progress: Callable[[], None] | None = None
+    ) -> tuple[Mapping[str, LowRank], Extraction | None]:
+        """Return the updates by layer, and what was lost where they are extracted."""
+        if self.extractor is None:
+            layers = self._exported.adapters()
+            refuse_overflow(layers, dtype)
+            return layers, None
+        extraction = self.extractor.run(dtype, progress)
+        return extraction.layers, extraction
+
+
+def export_lora(
+    folder: Path,
+    config: Config,
+    generator: SavedGenerator | Trained,
+    source: LoraSource,
+    *,
+    dtype: torch.dtype | None = None,
+    card: CardFacts = NOTHING_SAID,
+    progress: Callable[[], None] | None = None,
+) -> Extraction | None:
+    """Write a generator's LoRA for another program, with schedules and `generator.json` as `export_generator` has them.
+
+    For diffusers the file is what `load_lora_weights` takes, and in peft's format for networks that diffusers has no
+    such loader for (PixArt); for kohya's scripts and ComfyUI it is called like the folder. `extraction.json` tells what
+    an extraction has lost, layer by layer.
+
+    Args:
+        folder, config, generator, card: see `export_generator`.
+        source: of the updates.
+        dtype: of the updates; None: float32, as trained.
+        progress: told of every layer of an extraction.
+
+    Returns what was lost, where the LoRA is extracted. Raises like `export_generator`, and CheckpointError where there
+    is nothing to extract.
+    """
+    layers, extraction = source.make(dtype, progress)
+    prediction = str(load_scheduler(config.models.scheduler.path).config.get("prediction_type"))
+
+    def write(inside: Path) -> None:
+        write_lora(
+            inside, source.kind, layers, source.target, prediction_type=prediction, name=folder.name, dtype=dtype
+        )
+        if extraction is not None:
+            write_json(inside / "extraction.json", extraction.facts())
+        scheduler = _write_schedulers(inside, config)
+        (file,) = inside.glob("*.safetensors")
+        write_card(
+            inside, config, generator, "lora", card, target=source.target, scheduler=scheduler, kind=source.kind,
+            file=file.name, extraction=extraction,
+        )  # fmt: skip
+
+    publish(folder, write, World.alone("cpu"))
+    return extraction
+
+
 def export_pipeline(
-    folder: Path, config: Config, generator: SavedGenerator | Trained, *, dtype: torch.dtype | None = None
+    folder: Path,
+    config: Config,
+    generator: SavedGenerator | Trained,
+    *,
+    dtype: torch.dtype | None = None,
+    card: CardFacts = NOTHING_SAID,
 ) -> None:
     """Write the whole pipeline of `models.base` with the generator and a scheduler for one step in it.
 
@@ -91,8 +188,10 @@ def export_pipeline(
         index = {
             name: value for name, value in read_config(base, "model_index.json").items() if name != "_name_or_path"
         }
-        write_json(folder / "model_index.json", {**index, "scheduler": ["diffusers", type(scheduler).__name__]})
+        name = type(scheduler).__name__
+        write_json(folder / "model_index.json", {**index, "scheduler": ["diffusers", name]})
         _write_call(folder, config)
+        write_card(folder, config, generator, "pipeline", card, target=exported.target, scheduler=name)
 
     publish(folder, write, World.alone("cpu"))
 
@@ -158,6 +257,18 @@ def _last_run() -> Path:
     if not manifests:
         raise CheckpointError("no run under runs/ has a checkpoint: train one, or name one with --run FOLDER")
     return manifests[-1].parents[2]
+
+
+def _write_schedulers(folder: Path, config: Config) -> str | None:
+    """Write the schedule, the scheduler of one step and how to call a generator; return that scheduler's class."""
+    scheduler = load_scheduler(config.models.scheduler.path)
+    write_json(folder / "scheduler_config.json", _scheduler_config(scheduler))
+    _write_call(folder, config)
+    if not hasattr(scheduler, "betas"):
+        return None
+    one_step = _one_step_scheduler(config)
+    one_step.save_pretrained(folder / "scheduler")
+    return type(one_step).__name__
 
 
 def _write_call(folder: Path, config: Config) -> None:

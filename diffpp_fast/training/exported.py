@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from diffpp_fast.errors import CheckpointError, ConfigurationError
 from diffpp_fast.networks.loading import build_network, local_folder, open_denoiser, read_config
-from diffpp_fast.networks.lora import layers_of, merged_weight, settings_of
+from diffpp_fast.networks.lora import layers_of, merged_weight
+from diffpp_fast.networks.lora_formats import LoraTarget, LowRank
 from diffpp_fast.networks.weight_files import DIFFUSERS, TRANSFORMERS, open_weights, patterns
 from diffpp_fast.tensor_files import Planned, first_not_finite, write_tensors
 from diffpp_fast.training.build import Trained
 from diffpp_fast.training.build.agreement import naming
 from diffpp_fast.training.build.networks import compute_dtype, configuration_of, stored_weights
 from diffpp_fast.training.checkpoint import SavedGenerator, open_role
-from diffpp_fast.training.checkpoint import write_tensors as save_tensors
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.inputs import digest_of, public
 
@@ -73,9 +73,35 @@ class Exported:
         self._refuse_others(str(generator) if isinstance(generator, SavedGenerator) else "the generator")
 
     @property
+    def target(self) -> LoraTarget:
+        """What a LoRA of the network is for."""
+        return LoraTarget.of(self._network)
+
+    @property
     def part(self) -> str:
         """The name that pipelines have for the network."""
-        return "transformer" if "Transformer" in type(self._network).__name__ else "unet"
+        return self.target.part
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of its tensors by name."""
+        return self._shapes
+
+    @property
+    def linear(self) -> list[str]:
+        """The names of its linear layers and convolutions, which adapters can be on."""
+        kinds = torch.nn.Linear | torch.nn.Conv2d
+        return [name for name, layer in self._network.named_modules() if isinstance(layer, kinds)]
+
+    @property
+    def adapted(self) -> list[str]:
+        """The names of the layers that have trained adapters."""
+        return [name.removesuffix(".weight") for name in self._layers]
+
+    @property
+    def configuration(self) -> str:
+        """The folder or hub id of its `config.json`."""
+        return self._configuration
 
     def write_network(self, folder: Path, dtype: torch.dtype | None) -> None:
         """Write a network of diffusers, without adapters, fused blocks and other changes.
@@ -85,13 +111,9 @@ class Exported:
             dtype: of its floating-point tensors; None: float32, in which every stored precision is exact.
         """
         planned = {}
-        begun: Mapping[str, Tensor] = {}
-        if self._shapes.keys() - self._trained.keys():
-            begun = self._open()
         for name, tensor in self._network.state_dict().items():
             kind = (dtype or torch.float32) if tensor.is_floating_point() else tensor.dtype
-            make = partial(self._make, name, begun, kind)
-            planned[name] = Planned(kind, self._shapes[name], make)
+            planned[name] = Planned(kind, self._shapes[name], partial(self.weight, name, kind))
         folder.mkdir(parents=True, exist_ok=True)
         # Without the path that the network was loaded from, which is this machine's.
         self._network.register_to_config(_name_or_path="")
@@ -105,46 +127,33 @@ class Exported:
         name = "reference" if shared else "generator"
         dtype = compute_dtype(self._config.models.reference.dtype, self._config)
         facts = public(read_config(self._configuration))
-        return {name: digest_of(facts, Cast(self._open(), dtype))}
+        return {name: digest_of(facts, Cast(self.begun, dtype))}
 
-    def write_adapter(self, folder: Path, dtype: torch.dtype | None) -> None:
-        """Write the adapters alone, as diffusers' `load_lora_weights` wants them; as peft does where it has no such
-        loader (PixArt)."""
+    def adapters(self) -> dict[str, LowRank]:
+        """Return the trained adapters by the layers' names, as they are in memory or in the checkpoint."""
         assert self.lora is not None
-        settings = settings_of(self.lora.rank, self.lora.alpha or self.lora.rank, self.lora.targets)
-        weights = {
-            f"{name.removesuffix('.generator.weight')}.weight": _cast(name, tensor.cpu(), dtype or tensor.dtype)
-            for name, tensor in self._trained.items()
+        alpha = self.lora.alpha or self.lora.rank
+        parts = {
+            name.removesuffix(".weight"): [_cast(part, self._trained[part].cpu(), None) for part in both]
+            for name, both in self._layers.items()
         }
-        if not hasattr(self._network, "load_lora_adapter"):
-            settings.save_pretrained(folder)
-            named = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
-            save_tensors(folder / "adapter_model.safetensors", named)
-            return
-        from diffusers.loaders.lora_base import LoraBaseMixin
+        return {layer: LowRank(down, up, alpha) for layer, (down, up) in parts.items()}
 
-        LoraBaseMixin.write_lora_layers(
-            state_dict={f"{self.part}.{name}": tensor.contiguous() for name, tensor in weights.items()},
-            save_directory=str(folder),
-            is_main_process=True,
-            weight_name=None,
-            save_function=None,
-            safe_serialization=True,
-            lora_adapter_metadata={f"{self.part}.{key}": value for key, value in settings.to_dict().items()},
-        )
-
-    def _open(self) -> Mapping[str, Tensor]:
+    @cached_property
+    def begun(self) -> Mapping[str, Tensor]:
+        """The weights that the generator began as; each is read when it is asked for."""
         stored = self._stored
         with naming(stored.key, stored.path):
             return open_denoiser(stored.path, self._configuration, stored.variant, stored.state_dict)
 
-    def _make(self, name: str, begun: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def weight(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return a tensor of the network that is exported, adapters merged; floating-point ones in a precision."""
         if name in self._layers:
             assert self.lora is not None
             down, up = (self._trained[part] for part in self._layers[name])
             scale = (self.lora.alpha or self.lora.rank) / self.lora.rank
-            return _cast(name, merged_weight(begun[name], down.cpu(), up.cpu(), scale), dtype)
-        return _cast(name, self._trained[name] if name in self._trained else begun[name], dtype)
+            return _cast(name, merged_weight(self.begun[name], down.cpu(), up.cpu(), scale), dtype)
+        return _cast(name, self._trained[name] if name in self._trained else self.begun[name], dtype)
 
     def _refuse_others(self, source: str) -> None:
         """Raises CheckpointError for trained weights of another network, or of other adapters."""
@@ -160,8 +169,16 @@ class Exported:
             )
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def refuse_overflow(layers: Mapping[str, LowRank], dtype: torch.dtype | None) -> None:
+    """Raise CheckpointError for updates that a precision can't hold, or that are not finite in their own."""
+    for layer, update in layers.items():
+        for part in (update.down, update.up):
+            _cast(layer, part, dtype)
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A tensor in another precision; raises CheckpointError for values that are not finite, before or by that."""
+    dtype = dtype or tensor.dtype
     cast = tensor.to(dtype)
     if first_not_finite({name: cast}) is None:
         return cast

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from diffpp_fast.noise import Noise
 from diffpp_fast.training.build import Run, Sampler
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.durable import move
+from diffpp_fast.training.layout import columns_of
 from diffpp_fast.training.prompts import PromptSource
 from diffpp_fast.training.rewards import LatentReward
 
@@ -123,11 +123,6 @@ class Grid:
 
     def _parts(self) -> list[slice]:
         return [slice(start, start + self.batch) for start in range(0, len(self.prompts), self.batch)]
-
-
-def columns_of(count: int) -> int:
-    """Return how many columns make a grid as square as it gets, rather wide than high."""
-    return math.isqrt(count - 1) + 1
 
 
 def tile(images: torch.Tensor, columns: int) -> torch.Tensor:

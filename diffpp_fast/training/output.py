@@ -27,6 +27,8 @@ FILES = ("config.yaml", "metrics.jsonl", "environment.json", "baseline.json")
 FOLDERS = ("checkpoints", "grids", "generator", "tensorboard")
 #: How a generator is called, and the mark of a folder that was exported.
 CALL = "generator.json"
+#: The model card of one.
+CARD = "README.md"
 #: Paths in a configuration that are written to.
 WRITTEN_KEYS = ("output", "distributed.nvme_path")
 
@@ -97,11 +99,17 @@ def is_run(output: Path) -> bool:
 
 
 def added_files(folder: Path) -> list[str]:
-    """Return the names in a published folder that its manifest does not list; all of them where it has none."""
+    """Return the names in a published folder that its manifest does not list; all of them where it has none.
+
+    A model card that somebody has edited is added, too.
+    """
     try:
-        written = {MANIFEST, *read_manifest(folder)["files"]}
+        files = read_manifest(folder)["files"]
+        written = {MANIFEST, *files}
     except ValueError:
-        written = set()
+        files, written = {}, set()
+    if CARD in files and (folder / CARD).is_file() and _sha256(folder / CARD) != files[CARD]["sha256"]:
+        written.discard(CARD)
     return sorted({str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()} - written)
 
 

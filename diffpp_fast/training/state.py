@@ -53,7 +53,7 @@ def write_state(
         engine.write(folder)
     if world.is_main:
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        facts = {**asdict(position), "seed": config.seed, "prompts": prompts.digest()}
+        facts = {**asdict(position), "seed": config.seed, "prompts": prompts.digest(), "prompt_count": len(prompts)}
         write_json(folder / "state.json", {**facts, **record})
 
 

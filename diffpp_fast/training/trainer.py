@@ -134,7 +134,7 @@ class Trainer:
             watch = Watch(lambda *warning: self._tell("on_warning", *warning), self.output / "metrics.jsonl")
             facts = describe_environment(self.world, self.grid.prompts)
             environment = Environment(self.output / "environment.json", facts)
-            self.callbacks = [environment, *standard_callbacks(config), watch, *callbacks]
+            self.callbacks = [environment, *standard_callbacks(config, self.grid.prompts), watch, *callbacks]
         self._baseline: Baseline | None = None
         self._encode = self.phases.wrap(self.parts.sampler.encode, "prompts")
         self._means = Means()
