@@ -54,10 +54,11 @@ def test_every_public_name_is_on_one_page() -> None:
 
 def arguments(of: Any) -> list[str]:
     """Names of the arguments of a function or class; of a dataclass those that its base has not."""
+    cls: Any = of
     if dataclasses.is_dataclass(of):
         given = {
             field.name
-            for base in of.__mro__[1:]
+            for base in inspect.getmro(cls)[1:]
             if dataclasses.is_dataclass(base)
             for field in dataclasses.fields(base)
         }

@@ -30,7 +30,7 @@ class SiD(Method):
     Beyond the arguments of `Method`:
 
     Args:
-        sid_alpha: alpha of the loss above; 1 in SiD-LSG's scripts.
+        sid_alpha: alpha of `ops.sid_loss`; 1 in SiD-LSG's scripts.
         fake_guidance_scale: w of classifier-free guidance of the TA, in its own loss and in the generator's: the guided
             output is what denoises the samples. SiD-LSG calls the scales kappa, and its scripts set all of them to 2:
             pass it here and as `guidance_scale`. 1, the default, is a TA that is never guided. Anything else needs
