@@ -85,7 +85,8 @@ def test_copies_compute_what_the_package_does(op: str, package: ModuleType, othe
     for backend in ("reference", "triton") if INTERPRETED else ("reference",):
         with use_backend(backend), package.use_backend(backend), other.use_backend(backend):
             expected = call.fresh().run()
-            for copy in (package, other):
+            # The interpreter is slow.
+            for copy in (package, other) if backend == "reference" else (other,):
                 assert all(map(torch.equal, run(copy, call), expected))
 
 
@@ -113,13 +114,13 @@ def test_every_operator_is_offered(package: ModuleType) -> None:
     assert all(hasattr(package, name) for name in package.__all__)
 
 
-def layers(package: ModuleType) -> dict[str, type[nn.Module]]:
+def layers(package: ModuleType) -> dict[str, Any]:
     found = inspect.getmembers(package.layers, inspect.isclass)
     return {name: layer for name, layer in found if layer.__module__ == package.layers.__name__}
 
 
 def test_layers_are_pure(package: ModuleType) -> None:
-    """What `kernels` refuses: a constructor or members of their own, but for what says that they can be trained."""
+    """Neither a constructor nor members of their own, which `kernels` refuses; two say what a layer can do."""
     known = {name for name, _ in inspect.getmembers(nn.Module)}
     assert len(layers(package)) == 8
     for layer in layers(package).values():
