@@ -56,6 +56,8 @@ class TileSizes(NamedTuple):
 
 
 ROWS = TileSizes(32, (16, 32, 64, 128), _read)
+#: Its result has three products where that of bfloat16 has one, and both terms of its weights stay in registers.
+FLOAT16_ROWS = ROWS._replace(most=16)
 COLUMNS = TileSizes(64, (16, 32, 64, 128, 256), _read)
 ADJOINT_ROWS = TileSizes(128, (16, 32, 64), _written)
 ADJOINT_COLUMNS = TileSizes(128, (16, 32, 64, 128), _written)
@@ -197,7 +199,8 @@ def tiled(
         wide = columns is not None and columns.window > WIDE
         rows = tiles_of(row_matrix.T, ADJOINT_ROWS._replace(most=WIDE) if wide else ADJOINT_ROWS, False)
     else:
-        rows, columns = tiles_of(row_matrix, ROWS, False), tiles_of(column_matrix, COLUMNS, True)
+        rows = tiles_of(row_matrix, FLOAT16_ROWS if dtype == torch.float16 else ROWS, False)
+        columns = tiles_of(column_matrix, COLUMNS, True)
     if rows is None or columns is None:
         return None
     row_weights = split(rows.weights, torch.bfloat16 if adjoint else dtype)
