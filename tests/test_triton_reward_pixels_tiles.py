@@ -116,6 +116,18 @@ def test_no_tiles_where_a_window_holds_few_outputs() -> None:
     assert tiles.tiles_of(axis_matrix(4096, 4096, 56, "crop", "bicubic", True), tiles.ROWS, False) is None
 
 
+def test_tiles_leave_room_for_what_they_hold() -> None:
+    def padded(dtype: torch.dtype, adjoint: bool, side: int, size: int) -> int:
+        options = (side, side, size, "crop", "bicubic", True, ())
+        cut = tiles.tiled(torch.device("cpu"), dtype, 1, adjoint, *options)
+        assert cut is not None
+        return cut.rows.padded
+
+    assert [padded(dtype, False, 512, 224) for dtype in DTYPES] == [16, 32]
+    # Columns of gradients: windows of 64 and of 128.
+    assert [padded(torch.bfloat16, True, 512, size) for size in (224, 384)] == [128, 64]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_which_ends_of_a_range_are_exact(dtype: torch.dtype) -> None:
     for number in (0.0, 1.0, -1.0, 255.0, 257.0, 0.1, 2049.0, 1e5, 1e-9, 1.0078125, 1.00390625):

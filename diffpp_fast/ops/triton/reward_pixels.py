@@ -40,7 +40,7 @@ PRODUCTS = {torch.bfloat16, torch.float16}
 #: Pixels of a window that a program loads at a time.
 CHUNK = 128 * 64
 SPREAD_WARPS = 8
-#: The most that a thread can have, where rows are no vectors: if nothing is said, ptxas spills a few bytes there to have
+#: The most that a thread can have, where rows are no vectors: if nothing is said, ptxas spills a few bytes there for
 #: more programs at a time. Vectors keep what it chooses, 96 instead of 147 at 512 to 224 pixels.
 TILES_REGISTERS = 255
 
