@@ -77,7 +77,7 @@ def compile_to(program: Path) -> None:
     os.chdir(ROOT)
     try:
         from compilation import BuildExt  # type: ignore[import-not-found]
-        from setuptools import Distribution
+        from setuptools import Distribution  # type: ignore[import-untyped]
         from toolchain import find_compiler  # type: ignore[import-not-found]
 
         if find_compiler() is None:
