@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.cases import all_cases, make_inputs, small
-from diffpp_fast import backends, native
+from diffpp_fast import availability, backends, native
 
 CSRC = Path(__file__).parent.parent / "csrc"
 
@@ -46,6 +46,24 @@ def test_every_operator_has_a_compiled_kernel() -> None:
     assert native.unavailable() is None
     for op in backends.OPS:
         assert backends.default_backend(op, torch.device("cpu")) == "cpu"
+
+
+def test_the_library_says_how_it_was_built() -> None:
+    facts = native.facts()
+    assert facts["compiler"].split()[0] in ("gcc", "clang")
+    assert "-ffp-contract=off" in facts["flags"] and "-ffast-math" not in facts["flags"]
+    assert facts["running on"] in facts["built for"].split()
+    assert "baseline" in facts["built for"].split()
+    assert (facts["GPU kernels"] == "none") == (facts["CUDA"] == "none")
+
+
+def test_a_driver_that_is_older_than_cuda_is_refused() -> None:
+    """Before a kernel fails: small calls would prefer it to Triton."""
+    assert availability.driver_refuses("13.2", 13000) is None
+    assert availability.driver_refuses("12.8", 13000) is None
+    reason = availability.driver_refuses("13.0", 12080)
+    assert reason is not None
+    assert reason.startswith("csrc was compiled with CUDA 13.0, the driver knows up to 12.8: install a newer driver")
 
 
 def test_no_schema_takes_a_string(cpu_backend: Any) -> None:
