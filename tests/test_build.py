@@ -247,8 +247,9 @@ def test_an_old_python_is_named_before_a_module_is_read(tree: Tree) -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="wheels are for Linux on x86-64")
-def test_stubs_bind_a_library_to_old_versions(tmp_path: Path) -> None:
+def test_stubs_bind_a_library_to_old_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Symbols that newer libraries have moved or added are asked for as manylinux_2_28 has them, or named."""
+    monkeypatch.syspath_prepend(ROOT / "csrc")
     wheels = runpy.run_path(str(ROOT / "csrc/wheels.py"))
     source, library = tmp_path / "source.cpp", tmp_path / "library.so"
     source.write_text(
