@@ -71,7 +71,18 @@ def cuda_unavailable() -> str | None:
         return "csrc was compiled without nvcc; install again where CUDA's compiler is"
     if not torch.cuda.is_available():
         return "PyTorch can use no GPU"
-    return driver_refuses(library_facts()["CUDA"], torch._C._cuda_getDriverVersion())
+    try:
+        driver = cuda_driver()
+    except OSError as error:
+        return f"there is no driver of CUDA's: {error}"
+    return driver_refuses(library_facts()["CUDA"], driver)
+
+
+def cuda_driver() -> int:
+    """Return the newest CUDA that the driver knows, 13000 for 13.0; raise OSError where there is none."""
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 def driver_refuses(toolkit: str, driver: int) -> str | None:

@@ -58,7 +58,7 @@ def test_every_import_belongs_to_the_package_or_to_an_extra() -> None:
 
 
 def test_extras_that_are_named_exist() -> None:
-    named = {}
+    named: dict[str, str] = {}
     for page in pages.PAGES:
         text = (ROOT / page).read_text()
         for pattern in (r"pip install [^\n`]*\[([\w,]+)\]\"", r"extras? `(\w+)`"):
