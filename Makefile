@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # DeepSpeed without its compiled operators: what needs one builds it when it is first used.
 export DS_BUILD_OPS ?= 0
 
-.PHONY: help setup demo demo-short test test-all test-oldest test-matrix sanitize emulate lint types bench gpu-build gpu-check wheels hub-kernels docs clean
+.PHONY: help setup demo demo-short test test-all test-oldest test-matrix sanitize emulate lint types bench gpu-build gpu-check wheels wheels-check hub-kernels docs clean
 
 help:
 	@echo "make demo       align the emoji generator with a reward: about 5 minutes on two cores, pictures in runs/demo"
@@ -29,6 +29,7 @@ help:
 	@echo "make gpu-build  every GPU kernel compiled for sm_80, sm_90 and sm_100: spills, registers, instructions, bytes (no GPU needed)"
 	@echo "make gpu-check  with a GPU, in 8 minutes: everything checked on it, kernels measured; REHEARSE=1 without one"
 	@echo "make wheels     in dist/: for Python from 3.10 and glibc from 2.28, without GPU kernels and, with nvcc, with them"
+	@echo "make wheels-check  those wheels where only torch is, in each Python from 3.10 to 3.13 that is here (fetches gigabytes)"
 	@echo "make hub-kernels  the operators as a package for Hugging Face's kernels, in build/hub-kernels"
 	@echo "make docs       the documentation as a site in site/"
 	@echo "make setup      only the virtual environment and the compiled operators; every target begins with it"
@@ -161,6 +162,10 @@ GPU_RUN := -m benchmarks.gpu_check $(if $(REHEARSE),--rehearse) $(GPU_CHECK)
 gpu-check:
 	if $(PYTHON) -c '$(GPU_READY)' 2> /dev/null; then PYTHONPATH=.:$$PYTHONPATH $(PYTHON) $(GPU_RUN); \
 	else $(MAKE) setup && $(BIN)/python $(GPU_RUN); fi
+
+# Options: WHEELS_CHECK, those of csrc/wheels_check.py.
+wheels-check: wheels
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python csrc/wheels_check.py $(WHEELS_CHECK)
 
 wheels: $(READY)
 	$(BIN)/python csrc/wheels.py cpu

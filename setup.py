@@ -8,17 +8,20 @@ DIFFPP_FAST_BUILD=0 builds nothing, `library` no host module, DIFFPP_FAST_CUDA=0
 DIFFPP_FAST_CUDA_ARCHS lists the GPUs to build for.
 """
 
-import os
 import sys
 from pathlib import Path
 
 import setuptools
 from setuptools import Extension, setup
 
+# Before csrc's modules, which an older Python can't read.
+if sys.version_info < (3, 10):  # noqa: UP036 - setuptools runs this before anybody reads requires-python
+    raise SystemExit(f"diffpp_fast: needs Python 3.10 or newer; {sys.executable} is {sys.version.split()[0]}")
+
 # Builds do not look for modules where setup.py is.
 sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
 from compilation import HOST, LIBRARY, BuildExt
-from toolchain import find_python_headers, find_toolchain, find_torch
+from toolchain import find_python_headers, find_toolchain, find_torch, setting
 
 # pip installs what pyproject.toml asks for, but not with --no-build-isolation. From 70.1 on no `wheel` is needed.
 if tuple(map(int, setuptools.__version__.split(".")[:2])) < (70, 1):
@@ -27,18 +30,18 @@ if tuple(map(int, setuptools.__version__.split(".")[:2])) < (70, 1):
         f"{sys.executable} -m pip install --upgrade setuptools"
     )
 
-wanted = os.environ.get("DIFFPP_FAST_BUILD", "1") != "0"
+parts = setting("DIFFPP_FAST_BUILD", "0", "1", "library")
 extensions = []
 requires = []
-if not wanted or find_toolchain() is None:
-    reason = "no working C++17 compiler (c++, g++, clang++ or CXX)" if wanted else "DIFFPP_FAST_BUILD is 0"
+if parts == "0" or find_toolchain() is None:
+    reason = "DIFFPP_FAST_BUILD is 0" if parts == "0" else "no working C++17 compiler (c++, g++, clang++ or CXX)"
     print(f"diffpp_fast: csrc is not built: {reason}. Operators run on the reference kernels.", file=sys.stderr)
 elif find_torch() is None:
     # pip fetches it into the build environment and runs this file again.
     requires = ["torch>=2.11"]
 else:
     extensions.append(Extension(LIBRARY, []))
-    if os.environ.get("DIFFPP_FAST_BUILD") != "library":
+    if parts != "library":
         if find_python_headers() is not None:
             extensions.append(Extension(HOST, []))
         else:

@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from setuptools.command.build_ext import build_ext
-from toolchain import DIALECT, find_python_headers, find_static_runtime, find_toolchain, find_torch, version
+from toolchain import (
+    DIALECT,
+    cuda_release,
+    find_python_headers,
+    find_static_runtime,
+    find_toolchain,
+    find_torch,
+    version,
+)
 
 CSRC = Path("csrc")
 SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
@@ -120,11 +128,11 @@ class BuildExt(build_ext):
         self._make(output, command, *map(identity, objects))
 
     def kernels(self):
-        """Return the compiler and the objects of `cpu_tasks`: those of the last build where nothing has changed."""
+        """Return the compiler and the objects of `_cpu_tasks`: those of the last build where nothing has changed."""
         with self._locked():
             self._look_around()
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return self._compiler, list(pool.map(self._compile, cpu_tasks()))
+                return self._compiler, list(pool.map(self._compile, self._cpu_tasks()))
 
     def _look_around(self):
         """Note the compilers, and csrc as it is: what changes from now on is compiled again by the next build."""
@@ -146,17 +154,27 @@ class BuildExt(build_ext):
             gencode = [f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes]
             tasks += [Task(source, named(source), gencode) for source in sorted(CSRC.glob("*/cuda.cu"))]
             link += [f"-L{find_static_runtime(self._nvcc)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        return tasks + list(cpu_tasks()), link
+        return tasks + list(self._cpu_tasks()), link
 
     def _host(self):
         """Return the objects of the module that Python imports, and how they are linked."""
+        includes = [f"-I{folder}" for folder in find_python_headers()]
+        tasks = [Task(source, named(source), ["-O2", *includes]) for source in CSRC.glob("host/*.cpp")]
+        link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        return tasks + list(self._cpu_tasks()), link
+
+    def _cpu_tasks(self):
+        """Yield what the library and the host module share: the kernels for the CPU, and what is compiled once."""
         gpus = " ".join(f"sm_{arch}" for arch in self._archs) or "none"
         facts = {"FLAGS": " ".join(KERNEL), "ISAS": " ".join(ISAS), "CUDA_ARCHS": gpus}
+        facts["CUDA_RELEASE"] = cuda_release(self._nvcc) if self._nvcc else "none"
         defined = [f'-DDIFFPP_{name}="{fact}"' for name, fact in facts.items()]
-        includes = [f"-I{folder}" for folder in find_python_headers()]
-        tasks = [Task(source, named(source), ["-O2", *defined, *includes]) for source in CSRC.glob("host/*.cpp")]
-        link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        return tasks + list(cpu_tasks()), link
+        for source in sorted(CSRC.glob("*/*.cpp")):
+            if source.name == "cpu.cpp":
+                for isa, flags in ISAS.items():
+                    yield Task(source, f"{named(source)}.{isa}", [*KERNEL, *flags, f"-DDIFFPP_ISA={isa}"])
+            elif source.name != "binding.cpp" and source.parent.name != "host":
+                yield Task(source, named(source), ["-O2", "-ffp-contract=off", *defined])
 
     def _compile(self, task):
         if task.source.suffix == ".cu":
@@ -200,16 +218,6 @@ class BuildExt(build_ext):
             if not place.exists() or not filecmp.cmp(built, place, shallow=False):
                 with replacing(place) as unfinished:
                     shutil.copy2(built, unfinished)
-
-
-def cpu_tasks():
-    """Yield what the library and the host module share: the kernels for the CPU, and what is compiled once."""
-    for source in sorted(CSRC.glob("*/*.cpp")):
-        if source.name == "cpu.cpp":
-            for isa, flags in ISAS.items():
-                yield Task(source, f"{named(source)}.{isa}", [*KERNEL, *flags, f"-DDIFFPP_ISA={isa}"])
-        elif source.name != "binding.cpp" and source.parent.name != "host":
-            yield Task(source, named(source), ["-O2", "-ffp-contract=off"])
 
 
 def named(source):

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -26,11 +27,24 @@ class Toolchain(NamedTuple):
 @cache
 def find_toolchain():
     """Return the compilers to use, or None where none for C++17 works."""
+    wanted = setting("DIFFPP_FAST_CUDA", "0", "1")
     compiler = find_compiler()
+    nvcc = find_nvcc() if wanted != "0" else None
+    if wanted == "1" and (compiler is None or nvcc is None):
+        where = f"in CUDA_HOME, {os.environ['CUDA_HOME']}" if os.environ.get("CUDA_HOME") else "on the PATH"
+        missing = "C++17 compiler (c++, g++, clang++ or CXX)" if compiler is None else f"nvcc {where}"
+        raise SystemExit(f"diffpp_fast: DIFFPP_FAST_CUDA is 1, and there is no {missing}")
     if compiler is None:
         return None
-    nvcc = find_nvcc() if os.environ.get("DIFFPP_FAST_CUDA", "1") != "0" else None
     return Toolchain(compiler, nvcc, find_archs(nvcc) if nvcc else [])
+
+
+def setting(name, *known):
+    """Return what a variable of the environment says, "" where it is unset; refuse what is not known."""
+    value = os.environ.get(name, "")
+    if value and value not in known:
+        raise SystemExit(f"diffpp_fast: {name} is {value!r}: known are {', '.join(known)}, or unset")
+    return value
 
 
 def find_compiler():
@@ -95,16 +109,28 @@ def find_python_headers():
 
 def find_archs(nvcc):
     """Return the GPUs to build for: those asked for, else those of CUDA_ARCHS that this nvcc knows."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, encoding="utf-8", errors="replace").stdout
+    known = [line.removeprefix("compute_") for line in listed.split()]
     asked = os.environ.get("DIFFPP_FAST_CUDA_ARCHS")
     if asked:
-        return asked.split(";")
-    known = subprocess.run(
-        [nvcc, "--list-gpu-arch"], capture_output=True, encoding="utf-8", errors="replace"
-    ).stdout.split()
-    archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+        archs = [arch for arch in re.split(r"[;, ]+", asked) if arch]
+        # nvcc lists no 90a beside 90.
+        if not archs or not {arch.rstrip("af") for arch in archs} <= set(known):
+            raise SystemExit(
+                f"diffpp_fast: DIFFPP_FAST_CUDA_ARCHS is {asked!r}: for compute capabilities 8.0 and 9.0 it is 80;90, "
+                f"and {nvcc} knows {', '.join(known)}"
+            )
+        return archs
+    archs = [arch for arch in CUDA_ARCHS if arch in known]
     if not archs:
         raise SystemExit(f"diffpp_fast: {nvcc} knows none of the GPUs {CUDA_ARCHS}; set DIFFPP_FAST_CUDA=0")
     return archs
+
+
+def cuda_release(nvcc):
+    """Return the version of a CUDA toolkit, as 13.0."""
+    found = re.search(r"release (\d+\.\d+)", version([nvcc]))
+    return found[1] if found else "0.0"
 
 
 def version(command):

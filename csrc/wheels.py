@@ -1,17 +1,24 @@
 """Builds wheels that other machines can install: for x86-64, glibc 2.28 or newer, and every Python from 3.10 on.
 
-Run `python csrc/wheels.py cpu`, or `cuda`, in the root of the sources. The library knows no interpreter; the host
-module, which does, is left out. A new glibc still has the old versions of its functions. Linked first are stubs that
-name the newest that 2.28 had, and definitions of what only newer libraries have.
+Run `python csrc/wheels.py cpu`, or `cuda`, in the root of the sources. As torch's, a wheel's version says which it is:
+0.1.0+cpu, or 0.1.0+cu130 with the GPU kernels that CUDA 13.0 has compiled. In a folder with both pip takes the latter,
+which serves machines without a GPU, too.
+
+The library knows no interpreter; the host module, which does, is left out. A new glibc still has the old versions of
+its functions. Linked first are stubs that name the newest that 2.28 had, and definitions of what only newer libraries
+have.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+from toolchain import cuda_release, find_nvcc
 
 PLATFORM = "manylinux_2_28_x86_64"
 #: The newest versions of manylinux_2_28, and the shared libraries that a wheel may ask for beside torch's.
@@ -92,26 +99,49 @@ def stubs(folder):
     (folder / "defined.cpp").write_text(DEFINED, encoding="utf-8")
     files.append(folder / "defined.o")
     subprocess.run(
-        ["c++", "-std=c++17", "-O2", "-fPIC", "-c", str(folder / "defined.cpp"), "-o", str(files[-1])], check=True
+        ["c++", "-std=c++17", "-O2", "-fPIC", "-w", "-c", str(folder / "defined.cpp"), "-o", str(files[-1])], check=True
     )
     return files
 
 
+def copy_sources(to, local):
+    """Copy what a wheel is made of, with the local version in the one place where the version stands."""
+    shutil.rmtree(to, ignore_errors=True)
+    to.mkdir(parents=True)
+    for name in ("diffpp_fast", "csrc"):
+        shutil.copytree(name, to / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy2(name, to)
+    place = to / "diffpp_fast/version.py"
+    text, found = re.subn(r'(__version__ = "[^"+]+)"', rf'\1+{local}"', place.read_text(encoding="utf-8"))
+    assert found == 1, f"{place} should state one version"
+    place.write_text(text, encoding="utf-8")
+
+
+def local_version(kind):
+    """Return `cpu`, or `cu130` for CUDA 13.0."""
+    nvcc = find_nvcc()
+    if kind == "cuda" and nvcc is None:
+        raise SystemExit("diffpp_fast: a wheel with GPU kernels needs nvcc: on the PATH, or in CUDA_HOME")
+    return "cu" + cuda_release(nvcc).replace(".", "") if kind == "cuda" else "cpu"
+
+
 def build(kind):
     """Build the wheel of a kind, `cpu` or `cuda`, and return where it is."""
-    base, place = Path("build/wheels", kind).resolve(), Path("dist", kind)
+    base, place = Path("build/wheels", kind).resolve(), Path("dist", kind).resolve()
+    copy_sources(base / "source", local_version(kind))
     (base / "stubs").mkdir(parents=True, exist_ok=True)
     shutil.rmtree(place, ignore_errors=True)
     environment = {
         "DIFFPP_FAST_BUILD": "library",
         "DIFFPP_FAST_CUDA": "1" if kind == "cuda" else "0",
-        "LDFLAGS": " ".join(["-s", "-Wl,--as-needed", *map(str, stubs(base / "stubs"))]),
+        "LDFLAGS": shlex.join(["-s", "-Wl,--as-needed", *map(str, stubs(base / "stubs"))]),
     }
     shutil.rmtree(base / "lib", ignore_errors=True)
     named = ["--build-base", str(base), "--build-lib", str(base / "lib")]
     wheel = ["--py-limited-api", "cp310", "--plat-name", PLATFORM, "--dist-dir", str(place)]
     command = [sys.executable, "setup.py", "--quiet", "build", *named, "bdist_wheel", *wheel]
-    subprocess.run(command, env={**os.environ, **environment}, check=True)
+    subprocess.run(command, cwd=base / "source", env={**os.environ, **environment}, check=True)
     (built,) = place.glob("*.whl")
     library = base / "lib/diffpp_fast/native/_library.so"
     if found := too_new(library) + foreign(library):
@@ -122,5 +152,7 @@ def build(kind):
 
 
 if __name__ == "__main__":
-    built = build(*sys.argv[1:])
+    if sys.argv[1:] not in (["cpu"], ["cuda"]):
+        raise SystemExit("usage: python csrc/wheels.py cpu|cuda")
+    built = build(sys.argv[1])
     print(f"{built}: {built.stat().st_size / 2**20:.1f} MiB")

@@ -6,7 +6,7 @@
 import importlib
 from types import ModuleType
 
-from diffpp_fast import ops
+from diffpp_fast import availability, ops  # noqa: F401 - availability first: it refuses an old torch
 from diffpp_fast.backends import use_backend
 from diffpp_fast.noise import Noise
 from diffpp_fast.schedule import NoiseSchedule

@@ -215,24 +215,29 @@ def test_torch_compile_makes_one_graph(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "package", "install"),
+    ("backend", "package", "command"),
     [
-        ("flash_attn", "flash_attn", "pip install flash-attn --no-build-isolation"),
-        ("xformers", "xformers", "pip install xformers"),
+        (
+            "flash_attn",
+            "flash_attn",
+            "where nvcc is, pip install ninja packaging psutil, then pip install --no-build-isolation PLACE[flash]",
+        ),
+        ("xformers", "xformers", "pip install PLACE[xformers]"),
     ],
 )
-def test_an_absent_package_is_named(backend: str, package: str, install: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_absent_package_is_named(backend: str, package: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention.install, "extra", lambda name: f"pip install PLACE[{name}]")
     attn = layer()
     monkeypatch.setattr(attention, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError) as refusal:
         networks.set_attention(attn, backend)
     assert str(refusal.value) == (
-        f"set_attention: backend {backend!r} needs the package {package}, which is not installed: {install}"
+        f"set_attention: backend {backend!r} needs the package {package}, which is not installed: {command}"
     )
     assert isinstance(attn.processor, AttnProcessor2_0)
     monkeypatch.setattr(attention, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(RuntimeError, match=rf"the package {package} can't be imported \(.+\): pip install"):
+    with pytest.raises(RuntimeError, match=rf"the package {package} can't be imported \(.+\): .*pip install.* PLACE"):
         networks.set_attention(attn, backend)
 
 

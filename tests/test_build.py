@@ -18,7 +18,7 @@ COMPILER = r"""#!/bin/sh
 to= ; what= ; deps= ; isa=
 while [ $# -gt 0 ]; do
   case "$1" in
-    --version) echo "${COMPILER_VERSION:-1}"; exit ;;
+    --version) echo "release 13.0, V${COMPILER_VERSION:-1}"; exit ;;
     --list-gpu-arch) echo compute_90; exit ;;
     --dryrun) echo "#$ TOP=$CUDA" >&2; exit ;;
     -o) to=$2; shift ;;
@@ -72,6 +72,16 @@ class Tree:
             text=True,
         )
         return sorted(self.calls.read_text().split())
+
+
+def make_cuda(tree: Tree) -> Path:
+    """A CUDA whose nvcc only takes notes, too."""
+    cuda = tree.folder / "cuda"
+    (cuda / "bin").mkdir(parents=True)
+    (cuda / "bin/nvcc").symlink_to(tree.folder / "compiler")
+    (cuda / "lib64").mkdir()
+    (cuda / "lib64/libcudart_static.a").touch()
+    return cuda
 
 
 @pytest.fixture
@@ -158,11 +168,8 @@ def test_a_change_recompiles_what_includes_it(tmp_path: Path) -> None:
     tree = Tree(tmp_path)
     shutil.rmtree(tmp_path / "csrc")
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    (tmp_path / "cuda/bin").mkdir(parents=True)
-    (tmp_path / "cuda/bin/nvcc").symlink_to(tree.folder / "compiler")
-    (tmp_path / "cuda/lib64").mkdir()
-    (tmp_path / "cuda/lib64/libcudart_static.a").touch()
-    cuda = {"DIFFPP_FAST_CUDA": "1", "CUDA_HOME": str(tmp_path / "cuda"), "CUDA": str(tmp_path / "cuda")}
+    toolkit = str(make_cuda(tree))
+    cuda = {"DIFFPP_FAST_CUDA": "1", "CUDA_HOME": toolkit, "CUDA": toolkit}
     everything = set(tree.build(**cuda))
     assert set.union(*INCLUDED_BY.values()) < everything, tree.last.stderr
     for name, expected in INCLUDED_BY.items():
@@ -205,9 +212,44 @@ def test_old_setuptools_are_refused_in_a_sentence(tree: Tree) -> None:
     assert "building needs setuptools 70.1 or newer, here is 65.5.0" in tree.last.stderr
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"DIFFPP_FAST_BUILD": "no"}, "DIFFPP_FAST_BUILD is 'no': known are 0, 1, library, or unset"),
+        ({"DIFFPP_FAST_CUDA": "on"}, "DIFFPP_FAST_CUDA is 'on': known are 0, 1, or unset"),
+        ({"DIFFPP_FAST_CUDA": "1", "CUDA_HOME": "/none"}, "DIFFPP_FAST_CUDA is 1, and there is no nvcc in CUDA_HOME"),
+        ({"DIFFPP_FAST_CUDA": "1", "CXX": "none", "PATH": "/none"}, "is 1, and there is no C++17 compiler"),
+        ({"DIFFPP_FAST_CUDA_ARCHS": "9.0"}, "ARCHS is '9.0': for compute capabilities 8.0 and 9.0 it is 80;90, and"),
+        ({"DIFFPP_FAST_CUDA_ARCHS": "70;90"}, "bin/nvcc knows 90"),
+        ({"DIFFPP_FAST_CUDA_ARCHS": ";"}, "DIFFPP_FAST_CUDA_ARCHS is ';'"),
+    ],
+)
+def test_a_variable_that_is_wrong_is_named(tree: Tree, variables: dict[str, str], said: str) -> None:
+    cuda = {"DIFFPP_FAST_CUDA": "1", "CUDA_HOME": str(make_cuda(tree))} if "DIFFPP_FAST_CUDA_ARCHS" in variables else {}
+    before = tree.library.read_bytes()
+    assert tree.build(**{**cuda, **variables}) == []
+    assert tree.last.returncode != 0 and said in tree.last.stderr, tree.last.stderr
+    assert "Traceback" not in tree.last.stderr and tree.library.read_bytes() == before
+
+
+@pytest.mark.parametrize("archs", ["90a", "90, 90a", "90;90a;"])
+def test_archs_are_a_list(tree: Tree, archs: str) -> None:
+    (tree.folder / "csrc/a/cuda.cu").write_text("")
+    cuda = make_cuda(tree)
+    tree.build(DIFFPP_FAST_CUDA="1", CUDA_HOME=str(cuda), CUDA=str(cuda), DIFFPP_FAST_CUDA_ARCHS=archs)
+    assert tree.last.returncode == 0 and "a/cuda.cu" in tree.calls.read_text(), tree.last.stderr
+
+
+def test_an_old_python_is_named_before_a_module_is_read(tree: Tree) -> None:
+    (tree.folder / "sitecustomize.py").write_text("import sys; sys.version_info = (3, 9, 18)")
+    tree.build()
+    assert tree.last.returncode != 0 and "needs Python 3.10 or newer; " in tree.last.stderr
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="wheels are for Linux on x86-64")
-def test_stubs_bind_a_library_to_old_versions(tmp_path: Path) -> None:
+def test_stubs_bind_a_library_to_old_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Symbols that newer libraries have moved or added are asked for as manylinux_2_28 has them, or named."""
+    monkeypatch.syspath_prepend(ROOT / "csrc")
     wheels = runpy.run_path(str(ROOT / "csrc/wheels.py"))
     source, library = tmp_path / "source.cpp", tmp_path / "library.so"
     source.write_text(

@@ -70,9 +70,9 @@ def test_the_configuration_chooses_the_listeners(config_of) -> None:  # type: ig
 
 def test_packages_that_are_missing_are_named_before_work_begins(config_of, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(callbacks, "find_spec", lambda name: None)
-    with pytest.raises(ConfigurationError, match=r"pip install tensorboard, or set logging.tensorboard=false"):
+    with pytest.raises(ConfigurationError, match=r"pip install .*\[train\]\", or set logging.tensorboard=false"):
         standard_callbacks(config_of())
-    with pytest.raises(ConfigurationError, match=r"pip install wandb, or set logging.wandb=null"):
+    with pytest.raises(ConfigurationError, match=r"pip install .*\[wandb\]\", or set logging.wandb=null"):
         standard_callbacks(config_of("logging.tensorboard=false", "logging.wandb.project=emoji"))
 
 

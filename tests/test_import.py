@@ -34,6 +34,15 @@ def test_import_adds_to_torch_little_but_its_own_modules() -> None:
     assert len(added) <= 10, sorted(added)
 
 
+def test_an_old_torch_is_refused_in_a_sentence() -> None:
+    code = "import torch; torch.__version__ = '2.9.1+cu128'; import diffpp_fast"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    *_, said = done.stderr.strip().splitlines()
+    assert said == (
+        "ImportError: diffpp_fast needs torch 2.11 or newer, here is 2.9.1+cu128: pip install 'torch>=2.11'"
+    )
+
+
 def test_names() -> None:
     assert diffpp_fast.__version__ == __version__ == "0.1.0"
     assert set(diffpp_fast.__all__) <= set(dir(diffpp_fast))

@@ -59,6 +59,14 @@ def test_a_folder_that_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert install.extra("data") == f'pip install "{clone}[data]"'
 
 
+def test_a_wheel_that_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wheel = tmp_path / "diffpp_fast-0.1.0+cu130-cp310-abi3-manylinux_2_28_x86_64.whl"
+    wheel.touch()
+    monkeypatch.setattr(install, "__file__", str(tmp_path / "site-packages" / "diffpp_fast" / "install.py"))
+    monkeypatch.setattr(install, "distribution", lambda name: Installed({"url": wheel.as_uri(), "archive_info": {}}))
+    assert install.extra("data") == f'pip install "{wheel}[data]"'
+
+
 def test_no_message_names_an_index_that_lacks_the_package() -> None:
     folders = (ROOT / "diffpp_fast", ROOT / "docs")
     texts = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".md")]

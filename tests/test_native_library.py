@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import resource
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.cases import all_cases, make_inputs, small
-from diffpp_fast import backends, native
+from diffpp_fast import availability, backends, native
 
 CSRC = Path(__file__).parent.parent / "csrc"
 
@@ -46,6 +47,44 @@ def test_every_operator_has_a_compiled_kernel() -> None:
     assert native.unavailable() is None
     for op in backends.OPS:
         assert backends.default_backend(op, torch.device("cpu")) == "cpu"
+
+
+def test_the_library_says_how_it_was_built() -> None:
+    facts = native.facts()
+    assert facts["compiler"].split()[0] in ("gcc", "clang")
+    assert "-ffp-contract=off" in facts["flags"] and "-ffast-math" not in facts["flags"]
+    assert facts["running on"] in facts["built for"].split()
+    assert "baseline" in facts["built for"].split()
+    assert (facts["GPU kernels"] == "none") == (facts["CUDA"] == "none")
+
+
+def test_a_driver_that_is_older_than_cuda_is_refused() -> None:
+    """Before a kernel fails: small calls would prefer it to Triton."""
+    assert availability.driver_refuses("13.2", 13000) is None
+    assert availability.driver_refuses("12.8", 13000) is None
+    reason = availability.driver_refuses("13.0", 12080)
+    assert reason is not None
+    assert reason.startswith("csrc was compiled with CUDA 13.0, the driver knows up to 12.8: install a newer driver")
+
+
+def test_the_driver_is_asked_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gpu(**said: Any) -> str | None:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            for name, value in said.items():
+                patch.setattr(availability, name, value)
+            return availability.cuda_unavailable.__wrapped__()
+
+    def absent(name: str) -> Any:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    facts = {"CUDA": "13.0"}
+    assert gpu(library_facts=lambda: facts, cuda_driver=lambda: 13010) is None
+    assert "the driver knows up to 12.4" in str(gpu(library_facts=lambda: facts, cuda_driver=lambda: 12040))
+    monkeypatch.setattr(ctypes, "CDLL", absent)
+    reason = gpu(library_facts=lambda: facts)
+    assert reason == "there is no driver of CUDA's: libcuda.so.1: cannot open shared object file"
 
 
 def test_no_schema_takes_a_string(cpu_backend: Any) -> None:

@@ -183,7 +183,7 @@ def test_prompts_are_cleaned_as_openai_does() -> None:
 def test_without_ftfy_no_scorer_that_needs_it_is_loaded(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "ftfy", raising=False)
     monkeypatch.setattr(text, "find_spec", lambda name: None)
-    with pytest.raises(ConfigurationError, match=r"ftfy, with which CLIP cleans .*: pip install ftfy"):
+    with pytest.raises(ConfigurationError, match=r"ftfy, with which CLIP cleans .*: pip install .*\[train\]"):
         load()
 
 

@@ -25,7 +25,7 @@ Isa best() {
 Isa choose() {
   const Isa limit = best();
   const char* wanted = std::getenv("DIFFPP_FAST_ISA");
-  if (wanted == nullptr) return limit;
+  if (wanted == nullptr || *wanted == '\0') return limit;
   for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
     if (isa <= limit && std::strcmp(wanted, isa_name(isa)) == 0) return isa;
   std::fprintf(

@@ -1,4 +1,4 @@
-// The host module: what tests, users and `diffpp-fast doctor` ask of the build, without torch.
+// The host module: known answers of the kernels' own code, without torch.
 #include <pybind11/pybind11.h>
 
 #include "../noise/arguments.h"
@@ -26,20 +26,6 @@ py::tuple philox4x32(const py::tuple& counter, const py::tuple& key) {
   return py::make_tuple(words[0], words[1], words[2], words[3]);
 }
 
-py::dict build_facts() {
-  py::dict facts;
-#if defined(__clang__)
-  facts["compiler"] = "clang " __clang_version__;
-#else
-  facts["compiler"] = "gcc " __VERSION__;
-#endif
-  facts["flags"] = DIFFPP_FLAGS;
-  facts["built for"] = DIFFPP_ISAS;
-  facts["GPU kernels"] = DIFFPP_CUDA_ARCHS;
-  facts["running on"] = diffpp::isa_name(diffpp::isa());
-  return facts;
-}
-
 // The rows of a resize, as the kernels have them: first input pixel, number of pixels, weights.
 py::tuple axis_table(
     int64_t in_size, int64_t other_in_size, int64_t size, const std::string& fit, const std::string& filter,
@@ -65,11 +51,10 @@ py::tuple axis_table(
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Known answers, resize tables and build facts of csrc.";
+  m.doc() = "Known answers and resize tables of csrc.";
   m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"),
         "Four 32-bit words of the block with this counter (4 words) and key (2 words).");
   m.def("axis_table", &axis_table, py::arg("in_size"), py::arg("other_in_size"), py::arg("size"), py::arg("fit"),
         py::arg("filter"), py::arg("antialias"),
         "(first, count, weights) of the rows of a resize: row o sums weights[o][k] times pixel first[o] + k.");
-  m.def("build_facts", &build_facts, "Compiler, flags, instruction sets built, and the one in use.");
 }

@@ -8,7 +8,6 @@ import base64
 import hashlib
 import json
 import platform
-import re
 import shutil
 import subprocess
 import sysconfig
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import project
 from compilation import TORCH_TARGET, digest
-from toolchain import DIALECT, find_static_runtime, find_toolchain, find_torch, version
+from toolchain import DIALECT, cuda_release, find_static_runtime, find_toolchain, find_torch, version
 from wheels import foreign, stubs, too_new
 
 # kernel-builder writes the same into the variants that it builds.
@@ -64,8 +63,7 @@ def _named(backend):
     """Return a compiled variant's name; CUDA's has the release of nvcc, with whose later ones it works, too."""
     compute = backend
     if backend == "cuda":
-        release = re.search(r"release (\d+)\.(\d+)", version([find_toolchain().nvcc]))
-        compute = f"cu{release[1]}{release[2]}"
+        compute = f"cu{cuda_release(find_toolchain().nvcc).replace('.', '')}"
     return f"torch-stable-abi{project.TORCH.replace('.', '')}-{compute}-{platform.machine()}-linux"
 
 

@@ -16,19 +16,24 @@ Shows what this machine has: versions, devices, how the compiled kernels were bu
 backend serves it, whether the backend computes the right thing on small tensors, or why it does not serve. The exit
 code is 1 if a backend that serves is wrong.
 """
-PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "diffusers",
-    "transformers",
-    "safetensors",
-    "pydantic",
-    "tensorboard",
-    "deepspeed",
-    "bitsandbytes",
-    "flash-attn",
-)
+#: Packages and the extra that brings each.
+PACKAGES = {
+    "torch": "",
+    "triton": "gpu",
+    "numpy": "",
+    "diffusers": "train",
+    "transformers": "train",
+    "safetensors": "train",
+    "pydantic": "train",
+    "tensorboard": "train",
+    "deepspeed": "distributed",
+    "bitsandbytes": "gpu",
+    "peft": "lora",
+    "wandb": "wandb",
+    "torchmetrics": "evaluate",
+    "flash-attn": "flash",
+    "xformers": "xformers",
+}
 
 
 def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -40,11 +45,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
+    from diffpp_fast.provenance import package_version
     from diffpp_fast.version import __version__
 
     say(f"diffpp-fast   {__version__}\npython        {platform.python_version()} on {platform.platform()}")
-    for package in PACKAGES:
-        say(f"{package:<13} {_version(package)}")
+    for package, extra in PACKAGES.items():
+        say(f"{package:<13} {package_version(package) or f'not installed (extra {extra})'}")
     say(f"\ncpu           {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     if not torch.cuda.is_available():
         say("cuda          no device that PyTorch can use")
@@ -100,12 +106,3 @@ def _print_operators(device: torch.device) -> list[str]:
     for note, number in notes.items():
         say(f"  ({number}) {note}")
     return failures
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

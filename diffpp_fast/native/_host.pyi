@@ -14,6 +14,3 @@ def axis_table(
     Raises:
         ValueError: an unknown fit or filter, or a size below 1.
     """
-
-def build_facts() -> dict[str, str]:
-    """Compiler, flags, instruction sets ("built for"), the one in use ("running on") and GPU kernels, by name."""

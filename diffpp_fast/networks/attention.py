@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffpp_fast import install
+
 #: (query, key, value, mask or None, scale) -> attended; [B, heads, N, D], mask [B, heads, 1 or N, N'] added to scores.
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 HALF = (torch.float16, torch.bfloat16)
@@ -30,7 +32,7 @@ class Backend(NamedTuple):
     head_dim_multiple: int = 1
     masks: bool = True
     package: str | None = None  # that it needs
-    install: str = ""
+    extra: str = ""  # that brings it
 
 
 #: Limits on the head dimension are those of aten's sdp_utils.cpp; some GPUs serve less, and torch says so.
@@ -45,11 +47,9 @@ BACKENDS = {
         most_head_dim=256,
         masks=False,
         package="flash_attn",
-        install="pip install flash-attn --no-build-isolation",
+        extra="flash",
     ),
-    "xformers": Backend(
-        dtypes=(*HALF, torch.float32), head_dim_multiple=4, package="xformers", install="pip install xformers"
-    ),
+    "xformers": Backend(dtypes=(*HALF, torch.float32), head_dim_multiple=4, package="xformers", extra="xformers"),
 }
 _SDPA = {
     "math": SDPBackend.MATH,
@@ -192,15 +192,18 @@ def _attend(backend: str) -> Attend:
         return _sdpa
     if backend in _SDPA:
         return _Restricted(_SDPA[backend])
-    package, install = str(BACKENDS[backend].package), BACKENDS[backend].install
+    package, command = str(BACKENDS[backend].package), install.extra(BACKENDS[backend].extra)
+    if package == "flash_attn":  # is compiled against the torch that is here, by packages that it does not ask for
+        build = command.replace("pip install", "pip install --no-build-isolation", 1)
+        command = f"where nvcc is, pip install ninja packaging psutil, then {build}"
     if find_spec(package) is None:
         raise RuntimeError(
-            f"set_attention: backend {backend!r} needs the package {package}, which is not installed: {install}"
+            f"set_attention: backend {backend!r} needs the package {package}, which is not installed: {command}"
         )
     try:
         importlib.import_module(package)
     except ImportError as error:
-        raise RuntimeError(f"set_attention: the package {package} can't be imported ({error}): {install}") from error
+        raise RuntimeError(f"set_attention: the package {package} can't be imported ({error}): {command}") from error
     return _flash_attn if backend == "flash_attn" else _xformers
 
 

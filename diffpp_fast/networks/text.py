@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffpp_fast import install
 from diffpp_fast.networks.conditioning import Conditioning
 from diffpp_fast.networks.loading import local_folder, refuse_not_finite, resolve
 from diffpp_fast.networks.weight_files import TRANSFORMERS, open_weights, patterns
@@ -230,7 +231,7 @@ def check_tokenizer(path: str) -> None:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
         raise ValueError(
-            f"{files[0]} can't be read without sentencepiece and protobuf ({error}): pip install sentencepiece protobuf"
+            f"{files[0]} can't be read without sentencepiece and protobuf ({error}): {install.extra('train')}"
         ) from None
     try:
         SentencePieceProcessor(model_file=str(files[0]))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffpp_fast import install
 from diffpp_fast.errors import ConfigurationError
 
 logger = logging.getLogger("diffpp_fast")
@@ -152,7 +153,7 @@ def need_ftfy(what: str) -> None:
     if "ftfy" not in sys.modules and find_spec("ftfy") is None:
         raise ConfigurationError(
             f"{what}: ftfy, with which CLIP cleans prompts, is not installed, and prompts with typographic quotes, "
-            "ligatures or broken encodings would be scored as others: pip install ftfy"
+            f"ligatures or broken encodings would be scored as others: {install.extra('train')}"
         )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from diffpp_fast import install
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.provenance import commit, device_name, package_version
 from diffpp_fast.terminal import printable, say
@@ -179,7 +180,7 @@ class TensorBoard(Callback):
     def __init__(self, folder: Path, prompts: Sequence[str] = ()) -> None:
         if find_spec("tensorboard") is None:
             raise ConfigurationError(
-                "logging.tensorboard needs TensorBoard: pip install tensorboard, or set logging.tensorboard=false"
+                f"logging.tensorboard needs TensorBoard: {install.extra('train')}, or set logging.tensorboard=false"
             )
         self.folder = folder
         self.prompts = list(prompts)
@@ -238,7 +239,7 @@ class WandB(Callback):
     def __init__(self, settings: WandBSection, config: Config, prompts: Sequence[str] = ()) -> None:
         if find_spec("wandb") is None:
             raise ConfigurationError(
-                "logging.wandb needs the package wandb: pip install wandb, or set logging.wandb=null"
+                f"logging.wandb needs the package wandb: {install.extra('wandb')}, or set logging.wandb=null"
             )
         self.settings = settings
         self.config = config

@@ -7,7 +7,7 @@ import torch
 from ._ops import add_op_namespace_prefix
 from ._ops import ops as operators
 
-__all__ = ["NAMESPACE", "library_unavailable", "operators"]
+__all__ = ["NAMESPACE", "library_facts", "library_unavailable", "operators"]
 
 NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
 
@@ -18,3 +18,8 @@ def library_unavailable() -> str | None:
     if torch._C._dispatch_has_kernel(f"{NAMESPACE}::add_noise"):
         return None
     return "this variant of the package is pure Python"
+
+
+def library_facts() -> dict[str, str]:
+    """Return the CUDA that compiled for GPUs: torch's own, after which the hub names its variants."""
+    return {"CUDA": str(torch.version.cuda)}

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from diffpp_fast import install
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.training import config
 from diffpp_fast.training.distributed import World
@@ -37,8 +38,8 @@ def import_deepspeed(world: World) -> Any:
         import deepspeed
     except ImportError as error:
         raise ConfigurationError(
-            f"this run needs DeepSpeed: DS_BUILD_OPS=0 pip install deepspeed ({error}). In one process that offloads "
-            "nothing, distributed.engine=plain does without"
+            f"this run needs DeepSpeed: DS_BUILD_OPS=0 {install.extra('distributed')} ({error}). In one process that "
+            "offloads nothing, distributed.engine=plain does without"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     compile_nothing(deepspeed)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from diffpp_fast import install
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.training.config import Config, Optimizer
 
@@ -34,7 +35,7 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], settings: Optimizer
         from bitsandbytes import optim
     except ImportError as error:
         raise ConfigurationError(
-            f"the optimizer {settings.name} is bitsandbytes': pip install bitsandbytes, or use adamw ({error})"
+            f"the optimizer {settings.name} is bitsandbytes': {install.extra('gpu')}, or use adamw ({error})"
         ) from None
     if settings.name == "lion8bit":
         return optim.Lion8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
