@@ -17,7 +17,7 @@ from pathlib import Path
 
 import project
 from compilation import TORCH_TARGET, digest
-from toolchain import DIALECT, cuda_release, find_static_runtime, find_toolchain, find_torch, version
+from toolchain import DIALECT, cuda_release, find_static_runtime, find_toolchain, find_torch
 from wheels import foreign, stubs, too_new
 
 # kernel-builder writes the same into the variants that it builds.
