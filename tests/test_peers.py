@@ -84,7 +84,8 @@ class Fleet:
 
     def __init__(self) -> None:
         store = dist.HashStore()
-        self.links, self.said = [Link(store) for _ in NODES], {rank: [] for rank in range(4)}
+        self.links = [Link(store) for _ in NODES]
+        self.said: dict[int, list[str]] = {rank: [] for rank in range(4)}
         self.watches = [
             PeerWatch(link.connect, rank, 4, LIMIT, "node-0:1234", host=NODES[rank], end=self.said[rank].append)  # type: ignore[arg-type]
             for rank, link in enumerate(self.links)
