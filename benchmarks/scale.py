@@ -20,10 +20,10 @@ from diffpp_fast.training.planning import GPUS, KNOWN, PlannedRun, RunPlan, know
 from diffpp_fast.training.planning.timing import GPUS_OF_A_MACHINE
 from diffpp_fast.user_paths import user_path
 
-SIZES = (8, 16, 64, 256, 1024)
+SIZES = (8, 64, 256, 1024)
 STAGES = (1, 2, 3)
 #: Gbit/s of all adapters of a machine, together.
-NETWORKS = {"8 x 400": 3200.0, "1 x 400": 400.0, "1 x 100": 100.0}
+NETWORKS = (3200.0, 800.0, 100.0)
 MODELS = ("sd15", "sdxl", "pixart")
 COLUMNS = (
     "model", "gpu", "micro_batch", "rounds", "stage", "network_gbit_s", "gpus", "seconds", "communication_s", "sent_gb",
@@ -53,7 +53,7 @@ def plan_of(model: str, gpu: str, micro_batch: int, rounds: int, stage: int, gig
 def rows(model: str, gpu: str, micro_batch: int, rounds: int) -> Iterator[dict[str, Any]]:
     """Return a row for each stage, network and number of GPUs."""
     for stage in STAGES:
-        for gigabits in NETWORKS.values():
+        for gigabits in NETWORKS:
             for gpus in SIZES:
                 plan = plan_of(model, gpu, micro_batch, rounds, stage, gigabits, gpus)
                 seconds, samples = plan.time.seconds, micro_batch * rounds * gpus
@@ -66,16 +66,16 @@ def rows(model: str, gpu: str, micro_batch: int, rounds: int) -> Iterator[dict[s
 
 def table(planned: list[dict[str, Any]]) -> Table:
     """Return samples a second and the share of a step that is communication, with the memory to spare."""
-    header = ["stage", "Gbit/s", *(f"{size:,} GPUs" for size in SIZES), "GiB to spare"]
+    header = ["stage", "Gbit/s", *(f"{size:,}" for size in SIZES), "GiB to spare"]
     body = []
     for stage in STAGES:
-        for name, gigabits in NETWORKS.items():
+        for gigabits in NETWORKS:
             here = [row for row in planned if (row["stage"], row["network_gbit_s"]) == (stage, gigabits)]
             cells = [
                 f"{row['samples_per_second']:.0f}/{100 * row['communication_s'] / row['seconds']:.0f}%" for row in here
             ]
             spare = [f"{row['spare_gib']:.0f}" for row in (here[0], here[-1])]
-            body.append([str(stage), name, *cells, " to ".join(spare)])
+            body.append([str(stage), f"{gigabits:.0f}", *cells, "-".join(spare)])
     return Table([header, *body])
 
 
@@ -95,9 +95,10 @@ def run(arguments: argparse.Namespace, device: torch.device) -> int:
     place.check()
     planned = list(rows(arguments.model, arguments.gpu, arguments.micro_batch, arguments.rounds))
     name, gpu = KNOWN[arguments.model].name, GPUS[arguments.gpu].name
+    batch = f"{arguments.rounds} x {arguments.micro_batch}"
     said = (
-        f"{name}, {gpu}, {arguments.rounds} x {arguments.micro_batch} images per GPU and update: images a second / "
-        f"share of a step that is communication. Gbit/s are those of a machine of {GPUS_OF_A_MACHINE} GPUs.\n"
+        f"{name}, {batch} images an update on each of 8 to 1,024 {gpu}, by the Gbit/s of a machine of "
+        f"{GPUS_OF_A_MACHINE}: images a second/share of communication.\n"
     )
     short = table(planned)
     for path in place.write(planned, COLUMNS, [said, short], Planned(*provenance(torch.device("cpu")))):
