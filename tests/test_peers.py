@@ -147,6 +147,18 @@ def test_who_leaves_is_not_missed_and_who_breaks_a_connection_is_named(fleet: Fl
     assert fleet.sentences(1) == [said]
 
 
+def test_rank_0_with_whom_the_store_ends_leaves_last(fleet: Fleet) -> None:
+    begun = time.monotonic()
+    leaving = threading.Thread(target=fleet.watches[0].stop)
+    leaving.start()
+    for watch in fleet.watches[1:]:
+        watch.stop()
+    leaving.join()
+    assert not any(fleet.said.values())
+    assert [fleet.links[0].store.get(f"beat/{rank}") for rank in range(4)] == [peers.LEFT] * 4
+    assert time.monotonic() - begun < LIMIT
+
+
 def test_a_broken_connection_is_told_where_nobody_is_missing(fleet: Fleet) -> None:
     said = fleet.watches[1].explain(RuntimeError("[pair.cc] Connection closed by peer\nat 10.0.0.2"))
     assert "rank 1 on node-0 misses another process: a connection broke ([pair.cc] Connection closed by peer)" in said

@@ -160,9 +160,16 @@ class PeerWatch:
                 continue
             self._note(beats)
             self._told = "" if self.rank == 0 else verdict.decode()
+        if store is not None:
+            self._leave(store)
+
+    def _leave(self, store: dist.Store) -> None:
+        names, until = [f"beat/{peer}" for peer in self._watched], time.monotonic() + self.beat
         with suppress(RuntimeError):
-            if store is not None:
-                store.set(f"beat/{self.rank}", LEFT.decode())
+            store.set(f"beat/{self.rank}", LEFT.decode())
+            # The server may end with rank 0: the others say their farewell first.
+            while self.rank == 0 and time.monotonic() < until and set(store.multi_get(names)) != {LEFT}:
+                time.sleep(self.beat / 50)
 
     def _judge(self) -> None:
         """Looks at the clock, and calls nothing that can hang."""
