@@ -27,6 +27,7 @@ from benchmarks import (
     passes,
     quantized,
     reward,
+    scale,
     static,
     tables,
     updates,
@@ -101,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         complain(f"error: {error.name} is not installed: {install.extra('train')}")
         return 2
-    for sentence in busy if arguments.run not in (static.run, quantized.run) else ():  # of which nothing depends on it
+    for sentence in (
+        busy if arguments.run not in (static.run, quantized.run, scale.run) else ()
+    ):  # of which nothing depends on it
         say(sentence)
     return code
 
@@ -151,6 +154,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_rounds(add)
     host.add_arguments(subject("host", host.run, "host time of a call, without a GPU", host.__doc__, "performance"))
     static.add_arguments(subject("static", static.run, "GPU kernels, counted", static.__doc__, "performance"))
+    scale.add_arguments(subject("scale", scale.run, "plans for 8 to 1,024 GPUs", scale.__doc__, "scale"))
     loops.add_arguments(subject("loops", loops.run, "training loops, before and after", loops.__doc__, "embedding"))
     passes.add_arguments(subject("passes", passes.run, "the reference's two passes", passes.__doc__, "performance"))
     updates.add_arguments(subject("updates", updates.run, "launches of updates", updates.__doc__, "performance"))

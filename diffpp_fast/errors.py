@@ -4,6 +4,9 @@
 class UserError(Exception):
     """The run can't go on as it was asked for; the message names what is wrong and, where there is one, the remedy."""
 
+    #: Of the program that it ends.
+    exit_code = 2
+
 
 class ConfigurationError(UserError):
     """A key, a file or a combination of networks that the run can't use."""

@@ -166,7 +166,8 @@ def test_a_lora_on_another_base_is_extracted_from_the_merged_weights(
 def others(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A network that is not the runs', and damaged copies of theirs."""
     folder = tmp_path_factory.mktemp("others")
-    tiny.unet().save_pretrained(folder / "small")
+    small: Any = tiny.unet()
+    small.save_pretrained(folder / "small")
     unet = base.parent / "base" / "unet"
     shutil.copytree(unet, folder / "lacking")
     tensors = load_file(unet / "diffusion_pytorch_model.safetensors")

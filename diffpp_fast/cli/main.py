@@ -60,7 +60,10 @@ def run() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand and return the exit code: 0, 2 for a user's error, 128 + n after signal n."""
+    """Run a subcommand and return the exit code.
+
+    It is 0, 2 for a user's error, 75 where other processes of the run are gone, 128 + n after signal n.
+    """
     open_streams()
     try:
         return _main(argv)
@@ -124,4 +127,4 @@ def _fail(error: object) -> int:
     if os.environ.get(TRACEBACK):
         traceback.print_exc()
     complain(f"error: {error}")
-    return 2
+    return error.exit_code if isinstance(error, UserError) else UserError.exit_code

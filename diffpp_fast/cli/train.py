@@ -38,8 +38,9 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--resume",
-        metavar="latest|best|FOLDER",
-        help="go on from the newest undamaged checkpoint in the output folder (begin anew if it holds none), from the "
+        metavar="latest|auto|best|FOLDER",
+        help="latest, or auto: go on from the newest undamaged checkpoint in the output folder (begin anew if it holds "
+        "none, so that a launcher may start the command again); from the "
         "best one by training.keep_best, or from a given checkpoint or run",
     )
     parser.add_argument(
@@ -84,7 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     show_log()
     accepted = [name for name in arguments.accept_changed.split(",") if name]
-    trainer = Trainer(config, resume=arguments.resume, accept_changed=accepted, unlock=arguments.unlock)
+    resume = "latest" if arguments.resume == "auto" else arguments.resume
+    trainer = Trainer(config, resume=resume, accept_changed=accepted, unlock=arguments.unlock)
     complete = trainer.step >= config.training.steps
     outcome = trainer.run()
     tell = say if trainer.world.is_main else lambda _: None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import secrets
+import socket
 import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import NoReturn
 
@@ -20,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from diffpp_fast.backends import requested_backend, why_not
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.training.launch import ALONE, end_pretence, find_place, launch_variables
+from diffpp_fast.training.peers import PeerLostError, PeerWatch
 
 #: Rank 0 alone writes exports and grids while the others wait.
 TIMEOUT = timedelta(minutes=60)
@@ -43,26 +46,33 @@ class World:
         size: how many there are.
         local_rank: on this machine, from 0.
         device: where this process computes.
+        peers: watches over the others, where it was asked for.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    peers: PeerWatch | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def join(cls, device: str, environment: Mapping[str, str] = os.environ) -> World:
+    def join(
+        cls, device: str, environment: Mapping[str, str] = os.environ, *, peer_timeout: float | None = None
+    ) -> World:
         """Becomes part of the run that a launcher has started, or a run of its own.
 
         Args:
             device: "cpu", "cuda", or "auto": the GPU where there is one.
             environment: with RANK, WORLD_SIZE and so on where a launcher has set them, or its own names for them.
+            peer_timeout: seconds without a sign of life after which a process counts as gone, which ends all others;
+                None: they wait for it.
 
         Raises ConfigurationError for a device that isn't there, for half a launch environment, and where the processes
         don't find each other.
         """
         place = find_place(environment)
         where = choose_device(device, place.local_rank)
+        world = cls(place.rank, place.size, place.local_rank, where)
         if place.size > 1 and not dist.is_initialized():
             # Libraries read them, too.
             os.environ.update(launch_variables(place, environment))
@@ -71,7 +81,9 @@ class World:
             # Flags and counts go through the CPU, so that agreeing on them does not wait for the GPU.
             backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
             _init_process_group(backend, place.rank, place.size)
-        return cls(place.rank, place.size, place.local_rank, where)
+            if peer_timeout is not None:
+                return replace(world, peers=_watch_peers(world, peer_timeout))
+        return world
 
     @classmethod
     def alone(cls, device: torch.device | str) -> World:
@@ -132,6 +144,16 @@ class World:
         if said is not None:
             raise explain(said) from error
 
+    @contextmanager
+    def explained(self) -> Generator[None, None, None]:
+        """Raise PeerLostError, which says who is gone, in place of the error of a call that their end has broken."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.peers is None or not _is_broken_connection(error):
+                raise
+            raise PeerLostError(self.peers.explain(error)) from error
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the processes, a new tensor (collective)."""
         if self.size == 1:
@@ -148,7 +170,10 @@ class World:
     def close(self) -> None:
         """Leaves the process group."""
         end_pretence()
-        if self.size > 1 and dist.is_initialized():
+        if self.peers is not None:
+            self.peers.stop()
+        # Where others are gone, it would wait for them.
+        if self.size > 1 and dist.is_initialized() and not isinstance(sys.exc_info()[1], PeerLostError):
             dist.destroy_process_group()
 
 
@@ -218,3 +243,27 @@ def _init_process_group(backend: str, rank: int, size: int) -> None:
         ) from error
     finally:
         waiting.cancel()
+
+
+def _watch_peers(world: World, timeout: float) -> PeerWatch:
+    """Begin to watch over the other processes (collective)."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # A name of this start: a launcher's store outlives those that it starts again.
+    token = int(world.sum(torch.tensor(secrets.randbits(62) if world.is_main else 0)))
+
+    # A connection of its own: one that waits lets no other call through.
+    def connect() -> dist.Store:
+        # Where nothing answers, torch's store would say so with pages of C++.
+        socket.create_connection((address, port), timeout).close()
+        store = dist.TCPStore(address, port, None, False, timedelta(seconds=timeout))
+        return dist.PrefixStore(f"diffpp_fast/peers/{token}", store)
+
+    watch = PeerWatch(connect, world.rank, world.size, timeout, f"{address}:{port}")
+    world.barrier()
+    watch.start()
+    return watch
+
+
+def _is_broken_connection(error: RuntimeError) -> bool:
+    """Tell whether a collective has failed over its connections: of Gloo, of NCCL, or to the store."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

@@ -87,11 +87,12 @@ class Trainer:
     ) -> None:
         self.config = config
         self.output = Path(config.output)
-        self.world = World.join(config.device) if world is None else world
+        self.world = World.join(config.device, peer_timeout=config.distributed.peer_timeout) if world is None else world
         refuse_unknown_inputs(accept_changed)
         self._lock = claim_output(config, self.world, unlock=unlock)
         try:
-            self._prepare(resume, callbacks, accept_changed)
+            with self.world.explained():
+                self._prepare(resume, callbacks, accept_changed)
         except BaseException:
             self._release()
             raise
@@ -170,37 +171,42 @@ class Trainer:
         tells of the run (a callback, a sample grid after the first) may fail: that is told once, and the run goes on.
         An update whose gradient is not finite changes no weight; more than `training.skip_limit` of them in a row raise
         NonFiniteError, and so does an end at which a network has not been updated once. Raises ConfigurationError for a
-        reward that never had a gradient, and CheckpointError when a checkpoint can't be written.
+        reward that never had a gradient, CheckpointError when a checkpoint can't be written, and PeerLostError where
+        other processes are gone.
         """
-        settings = self.config.training
         try:
-            self._make_output()
-            self._tell("on_start", self.step, settings.steps)
-            with Interrupt(self.world) as interrupt:
-                self._baseline = self._find_baseline()
-                self._mark = self._now()
-                if self._saved is None and settings.grid_every is not None:
-                    self._draw_grid()
-                try:
-                    while self.step < settings.steps and interrupt.agree() is None:
-                        self._advance()
-                except (CheckpointError, NonFiniteError):
-                    raise
-                except Exception:
-                    self._save_before_error()
-                    raise
-                if self.step >= settings.steps:
-                    self._finish()
-                if self._saved != self.position:
-                    self._save()
-            if self.step < settings.steps:
-                return Outcome(self.step, interrupt.signal)
-            self._export()
-            return Outcome(self.step, None)
+            with self.world.explained():
+                return self._run()
         finally:
             self._tell("on_end", self.step)
             self._release()
             self.world.close()
+
+    def _run(self) -> Outcome:
+        settings = self.config.training
+        self._make_output()
+        self._tell("on_start", self.step, settings.steps)
+        with Interrupt(self.world) as interrupt:
+            self._baseline = self._find_baseline()
+            self._mark = self._now()
+            if self._saved is None and settings.grid_every is not None:
+                self._draw_grid()
+            try:
+                while self.step < settings.steps and interrupt.agree() is None:
+                    self._advance()
+            except (CheckpointError, NonFiniteError):
+                raise
+            except Exception:
+                self._save_before_error()
+                raise
+            if self.step >= settings.steps:
+                self._finish()
+            if self._saved != self.position:
+                self._save()
+        if self.step < settings.steps:
+            return Outcome(self.step, interrupt.signal)
+        self._export()
+        return Outcome(self.step, None)
 
     @property
     def _engines(self) -> tuple[Engine, Engine]:

@@ -48,7 +48,10 @@ def assumptions(plan: RunPlan) -> list[str]:
         f"{timing.BANDWIDTH:g} of the datasheet, nothing at the same time as anything else.",
     ]
     if run.gpus > timing.GPUS_OF_A_MACHINE:
-        said.append(f"Between machines of {timing.GPUS_OF_A_MACHINE} GPUs each sends {plan.network:g} GB/s.")
+        machine = timing.GPUS_OF_A_MACHINE
+        said.append(
+            f"A machine of {machine} GPUs sends {machine * plan.network:g} GB/s to others, {plan.network:g} a GPU."
+        )
     if time.sent and 3 in stages:
         said.append("Stage 3 is counted with as many whole weights as DeepSpeed lets live at once.")
     if config.precision == "bfloat16" and 0 in stages:

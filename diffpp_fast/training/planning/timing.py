@@ -52,6 +52,8 @@ EFFICIENCY = 0.4
 BANDWIDTH = 0.8
 #: GB/s per GPU between machines: a 400 Gbit/s adapter for each two GPUs.
 NETWORK = 25.0
+#: Elements within which DeepSpeed's stage 3 keeps a gathered weight that is used again.
+REUSED = 1_000_000_000
 #: GB/s of PCIe 4.0 x16, each way, which offloading goes over.
 HOST = 32.0
 GPUS_OF_A_MACHINE = 8
@@ -96,7 +98,8 @@ def estimate(run: PlannedRun, counted: Counted, gpu: Gpu, efficiency: float, net
     compute = sum(number / peaks.get(dtype, gpu.bfloat16 * 1e12) for dtype, number in operations.items())
     sent = sum(times * _sent(run, counted, role) for role, times in repeats.items())
     host = sum(times * _to_host(run, counted, role) for role, times in repeats.items())
-    link = gpu.link if run.gpus <= GPUS_OF_A_MACHINE else min(network, gpu.link)
+    # A ring goes through all GPUs of a machine before it leaves for the next one, over the adapters of all of them.
+    link = gpu.link if run.gpus <= GPUS_OF_A_MACHINE else min(network * GPUS_OF_A_MACHINE, gpu.link)
     return StepTime(
         compute=compute / efficiency,
         update=sum(times * _update_seconds(run, counted, role, gpu) for role, times in repeats.items()),
@@ -120,15 +123,16 @@ def _sent(run: PlannedRun, counted: Counted, role: str) -> int:
         stage, elements = run.zero(other).stage, sum(counted.sizes[other].trained)
         weights = elements * run.dtype.itemsize
         if other == role:
-            # Float32 gradients: averaged everywhere once; with stages 2 and 3 every micro-batch, each part on its
-            # process.
-            total += 4 * elements * (2 if stage < 2 else run.rounds)
+            # Float32 gradients. All-reduced once; with stage 2 in every micro-batch, though a process keeps but a part
+            # of the sum; with stage 3 in every micro-batch, each part to its process alone.
+            total += 4 * elements * {2: 2 * run.rounds, 3: run.rounds}.get(stage, 2)
             total += weights if stage in (1, 2) else 0
         if stage == 3:
-            # Gathered for every forward pass, and once more for a backward pass.
-            calls = 2 if other == role else int(other == "generator" or role == "generator")
+            # Gathered for every forward pass, and in a backward pass those that were not used shortly before.
+            calls = 1 if other == role else int(other == "generator" or role == "generator")
             calls += run.normalizes_apart * (role == other == "generator")
-            total += weights * calls * run.rounds
+            again = max(elements - REUSED // 2, 0) * run.dtype.itemsize if other == role else 0
+            total += (weights * calls + again) * run.rounds
     if role == "generator" and run.config.distributed.reference != "replica":
         total += counted.sizes["reference"].elements * run.reference_width * run.reference_calls * run.rounds
     return int(total * (run.gpus - 1) / run.gpus)
