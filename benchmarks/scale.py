@@ -20,7 +20,7 @@ from diffpp_fast.training.planning import GPUS, KNOWN, PlannedRun, RunPlan, know
 from diffpp_fast.training.planning.timing import GPUS_OF_A_MACHINE
 from diffpp_fast.user_paths import user_path
 
-SIZES = (8, 64, 256, 1024)
+SIZES = (8, 64, 1024)
 STAGES = (1, 2, 3)
 #: Gbit/s of all adapters of a machine, together.
 NETWORKS = (3200.0, 800.0, 100.0)

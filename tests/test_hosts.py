@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import hosts
 import processes
@@ -43,7 +44,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run, with networks large enough that stage 3 takes most of their weights apart."""
     config = tiny.write(tmp_path_factory.mktemp("project"))
     for seed, name in enumerate(("reference", "generator")):
-        tiny.unet(seed, block_out_channels=(64, 128)).save_pretrained(config.parent / "weights" / name)
+        network: Any = tiny.unet(seed, block_out_channels=(64, 128))
+        network.save_pretrained(config.parent / "weights" / name)
     return config
 
 
@@ -84,8 +86,10 @@ def test_two_hosts_compute_what_one_does_and_send_what_the_plan_says(
 ) -> None:
     first, _ = pair
     steps = 6
-    settings = (*SETTINGS, f"training.steps={steps}", "training.checkpoint_every=99", "training.log_every=99")
-    settings += (stages(stage), f"training.micro_batch={micro_batch}")
+    settings = (
+        *SETTINGS, f"training.steps={steps}", "training.checkpoint_every=99", "training.log_every=99", stages(stage),
+        f"training.micro_batch={micro_batch}",
+    )  # fmt: skip
     counts = tmp_path / "counts.json"
 
     def arguments(interface: str, output: Path) -> list[str]:
@@ -142,7 +146,9 @@ class Run:
         begun = time.monotonic()
         while not ready():
             if time.monotonic() - begun > seconds:
-                raise AssertionError([launcher.communicate()[0] for launcher in self.launchers if not launcher.kill()])
+                for launcher in self.launchers:
+                    launcher.kill()
+                raise AssertionError([launcher.communicate()[0] for launcher in self.launchers])
             time.sleep(0.02)
         return time.monotonic() - begun
 
