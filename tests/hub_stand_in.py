@@ -14,7 +14,7 @@ TOKEN = "hf_" + "a" * 34
 
 
 class Hub:
-    """What a stand-in was asked for.
+    """The stand-in's answers, and a record of what it was asked for.
 
     Attributes:
         role: of the token that is known.

@@ -105,7 +105,7 @@ def test_a_trained_loras_alpha_is_written_as_it_is(runs: dict[str, Config], tmp_
 def test_an_extraction_of_full_rank_is_the_whole_change_of_linear_layers(
     runs: dict[str, Config], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is left are norms and biases, which are named."""
+    """Norms and biases are left, and named."""
     begun = load_file(base.parent / "base" / "unet" / "diffusion_pytorch_model.safetensors")
     trained = read_role(*find_weights(Path(runs["whole"].output)))
     most = max(rank_of(tuple(weight.shape)) for weight in begun.values() if weight.dim() > 1)

@@ -264,7 +264,7 @@ def test_a_change_of_low_rank_is_kept_whole(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [(60, 50), (50, 60), (20, 30, 3, 3)])
 def test_no_update_of_that_rank_loses_less(shape: tuple[int, ...]) -> None:
-    """What is lost is the sum of the squares of all further singular values."""
+    """The loss is the sum of the squares of all further singular values."""
     torch.manual_seed(0)
     change = torch.randn(shape)
     values = torch.linalg.svdvals(change.double().flatten(1))

@@ -74,7 +74,7 @@ class Exported:
 
     @property
     def target(self) -> LoraTarget:
-        """The network that a LoRA of it is for."""
+        """The network as a LoRA is written for it."""
         return LoraTarget.of(self._network)
 
     @property

@@ -71,7 +71,7 @@ class Licence:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Facts on a card besides the run's configuration.
+    """Facts for a card besides the run's configuration.
 
     Attributes:
         licence: None: nobody has said.
@@ -254,7 +254,7 @@ def _use(
 
 
 def _pipeline(config: Config, form: Form, extraction: Extraction | None) -> str:
-    """Name what the rest of the pipeline is loaded from."""
+    """The place that the rest of the pipeline is loaded from."""
     if form == "pipeline":
         return "FOLDER"
     if extraction is not None and not extraction.from_begun:
