@@ -330,6 +330,27 @@ def test_channels_last_and_large_batches() -> None:
     assert_same(step(scaled, inputs), expected, 1e-11)
 
 
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_unet_on_a_cpu_computes_in_channels_last(linear: bool) -> None:
+    network = tiny.unet(use_linear_projection=linear, block_out_channels=(16, 32)).double().train()
+    inputs = unet_inputs()
+    expected = step(network, inputs)
+    assert networks.fuse(network) > 0
+    layouts = []
+
+    def note(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        layouts.append(given[0].is_contiguous(memory_format=torch.channels_last))
+
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d) and layer is not network.conv_in:
+            layer.register_forward_pre_hook(note)
+    assert_same(step(network, inputs), expected, 1e-11)
+    assert len(layouts) > 10 and all(layouts)
+    networks.unfuse(network)
+    assert type(network.conv_in) is nn.Conv2d
+    assert network(**inputs, return_dict=False)[0].is_contiguous()
+
+
 @pytest.mark.parametrize("name", ["scale_shift", "pixart", "sd3", "flux"])
 def test_low_precision_is_no_worse(name: str) -> None:
     network, inputs = build(name), NETWORKS[name][1]()

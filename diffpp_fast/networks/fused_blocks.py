@@ -13,13 +13,47 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffpp_fast import ops
+from diffpp_fast import ops, transforms
 
 
 class Fused(nn.Module):
     """The base of every fused class: knows the class that it took the place of."""
 
     unfused_class: ClassVar[type[nn.Module]]
+
+
+class FusedEntrance(Fused, nn.Conv2d):
+    """The first convolution of a network that computes in channels_last on a CPU.
+
+    There oneDNN's convolutions read their input as it is, which in the other layout they rearrange, and its result,
+    and attention's tokens are views. On a GPU the caller's layout stays.
+    """
+
+    unfused_class = nn.Conv2d
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [B, C, H, W] -> [B, C', H', W']."""
+        if input.is_cpu and not transforms.functional():  # which hides the layout
+            input = input.contiguous(memory_format=torch.channels_last)
+        return super().forward(input)
+
+
+class Transformer2DForward(Fused):
+    """`Transformer2DModel` whose tokens go back to pixels in the layout of its input, without a copy of their own."""
+
+    def _get_output_for_continuous_inputs(
+        self: Any, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        """hidden_states [B, N, D], residual [B, C, H, W] -> [B, C, H, W]."""
+        if not residual.is_contiguous(memory_format=torch.channels_last):
+            plain: Tensor = super()._get_output_for_continuous_inputs(  # type: ignore[misc]
+                hidden_states, residual, batch_size, height, width, inner_dim
+            )
+            return plain
+        if self.use_linear_projection:
+            hidden_states = self.proj_out(hidden_states)
+        pixels = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return (pixels if self.use_linear_projection else self.proj_out(pixels)) + residual
 
 
 class FusedGroupNorm(Fused, nn.GroupNorm):
@@ -135,8 +169,9 @@ class ResnetForward(Fused):
                 hidden = self.norm2(hidden + temb[:, :, None, None], activation="silu")
         hidden = self.conv2(self.dropout(hidden))
         if self.conv_shortcut is not None:
-            # Contiguous in training, as diffusers has it: DDP warns of gradients with other strides.
-            input_tensor = self.conv_shortcut(input_tensor.contiguous() if self.training else input_tensor)
+            # Contiguous in training, as diffusers has it: DDP warns of gradients with other strides. CPUs keep theirs.
+            rearranged = self.training and not input_tensor.is_cpu
+            input_tensor = self.conv_shortcut(input_tensor.contiguous() if rearranged else input_tensor)
         output = input_tensor + hidden
         return output if self.output_scale_factor == 1.0 else output / self.output_scale_factor
 

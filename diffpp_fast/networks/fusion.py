@@ -49,6 +49,8 @@ def fuse(module: nn.Module) -> int:
     for block in to_do:
         for part, fused in block.parts:
             part.__class__ = fused
+    for part, fused in _of_the_layout(module):
+        part.__class__ = fused
     for sentence in _in_words(_rows(found)):
         logger.info("fuse %s: %s", type(module).__name__, sentence)
     return len(to_do)
@@ -110,6 +112,20 @@ class _Block:
     @property
     def fused(self) -> bool:
         return self.reason is None and all(isinstance(part, fused) for part, fused in self.parts)
+
+
+def _of_the_layout(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+    """Yield the parts on which hangs how a UNet's pixels lie in memory, with their classes; they are no blocks."""
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    for part in list(module.modules()):
+        if isinstance(part, UNet2DConditionModel | UNet2DModel):
+            if type(part.conv_in) is nn.Conv2d and "forward" not in vars(part.conv_in):
+                yield part.conv_in, blocks.FusedEntrance
+        elif type(part) is Transformer2DModel and part.is_input_continuous:
+            yield part, blocks.fused_class(blocks.Transformer2DForward, Transformer2DModel)
 
 
 def _blocks(module: nn.Module) -> Iterator[_Block]:
