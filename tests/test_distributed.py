@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import processes
 import pytest
 import torch
+import torch.distributed as dist
 
 from diffpp_fast.cli import main as program
 from diffpp_fast.training import ConfigurationError, distributed
@@ -112,3 +115,24 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     assert choose_device("auto", 1) == torch.device("cuda", 1)
     with pytest.raises(ConfigurationError, match="LOCAL_RANK is 2, but PyTorch sees 2 GPUs"):
         choose_device("cuda", 2)
+
+
+def test_processes_that_are_started_again_meet_only_each_other() -> None:
+    """The store keeps what earlier ones left there, and rank 0 may come last."""
+    store, met = dist.HashStore(), list[dict[int, str]]()
+    store.add("starts/asked", 1)  # by one that was killed while it waited
+
+    def join(rank: int) -> None:
+        met[-1][rank] = distributed._agree_on_start(store, rank, 4)
+
+    for order in ((0, 1, 2, 3), (3, 1, 2, 0)):
+        met.append({})
+        joining = [threading.Thread(target=join, args=(rank,), daemon=True) for rank in order]
+        for thread in joining:
+            thread.start()
+            time.sleep(0.05)
+        for thread in joining:
+            thread.join(timeout=10)
+    first, second = met
+    assert sorted(first) == sorted(second) == [0, 1, 2, 3]
+    assert len(set(first.values())) == len(set(second.values())) == 1 and first[0] != second[0]

@@ -9,6 +9,7 @@ import secrets
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,8 @@ TIMEOUT = timedelta(minutes=60)
 #: Processes that don't find each other for this long give up; before that they say whom they wait for.
 JOIN_TIMEOUT = timedelta(minutes=10)
 JOIN_SECONDS = 20.0
+#: Between two looks of rank 0 at who has come.
+LOOK_SECONDS = 0.02
 #: The most bytes of an error that are passed on.
 MESSAGE_BYTES = 4096
 
@@ -80,9 +83,9 @@ class World:
                 torch.cuda.set_device(where)
             # Flags and counts go through the CPU, so that agreeing on them does not wait for the GPU.
             backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-            _init_process_group(backend, place.rank, place.size)
+            start = _init_process_group(backend, place.rank, place.size)
             if peer_timeout is not None:
-                return replace(world, peers=_watch_peers(world, peer_timeout))
+                return replace(world, peers=_watch_peers(world, start, peer_timeout))
         return world
 
     @classmethod
@@ -219,8 +222,8 @@ def _find_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _init_process_group(backend: str, rank: int, size: int) -> None:
-    """`dist.init_process_group` that says what it waits for, and what went wrong."""
+def _init_process_group(backend: str, rank: int, size: int) -> str:
+    """`dist.init_process_group` that says what it waits for, and what went wrong; returns the name of this start."""
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     said = (
         f"MASTER_ADDR and MASTER_PORT ({address}) must be those of rank 0's machine, and all {size} processes must be "
@@ -231,7 +234,10 @@ def _init_process_group(backend: str, rank: int, size: int) -> None:
     waiting.start()
     try:
         store, rank, size = next(rendezvous("env://", rank, size, timeout=JOIN_TIMEOUT))
+        start = _agree_on_start(store, rank, size)
+        store = dist.PrefixStore(start, store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        return start
     except (dist.DistError, RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error):
             raise ConfigurationError(
@@ -245,18 +251,43 @@ def _init_process_group(backend: str, rank: int, size: int) -> None:
         waiting.cancel()
 
 
-def _watch_peers(world: World, timeout: float) -> PeerWatch:
-    """Begin to watch over the other processes (collective)."""
+def _agree_on_start(store: dist.Store, rank: int, size: int) -> str:
+    """Return a name that the processes of this start share with none of an earlier one (collective).
+
+    torchrun's store outlives the processes that it starts again, and keeps what they left there: one that is ready
+    before rank 0 would find, and call, the address of a rank 0 that is gone. How often torchrun has started them does
+    not tell, since every machine counts for itself.
+    """
+    if rank != 0:
+        # Nobody had this number before, so the answer to it is of this start's rank 0.
+        number = store.add("starts/asked", 1)
+        name = store.get(f"starts/answer/{number}").decode()
+        store.add(f"{name}/here", 1)
+        return name
+    name, answered, here = f"starts/{secrets.token_hex(8)}", 0, 0
+    until = time.monotonic() + JOIN_TIMEOUT.total_seconds()
+    while here < size - 1:
+        asked = store.add("starts/asked", 0)
+        # Also those of an earlier start, whom nothing reaches any more.
+        for number in range(answered + 1, asked + 1):
+            store.set(f"starts/answer/{number}", name)
+        answered, here = asked, store.add(f"{name}/here", 0)
+        if time.monotonic() > until:
+            raise dist.DistStoreError(f"{here} of the {size - 1} others came within {JOIN_TIMEOUT.total_seconds():g} s")
+        time.sleep(LOOK_SECONDS)
+    return name
+
+
+def _watch_peers(world: World, start: str, timeout: float) -> PeerWatch:
+    """Begin to watch over the other processes of a start (collective)."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # A name of this start: a launcher's store outlives those that it starts again.
-    token = int(world.sum(torch.tensor(secrets.randbits(62) if world.is_main else 0)))
 
     # A connection of its own: one that waits lets no other call through.
     def connect() -> dist.Store:
         # Where nothing answers, torch's store would say so with pages of C++.
         socket.create_connection((address, port), timeout).close()
         store = dist.TCPStore(address, port, None, False, timedelta(seconds=timeout))
-        return dist.PrefixStore(f"diffpp_fast/peers/{token}", store)
+        return dist.PrefixStore(f"{start}/peers", store)
 
     watch = PeerWatch(connect, world.rank, world.size, timeout, f"{address}:{port}")
     world.barrier()
