@@ -157,7 +157,9 @@ def evaluate(
     some = [prompt for prompt in prompts[:: len(prompts) // 8][:8] for _ in range(8)]
     spread = generator_images(sampler, some, first=10_000, seed=seed).reshape(8, 8, -1).std(1).mean().item()
     distance = None if reference is None else kernel_distance(features(drawn[0]), reference)
-    return Measured({name: torch.stack([part[name] for part in parts]) for name in BY_PICTURE}, distance, spread, drawn[0])
+    return Measured(
+        {name: torch.stack([part[name] for part in parts]) for name in BY_PICTURE}, distance, spread, drawn[0]
+    )
 
 
 class Estimate(NamedTuple):
@@ -178,7 +180,7 @@ def paired_difference(one: Measured, other: Measured, name: str) -> Estimate:
     return estimate(one.by_picture[name] - other.by_picture[name])
 
 
-def win_rate(one: Measured, other: Measured, captions: slice = slice(None)) -> Estimate:
+def win_rate(one: Measured, other: Measured, chosen: list[int] | slice = slice(None)) -> Estimate:
     """Estimate how often the held-out judge prefers one generator's picture to the other's; a draw is half a win."""
-    gap = (one.by_picture["held_out"] - other.by_picture["held_out"])[:, captions]
+    gap = (one.by_picture["held_out"] - other.by_picture["held_out"])[:, chosen]
     return estimate((gap.sign() + 1) / 2)

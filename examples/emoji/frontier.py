@@ -3,9 +3,9 @@
     python examples/emoji/frontier.py --out runs/frontier
 
 Short runs of align.yaml, two side by side: every scale of SCALES with every seed, then the same with DIDR at its own
-scales (DIDR_SCALES). Every run has the same number of steps. Writes frontier.csv (a line for each run), frontier.png (the
-optimised reward and the held-out judge over the divergence) and frontier_pictures.png (the same captions and latents at
-every scale). What was drawn already is taken over, so that a stopped call goes on.
+scales (DIDR_SCALES). Every run has the same number of steps. Writes frontier.csv (a line for each run), frontier.png
+(rewards over the divergence) and frontier_pictures.png (the same captions and latents at every scale). What was trained
+already is taken over, so that a stopped call goes on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from common import fastest_precision
-from evaluation import Measured, evaluate, paired_difference, win_rate
+from evaluation import Measured, evaluate, win_rate
 from rewards import captions
 
 from diffpp_fast.cli.quiet import hide_loading_bars, silence_libraries
@@ -38,9 +38,11 @@ from diffpp_fast.training.grids import tile
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "align.yaml"
-SCALES = (0.0, 20.0, 60.0, 200.0, 2000.0)
-DIDR_SCALES = (20.0, 60.0, 200.0)
+SCALES = (0.0, 20.0, 80.0, 400.0, 4000.0)
+DIDR_SCALES = (80.0,)
 SEEDS = (0, 1, 2)
+#: Every fourth caption, one picture each.
+PROMPTS = captions()[1::4]
 METHODS = {"diff_instruct_pp": "Diff-Instruct++", "didr": "DIDR"}
 COLUMNS = (
     "method", "scale", "seed", "steps", "seconds", "score_gap", "optimised", "held_out", "win_rate", "own_first",
@@ -92,13 +94,15 @@ def last_score_gap(folder: Path) -> float:
 
 
 def measure(point: Point, out: Path) -> Measured:
-    """Return the run's figures, one picture for every caption; kept beside its folder."""
-    return evaluate(load_sampler(find_weights(out / point.name), torch.device("cpu"))[1], captions(), latents=1)
+    """Return the run's figures, one picture for every caption of PROMPTS."""
+    return evaluate(load_sampler(find_weights(out / point.name), torch.device("cpu"))[1], PROMPTS, latents=1)
 
 
 def row_of(point: Point, measured: Measured, control: Measured, out: Path, steps: int) -> dict[str, object]:
     means = measured.means()
-    rounded = {key: round(means[key], 4) for key in ("optimised", "held_out", "own_first", "spread", "edges", "saturation")}
+    rounded = {
+        key: round(means[key], 4) for key in ("optimised", "held_out", "own_first", "spread", "edges", "saturation")
+    }
     return {
         **point._asdict(),
         "steps": steps,
@@ -170,8 +174,8 @@ def save_curves(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def save_pictures(path: Path, pictures: dict[Point, torch.Tensor]) -> None:
-    """One row for each run of the first seed, one column for every sixteenth caption."""
-    shown = list(range(2, len(captions()), 16))
+    """One row for each run of the first seed, one column for every fourth caption of PROMPTS."""
+    shown = list(range(0, len(PROMPTS), 4))
     figure, axes = plt.subplots(len(pictures), len(shown), figsize=(len(shown) * 0.85, len(pictures) * 0.9), dpi=110)
     for row, (point, images) in zip(axes, pictures.items(), strict=True):
         for axis, index in zip(row, shown, strict=True):
@@ -188,8 +192,8 @@ def save_pictures(path: Path, pictures: dict[Point, torch.Tensor]) -> None:
 def as_markdown(rows: list[dict[str, str]]) -> str:
     """Return the table of means over seeds, with least and greatest for the held-out judge."""
     lines = [
-        "| method | scale | squared score gap | optimised judge | held-out judge (least, greatest) | win rate over scale 0 "
-        "| own name first | spread | seconds a run |",
+        "| method | scale | squared score gap | optimised judge | held-out judge (least, greatest) "
+        "| win rate over scale 0 | own name first | spread | seconds a run |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for (method, scale), some in groups(rows).items():
@@ -207,7 +211,7 @@ def as_markdown(rows: list[dict[str, str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/frontier"))
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--short", action="store_true", help="two scales, one seed, four steps: shows that it works")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of align.yaml, for all runs")
     args = parser.parse_args()
@@ -218,13 +222,19 @@ def main() -> None:
     steps = 4 if args.short else args.steps
     wanted = list(points())
     if args.short:
-        wanted = [Point("diff_instruct_pp", 0.0, 0), Point("diff_instruct_pp", SCALES[2], 0), Point("didr", DIDR_SCALES[0], 0)]
+        wanted = [
+            Point("diff_instruct_pp", 0.0, 0),
+            Point("diff_instruct_pp", SCALES[2], 0),
+            Point("didr", DIDR_SCALES[0], 0),
+        ]
     overrides = [f"precision={fastest_precision()}", f"training.steps={steps}", "training.log_every=2"]
     overrides += ["training.grid_every=100000", "training.checkpoint_every=100000"]
-    overrides += ["training.fake_warmup=2", "training.baseline_steps=2"] if args.short else []
+    overrides += ["training.fake_warmup=8", "training.baseline_steps=2", "optimizers.generator.warmup_steps=2"]
     began = time.monotonic()
     with ThreadPoolExecutor(max_workers=2) as pool:
-        for number, _ in enumerate(pool.map(lambda point: train(point, args.out, [*overrides, *args.overrides]), wanted)):
+        for number, _ in enumerate(
+            pool.map(lambda point: train(point, args.out, [*overrides, *args.overrides]), wanted)
+        ):
             print(f"{number + 1} of {len(wanted)} runs  {time.monotonic() - began:.0f} s", flush=True)
     measured = {point: measure(point, args.out) for point in wanted}
     control = {point.seed: found for point, found in measured.items() if point.scale == 0}

@@ -2,7 +2,7 @@
 
 A fault is a function (images [B, 3, 64, 64] in [-1, 1], degrees: a sequence of [B] in [0, 1], generator) -> one tensor
 of images for each of the degrees. What is random in it is drawn once, so that two degrees differ in nothing else. The
-judge to optimise sees FAULTS, the one held out sees OTHER_FAULTS: none is in both.
+judge held out sees FAULTS, the one to optimise sees OTHER_FAULTS: none is in both.
 """
 
 from __future__ import annotations
@@ -224,9 +224,7 @@ def two_degrees(batch: int, generator: torch.Generator) -> list[torch.Tensor]:
     return [low, high]
 
 
-def apply_fault(
-    fault: Fault, images: torch.Tensor, degrees: Degrees, generator: torch.Generator
-) -> list[torch.Tensor]:
+def apply_fault(fault: Fault, images: torch.Tensor, degrees: Degrees, generator: torch.Generator) -> list[torch.Tensor]:
     """Return the pictures with that fault, in [-1, 1]; a degree of 0 leaves them as they are."""
     found = fault(images, degrees, generator)
     return [

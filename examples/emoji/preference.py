@@ -1,10 +1,11 @@
 """Two preference judges of different backbones: one to optimise, one to hold out.
 
 A judge gives a picture and its prompt a score; of two pictures it prefers A to B with probability sigmoid(score of A -
-score of B) (Bradley and Terry). It has learnt that from pairs (train_judges.py). `judge` is an ensemble of small
-convolutional networks, trained from scratch, each averaged over its own views. `second_judge` looks at features of a
-frozen EfficientNet-Lite0 that ImageNet trained, and has seen other pictures with other faults. Both share the sentence
-encoder (MiniLM) and nothing else. A score of 0 is the mean of the shipped generator's pictures, 1 their standard deviation.
+score of B) (Bradley and Terry). It has learnt that from pairs (train_judges.py). `judge` looks at features of a frozen
+EfficientNet-Lite0 that ImageNet trained. `second_judge` is an ensemble of two small convolutional networks, trained
+from scratch, each averaged over its own views; it has seen other views, other samples and other faults. Both share the
+sentence encoder (MiniLM) and nothing else. A score of 0 is the mean of the shipped generator's pictures, and 1 is one
+standard deviation of theirs above it.
 """
 
 from __future__ import annotations
@@ -131,12 +132,12 @@ def imagenet_judge() -> Judge:
 
 def judge(weights: str = str(HERE / "weights" / "judge.safetensors")) -> Judge:
     """The reward to optimise."""
-    return _load(convolutional_judge(), weights)
+    return _load(imagenet_judge(), weights)
 
 
 def second_judge(weights: str = str(HERE / "weights" / "second_judge.safetensors")) -> Judge:
     """The reward to hold out."""
-    return _load(imagenet_judge(), weights)
+    return _load(convolutional_judge(), weights)
 
 
 def _load(judge: Judge, weights: str | Path) -> Judge:

@@ -4,10 +4,10 @@
 
 Of every pair one picture is known to be better for its prompt: a rendering against one with a fault, a smaller degree
 of a fault against a larger one, a rendering against a sample of the shipped generator, a picture of the prompt
-against one of another prompt. Renderings have gone through the autoencoder: no judge shall ask for more than that can draw.
-The judge to optimise also compares one-step guesses of the reference from little noise with those from much. The two
-judges see other views, other samples and other faults (pairs.py). Four views of each caption are kept for the
-figures printed at the end.
+against one of another prompt. Every second rendering has gone through the autoencoder: no judge goes by its traces.
+The held-out judge also compares one-step guesses of the reference from little noise with those from much and, with
+--also, samples of generators that a reward has spoilt. The two judges see other views, other samples and other faults
+(pairs.py). Four views of each caption are kept for the figures printed at the end.
 """
 
 from __future__ import annotations
@@ -34,23 +34,25 @@ from diffpp_fast.training.build import Sampler, build_sampler
 from diffpp_fast.training.export import find_weights, load_sampler
 from diffpp_fast.training.grids import decode
 
-#: Views of each caption: of the judge to optimise, of the one held out, of the figures.
-VIEWS, OTHER_VIEWS, HELD_VIEWS = slice(0, 6), slice(32, 36), slice(56, 60)
+#: Views of each caption: of the one held out, of the judge to optimise, of the figures.
+SECOND_VIEWS, JUDGE_VIEWS, HELD_VIEWS = slice(0, 6), slice(32, 36), slice(56, 60)
 #: Noise levels of the guesses.
 TIMES = (300, 500, 700, 850)
 #: Seeds of the generator's samples. Evaluation has another one.
-SAMPLES, OTHER_SAMPLES, HELD_SAMPLES = 101, 202, 303
+SECOND_SAMPLES, JUDGE_SAMPLES, HELD_SAMPLES = 101, 202, 303
 #: Weight of the scores' square: it keeps them from growing where pairs are told apart without doubt.
 SHRINK = 2e-3
 
 
 class Pools(NamedTuple):
-    """Pictures [200, n, 3, 64, 64] uint8 by caption; guesses have [200, n, levels, ...], of the same views as `clean`.
+    """Pictures [200, n, 3, 64, 64] uint8 by caption; `clean` are the renderings `raw` through the autoencoder.
 
+    Guesses have [200, n, levels, ...], of the same views as `clean`.
     `hacked` are samples of generators that a reward has spoilt: [200, spoilt generators x n, ...].
     """
 
     clean: torch.Tensor
+    raw: torch.Tensor
     samples: torch.Tensor
     guesses: torch.Tensor | None = None
     hacked: torch.Tensor | None = None
@@ -97,7 +99,7 @@ def make_samples(samplers: list[Sampler], count: int, seed: int) -> torch.Tensor
 
 
 def make_pools(
-    latents: torch.Tensor, samplers: list[Sampler], *, seed: int, samples: int, guess_views: int
+    raw: torch.Tensor, latents: torch.Tensor, samplers: list[Sampler], *, seed: int, samples: int, guess_views: int
 ) -> Pools:
     """Decode latents [200, n, 4, 16, 16] of views, guesses of the first of them, and the samplers' pictures."""
 
@@ -109,7 +111,7 @@ def make_pools(
         levels = [guessed(samplers[0], latents[:, :guess_views], level, seed) for level in TIMES]
         guesses = torch.stack([decoded(level) for level in levels], 2)
     hacked = make_samples(samplers[1:], samples, seed) if samplers[1:] else None
-    return Pools(clean, make_samples(samplers[:1], samples, seed), guesses, hacked)
+    return Pools(clean, raw, make_samples(samplers[:1], samples, seed), guesses, hacked)
 
 
 class Pairs(NamedTuple):
@@ -125,6 +127,12 @@ def pick(pool: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -
     return to_images(pool[labels, torch.randint(pool.shape[1], labels.shape, generator=generator)])
 
 
+def pick_rendering(pools: Pools, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return one rendering of each label, every second one through the autoencoder."""
+    through = torch.rand(len(labels), 1, 1, 1, generator=generator) < 0.5
+    return torch.where(through, pick(pools.clean, labels, generator), pick(pools.raw, labels, generator))
+
+
 def other_labels(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     count = len(captions())
     return (labels + torch.randint(1, count, labels.shape, generator=generator)) % count
@@ -135,9 +143,11 @@ def draw_labels(batch: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def faulty_pairs(pools: Pools, faults: dict[str, Fault], batch: int, generator: torch.Generator) -> Pairs:
-    """Two degrees of one fault, the smaller often none."""
+    """Two degrees of one fault, the smaller often none: of renderings and, one in three, of the generator's samples."""
     labels = draw_labels(batch, generator)
-    images = pick(pools.clean, labels, generator)
+    of_sample = torch.rand(batch, 1, 1, 1, generator=generator) < 1 / 3
+    images = pick_rendering(pools, labels, generator)
+    images = torch.where(of_sample, pick(pools.samples, labels, generator), images)
     better, worse = [], []
     for part in images.chunk(4):
         fault = list(faults.values())[int(torch.randint(len(faults), (), generator=generator))]
@@ -161,7 +171,7 @@ def guess_pairs(pools: Pools, batch: int, generator: torch.Generator) -> Pairs:
 def sample_pairs(pools: Pools, batch: int, generator: torch.Generator) -> Pairs:
     """A rendering against a sample of the generator."""
     labels = draw_labels(batch, generator)
-    return Pairs(labels, pick(pools.clean, labels, generator), pick(pools.samples, labels, generator))
+    return Pairs(labels, pick_rendering(pools, labels, generator), pick(pools.samples, labels, generator))
 
 
 def prompt_pairs(pools: Pools, batch: int, generator: torch.Generator) -> Pairs:
@@ -176,12 +186,12 @@ def prompt_pairs(pools: Pools, batch: int, generator: torch.Generator) -> Pairs:
 
 
 def hacked_pairs(pools: Pools, batch: int, generator: torch.Generator) -> Pairs:
-    """A sample against one of a spoilt generator, at the same latent, or against something in between."""
+    """A sample against one of a spoilt generator at the same latent, or against a blend of both that is mostly that."""
     assert pools.hacked is not None
     labels = draw_labels(batch, generator)
     chosen = torch.randint(pools.hacked.shape[1], labels.shape, generator=generator)
     better = to_images(pools.samples[labels, chosen % pools.samples.shape[1]])
-    share = per_picture(uniform(batch, 0.3, 1.0, generator))
+    share = per_picture(uniform(batch, 0.6, 1.0, generator))
     return Pairs(labels, better, torch.lerp(better, to_images(pools.hacked[labels, chosen]), share))
 
 
@@ -219,11 +229,11 @@ def train_convolutional(args: argparse.Namespace, pools: Pools, generator: torch
         for step in range(args.steps):
             drawn = [
                 faulty_pairs(pools, FAULTS, 24, generator),
-                guess_pairs(pools, 12, generator),
-                sample_pairs(pools, 12, generator),
+                guess_pairs(pools, 8, generator),
+                sample_pairs(pools, 20, generator),
             ]
             if pools.hacked is not None:
-                drawn.append(hacked_pairs(pools, 16, generator))
+                drawn.append(hacked_pairs(pools, 8, generator))
             labels, better, worse = (torch.cat(part) for part in zip(*drawn, strict=True))
             order = torch.randperm(len(labels), generator=generator)
             labels, images = labels[order], shifted(torch.stack([better[order], worse[order]]), generator)
@@ -235,7 +245,10 @@ def train_convolutional(args: argparse.Namespace, pools: Pools, generator: torch
             update(loss, optimizer, schedule)
             right += ((scores[0] > scores[1]).float().mean().item() - right) * 0.02
             if step % 200 == 0 or step == args.steps - 1:
-                print(f"judge, member {number}, {step:5d}  right {right:.3f}  {time.monotonic() - began:.0f} s", flush=True)
+                print(
+                    f"second judge, member {number}, {step:5d}  right {right:.3f}  {time.monotonic() - began:.0f} s",
+                    flush=True,
+                )
     return judge.eval()
 
 
@@ -256,15 +269,18 @@ def train_imagenet(args: argparse.Namespace, pools: Pools, generator: torch.Gene
         ]
         return torch.cat(parts).unflatten(0, images.shape[:-3])
 
-    views = pools.clean[:, : args.feature_views]
-    clean = raw(to_images(views))
+    clean = raw(to_images(torch.cat([pools.clean, pools.raw], 1)))
     samples = raw(to_images(pools.samples))
+    # What faults are made of: some views with and without the autoencoder, and samples.
+    some = slice(0, args.feature_views)
+    views = torch.cat([pools.clean[:, some], pools.raw[:, some], pools.samples[:, some]], 1)
+    spotless = raw(to_images(views))
     ladders = []
     for fault in OTHER_FAULTS.values():
         # Three degrees of every fault for every view.
         rungs = []
         for part in to_images(views.flatten(0, 1)).split(200):
-            low = 0.15 + 0.2 * torch.rand(len(part), generator=generator)
+            low = 0.1 + 0.2 * torch.rand(len(part), generator=generator)
             step = 0.15 + 0.15 * torch.rand(len(part), generator=generator)
             rungs.append(torch.stack(apply_fault(fault, part, [low, low + step, low + 2 * step], generator), 1))
         ladders.append(raw(torch.cat(rungs)).unflatten(0, views.shape[:2]))
@@ -283,7 +299,8 @@ def train_imagenet(args: argparse.Namespace, pools: Pools, generator: torch.Gene
         view, other_view = torch.randint(clean.shape[1], (2, 256), generator=generator)
         sample, other_sample = torch.randint(samples.shape[1], (2, 256), generator=generator)
         kind = torch.randint(faulty.shape[2], (256,), generator=generator)
-        ladder = torch.cat([clean[labels, view].unsqueeze(1), faulty[labels, view, kind]], 1)
+        origin = torch.randint(views.shape[1], (256,), generator=generator)
+        ladder = torch.cat([spotless[labels, origin].unsqueeze(1), faulty[labels, origin, kind]], 1)
         rung = torch.rand(256, 4, generator=generator).argsort(1)[:, :2].sort(1).values
         row = torch.arange(256)
         faults = torch.arange(256) < 112
@@ -301,7 +318,7 @@ def train_imagenet(args: argparse.Namespace, pools: Pools, generator: torch.Gene
         update(loss_of(*scores), optimizer, schedule)
         right += ((scores[0] > scores[1]).float().mean().item() - right) * 0.02
         if step % 500 == 0 or step == args.head_steps - 1:
-            print(f"second judge {step:5d}  right {right:.3f}  {time.monotonic() - began:.0f} s", flush=True)
+            print(f"judge {step:5d}  right {right:.3f}  {time.monotonic() - began:.0f} s", flush=True)
     return judge.eval()
 
 
@@ -326,7 +343,9 @@ def standardise(judge: Judge, samples: torch.Tensor) -> None:
 
 def report(name: str, judge: Judge, held: Pools, generator: torch.Generator) -> None:
     """Print how often the judge is right about pairs that no training saw, by kind."""
-    kinds = {fault: faulty_pairs(held, {fault: apply}, 200, generator) for fault, apply in (FAULTS | OTHER_FAULTS).items()}
+    kinds = {
+        fault: faulty_pairs(held, {fault: apply}, 200, generator) for fault, apply in (FAULTS | OTHER_FAULTS).items()
+    }
     kinds |= {"sample": sample_pairs(held, 400, generator), "prompt": prompt_pairs(held, 400, generator)}
     kinds["guess"] = guess_pairs(held, 400, generator)
     for kind, pairs in kinds.items():
@@ -337,15 +356,19 @@ def report(name: str, judge: Judge, held: Pools, generator: torch.Generator) -> 
 def main() -> None:
     parser = make_parser(__doc__, out="examples/emoji/weights", steps=1000)
     parser.add_argument("--head-steps", type=int, default=3000)
-    parser.add_argument("--feature-views", type=int, default=2)
+    parser.add_argument("--feature-views", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--only", choices=("judge", "second_judge"))
-    parser.add_argument("--also", type=Path, nargs="*", default=[], help="runs whose generators' samples the judge dislikes too")
+    parser.add_argument(
+        "--also", type=Path, nargs="*", default=[], help="runs whose generators' samples the judge dislikes too"
+    )
     args = parser.parse_args()
 
     data = load_file(args.data / "pictures.safetensors")
     images = data["images"].unflatten(0, (len(captions()), -1))
-    vae = AutoencoderKL.from_pretrained(HERE / "weights" / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
+    vae = (
+        AutoencoderKL.from_pretrained(HERE / "weights" / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
+    )
     vae = vae.to(memory_format=torch.channels_last)
     precision = fastest_precision()
     before = build_sampler(load_config(HERE / "align.yaml", [f"precision={precision}"]), torch.device("cpu"))
@@ -355,12 +378,12 @@ def main() -> None:
     def pools_of(views: slice, samplers: list[Sampler], seed: int, samples: int, guess_views: int) -> Pools:
         some = images[:, views]
         latents = encoded(vae, some.flatten(0, 1), precision).unflatten(0, some.shape[:2])
-        return make_pools(latents, samplers, seed=seed, samples=samples, guess_views=guess_views)
+        return make_pools(some, latents, samplers, seed=seed, samples=samples, guess_views=guess_views)
 
     held = pools_of(HELD_VIEWS, [before], HELD_SAMPLES, 2, 1)
     recipes = {
-        "judge": (VIEWS, SAMPLES, [before, *more], train_convolutional, 3),
-        "second_judge": (OTHER_VIEWS, OTHER_SAMPLES, [before], train_imagenet, 0),
+        "judge": (JUDGE_VIEWS, JUDGE_SAMPLES, [before], train_imagenet, 0),
+        "second_judge": (SECOND_VIEWS, SECOND_SAMPLES, [before, *more], train_convolutional, 3),
     }
     for number, (name, (views, seed, samplers, train, guess_views)) in enumerate(recipes.items()):
         if args.only not in (None, name):
