@@ -97,7 +97,7 @@ def test_judges_dislike_faults_also_those_of_the_other_one(build: Callable[[], t
     images = pictures(prompts)
     draw = torch.Generator().manual_seed(0)
     before = reward(images, prompts)
-    for fault in (FAULTS["blurred"], FAULTS["holed"], FAULTS["blotched"], OTHER_FAULTS["faded"], OTHER_FAULTS["cut"]):
+    for fault in (FAULTS["blurred"], FAULTS["flat"], FAULTS["blotched"], OTHER_FAULTS["faded"], OTHER_FAULTS["shrunk"]):
         (worse,) = apply_fault(fault, images, [torch.full((len(prompts),), 0.8)], draw)
         assert (reward(worse, prompts) < before).float().mean() > 0.7, fault.__name__
 
