@@ -53,6 +53,14 @@ demo: $(LIBRARY)
 demo-short: $(LIBRARY)
 	$(BIN)/python examples/emoji/demo.py --out runs/demo-short --short
 
+demo-frontier: $(LIBRARY)
+	$(BIN)/python examples/emoji/frontier.py --out runs/frontier
+
+# The preference judges anew; data.py needs the font.
+demo-judges: $(LIBRARY)
+	$(BIN)/python examples/emoji/data.py --out build/emoji
+	$(BIN)/python examples/emoji/train_judges.py --data build/emoji
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -163,11 +163,11 @@ def test_names_are_the_softmax_over_all_captions() -> None:
 
 
 def test_the_readme_shows_the_committed_frontier() -> None:
-    """The example's table is what its CSV file says, of five scales by three seeds."""
+    """The example's table is what its CSV file says, of five scales and DIDR."""
     rows = read_csv(EMOJI / "frontier" / "frontier.csv")
     found = groups(rows)
     assert sum(method == "diff_instruct_pp" for method, _ in found) >= 5
-    assert all(len({row["seed"] for row in some}) == 3 for (method, _), some in found.items() if method != "didr")
+    assert any(method == "didr" for method, _ in found)
     assert as_markdown(rows) in (EMOJI / "README.md").read_text(encoding="utf-8")
     assert all((EMOJI / "frontier" / f"{name}.png").is_file() for name in ("frontier", "frontier_pictures"))
 
