@@ -1,4 +1,4 @@
-"""What the scripts share: options, the update of the weights, the faster precision."""
+"""Options, the update of the weights, and the faster precision, for all scripts."""
 
 from __future__ import annotations
 
