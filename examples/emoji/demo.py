@@ -39,6 +39,7 @@ from evaluation import (
     reference_images,
     win_rate,
 )
+from rewards import captions
 from rich.console import Console
 from rich.table import Table
 
@@ -132,11 +133,12 @@ def differences_of(measured: dict[str, Measured], prompts: list[str]) -> list[li
         label, factor, digits = ROWS[key]
         found = [paired_difference(measured[one], measured[other], key) for one, other in DIFFERENCES]
         lines.append([label, *(interval(each, factor, digits) for each in found)])
-    unused = [number for number in range(len(prompts)) if number % CHOOSING_STRIDE]
-    for label, chosen in (
-        ("wins by the held-out judge, %", list(range(len(prompts)))),
-        (f"wins, the {len(unused)} captions never chosen by, %", unused),
-    ):
+    choosing = set(captions()[::CHOOSING_STRIDE])
+    unused = [number for number, prompt in enumerate(prompts) if prompt not in choosing]
+    wins = [("wins by the held-out judge, %", list(range(len(prompts))))]
+    if unused:  # the short demo's captions are all among those chosen by
+        wins.append((f"wins, the {len(unused)} captions never chosen by, %", unused))
+    for label, chosen in wins:
         found = [win_rate(measured[one], measured[other], chosen) for one, other in DIFFERENCES]
         lines.append([label, *(f"{100 * each.mean:.1f} ± {100 * each.half:.1f}" for each in found)])
     return lines
