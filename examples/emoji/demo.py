@@ -223,6 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--short", action="store_true", help="a minute: a few steps, 20 captions")
+    parser.add_argument("--measure", action="store_true", help="measure the trainings in --out again, without training")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of align.yaml, for both runs")
     args = parser.parse_args()
 
@@ -231,7 +232,8 @@ def main() -> None:
     began = time.monotonic()
     out: Path = args.out
     folders = {"aligned": out, "control": out / "control"}
-    if (out / "control.log").exists():  # the demo's own earlier result makes room, nothing else does
+    # The demo's own earlier result makes room, nothing else does.
+    if (out / "control.log").exists() and not args.measure:
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     prompts = list(open_prompts(load_config(CONFIG).prompts))
@@ -241,7 +243,8 @@ def main() -> None:
     print(f"{precision}, the faster one here")
     overrides = [precision, *(SHORT if args.short else []), *args.overrides]
 
-    train_side_by_side(folders, overrides)
+    if not args.measure:
+        train_side_by_side(folders, overrides)
     trained = time.monotonic() - began
     with torch.inference_mode():
         reference_pictures, reference = reference_features(prompts, steps=5 if args.short else 20, overrides=overrides)

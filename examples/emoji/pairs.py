@@ -55,6 +55,27 @@ def blurred(images: torch.Tensor, degrees: Degrees, generator: torch.Generator) 
     return found
 
 
+def streaked(images: torch.Tensor, degrees: Degrees, generator: torch.Generator) -> list[torch.Tensor]:
+    """Smeared along a line of up to 12 pixels of any direction."""
+    angle = uniform(len(images), 0, math.pi, generator).view(-1, 1, 1, 1)
+    way = torch.cat([angle.cos(), angle.sin()], 3) / 32
+    identity = F.affine_grid(torch.eye(2, 3).expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    return [
+        torch.stack(
+            [
+                F.grid_sample(
+                    images,
+                    identity + place * degree.view(-1, 1, 1, 1) * way,
+                    padding_mode="border",
+                    align_corners=False,
+                )
+                for place in (-6, -4.5, -3, -1.5, 0, 1.5, 3, 4.5, 6)
+            ]
+        ).mean(0)
+        for degree in degrees
+    ]
+
+
 def pale(images: torch.Tensor, degrees: Degrees, generator: torch.Generator) -> list[torch.Tensor]:
     """Up to 90 % of the colour gone."""
     return blend(images, grey(images), [0.9 * degree for degree in degrees])
@@ -210,7 +231,20 @@ def smeared(images: torch.Tensor, degrees: Degrees, generator: torch.Generator) 
 
 FAULTS: dict[str, Fault] = {
     fault.__name__: fault
-    for fault in (blurred, pale, turned_hue, flat, holed, grainy, blotched, bent, oversharpened, textured, garish)
+    for fault in (
+        blurred,
+        streaked,
+        pale,
+        turned_hue,
+        flat,
+        holed,
+        grainy,
+        blotched,
+        bent,
+        oversharpened,
+        textured,
+        garish,
+    )
 }
 OTHER_FAULTS: dict[str, Fault] = {
     fault.__name__: fault for fault in (shrunk, faded, dirty, tinted, cut, speckled, smeared)

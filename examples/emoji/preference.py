@@ -2,26 +2,24 @@
 
 A judge gives a picture and its prompt a score; of two pictures it prefers A to B with probability sigmoid(score of A -
 score of B) (Bradley and Terry). It has learnt that from pairs (train_judges.py). `judge` looks at features of a frozen
-EfficientNet-Lite0 that ImageNet trained. `second_judge` is an ensemble of two small convolutional networks, trained
-from scratch, each averaged over its own views; it has seen other views, other samples and other faults. Both share the
-sentence encoder (MiniLM) and nothing else. A score of 0 is the mean of the shipped generator's pictures, and 1 is one
-standard deviation of theirs above it.
+EfficientNet-Lite0 that ImageNet trained, `second_judge` at features of the example's own frozen autoencoder. Each has
+seen its own views, samples, and forms of the kinds of fault. Both share the sentence encoder (MiniLM). A score of 0 is
+the mean of the shipped generator's pictures, and 1 is one standard deviation of theirs above it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rewards import CENTRED, HERE, IMAGENET, Residual, imagenet_backbone, sentence_encoder
+from rewards import CENTRED, HERE, IMAGENET, imagenet_backbone, sentence_encoder
 from safetensors.torch import load_file
 from torch import nn
 
 from diffpp_fast import ops
-
-TEXT = 64
 
 
 class Head(nn.Module):
@@ -39,24 +37,40 @@ class Head(nn.Module):
         return self.score(torch.cat([picture, picture * text], -1)).squeeze(-1)
 
 
-class ConvolutionalFeatures(nn.Sequential):
-    """[B, 3, H, W] -> [B, 80]; any size from 32 up."""
+@lru_cache(maxsize=1)
+def autoencoder() -> nn.Module:
+    """Return the example's own autoencoder, frozen."""
+    from diffusers import AutoencoderKL
+
+    loaded = AutoencoderKL.from_pretrained(HERE / "weights" / "vae", torch_dtype=torch.float32)
+    return loaded.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+class AutoencoderFeatures(nn.Module):
+    """Features of the frozen encoder of the example's own autoencoder: [B, 3, 64, 64] -> [B, 1408].
+
+    Means and deviations over the picture of 32 channels of full size, 32 of half and twice 64 of a quarter of it, and
+    the last ones' means over 4 x 4 cells.
+    """
+
+    SIZE = 2 * (32 + 32 + 64 + 64) + 16 * 64
 
     def __init__(self) -> None:
-        super().__init__(
-            nn.Conv2d(3, 16, 3, stride=2, padding=1),
-            Residual(16),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),
-            Residual(32),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1),
-            Residual(64),
-            nn.Conv2d(64, 80, 3, stride=2, padding=1),
-            Residual(80),
-            nn.GroupNorm(8, 80),
-            nn.SiLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-        )
+        super().__init__()
+        self._encoder = [autoencoder().encoder]  # in a plain list for the reason given below
+        self.register_buffer("mean", torch.zeros(self.SIZE))
+        self.register_buffer("deviation", torch.ones(self.SIZE))
+
+    def raw(self, pixels: torch.Tensor) -> torch.Tensor:
+        encoder = self._encoder[0]
+        layers = [encoder.conv_in(pixels.contiguous(memory_format=torch.channels_last))]
+        for block in (*encoder.down_blocks[:2], nn.Sequential(encoder.down_blocks[2], encoder.mid_block)):
+            layers.append(block(layers[-1]))
+        found = [statistic for x in layers for statistic in (x.mean((2, 3)), x.std((2, 3)))]
+        return torch.cat([*found, F.adaptive_avg_pool2d(layers[-1], 4).flatten(1)], 1)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return (self.raw(pixels) - self.mean) / self.deviation
 
 
 class ImageNetFeatures(nn.Module):
@@ -122,8 +136,8 @@ class Judge(nn.Module):
         return self.by_member(images, prompts).mean(0)
 
 
-def convolutional_judge() -> Judge:
-    return Judge([Member(ConvolutionalFeatures(), Head(80, TEXT), sizes, CENTRED) for sizes in ((64, 44), (56, 50))])
+def autoencoder_judge() -> Judge:
+    return Judge([Member(AutoencoderFeatures(), Head(AutoencoderFeatures.SIZE, 96), (64,), CENTRED)])
 
 
 def imagenet_judge() -> Judge:
@@ -137,7 +151,7 @@ def judge(weights: str = str(HERE / "weights" / "judge.safetensors")) -> Judge:
 
 def second_judge(weights: str = str(HERE / "weights" / "second_judge.safetensors")) -> Judge:
     """The reward to hold out."""
-    return _load(convolutional_judge(), weights)
+    return _load(autoencoder_judge(), weights)
 
 
 def _load(judge: Judge, weights: str | Path) -> Judge:

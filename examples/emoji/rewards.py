@@ -50,16 +50,6 @@ def sentence_encoder() -> SentenceEncoder:
     return SentenceEncoder()
 
 
-class Residual(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(8, channels)
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.conv(F.silu(self.norm(x)))
-
-
 @lru_cache(maxsize=1)
 def imagenet_backbone() -> nn.Module:
     """Return a frozen EfficientNet-Lite0 that ImageNet trained."""

@@ -5,16 +5,15 @@
 Of every pair one picture is known to be better for its prompt: a rendering against one with a fault, a smaller degree
 of a fault against a larger one, a rendering against a sample of the shipped generator, a picture of the prompt
 against one of another prompt. Every second rendering has gone through the autoencoder: no judge goes by its traces.
-The held-out judge also compares one-step guesses of the reference from little noise with those from much and, with
---also, samples of generators that a reward has spoilt. The two judges see other views, other samples and other faults
-(pairs.py). Four views of each caption are kept for the figures printed at the end.
+The held-out judge also compares one-step guesses of the reference from little noise with those from much, blends of a
+view with such a guess, and samples with themselves a little softer. The two judges see other views, other samples and
+the kinds of fault in other forms (pairs.py). Four views of each caption are kept for the figures printed at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from common import fastest_precision, make_parser, update
 from diffusers import AutoencoderKL, DDIMScheduler
 from evaluation import generator_images
 from pairs import FAULTS, OTHER_FAULTS, Fault, apply_fault, per_picture, two_degrees, uniform
-from preference import Head, ImageNetFeatures, Judge, convolutional_judge, imagenet_judge
+from preference import AutoencoderFeatures, Head, ImageNetFeatures, Judge, Member, autoencoder_judge, imagenet_judge
 from rewards import HERE, captions, sentence_encoder
 from safetensors.torch import load_file, save_file
 
@@ -31,7 +30,6 @@ from diffpp_fast import Noise, NoiseSchedule, ops
 from diffpp_fast.networks import load_denoiser
 from diffpp_fast.training import load_config
 from diffpp_fast.training.build import Sampler, build_sampler
-from diffpp_fast.training.export import find_weights, load_sampler
 from diffpp_fast.training.grids import decode
 
 #: Views of each caption: of the one held out, of the judge to optimise, of the figures.
@@ -48,14 +46,12 @@ class Pools(NamedTuple):
     """Pictures [200, n, 3, 64, 64] uint8 by caption; `clean` are the renderings `raw` through the autoencoder.
 
     Guesses have [200, n, levels, ...], of the same views as `clean`.
-    `hacked` are samples of generators that a reward has spoilt: [200, spoilt generators x n, ...].
     """
 
     clean: torch.Tensor
     raw: torch.Tensor
     samples: torch.Tensor
     guesses: torch.Tensor | None = None
-    hacked: torch.Tensor | None = None
 
 
 def to_bytes(images: torch.Tensor) -> torch.Tensor:
@@ -88,30 +84,25 @@ def guessed(sampler: Sampler, latents: torch.Tensor, time_step: int, seed: int) 
     return torch.stack(found, 1)
 
 
-def make_samples(samplers: list[Sampler], count: int, seed: int) -> torch.Tensor:
-    """Return `count` pictures of each sampler for every caption: [200, samplers x count, 3, 64, 64]."""
-    parts = [
-        to_bytes(generator_images(sampler, captions(), first=200 * number, seed=seed))
-        for sampler in samplers
-        for number in range(count)
-    ]
-    return torch.stack(parts, 1)
+def make_samples(sampler: Sampler, count: int, seed: int) -> torch.Tensor:
+    """Return `count` pictures of the sampler for every caption: [200, count, 3, 64, 64]."""
+    parts = [generator_images(sampler, captions(), first=200 * number, seed=seed) for number in range(count)]
+    return torch.stack([to_bytes(part) for part in parts], 1)
 
 
 def make_pools(
-    raw: torch.Tensor, latents: torch.Tensor, samplers: list[Sampler], *, seed: int, samples: int, guess_views: int
+    raw: torch.Tensor, latents: torch.Tensor, sampler: Sampler, *, seed: int, samples: int, guess_views: int
 ) -> Pools:
-    """Decode latents [200, n, 4, 16, 16] of views, guesses of the first of them, and the samplers' pictures."""
+    """Decode latents [200, n, 4, 16, 16] of views, guesses of the first of them, and the sampler's pictures."""
 
     def decoded(latents: torch.Tensor) -> torch.Tensor:
-        return to_bytes(decode(samplers[0], latents.flatten(0, 1), batch=50)).unflatten(0, latents.shape[:2])
+        return to_bytes(decode(sampler, latents.flatten(0, 1), batch=50)).unflatten(0, latents.shape[:2])
 
     clean, guesses = decoded(latents), None
     if guess_views:
-        levels = [guessed(samplers[0], latents[:, :guess_views], level, seed) for level in TIMES]
+        levels = [guessed(sampler, latents[:, :guess_views], level, seed) for level in TIMES]
         guesses = torch.stack([decoded(level) for level in levels], 2)
-    hacked = make_samples(samplers[1:], samples, seed) if samplers[1:] else None
-    return Pools(clean, raw, make_samples(samplers[:1], samples, seed), guesses, hacked)
+    return Pools(clean, raw, make_samples(sampler, samples, seed), guesses)
 
 
 class Pairs(NamedTuple):
@@ -185,14 +176,26 @@ def prompt_pairs(pools: Pools, batch: int, generator: torch.Generator) -> Pairs:
     return Pairs(labels, *(torch.cat(side) for side in zip(*parts, strict=True)))
 
 
-def hacked_pairs(pools: Pools, batch: int, generator: torch.Generator) -> Pairs:
-    """A sample against one of a spoilt generator at the same latent, or against a blend of both that is mostly that."""
-    assert pools.hacked is not None
+def blended_pairs(pools: Pools, batch: int, generator: torch.Generator) -> Pairs:
+    """Two blends of a view with the guess of it from noise: that with less of the guess is the better one."""
+    assert pools.guesses is not None
     labels = draw_labels(batch, generator)
-    chosen = torch.randint(pools.hacked.shape[1], labels.shape, generator=generator)
-    better = to_images(pools.samples[labels, chosen % pools.samples.shape[1]])
-    share = per_picture(uniform(batch, 0.6, 1.0, generator))
-    return Pairs(labels, better, torch.lerp(better, to_images(pools.hacked[labels, chosen]), share))
+    views = torch.randint(pools.guesses.shape[1], labels.shape, generator=generator)
+    levels = torch.randint(1, len(TIMES), labels.shape, generator=generator)
+    view, guess = to_images(pools.clean[labels, views]), to_images(pools.guesses[labels, views, levels])
+    low = uniform(batch, -0.3, 0.7, generator).clamp(min=0)
+    high = low + 0.25 + (0.75 - low) * torch.rand(batch, generator=generator)
+    return Pairs(labels, *(torch.lerp(view, guess, per_picture(share)) for share in (low, high)))
+
+
+def softened_pairs(pools: Pools, batch: int, generator: torch.Generator) -> Pairs:
+    """A sample of the generator against itself, a little softer: by a Gaussian, along a line, or by half the size."""
+    labels = draw_labels(batch, generator)
+    image = pick(pools.samples, labels, generator)
+    degree = uniform(batch, 0.08, 0.3, generator)
+    softer = [FAULTS[name](image, [degree], generator)[0] for name in ("blurred", "streaked")]
+    chosen = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
+    return Pairs(labels, image, torch.where(chosen, *softer))
 
 
 def shifted(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -218,37 +221,51 @@ def prompt_loss(head: Head, features: torch.Tensor, sentences: torch.Tensor, lab
     return F.softplus(scores - scores.diagonal().unsqueeze(1))[other].mean()
 
 
-def train_convolutional(args: argparse.Namespace, pools: Pools, generator: torch.Generator) -> Judge:
-    judge = convolutional_judge()
+#: Pairs of each kind that the held-out judge learns from.
+SECOND_PAIRS = {faulty_pairs: 5000, sample_pairs: 2500, softened_pairs: 1500, blended_pairs: 1500, guess_pairs: 1500}
+
+
+@torch.no_grad()
+def pair_features(member: Member, pools: Pools, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return labels and features [2, pairs, 1408] of SECOND_PAIRS, each pair moved and perhaps mirrored."""
+    labels, features = [], []
+    for draw, count in SECOND_PAIRS.items():
+        for _ in range(0, count, 100):
+            pairs = draw(pools, *((FAULTS,) if draw is faulty_pairs else ()), 100, generator)
+            images = shifted(torch.stack([pairs.better, pairs.worse]), generator).flatten(0, 1)
+            pixels = ops.reward_pixels(images, member.sizes[0], **member.normalisation)
+            labels.append(pairs.captions)
+            features.append(member.tower.raw(pixels).unflatten(0, (2, -1)).half())
+    return torch.cat(labels), torch.cat(features, 1)
+
+
+def train_autoencoder_head(args: argparse.Namespace, pools: Pools, generator: torch.Generator) -> Judge:
+    """The encoder is frozen: its features of all pairs are computed once."""
+    judge = autoencoder_judge()
+    member = judge.members[0]
+    tower: AutoencoderFeatures = member.tower
+    began = time.monotonic()
+    labels, pairs = pair_features(member, pools, generator)
+    everything = pairs.flatten(0, 1).float()
+    tower.mean.copy_(everything.mean(0))
+    tower.deviation.copy_(everything.std(0) + 1e-3)
+    print(f"features of {len(everything)} pictures  {time.monotonic() - began:.0f} s", flush=True)
+
     sentences = sentence_encoder()(captions())
-    for number, member in enumerate(judge.members):
-        optimizer = torch.optim.AdamW(member.parameters(), lr=args.lr, weight_decay=1e-2)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.15)
-        began = time.monotonic()
-        right = 0.0
-        for step in range(args.steps):
-            drawn = [
-                faulty_pairs(pools, FAULTS, 24, generator),
-                guess_pairs(pools, 8, generator),
-                sample_pairs(pools, 20, generator),
-            ]
-            if pools.hacked is not None:
-                drawn.append(hacked_pairs(pools, 8, generator))
-            labels, better, worse = (torch.cat(part) for part in zip(*drawn, strict=True))
-            order = torch.randperm(len(labels), generator=generator)
-            labels, images = labels[order], shifted(torch.stack([better[order], worse[order]]), generator)
-            size = member.sizes[step % len(member.sizes)]
-            pixels = ops.reward_pixels(images.flatten(0, 1), size, **member.normalisation)
-            features = member.tower(pixels).unflatten(0, (2, -1))
-            scores = member.head(features, sentences[labels])
-            loss = loss_of(*scores) + 0.5 * prompt_loss(member.head, features[0], sentences, labels)
-            update(loss, optimizer, schedule)
-            right += ((scores[0] > scores[1]).float().mean().item() - right) * 0.02
-            if step % 200 == 0 or step == args.steps - 1:
-                print(
-                    f"second judge, member {number}, {step:5d}  right {right:.3f}  {time.monotonic() - began:.0f} s",
-                    flush=True,
-                )
+    generator.manual_seed(args.seed)
+    optimizer = torch.optim.AdamW(member.head.parameters(), lr=1e-3, weight_decay=3e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, args.steps)
+    right = 0.0
+    for step in range(args.steps):
+        row = torch.randint(len(labels), (256,), generator=generator)
+        features = F.dropout((pairs[:, row].float() - tower.mean) / tower.deviation, 0.2)
+        scores = member.head(features, sentences[labels[row]])
+        # Every picture of the first 48 is a wrong one for the others' prompts.
+        loss = loss_of(*scores) + 0.5 * prompt_loss(member.head, features[0, :48], sentences, labels[row[:48]])
+        update(loss, optimizer, schedule)
+        right += ((scores[0] > scores[1]).float().mean().item() - right) * 0.02
+        if step % 500 == 0 or step == args.steps - 1:
+            print(f"second judge {step:5d}  right {right:.3f}  {time.monotonic() - began:.0f} s", flush=True)
     return judge.eval()
 
 
@@ -291,9 +308,9 @@ def train_imagenet(args: argparse.Namespace, pools: Pools, generator: torch.Gene
 
     sentences = sentence_encoder()(captions())
     optimizer = torch.optim.AdamW(member.head.parameters(), lr=1e-3, weight_decay=3e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, args.head_steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, args.steps)
     right = 0.0
-    for step in range(args.head_steps):
+    for step in range(args.steps):
         labels = draw_labels(256, generator)
         others = other_labels(labels, generator)
         view, other_view = torch.randint(clean.shape[1], (2, 256), generator=generator)
@@ -317,7 +334,7 @@ def train_imagenet(args: argparse.Namespace, pools: Pools, generator: torch.Gene
         scores = torch.stack([member.head(F.dropout(side, 0.2), sentences[labels]) for side in features])
         update(loss_of(*scores), optimizer, schedule)
         right += ((scores[0] > scores[1]).float().mean().item() - right) * 0.02
-        if step % 500 == 0 or step == args.head_steps - 1:
+        if step % 500 == 0 or step == args.steps - 1:
             print(f"judge {step:5d}  right {right:.3f}  {time.monotonic() - began:.0f} s", flush=True)
     return judge.eval()
 
@@ -347,21 +364,17 @@ def report(name: str, judge: Judge, held: Pools, generator: torch.Generator) -> 
         fault: faulty_pairs(held, {fault: apply}, 200, generator) for fault, apply in (FAULTS | OTHER_FAULTS).items()
     }
     kinds |= {"sample": sample_pairs(held, 400, generator), "prompt": prompt_pairs(held, 400, generator)}
-    kinds["guess"] = guess_pairs(held, 400, generator)
+    kinds |= {"guess": guess_pairs(held, 400, generator), "blended": blended_pairs(held, 400, generator)}
+    kinds["softened"] = softened_pairs(held, 400, generator)
     for kind, pairs in kinds.items():
         better, worse = (scores_of(judge, side, pairs.captions).mean(0) for side in (pairs.better, pairs.worse))
         print(f"{name}: {kind:12s} right {(better > worse).float().mean():.3f}  gap {(better - worse).mean():.2f}")
 
 
 def main() -> None:
-    parser = make_parser(__doc__, out="examples/emoji/weights", steps=1000)
-    parser.add_argument("--head-steps", type=int, default=3000)
+    parser = make_parser(__doc__, out="examples/emoji/weights", steps=3000)
     parser.add_argument("--feature-views", type=int, default=1)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--only", choices=("judge", "second_judge"))
-    parser.add_argument(
-        "--also", type=Path, nargs="*", default=[], help="runs whose generators' samples the judge dislikes too"
-    )
     args = parser.parse_args()
 
     data = load_file(args.data / "pictures.safetensors")
@@ -372,26 +385,25 @@ def main() -> None:
     vae = vae.to(memory_format=torch.channels_last)
     precision = fastest_precision()
     before = build_sampler(load_config(HERE / "align.yaml", [f"precision={precision}"]), torch.device("cpu"))
-    more = [load_sampler(find_weights(run), torch.device("cpu"))[1] for run in args.also]
     began = time.monotonic()
 
-    def pools_of(views: slice, samplers: list[Sampler], seed: int, samples: int, guess_views: int) -> Pools:
+    def pools_of(views: slice, seed: int, samples: int, guess_views: int) -> Pools:
         some = images[:, views]
         latents = encoded(vae, some.flatten(0, 1), precision).unflatten(0, some.shape[:2])
-        return make_pools(some, latents, samplers, seed=seed, samples=samples, guess_views=guess_views)
+        return make_pools(some, latents, before, seed=seed, samples=samples, guess_views=guess_views)
 
-    held = pools_of(HELD_VIEWS, [before], HELD_SAMPLES, 2, 1)
+    held = pools_of(HELD_VIEWS, HELD_SAMPLES, 2, 1)
     recipes = {
-        "judge": (JUDGE_VIEWS, JUDGE_SAMPLES, [before], train_imagenet, 0),
-        "second_judge": (SECOND_VIEWS, SECOND_SAMPLES, [before, *more], train_convolutional, 3),
+        "judge": (JUDGE_VIEWS, JUDGE_SAMPLES, train_imagenet, 4, 0),
+        "second_judge": (SECOND_VIEWS, SECOND_SAMPLES, train_autoencoder_head, 8, 3),
     }
-    for number, (name, (views, seed, samplers, train, guess_views)) in enumerate(recipes.items()):
+    for number, (name, (views, seed, train, samples, guess_views)) in enumerate(recipes.items()):
         if args.only not in (None, name):
             continue
-        torch.manual_seed(args.seed + number)
         generator = torch.Generator().manual_seed(args.seed + number)
-        pools = pools_of(views, samplers, seed, 4, guess_views)
+        pools = pools_of(views, seed, samples, guess_views)
         print(f"pictures  {time.monotonic() - began:.0f} s", flush=True)
+        torch.manual_seed(args.seed + number)
         judge = train(args, pools, generator)
         standardise(judge, held.samples)
         report(name, judge, held, torch.Generator().manual_seed(7))
