@@ -30,6 +30,7 @@ import matplotlib.pyplot as plt
 import torch
 from common import fastest_precision
 from evaluation import Measured, evaluate, win_rate
+from matplotlib.ticker import NullFormatter
 from rewards import captions
 
 from diffpp_fast.cli.quiet import hide_loading_bars, silence_libraries
@@ -39,7 +40,7 @@ from diffpp_fast.training.grids import tile
 HERE = Path(__file__).parent
 CONFIG = HERE / "align.yaml"
 SCALES = (0.0, 20.0, 80.0, 400.0, 4000.0)
-DIDR_SCALES = (80.0,)
+DIDR_SCALES = (2.0, 10.0, 80.0)
 SEEDS = (0, 1, 2)
 #: Every fourth caption, one picture each.
 PROMPTS = captions()[1::4]
@@ -163,6 +164,7 @@ def save_curves(path: Path, rows: list[dict[str, str]]) -> None:
             for scale, place in zip(some, means, strict=True):
                 axis.annotate(f"{scale:g}", place, fontsize=7, textcoords="offset points", xytext=(3, 4))
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("squared score gap to the reference", fontsize=8)
         axis.tick_params(labelsize=7)
