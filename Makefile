@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # DeepSpeed without its compiled operators: what needs one builds it when it is first used.
 export DS_BUILD_OPS ?= 0
 
-.PHONY: help setup demo demo-short test test-all test-oldest test-matrix sanitize emulate lint types bench gpu-build gpu-check wheels wheels-check hub-kernels docs clean
+.PHONY: help setup demo demo-short demo-frontier demo-judges test test-all test-oldest test-matrix sanitize emulate lint types bench gpu-build gpu-check wheels wheels-check hub-kernels docs clean
 
 help:
 	@echo "make demo       align the emoji generator with a reward: about 5 minutes on two cores, pictures in runs/demo"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-oldest  the operators, builds and the rehearsal with the oldest torch, Triton and Python (fetches 2.6 GB)"
 	@echo "make test-matrix  a wheel for each Python from 3.10 to 3.13 that is here, its operators tested with torch 2.11 and 2.13 (5 GB for each)"
 	@echo "make demo-short the demo cut to a minute: shows that it works, not what it can do"
+	@echo "make demo-frontier  the reward over the divergence from the reference, and DIDR beside it, in runs/frontier"
 	@echo "make sanitize   the tests of the compiled operators under AddressSanitizer and UBSan"
 	@echo "make emulate    the tests of the operators on csrc's GPU kernels, thread by thread on the CPU (needs CUDA's headers)"
 	@echo "make bench      every operator measured against plain torch; BENCH='reward' or any other arguments of python -m benchmarks"
@@ -53,6 +54,14 @@ demo: $(LIBRARY)
 
 demo-short: $(LIBRARY)
 	$(BIN)/python examples/emoji/demo.py --out runs/demo-short --short
+
+demo-frontier: $(LIBRARY)
+	$(BIN)/python examples/emoji/frontier.py --out runs/frontier
+
+# The preference judges anew; data.py needs the font.
+demo-judges: $(LIBRARY)
+	$(BIN)/python examples/emoji/data.py --out build/emoji
+	$(BIN)/python examples/emoji/train_judges.py --data build/emoji
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,8 +1,9 @@
-"""The options and the update of the weights that the three training scripts share."""
+"""Options, the update of the weights, and the faster precision, for all scripts."""
 
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
@@ -33,3 +34,16 @@ def update(
     optimizer.step()
     if schedule is not None:
         schedule.step()
+
+
+def fastest_precision() -> str:
+    """The one in which this processor convolves faster: bfloat16 takes 30 times as long without instructions for it."""
+    seconds = {}
+    for name in ("float32", "bfloat16"):
+        dtype = getattr(torch, name)
+        weights, images = torch.zeros(64, 64, 3, 3, dtype=dtype), torch.zeros(4, 64, 16, 16, dtype=dtype)
+        torch.conv2d(images, weights)  # the first call prepares the kernel
+        began = time.perf_counter()
+        torch.conv2d(images, weights)
+        seconds[name] = time.perf_counter() - began
+    return min(seconds, key=lambda name: seconds[name])

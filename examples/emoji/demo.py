@@ -3,13 +3,16 @@
     python examples/emoji/demo.py --out runs/demo
 
 Two trainings run side by side, each on half of the cores: align.yaml into `--out`, and its control, the same with
-rewards.optimised.scale=0, into `--out`/control. At the end `--out` holds before_after.png, curves.png, figures.json
-and every generator's pictures of all captions.
+rewards.optimised.scale=0, into `--out`/control. At the end `--out` holds before_after.png, curves.png, figures.json,
+table.md, demo.html and every generator's pictures of all captions.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import csv
+import html
 import json
 import os
 import shlex
@@ -24,7 +27,19 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from evaluation import Figures, evaluate, features, reference_images
+from common import fastest_precision
+from evaluation import (
+    BY_PICTURE,
+    CHOOSING_STRIDE,
+    Estimate,
+    Measured,
+    evaluate,
+    features,
+    paired_difference,
+    reference_images,
+    win_rate,
+)
+from rewards import captions
 from rich.console import Console
 from rich.table import Table
 
@@ -47,27 +62,20 @@ SHORT = [
     "training.baseline_steps=2",
 ]
 COLUMNS = {"before": "before", "control": "after, reward scale 0", "aligned": "after, aligned"}
+#: Rows of the table: label, factor and digits.
 ROWS = {
-    "optimised": "reward optimised (convolutional)",
-    "held_out": "reward held out (ImageNet)",
-    "shuffled": "held out, prompts shuffled",
-    "retrieved": "own name first of {count}",
-    "distance": "distance to the reference x 1000",
-    "spread": "spread over latents",
+    "optimised": ("optimised judge", 1, 2),
+    "held_out": ("held-out judge", 1, 2),
+    "own_first": ("own name first of 200, %", 100, 1),
+    "spread": ("spread over latents", 1, 3),
+    "distance": ("distance to the reference x 1000", 1000, 0),
+    "edges": ("edges inside the subject x 1000", 1000, 1),
+    "saturation": ("saturation", 1, 3),
 }
-
-
-def fastest_precision() -> str:
-    """The one in which this processor convolves faster: bfloat16 takes 30 times as long without instructions for it."""
-    seconds = {}
-    for name in ("float32", "bfloat16"):
-        dtype = getattr(torch, name)
-        weights, images = torch.zeros(64, 64, 3, 3, dtype=dtype), torch.zeros(4, 64, 16, 16, dtype=dtype)
-        torch.conv2d(images, weights)  # the first call prepares the kernel
-        began = time.perf_counter()
-        torch.conv2d(images, weights)
-        seconds[name] = time.perf_counter() - began
-    return min(seconds, key=lambda name: seconds[name])
+DIFFERENCES = (("aligned", "before"), ("aligned", "control"), ("control", "before"))
+#: Latents of every caption in the table.
+LATENTS = 2
+FRONTIER = HERE / "frontier"
 
 
 def reference_features(prompts: list[str], steps: int, overrides: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,17 +113,72 @@ def train_side_by_side(folders: dict[str, Path], overrides: list[str]) -> None:
         sys.exit(f"a training ended with exit codes {codes}; the control's output is in {log}")
 
 
-def print_table(figures: dict[str, Figures], count: int) -> None:
-    table = Table(title=f"One-step generator, {count} captions, one picture each")
-    table.add_column("")
-    for name in figures:
-        table.add_column(COLUMNS[name], justify="right")
-    for key, label in ROWS.items():
-        values = [getattr(of, key) * (1000 if key == "distance" else 1) for of in figures.values()]
-        table.add_row(
-            label.format(count=count), *(f"{value:.1%}" if key == "retrieved" else f"{value:.3f}" for value in values)
-        )
+def table_of(measured: dict[str, Measured]) -> list[list[str]]:
+    """Return the figures of all generators, a heading first."""
+    means = {name: of.means() for name, of in measured.items()}
+    lines = [["", *(COLUMNS[name] for name in measured)]]
+    for key, (label, factor, digits) in ROWS.items():
+        lines.append([label, *(f"{factor * of[key]:.{digits}f}" for of in means.values())])
+    return lines
+
+
+def differences_of(measured: dict[str, Measured], prompts: list[str]) -> list[list[str]]:
+    """Return paired differences with 95 % intervals, and win rates, a heading first."""
+
+    def interval(found: Estimate, factor: float, digits: int) -> str:
+        return f"{factor * found.mean:+.{digits}f} ± {factor * found.half:.{digits}f}"
+
+    lines = [["paired", *(f"{one} - {other}" for one, other in DIFFERENCES)]]
+    for key in BY_PICTURE:
+        label, factor, digits = ROWS[key]
+        found = [paired_difference(measured[one], measured[other], key) for one, other in DIFFERENCES]
+        lines.append([label, *(interval(each, factor, digits) for each in found)])
+    choosing = set(captions()[::CHOOSING_STRIDE])
+    unused = [number for number, prompt in enumerate(prompts) if prompt not in choosing]
+    wins = [("wins by the held-out judge, %", list(range(len(prompts))))]
+    if unused:  # the short demo's captions are all among those chosen by
+        wins.append((f"wins, the {len(unused)} captions never chosen by, %", unused))
+    for label, chosen in wins:
+        found = [win_rate(measured[one], measured[other], chosen) for one, other in DIFFERENCES]
+        lines.append([label, *(f"{100 * each.mean:.1f} ± {100 * each.half:.1f}" for each in found)])
+    return lines
+
+
+def print_table(title: str, lines: list[list[str]]) -> None:
+    table = Table(title=title)
+    for number, heading in enumerate(lines[0]):
+        table.add_column(heading, justify="right" if number else "left")
+    for line in lines[1:]:
+        table.add_row(*line)
     Console().print(table)
+
+
+def as_markdown(lines: list[list[str]]) -> str:
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
+
+
+def save_page(path: Path, title: str, tables: list[list[list[str]]]) -> None:
+    """Write one HTML file, which needs no other: tables and pictures of this run, and the committed frontier."""
+
+    def table(lines: list[list[str]]) -> str:
+        rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in lines]
+        return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+
+    def picture(file: Path) -> str:
+        data = base64.b64encode(file.read_bytes()).decode()
+        return f'<p><img alt="{file.stem}" src="data:image/png;base64,{data}"></p>'
+
+    parts = [f"<h1>{html.escape(title)}</h1>", picture(path.parent / "before_after.png"), *map(table, tables)]
+    parts.append(picture(path.parent / "curves.png"))
+    if (FRONTIER / "frontier.csv").is_file():
+        parts.append("<h2>The frontier: as committed, of examples/emoji/frontier.py</h2>")
+        parts += [picture(FRONTIER / f"{name}.png") for name in ("frontier", "frontier_pictures")]
+        with (FRONTIER / "frontier.csv").open(newline="", encoding="utf-8") as file:
+            parts.append(table(list(csv.reader(file))))
+    style = "body{font:15px sans-serif;margin:2em}td{padding:.2em .8em;border-top:1px solid #ccc}img{max-width:100%}"
+    page = f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
+    path.write_text(page + "\n".join(parts) + "\n", encoding="utf-8")
 
 
 def save_before_after(path: Path, images: dict[str, torch.Tensor], prompts: list[str], chosen: list[int]) -> None:
@@ -160,6 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--short", action="store_true", help="a minute: a few steps, 20 captions")
+    parser.add_argument("--measure", action="store_true", help="measure the trainings in --out again, without training")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of align.yaml, for both runs")
     args = parser.parse_args()
 
@@ -168,7 +232,8 @@ def main() -> None:
     began = time.monotonic()
     out: Path = args.out
     folders = {"aligned": out, "control": out / "control"}
-    if (out / "control.log").exists():  # the demo's own earlier result makes room, nothing else does
+    # The demo's own earlier result makes room, nothing else does.
+    if (out / "control.log").exists() and not args.measure:
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     prompts = list(open_prompts(load_config(CONFIG).prompts))
@@ -178,29 +243,34 @@ def main() -> None:
     print(f"{precision}, the faster one here")
     overrides = [precision, *(SHORT if args.short else []), *args.overrides]
 
-    train_side_by_side(folders, overrides)
+    if not args.measure:
+        train_side_by_side(folders, overrides)
     trained = time.monotonic() - began
     with torch.inference_mode():
         reference_pictures, reference = reference_features(prompts, steps=5 if args.short else 20, overrides=overrides)
         samplers = {"before": build_sampler(load_config(CONFIG, overrides), torch.device("cpu"))}
         for name in ("control", "aligned"):
             samplers[name] = load_sampler(find_weights(folders[name]), torch.device("cpu"))[1]
-        measured = {name: evaluate(sampler, prompts, reference) for name, sampler in samplers.items()}
+        latents = 1 if args.short else LATENTS
+        measured = {name: evaluate(sampler, prompts, reference, latents=latents) for name, sampler in samplers.items()}
 
     shown = list(range(2, len(prompts), max(1, len(prompts) // 14)))[:14]
-    rows = {"reference, 20 steps": reference_pictures, **{COLUMNS[name]: of[1] for name, of in measured.items()}}
+    rows = {"reference, 20 steps": reference_pictures, **{COLUMNS[name]: of.images for name, of in measured.items()}}
     save_before_after(out / "before_after.png", rows, prompts, shown)
     save_curves(out / "curves.png", folders)
-    for name, (_, pictures) in measured.items():
-        write_png(out / f"all_{name}.png", tile(pictures, columns=20))
-    figures = {name: of[0] for name, of in measured.items()}
-    (out / "figures.json").write_text(
-        json.dumps({name: of.asdict() for name, of in figures.items()}, indent=2) + "\n", encoding="utf-8"
-    )
+    for name, of in measured.items():
+        write_png(out / f"all_{name}.png", tile(of.images, columns=20))
+    figures = {name: of.means() for name, of in measured.items()}
+    (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
-    print_table(figures, len(prompts))
+    title = f"One-step generator, {len(prompts)} captions, {latents} pictures each"
+    tables = [table_of(measured), differences_of(measured, prompts)]
+    print_table(title, tables[0])
+    print_table("Paired differences, 95 % intervals over captions", tables[1])
+    (out / "table.md").write_text("\n\n".join(map(as_markdown, tables)) + "\n", encoding="utf-8")
+    save_page(out / "demo.html", title, tables)
     print(f"training {trained:.0f} s, in all {time.monotonic() - began:.0f} s")
-    print(f"pictures: {out / 'before_after.png'}, {out / 'curves.png'}")
+    print(f"pictures: {out / 'before_after.png'}, {out / 'curves.png'}; all on one page: {out / 'demo.html'}")
     command = ["diffpp-fast", "report", str(out), str(folders["control"])]
     print(f"for a page on both trainings:\n  {Path(sys.executable).parent / shlex.join(command)}")
     command = ["diffpp-fast", "sample", "--run", str(out), "a red apple"]

