@@ -4,6 +4,7 @@ from . import layers
 from .backends import use_backend
 from .noise import Noise
 from .ops import (
+    RewardedScoreGap,
     ScoreGap,
     ada_layer_norm,
     add_noise,
@@ -22,6 +23,7 @@ from .schedule import NoiseSchedule
 __all__ = [
     "Noise",
     "NoiseSchedule",
+    "RewardedScoreGap",
     "ScoreGap",
     "ada_layer_norm",
     "add_noise",
