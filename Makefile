@@ -17,7 +17,7 @@ export DS_BUILD_OPS ?= 0
 .PHONY: help setup demo demo-short demo-frontier demo-judges test test-all test-oldest test-matrix sanitize emulate lint types bench gpu-build gpu-check wheels wheels-check hub-kernels docs clean
 
 help:
-	@echo "make demo       align the emoji generator with a reward: about 5 minutes on two cores, pictures in runs/demo"
+	@echo "make demo       align the emoji generator with a reward: about 3 minutes on two cores, pictures in runs/demo"
 	@echo "make test       linter, type checker, tests (no GPU needed)"
 	@echo "make test-all   the same with the slow tests"
 	@echo "make test-oldest  the operators, builds and the rehearsal with the oldest torch, Triton and Python (fetches 2.6 GB)"
