@@ -45,9 +45,12 @@ def test_the_first_signal_is_a_wish_and_the_second_an_order(number: int, capfd: 
 
 
 def test_what_a_launcher_passes_on_is_no_second_signal(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
+    # Of a shell without job control, what runs in the background has it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with Interrupt(ALONE) as wish:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(number)

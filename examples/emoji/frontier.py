@@ -106,7 +106,7 @@ def row_of(point: Point, measured: Measured, control: Measured, out: Path, steps
     return {
         **point._asdict(),
         "steps": steps,
-        "seconds": int((out / point.name / "seconds").read_text()),
+        "seconds": int((out / point.name / "seconds").read_text(encoding="utf-8")),
         "score_gap": f"{last_score_gap(out / point.name):.6f}",
         "win_rate": round(win_rate(measured, control).mean, 4),
         **rounded,
