@@ -207,6 +207,7 @@ def test_the_gate_catches_what_is_wrong(
     assert all(sentence.startswith("the generator") for sentence in complaints(errors, oracle.allowed))
 
 
+@pytest.mark.slow
 def test_what_is_wrong_or_fails_is_reported_and_the_others_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,7 +123,9 @@ def test_an_unwritable_output_is_a_sentence(capsys: pytest.CaptureFixture[str]) 
     assert "error: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_a_signal_saves_and_says_how_to_go_on(number: int, code: int) -> None:
     output = f"runs/stopped {code}"
     arguments = ["train", "align.yaml", f"output={output}", "training.steps=1000000", "training.grid_every=1000"]

@@ -347,7 +347,11 @@ def test_without_a_gradient_nothing_is_kept(name: str) -> None:
 # Compilers
 
 
-@pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"slice_size": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, *(pytest.param(each, marks=pytest.mark.slow) for each in ({"checkpoint": True}, {"slice_size": 1}))],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["sd", "tiny"])
 def test_compiled_in_one_graph(name: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
@@ -357,7 +361,7 @@ def test_compiled_in_one_graph(name: str, options: dict[str, Any]) -> None:
     assert_equal(step(compiled, latents), step(decoder, latents), 1e-13)
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("checkpoint", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_slices_of_rows_compiled_in_one_graph(checkpoint: bool) -> None:
     torch._dynamo.reset()
     decoder = FrozenDecoder(kl(block_out_channels=(8, 8)).double(), checkpoint, rows=7)

@@ -109,6 +109,7 @@ def test_two_processes_then_four_are_one(project: Path, alone: Path, tmp_path: P
     assert_same_run(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_stage_3_is_the_same_run_and_one_process_goes_on(project: Path, alone: Path, tmp_path: Path) -> None:
     train(project, tmp_path, 2, zero(3), "distributed.reference=shard")
     go_back(tmp_path)

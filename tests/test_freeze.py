@@ -252,6 +252,7 @@ def test_adapters_are_refused() -> None:
     assert state(network) == networks_before
 
 
+@pytest.mark.slow
 def test_the_command_that_measures(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def build_tiny(name: str) -> tuple[Any, dict[str, Any]]:
         text = torch.randn(1, 5, tiny.TEXT_WIDTH)

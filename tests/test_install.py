@@ -74,6 +74,7 @@ def test_no_message_names_an_index_that_lacks_the_package() -> None:
     assert wrong == [] and len(texts) > 100
 
 
+@pytest.mark.slow
 def test_libraries_say_nothing_of_their_own_affairs(tmp_path: Path) -> None:
     """Not what importing diffusers brings, nor warnings about names that others are going to change."""
     code = """

@@ -303,6 +303,7 @@ def test_rows_that_samples_can_not_share_are_refused() -> None:
         assert torch.equal(reference(x, t, given), reference(x, t, given, first=(fake, 0)))
 
 
+@pytest.mark.slow
 def test_a_compiled_network_serves_both_roles_in_one_call() -> None:
     """As far as tracing goes: `eager` is dynamo without a compiler behind it."""
     fake, reference = adapted(tiny.unet, torch.float32)

@@ -141,7 +141,7 @@ def test_training_changes_both_networks_and_their_average(config_of) -> None:  #
     assert (after[f"generator_ema.{name}"] - before).norm() < (after[f"generator.{name}"] - before).norm()
 
 
-@pytest.mark.parametrize("share", ["false", "true"])
+@pytest.mark.parametrize("share", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_micro_batches_change_memory_only(config_of, share: str) -> None:  # type: ignore[no-untyped-def]
     # A large eps: with the usual one Adam's first updates are sign(g), which magnifies rounding.
     overrides = [
@@ -166,7 +166,7 @@ def test_micro_batches_change_memory_only(config_of, share: str) -> None:  # typ
                 assert before[name] == pytest.approx(after[name], rel=1e-4)
 
 
-@pytest.mark.parametrize("share", ["false", "true"])
+@pytest.mark.parametrize("share", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_an_interrupted_run_resumes_to_the_same_bits(config_of, share: str) -> None:  # type: ignore[no-untyped-def]
     rounds = ("method.fake_rounds=2", f"method.share_samples={share}")
     overrides = ("training.fake_warmup=3", "ema.warmup=true", *rounds)

@@ -161,6 +161,7 @@ def test_hostile_files_are_refused_at_once(tmp_path: Path, text: str, said: str)
     assert time.process_time() - start < 5
 
 
+@pytest.mark.slow
 def test_a_run_in_another_locale_can_be_read_back(tmp_path: Path) -> None:
     """Its own configuration holds letters that Latin-1 lacks, and a name that ASCII does."""
     tiny.write(tmp_path)
