@@ -47,7 +47,7 @@ LOT = 8
 #: own ("KERNEL, triton 3.6"): compilers schedule differently, and neither is to hide what the other does.
 TRITON = "3.7"
 
-#: Height, width, size, fit and layout of images of 16 bits beside the benchmark's: of the first three no row is a vector,
+#: Height, width, size, fit and layout of 16-bit images beside the benchmark's: no row of the first three is a vector,
 #: and they once spilled for sm_80; of all others that were tried none takes more registers than the last.
 IMAGES = (
     (160, 90, 24, "crop", "channels_last"),
