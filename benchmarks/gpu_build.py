@@ -34,8 +34,9 @@ from benchmarks import backends, tables, variants
 from benchmarks.backends import native
 from benchmarks.cases import all_cases, make_inputs
 from benchmarks.tables import Table
+from diffpp_fast import selftest
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.selftest import CPU
+from diffpp_fast.selftest import CPU, Call
 
 ARCHS = (80, 90, 100)
 BUDGET = Path(__file__).with_name("gpu_budget.json")
@@ -45,6 +46,15 @@ LOT = 8
 #: The Triton that the budget is for. What another supported one takes beyond it stands beside it under a name of its
 #: own ("KERNEL, triton 3.6"): compilers schedule differently, and neither is to hide what the other does.
 TRITON = "3.7"
+
+#: Height, width, size, fit and layout of 16-bit images beside the benchmark's: no row of the first three is a vector,
+#: and they once spilled for sm_80; of all others that were tried none takes more registers than the last.
+IMAGES = (
+    (160, 90, 24, "crop", "channels_last"),
+    (480, 854, 128, "stretch", "channels_last"),
+    (200, 300, 64, "stretch", "contiguous"),
+    (720, 1280, 224, "crop", "contiguous"),
+)
 
 #: Kernel, or kernel and case -> GPU ("sm_90") -> limit -> how much.
 Budget = dict[str, dict[str, dict[str, float]]]
@@ -122,6 +132,8 @@ def triton_resources(op: str, arch: int, exhaustive: bool = False) -> list[Resou
             if case.op == op:
                 for dtype in dtypes:
                     make_inputs(case, dtype, CPU).call.run()
+        for call in further_calls(op):
+            call.run()
     with tempfile.TemporaryDirectory() as folder:
         found = []
         for number, (cubin, (kernel, shared)) in enumerate(cubins.items()):
@@ -129,6 +141,14 @@ def triton_resources(op: str, arch: int, exhaustive: bool = False) -> list[Resou
             path.write_bytes(cubin)
             found += [each._replace(kernel=kernel, arch=arch, shared=each.shared + shared) for each in dump(path)]
     return largest(found)
+
+
+def further_calls(op: str) -> Iterator[Call]:
+    """Yield calls at sizes that are nobody's benchmark."""
+    for height, width, size, fit, layout in IMAGES if op == "reward_pixels" else ():
+        for dtype in (torch.bfloat16, torch.float16):
+            options = {"dtype": dtype, "layout": layout, "size": size, "fit": fit, "filter": "bicubic"}
+            yield selftest.make(op, (1, 3, height, width), **options)
 
 
 @contextmanager

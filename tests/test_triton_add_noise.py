@@ -41,6 +41,26 @@ def test_uniforms_and_integers_are_exact(triton_backend: torch.device) -> None:
     assert all(torch.equal(value, oracle) for value, oracle in zip(drawn, expected, strict=True))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_large_tensors_take_larger_blocks_to_the_same_numbers(
+    memory_format: torch.memory_format, triton_backend: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffpp_fast.ops.triton import add_noise
+
+    # Even for blocks of one size, and not of the other.
+    x0, alpha, sigma, noise = inputs(triton_backend, 2, 4, 24, 64)
+    assert x0[0].numel() % add_noise.BLOCK == 0 != x0[0].numel() % (2 * add_noise.BLOCK)
+    leaf = x0.contiguous(memory_format=memory_format).requires_grad_()
+
+    def both() -> tuple[Tensor, ...]:
+        x_t = ops.add_noise(leaf, alpha, sigma, noise)
+        return x_t, *torch.autograd.grad(x_t, leaf, x0)
+
+    expected = both()
+    monkeypatch.setattr(add_noise, "LARGE", 1)
+    assert all(torch.equal(*pair) for pair in zip(both(), expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("drawn", [True, False])
 def test_formula_in_any_layout(

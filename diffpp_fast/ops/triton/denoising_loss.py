@@ -88,6 +88,7 @@ def backward(grad_output: Tensor, residual: Tensor, weight: Tensor | None) -> Te
         weight_stride=stride(weight),
         mean=2.0 / residual.numel(),
         sample=order.sample,
+        EVEN=order.sample % BLOCK == 0,
         WIDE=order.wide,
         BLOCK=BLOCK,
         num_warps=WARPS,
@@ -178,12 +179,13 @@ def _backward(
     weight_stride,
     mean,  # 2 / (B sample)
     sample,
+    EVEN: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     b = tl.program_id(0)
     start = b.to(tl.int64) * sample
     scale = tl.load(p_grad_output).to(tl.float32) * mean * per_sample(p_weight, weight_stride, b, 1.0)
-    b_at, m_inside = in_order(block_of_sample(), sample, p_residual.dtype.element_ty, WIDE, BLOCK)
+    b_at, m_inside = in_order(block_of_sample(), sample, p_residual.dtype.element_ty, EVEN, WIDE, BLOCK)
     b_gradient = scale * load(p_residual + start, b_at, m_inside)
     tl.store(p_gradient + start + b_at, b_gradient.to(p_gradient.dtype.element_ty), mask=m_inside)

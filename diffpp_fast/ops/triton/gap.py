@@ -15,6 +15,8 @@ BLOCK = 2048
 WARPS = 4
 #: Of a thread that reads a reward's score as well: left to itself the compiler takes fewer, and spills some.
 MOST_REGISTERS = 224
+#: Of one that draws noise for the pixels of float32, where it takes 64 and spills two.
+PIXEL_REGISTERS = 128
 #: Programs that share a sample, at most; beyond it each takes several blocks. A program of a second launch reads one
 #: number of each of them, and a single large sample still gives three or four programs to every multiprocessor.
 PROGRAMS = 512
@@ -81,6 +83,8 @@ class Gap:
         """
         order = self.order
         partials = self.fake.new_empty(3 if reward is None else 5, order.batch, self.programs, dtype=torch.float32)
+        most = PIXEL_REGISTERS if target.pixel and self.fake.element_size() == 4 else None
+        most = most if reward is None else MOST_REGISTERS
         _sums[order.batch, self.programs](
             p_partials=partials,
             p_gradient=gradient,
@@ -116,7 +120,7 @@ class Gap:
             WIDE=order.wide,
             BLOCK=BLOCK,
             num_warps=WARPS,
-            maxnreg=None if reward is None else MOST_REGISTERS,
+            maxnreg=most,
         )
         return partials
 

@@ -169,9 +169,9 @@ def tile(
 
 
 @triton.jit
-def in_order(block, sample, DTYPE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def in_order(block, sample, DTYPE: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """Where the elements of a block are in the sample's memory, and which are inside it."""
-    b_at, m_inside, _, _ = tile(block, sample, 1, DTYPE, 0, False, False, WIDE, BLOCK)
+    b_at, m_inside, _, _ = tile(block, sample, 1, DTYPE, 0, False, EVEN, WIDE, BLOCK)
     return b_at, m_inside
 
 

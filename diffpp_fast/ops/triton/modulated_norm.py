@@ -20,12 +20,19 @@ MOST_COLUMNS, MOST_COLUMNS_OF_RESIDUALS = 8192, 6144
 #: for each of up to three sums, three factors and four values.
 COLUMNS_PER_WARP, COLUMNS_PER_WARP_BACKWARD = 1536, 512
 MOST_WARPS = 32
+#: Rows of a multiple of the first are vectors to Triton. Backward, others are counted in vectors, if that goes; if not,
+#: each element has an address, and there are registers for half of the elements.
+KNOWN_VECTORS, VECTOR = 16, 8
+#: Of a multiprocessor. Of other rows a thread may have all that there are: left to itself the compiler spills some.
+REGISTERS, MOST_REGISTERS = 65536, 255
 #: Programs of the backward pass beyond which one takes more rows: enough to fill large GPUs several times over.
 PROGRAMS = 1024
 #: Rows of a program, backward. Fewer would make the sums that programs leave a large part of the traffic.
 LEAST_ROWS, MOST_ROWS = 8, 64
 #: Partial sums and columns of a tile of the last launch.
 SUM_ROWS, SUM_COLUMNS = 32, 64
+#: Of a thread there. Left to itself the compiler takes 32 for some widths, and spills two.
+SUM_REGISTERS = 64
 
 
 class Modulation(NamedTuple):
@@ -161,6 +168,10 @@ def backward(
         main, tail = _blocks(width)
         dense_gate, gate_stride, gate_row_stride = modulation(gate)
         dense_scale, scale_stride, scale_row_stride = modulation(scale)
+        lengths = width, gate_stride, gate_row_stride, scale_stride, scale_row_stride
+        known = width % KNOWN_VECTORS == 0
+        unit = 1 if known or any(length % VECTOR for length in lengths) else VECTOR
+        warps = _warps(width, COLUMNS_PER_WARP_BACKWARD // (1 if known or unit > 1 else 2))
         _backward[(batch * chunks,)](
             p_grad_hidden=None if grad_hidden is None else grad_hidden.contiguous(),
             p_grad_y=grad_y.contiguous(),
@@ -169,12 +180,12 @@ def backward(
             p_rstd=rstd,
             p_branch=branch.contiguous() if needs_gate and branch is not None else None,
             p_gate=dense_gate,
-            gate_stride=gate_stride,
-            gate_row_stride=gate_row_stride,
+            gate_stride=gate_stride // unit,
+            gate_row_stride=gate_row_stride // unit,
             p_weight=None if weight is None else weight.contiguous(),
             p_scale=dense_scale,
-            scale_stride=scale_stride,
-            scale_row_stride=scale_row_stride,
+            scale_stride=scale_stride // unit,
+            scale_row_stride=scale_row_stride // unit,
             p_grad_x=grad_x,
             p_grad_branch=grad_branch,
             p_grad_gate=grad_gate if per_row else None,
@@ -182,15 +193,17 @@ def backward(
             p_grad_shift=grad_shift if per_row else None,
             p_sums=sums,
             rows=rows,
-            width=width,
+            units=width // unit,
             per_program=per_program,
+            UNIT=unit,
             PER_ROW=per_row,
             SUM_GATE=sum_gate,
             SUM_PRODUCTS=needs_products,
             SUM_SHIFT=sum_shift,
             MAIN=main,
             TAIL=tail,
-            num_warps=_warps(width, COLUMNS_PER_WARP_BACKWARD),
+            num_warps=warps,
+            maxnreg=None if known else min(MOST_REGISTERS, REGISTERS // (32 * warps)),
         )
         if sums is not None:
             results = (grad_gate if sum_gate else None, products, grad_shift if sum_shift else None)
@@ -206,6 +219,7 @@ def backward(
                 BLOCK_R=SUM_ROWS,
                 BLOCK_C=SUM_COLUMNS,
                 num_warps=4,
+                maxnreg=SUM_REGISTERS,
             )
     grad_weight = None
     if weight is not None and products is not None:
@@ -403,8 +417,9 @@ def _backward(
     p_grad_shift,
     p_sums,  # [B, chunks, 1 to 3, width] or None: for the gate, for scale and weight, for the shift
     rows,
-    width,
+    units,  # of a row, and of the strides
     per_program,
+    UNIT: tl.constexpr,
     PER_ROW: tl.constexpr,
     SUM_GATE: tl.constexpr,
     SUM_PRODUCTS: tl.constexpr,
@@ -412,6 +427,7 @@ def _backward(
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
 ):
+    width = units * UNIT
     chunks = tl.cdiv(rows, per_program)
     program = tl.program_id(0)
     b = (program // chunks).to(tl.int64)
@@ -428,8 +444,8 @@ def _backward(
     for r in range(first, last):
         row = b * rows + r
         at = row * width
-        gate_at = b * gate_stride + r * gate_row_stride
-        scale_at = b * scale_stride + r * scale_row_stride
+        gate_at = (b * gate_stride + r * gate_row_stride) * UNIT
+        scale_at = (b * scale_stride + r * scale_row_stride) * UNIT
         b_grad, t_grad = _load(p_grad_y + at, b_c, m_b), _load(p_grad_y + at, t_c, m_t)
         rstd = tl.load(p_rstd + row)
         mean = tl.load(p_mean + row) if p_mean is not None else 0.0

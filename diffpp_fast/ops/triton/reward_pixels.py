@@ -189,7 +189,8 @@ class _ResizeCall:
         return _tiles(source.device, source.dtype, self.inner, adjoint, *self.resize, std)
 
     def shrink(self, cut: tiles.TileTables, images: Tensor, pixels: Tensor) -> None:
-        # Single addresses take more registers than those of vectors.
+        # Single addresses take more registers than those of vectors. If the compiler knew how many chunks there are, it
+        # would hold those of all at once, and spill some.
         vectors = cut.columns.unit > 1
         chunk = min(cut.columns.window, (CHUNK if vectors else CHUNK // 4) // cut.rows.window)
         tiles.shrink[(self.planes, cut.rows.number, cut.columns.number)](
@@ -200,7 +201,8 @@ class _ResizeCall:
             p_per_std=self.per_std,
             p_row_sums=cut.row_sums,
             **self._numbers(cut, images, pixels, 0),
-            CHUNKS=cut.columns.window // chunk,
+            some_chunks=cut.columns.window // chunk,
+            CHUNKS=cut.columns.window // chunk if vectors else 0,
             M=cut.rows.padded,
             K=cut.rows.window,
             N=chunk,

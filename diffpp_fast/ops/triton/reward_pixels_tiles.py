@@ -317,14 +317,14 @@ def _inside(b_r, b_c, end_r, end_c, rows, width):
     return b_at, (b_r < tl.minimum(end_r, rows))[:, None] & (b_c < tl.minimum(end_c, width))[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["some_chunks"])
 def shrink(
     p_images,  # [planes, rows_in, width_in]
     p_pixels,  # [planes, rows_out, width_out]
     p_start_r,  # [tiles]
     p_start_c,
     p_row_weights,  # [2, tiles, M, K]
-    p_column_weights,  # [2, tiles, CHUNKS N, C]
+    p_column_weights,  # [2, tiles, chunks N, C]
     p_first_r,
     p_count_r,
     p_taps_r,
@@ -342,11 +342,12 @@ def shrink(
     low,
     high,
     per_range,
+    some_chunks,
     UNIT_IN: tl.constexpr,
     UNIT_OUT: tl.constexpr,
     WHOLE: tl.constexpr,
     INNER: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    CHUNKS: tl.constexpr,  # or 0, for a number that the compiler does not know
     TAPS_R: tl.constexpr,
     TAPS_C: tl.constexpr,
     SIZE_R: tl.constexpr,
@@ -356,7 +357,8 @@ def shrink(
     N: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Clamp, resize and normalise a tile of pixels, [M, C], from a window [K, CHUNKS N]."""
+    """Clamp, resize and normalise a tile of pixels, [M, C], from a window [K, chunks N]."""
+    chunks = CHUNKS if CHUNKS > 0 else some_chunks
     plane, tile_r, tile_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     width_in, width_out = units_in * UNIT_IN, units_out * UNIT_OUT
     p_plane = p_images + plane.to(tl.int64) * rows_in * width_in
@@ -366,12 +368,12 @@ def shrink(
     first_r = tl.load(p_start_r + tile_r)
     first_c = tl.load(p_start_c + tile_c) * UNIT_IN
     p_rows = p_row_weights + tile_r * (M * K) + (tl.arange(0, M) * K)[:, None] + tl.arange(0, K)[None, :]
-    p_across = p_column_weights + tile_c * (CHUNKS * N * C) + (tl.arange(0, N) * C)[:, None] + tl.arange(0, C)[None, :]
+    p_across = p_column_weights + tile_c * (chunks * N * C) + (tl.arange(0, N) * C)[:, None] + tl.arange(0, C)[None, :]
     b_high = tl.load(p_rows)
     b_low = tl.load(p_rows + tl.num_programs(1) * (M * K))
     b_lowest = (-low * per_range * tl.load(p_row_sums + tl.minimum(b_r, rows_out - 1)))[:, None]
     b_sum = tl.zeros([M, C], tl.float32)
-    for chunk in tl.range(CHUNKS, num_stages=1):
+    for chunk in tl.range(chunks, num_stages=1):
         b_source = _source(p_plane, first_r, first_c + chunk * N, rows_in, width_in, WHOLE, K, N)
         b_source = clamped(b_source, low, high)
         b_between = product(b_high, b_source, tl.zeros([M, N], tl.float32))
@@ -380,7 +382,7 @@ def shrink(
         b_weights, b_most = tl.load(p_across + chunk * (N * C)), b_between.to(tl.float16)
         b_sum = product(b_most, b_weights, b_sum)
         if p_pixels.dtype.element_ty == tl.float16:
-            b_rest = tl.load(p_across + (tl.num_programs(2) * CHUNKS + chunk) * (N * C))
+            b_rest = tl.load(p_across + (tl.num_programs(2) * chunks + chunk) * (N * C))
             b_sum = product(b_most, b_rest, b_sum)
             b_sum = product((b_between - b_most.to(tl.float32)).to(tl.float16), b_weights, b_sum)
     b_channel = b_c % INNER + (plane % channels if INNER == 1 else 0)

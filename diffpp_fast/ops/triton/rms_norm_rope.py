@@ -48,6 +48,7 @@ def forward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: flo
             tokens=tokens,
             heads=heads,
             width=width,
+            EVEN=width == 2 * half and heads % block == 0,
             INTERLEAVED=interleaved,
             HALF=half,
             HEADS=block,
@@ -106,6 +107,7 @@ def backward(
             heads=heads,
             width=width,
             per_program=per_program,
+            EVEN=width == 2 * half and heads % block == 0,
             INTERLEAVED=interleaved,
             HALF=half,
             HEADS=block,
@@ -154,52 +156,70 @@ def _tile(width: int, heads: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _load_pairs(p, m_rows, width, INTERLEAVED: tl.constexpr, HALF: tl.constexpr):
+def _rows(b_h, heads, EVEN: tl.constexpr):
+    """Which heads of a tile there are, [ROWS, 1]: a constant where all tiles are whole, so that masks are dropped."""
+    return tl.full(b_h.shape, True, tl.int1) if EVEN else b_h < heads
+
+
+@triton.jit
+def _inside(m_rows, b_c, width, EVEN: tl.constexpr):
+    return m_rows if EVEN else m_rows & (b_c < width)
+
+
+@triton.jit
+def _load_pairs(p, m_rows, width, EVEN: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr):
     """Rows that begin at p [ROWS, 1] as float32 pairs: [ROWS, HALF] twice, zero outside."""
     if INTERLEAVED:
         b_c = tl.arange(0, 2 * HALF)[None, :]
-        b_row = tl.load(p + b_c, mask=m_rows & (b_c < width), other=0.0).to(tl.float32)
+        b_row = tl.load(p + b_c, mask=_inside(m_rows, b_c, width, EVEN), other=0.0).to(tl.float32)
         b_a, b_b = tl.split(tl.reshape(b_row, [b_row.shape[0], HALF, 2]))
     else:
         b_c = tl.arange(0, HALF)[None, :]
-        m_inside = m_rows & (b_c < width // 2)
+        m_inside = _inside(m_rows, b_c, width // 2, EVEN)
         b_a = tl.load(p + b_c, mask=m_inside, other=0.0).to(tl.float32)
         b_b = tl.load(p + width // 2 + b_c, mask=m_inside, other=0.0).to(tl.float32)
     return b_a, b_b
 
 
 @triton.jit
-def _store_pairs(p, b_a, b_b, m_rows, width, INTERLEAVED: tl.constexpr, HALF: tl.constexpr):
+def _store_pairs(p, b_a, b_b, m_rows, width, EVEN: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr):
     if INTERLEAVED:
         b_c = tl.arange(0, 2 * HALF)[None, :]
         b_row = tl.reshape(tl.join(b_a, b_b), [b_a.shape[0], 2 * HALF])
-        tl.store(p + b_c, b_row.to(p.dtype.element_ty), mask=m_rows & (b_c < width))
+        tl.store(p + b_c, b_row.to(p.dtype.element_ty), mask=_inside(m_rows, b_c, width, EVEN))
     else:
         b_c = tl.arange(0, HALF)[None, :]
-        m_inside = m_rows & (b_c < width // 2)
+        m_inside = _inside(m_rows, b_c, width // 2, EVEN)
         tl.store(p + b_c, b_a.to(p.dtype.element_ty), mask=m_inside)
         tl.store(p + width // 2 + b_c, b_b.to(p.dtype.element_ty), mask=m_inside)
 
 
 @triton.jit
-def _load_row(p, width, INTERLEAVED: tl.constexpr, HALF: tl.constexpr):
-    """One row as pairs, [1, HALF] twice."""
-    return _load_pairs(p + tl.zeros([1, 1], tl.int32), tl.full([1, 1], True, tl.int1), width, INTERLEAVED, HALF)
+def _load_row(p, width, EVEN: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr):
+    """One row as pairs, for every row of a tile: [ROWS, HALF] twice.
+
+    Each thread reads its own columns. Spreading a row that is read once takes more instructions, and barriers.
+    """
+    return _load_pairs(
+        p + tl.zeros([ROWS, 1], tl.int32), tl.full([ROWS, 1], True, tl.int1), width, EVEN, INTERLEAVED, HALF
+    )
 
 
 @triton.jit
-def _weight_pairs(p_weight, width, INTERLEAVED: tl.constexpr, HALF: tl.constexpr):
+def _weight_pairs(
+    p_weight, width, EVEN: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr
+):
     if p_weight is not None:
-        w_a, w_b = _load_row(p_weight, width, INTERLEAVED, HALF)
+        w_a, w_b = _load_row(p_weight, width, EVEN, INTERLEAVED, HALF, ROWS)
     else:
-        w_a, w_b = tl.full([1, HALF], 1.0, tl.float32), tl.full([1, HALF], 1.0, tl.float32)
+        w_a, w_b = tl.full([ROWS, HALF], 1.0, tl.float32), tl.full([ROWS, HALF], 1.0, tl.float32)
     return w_a, w_b
 
 
 @triton.jit
-def _normalized(p_x, m_h, width, eps, INTERLEAVED: tl.constexpr, HALF: tl.constexpr):
+def _normalized(p_x, m_h, width, eps, EVEN: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr):
     """Rows of a tile without the weight, as pairs, and 1 / root mean square, [ROWS, 1]."""
-    b_a, b_b = _load_pairs(p_x, m_h, width, INTERLEAVED, HALF)
+    b_a, b_b = _load_pairs(p_x, m_h, width, EVEN, INTERLEAVED, HALF)
     b_rstd = tl.rsqrt(tl.sum(b_a * b_a + b_b * b_b, 1)[:, None] * (1.0 / as_float(width)) + eps)
     return b_a * b_rstd, b_b * b_rstd, b_rstd
 
@@ -223,6 +243,7 @@ def _forward(
     tokens,
     heads,
     width,
+    EVEN: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
@@ -230,16 +251,21 @@ def _forward(
     # Divided in 32 bits: in 64 it is a subroutine.
     program = tl.program_id(0)
     b, t = (program // tokens).to(tl.int64), (program % tokens).to(tl.int64)
-    c_a, c_b = _load_row(p_cos + b * angle_batch + t * angle_token, width, INTERLEAVED, HALF)
-    s_a, s_b = _load_row(p_sin + b * angle_batch + t * angle_token, width, INTERLEAVED, HALF)
-    w_a, w_b = _weight_pairs(p_weight, width, INTERLEAVED, HALF)
+    c_a, c_b = _load_row(p_cos + b * angle_batch + t * angle_token, width, EVEN, INTERLEAVED, HALF, HEADS)
+    s_a, s_b = _load_row(p_sin + b * angle_batch + t * angle_token, width, EVEN, INTERLEAVED, HALF, HEADS)
+    w_a, w_b = _weight_pairs(p_weight, width, EVEN, INTERLEAVED, HALF, HEADS)
+    # The weight once for all heads: a row's elements are multiplied by it where they are rotated.
+    c_a, c_b, s_a, s_b = w_a * c_a, w_b * c_b, w_b * s_a, w_a * s_b
+    b_h = tl.arange(0, HEADS)[:, None]
+    p_from = p_x + b * x_batch + t * x_token + b_h.to(tl.int64) * x_head
+    p_to = p_y + b * y_batch + t * y_token + b_h.to(tl.int64) * y_head
     for first in range(0, heads, HEADS):
-        b_h = (first + tl.arange(0, HEADS)).to(tl.int64)[:, None]
-        m_h = b_h < heads
-        b_a, b_b, _ = _normalized(p_x + b * x_batch + t * x_token + b_h * x_head, m_h, width, eps, INTERLEAVED, HALF)
-        b_a, b_b = b_a * w_a, b_b * w_b
+        m_h = _rows(b_h, heads - first, EVEN)
+        b_a, b_b, _ = _normalized(p_from, m_h, width, eps, EVEN, INTERLEAVED, HALF)
         y_a, y_b = tl.fma(b_a, c_a, -b_b * s_a), tl.fma(b_b, c_b, b_a * s_b)
-        _store_pairs(p_y + b * y_batch + t * y_token + b_h * y_head, y_a, y_b, m_h, width, INTERLEAVED, HALF)
+        _store_pairs(p_to, y_a, y_b, m_h, width, EVEN, INTERLEAVED, HALF)
+        p_from += tl.cast(x_head, tl.int64) * HEADS
+        p_to += tl.cast(y_head, tl.int64) * HEADS
 
 
 @triton.jit(do_not_specialize=["per_program"])
@@ -267,6 +293,7 @@ def _backward(
     heads,
     width,
     per_program,
+    EVEN: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
@@ -276,18 +303,18 @@ def _backward(
     b = (program // chunks).to(tl.int64)
     begin = (program % chunks).to(tl.int64) * per_program
     end = tl.minimum(begin + per_program, tokens)
-    w_a, w_b = _weight_pairs(p_weight, width, INTERLEAVED, HALF)
+    w_a, w_b = _weight_pairs(p_weight, width, EVEN, INTERLEAVED, HALF, HEADS)
     sum_a, sum_b = tl.zeros([HEADS, HALF], tl.float32), tl.zeros([HEADS, HALF], tl.float32)
     for t in range(begin, end):
-        c_a, c_b = _load_row(p_cos + b * angle_batch + t * angle_token, width, INTERLEAVED, HALF)
-        s_a, s_b = _load_row(p_sin + b * angle_batch + t * angle_token, width, INTERLEAVED, HALF)
+        c_a, c_b = _load_row(p_cos + b * angle_batch + t * angle_token, width, EVEN, INTERLEAVED, HALF, HEADS)
+        s_a, s_b = _load_row(p_sin + b * angle_batch + t * angle_token, width, EVEN, INTERLEAVED, HALF, HEADS)
         for first in range(0, heads, HEADS):
             b_h = (first + tl.arange(0, HEADS)).to(tl.int64)[:, None]
-            m_h = b_h < heads
+            m_h = _rows(b_h, heads, EVEN)
             p_row = p_x + b * x_batch + t * x_token + b_h * x_head
-            b_a, b_b, b_rstd = _normalized(p_row, m_h, width, eps, INTERLEAVED, HALF)
+            b_a, b_b, b_rstd = _normalized(p_row, m_h, width, eps, EVEN, INTERLEAVED, HALF)
             p_from = p_grad + b * grad_batch + t * grad_token + b_h * grad_head
-            o_a, o_b = _load_pairs(p_from, m_h, width, INTERLEAVED, HALF)
+            o_a, o_b = _load_pairs(p_from, m_h, width, EVEN, INTERLEAVED, HALF)
             g_a, g_b = tl.fma(o_a, c_a, o_b * s_b), tl.fma(o_b, c_b, -o_a * s_a)
             if p_sums is not None:
                 sum_a += g_a * b_a
@@ -297,8 +324,8 @@ def _backward(
                 b_mean = tl.sum(g_a * b_a + g_b * b_b, 1)[:, None] * (1.0 / as_float(width))
                 g_a, g_b = b_rstd * tl.fma(-b_a, b_mean, g_a), b_rstd * tl.fma(-b_b, b_mean, g_b)
                 p_to = p_grad_x + b * y_batch + t * y_token + b_h * y_head
-                _store_pairs(p_to, g_a, g_b, m_h, width, INTERLEAVED, HALF)
+                _store_pairs(p_to, g_a, g_b, m_h, width, EVEN, INTERLEAVED, HALF)
     if p_sums is not None:
         sum_a, sum_b = tl.sum(sum_a, 0)[None, :], tl.sum(sum_b, 0)[None, :]
         p_to = p_sums + tl.program_id(0).to(tl.int64) * width + tl.zeros([1, 1], tl.int32)
-        _store_pairs(p_to, sum_a, sum_b, tl.full([1, 1], True, tl.int1), width, INTERLEAVED, HALF)
+        _store_pairs(p_to, sum_a, sum_b, tl.full([1, 1], True, tl.int1), width, EVEN, INTERLEAVED, HALF)

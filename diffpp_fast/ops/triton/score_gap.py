@@ -67,6 +67,7 @@ def forward(
             p_uncond=gap.uncond,
             w=gap.w,
             sample=order.sample,
+            EVEN=order.sample % BLOCK == 0,
             WIDE=order.wide,
             BLOCK=BLOCK,
             num_warps=WARPS if mean_abs else 1,
@@ -139,6 +140,7 @@ def score_gap_with_reward(
             w=gap.w,
             sample=order.sample,
             MEAN_ABS=mean_abs,
+            EVEN=order.sample % BLOCK == 0,
             WIDE=order.wide,
             BLOCK=BLOCK,
             num_warps=WARPS,
@@ -174,6 +176,7 @@ def _finish(
     p_uncond,  # or None for no guidance
     w,
     sample,
+    EVEN: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -186,7 +189,7 @@ def _finish(
         start = b.to(tl.int64) * sample
         factor = tl.div_rn(per_sample(p_scale, scale_stride, b, scale), divisor)
         for block in range(program, tl.cdiv(sample, BLOCK), programs):
-            b_at, m_inside = in_order(block, sample, p_fake.dtype.element_ty, WIDE, BLOCK)
+            b_at, m_inside = in_order(block, sample, p_fake.dtype.element_ty, EVEN, WIDE, BLOCK)
             b_gap = guide(p_cond, p_uncond, w, start, b_at, m_inside) - load(p_fake + start, b_at, m_inside)
             tl.store(p_gradient + start + b_at, (factor * b_gap).to(p_gradient.dtype.element_ty), mask=m_inside)
     if program == 0:
@@ -230,6 +233,7 @@ def _settle(
     w,
     sample,
     MEAN_ABS: tl.constexpr,
+    EVEN: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -261,7 +265,7 @@ def _settle(
     # Else the first launch has written the gradient as it is.
     if MEAN_ABS or share != 1.0:
         for block in range(program, tl.cdiv(sample, BLOCK), programs):
-            b_at, m_inside = in_order(block, sample, p_fake.dtype.element_ty, WIDE, BLOCK)
+            b_at, m_inside = in_order(block, sample, p_fake.dtype.element_ty, EVEN, WIDE, BLOCK)
             b_gap = guide(p_cond, p_uncond, w, start, b_at, m_inside) - load(p_fake + start, b_at, m_inside)
             # A term that is left out may hold NaN.
             b_reward = tl.where(left, load(p_reward + start, b_at, m_inside), 0.0)
