@@ -228,12 +228,15 @@ class Unfused:
 class Fused:
     """The step as the package does it: `DiffInstructPP` with addressed noise, fused blocks and the frozen decoder.
 
+    What ends the update, clip, AdamW and average, is the trainer's for it, and plain torch for the others.
+
     Args:
         networks: whose numbers are used. Its modules are not changed.
         checkpoint: the frozen decoder computes one resolution at a time again.
         compile: every network and every part of the path under torch.compile.
         batched: as in the methods.
-        share: the TA learns on the samples of the generator's update before, as `share_samples` has it.
+        share: the TA learns on the samples of the generator's update before, as `share_samples` has it: "fused-shared"
+            has both.
     """
 
     def __init__(
