@@ -24,6 +24,7 @@ from benchmarks.step_networks import MODELS, StepNetworks, Trained, lay_out, res
 from benchmarks.step_providers import (
     PROVIDERS,
     ROLES,
+    Fused,
     Marks,
     Now,
     Step,
@@ -275,7 +276,7 @@ class _Measurement:
         with self._first_call(name, role):
             _, marks = differentiate(self.steps[name], role, batch, now)
         marks.begin("update")
-        self.trained[role].update()
+        self.trained[role].update(ours=isinstance(self.steps[name], Fused))
         marks.end()
         return marks
 

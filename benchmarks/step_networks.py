@@ -15,6 +15,9 @@ from diffpp_fast.methods import Batch
 from diffpp_fast.networks import Conditioning
 from diffpp_fast.networks.lora import inject
 from diffpp_fast.schedule import NoiseSchedule
+from diffpp_fast.training import config
+from diffpp_fast.training.distributed import World
+from diffpp_fast.training.engines import PlainEngine
 
 #: The layers that get an adapter: the trainer's default.
 ADAPTED = ("to_q", "to_k", "to_v", "to_out.0")
@@ -189,7 +192,7 @@ class StepNetworks:
 
 
 class Trained:
-    """AdamW on a network, and its moving average: the trainer's, and for every provider the same.
+    """AdamW on a network, and its moving average: the state is the trainer's, and for every provider the same.
 
     Args:
         network: whose parameters are trained.
@@ -197,13 +200,24 @@ class Trained:
     """
 
     def __init__(self, network: nn.Module, average: bool) -> None:
-        self.parameters = trained_of(network)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, betas=BETAS, fused=True)
-        self.average = [parameter.detach().clone() for parameter in self.parameters] if average else None
+        named = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+        self.parameters = list(named.values())
+        settings = config.Optimizer(lr=1.0, betas=BETAS, clip=CLIP).model_copy(update={"lr": LEARNING_RATE})
+        world, ema = World.alone(self.parameters[0].device), config.EmaSection(decay=DECAY) if average else None
+        self.engine = PlainEngine("generator", network, named, settings, 1, world, ema)
+        self.optimizer: Any = self.engine.optimizer
+        self.average = None if self.engine.average is None else self.engine.average.averages
+
+    def update(self, ours: bool = False) -> None:
+        """Clip the gradient, move weights and average and free the gradient: by hand, or as the trainer does."""
+        if ours:
+            self.engine.step()
+            self.optimizer.grad_scale = self.optimizer.found_inf = None
+        else:
+            self._update_by_hand()
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Clips the gradient, moves weights and average, and frees the gradient."""
+    def _update_by_hand(self) -> None:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         nn.utils.clip_grads_with_norm_(self.parameters, CLIP, norm)

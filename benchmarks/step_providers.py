@@ -228,12 +228,15 @@ class Unfused:
 class Fused:
     """The step as the package does it: `DiffInstructPP` with addressed noise, fused blocks and the frozen decoder.
 
+    What ends the update, clip, AdamW and average, is the trainer's for it, and plain torch for the others.
+
     Args:
         networks: whose numbers are used. Its modules are not changed.
         checkpoint: the frozen decoder computes one resolution at a time again.
         compile: every network and every part of the path under torch.compile.
         batched: as in the methods.
-        share: the TA learns on the samples of the generator's update before, as `share_samples` has it.
+        share: the TA learns on the samples of the generator's update before, as `share_samples` has it: "fused-shared"
+            has both.
     """
 
     def __init__(
@@ -247,6 +250,8 @@ class Fused:
         self.marks = Marks()
         self.share = share
         self.made: Tensor | None = None
+        #: The phase after one of a network, where it is another network's.
+        self.after: dict[str, str] = {}
         self.addressed = True
         parts = networks.parts.twin()
         unets = parts.generator, parts.fake, parts.reference
@@ -278,14 +283,17 @@ class Fused:
             guidance_scale=GUIDANCE_SCALE,
             batched_passes=batched,
         )
+        self.method.reward_term.describes = False  # as in a run
 
     def generator_loss(self, batch: Batch) -> Tensor:
         self._begin("fake")  # which may have no call of its own
+        self.after = {"fake": "reference"}  # whose inputs are joined there
         output = self.method.generator_loss(batch)
         self.made = output.x0
         return output.loss
 
     def fake_loss(self, batch: Batch) -> Tensor:
+        self.after = {}
         if self.share and self.made is not None and len(self.made) == len(batch):
             self._begin("generator")
             return self.method.fake_loss(replace(batch, x0=self.made)).loss
@@ -301,7 +309,7 @@ class Fused:
         def run(*arguments: Any, **options: Any) -> Tensor:
             self.marks.begin(phase)
             result = call(*arguments, **options)
-            self.marks.begin(NOISE_AND_SCORES)
+            self.marks.begin(self.after.get(phase, NOISE_AND_SCORES))
             return result
 
         for name in ("adapters", "adapter", "dtype", "joins"):

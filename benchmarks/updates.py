@@ -4,10 +4,10 @@ The trainer's own code runs on the CPU: method, reward term, metrics, clipping, 
 decoder and reward model are stand-ins, of which neither pass counts. By hand is the same in plain torch, with the noise
 of torch's generator and the fused AdamW; once alone, and once with the same metrics and guards.
 
-Counted are calls of operators that compute, ours and ATen's; views, allocations and checks of values that only the CPU
-is asked for don't. Where GPUs take another way, it is theirs that runs: the moving average's. What works on all weights
-at once counts as one call; how many launches that is depends on the weights and is told for
-Stable Diffusion 1.5's.
+Counted are calls of operators that compute, ours and ATen's; views and allocations don't. Where GPUs take another way,
+it is theirs that runs: the moving average's. What works on all weights at once counts as one call; how many launches
+that is depends on the weights and is told for Stable Diffusion 1.5's. Passes over the weights' memory at the end of an
+update follow, by engine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import tables
+from benchmarks import tables, weight_passes
 from benchmarks.step_networks import MODELS
 from benchmarks.tables import Place, Table
 from benchmarks.timing import provenance
@@ -55,7 +55,6 @@ TITLES = ("our operators", "noise, score, loss", "metrics", "guards", "clip, opt
 #: What calls of ATen serve by the function of the package that makes them, and by what is in the line where that does
 #: several things; the innermost that is listed decides, and all others are arithmetic.
 PLACES = {
-    "_lookup": ARITHMETIC,
     "is_finite": GUARDS,
     "_one_or_nan": GUARDS,
     "_update share =": GUARDS,
@@ -79,8 +78,6 @@ NOTHING = {
     *("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "lift_fresh", "_unsafe_view"),
     *("promote_types", "scalar_tensor"),
 }
-#: `NoiseSchedule` looks at times on the CPU, in these calls; a GPU asserts them where it reads the tables.
-ON_CPU_ALONE = ("lt", "ge", "bitwise_or", "any", "_local_scalar_dense")
 #: Of torch's multi_tensor_apply: elements of a block, and by toolkit the blocks of a launch and its tensors, where it
 #: goes over one list of them, two, ...
 CHUNK = 65536
@@ -96,15 +93,13 @@ OVER_WEIGHTS = {
 }
 
 
-def kind_here(operator: str) -> str | None:
-    """Return what the running call of ATen serves; None for nothing that a GPU is asked for."""
+def kind_here() -> str:
+    """Return what the running call of ATen serves."""
     frame = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
         if "/diffpp_fast/" in file:
             line = linecache.getline(file, frame.f_lineno)
-            if frame.f_code.co_name == "_lookup" and operator in ON_CPU_ALONE:
-                return None
             for place, kind in PLACES.items():
                 if _is_at(place, frame.f_code.co_name, line):
                     return kind
@@ -129,9 +124,8 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         library, _, name = function._schema.name.partition("::")
         if not (self.paused or function.is_view or name in NOTHING) and library in ("aten", "diffpp_fast"):
-            kind = OPERATORS if library == "diffpp_fast" else self.kind or kind_here(name)
-            if kind is not None:
-                self.counts[kind, name] += 1
+            kind = OPERATORS if library == "diffpp_fast" else self.kind or kind_here()
+            self.counts[kind, name] += 1
         return function(*arguments, **(options or {}))
 
     @contextmanager
@@ -463,7 +457,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> int:
     place = Place(arguments.out / "updates", None, "updates", "cpu")
     place.check()
     found = {(role, code): count(role, code) for role in ROLES for code in CODES}
-    parts = [table(found), weights_table(weights_of("sd15"))]
+    parts = [table(found), weights_table(weights_of("sd15")), weight_passes.table()]
     print("\n\n".join(map(tables.text, parts)))
     for path in place.write(csv_rows(found), COLUMNS, parts, provenance(torch.device("cpu"))):
         print(f"written: {path}")

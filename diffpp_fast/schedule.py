@@ -104,7 +104,7 @@ class NoiseSchedule:
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha [B] and sigma [B], float32 on the device of `t` (int64 [B], in [0, T))."""
-        alpha, sigma, _ = self._lookup(t)
+        alpha, sigma, _ = self.lookup(t)
         return alpha, sigma
 
     def gap_scale(self, t: Tensor) -> Tensor:
@@ -113,19 +113,23 @@ class NoiseSchedule:
         sigma / alpha for "epsilon" (infinite where alpha is 0), sigma for "v_prediction" and "flow_prediction",
         -1 for "sample".
         """
-        return self._lookup(t)[2]
+        return self.lookup(t)[2]
 
-    def _lookup(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def lookup(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """alpha, sigma and k [B], those of `coefficients` and `gap_scale`, in one gather."""
         if not isinstance(t, Tensor) or t.dtype != torch.int64 or t.dim() != 1:
             got = f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
             raise ValueError(f"NoiseSchedule: t must be an int64 tensor of shape [B], got {got}")
-        # On a GPU the gather asserts the range on the device; reading it would wait for it. A tracer has no values.
-        readable = t.device.type == "cpu" and type(t) is Tensor and not torch.compiler.is_compiling()
-        if readable and ((t < 0) | (t >= len(self))).any():
-            raise ValueError(f"NoiseSchedule: t must be in [0, {len(self)}), got {t.tolist()}")
         if t.device not in self._tables:
             self._tables[t.device] = self._tables[torch.device("cpu")].to(t.device)
-        alpha, sigma, scale = self._tables[t.device].index_select(1, t).unbind(0)
+        try:
+            # It asserts the range: on a CPU here, on a GPU on the device, and reading it first would wait for that.
+            found = self._tables[t.device].index_select(1, t)
+        except RuntimeError:
+            if type(t) is not Tensor or t.device.type != "cpu":
+                raise
+            raise ValueError(f"NoiseSchedule: t must be in [0, {len(self)}), got {t.tolist()}") from None
+        alpha, sigma, scale = found.unbind(0)
         return alpha, sigma, scale
 
     def _refuse_no_noise_process(self) -> None:

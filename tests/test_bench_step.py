@@ -318,7 +318,7 @@ def test_an_update_costs_what_it_costs_and_leaves_the_weights(networks: StepNetw
     for memory_format in (torch.channels_last, torch.contiguous_format):
         trained.lay_out(memory_format)
         differentiate(Fused(networks), "generator", networks.batch(0, 1), no_time)
-        trained.update()
+        trained.update(ours=memory_format == torch.channels_last)
         assert network.get_parameter("conv_in.weight").is_contiguous(memory_format=memory_format)
         state = trained.optimizer.state[network.get_parameter("conv_in.weight")]
         assert state["exp_avg_sq"].any() and state["exp_avg_sq"].is_contiguous(memory_format=memory_format)

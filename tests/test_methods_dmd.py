@@ -44,6 +44,27 @@ def test_gradient_by_x0_is_the_published_one(prediction_type: str, normalizer: s
     assert_near(gradient, expected / len(batch))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dmd", {}),
+        ("dmd", {"normalizer_floor": 1.3}),
+        ("dmd", {"normalizer": "batch"}),
+        ("decoupled", {"guidance_scale": 1.0}),
+    ],
+)
+def test_the_norm_that_is_logged_is_the_gradients(name: str, options: dict[str, Any]) -> None:
+    """It comes from sums that the operator takes; at t = 0 of a flow the gradient is 0, whatever they are."""
+    networks = [Convolution(seed) for seed in range(3)]
+    made: Any = DMD2 if name == "dmd" else DecoupledDMD
+    for t_range in (T_RANGE, (0, 1)):
+        method = made(*networks, SCHEDULES["flow_prediction"], **{"guidance_scale": 2.5, "t_range": t_range, **options})
+        batch = batch_of()
+        metrics = method.generator_loss(batch).metrics
+        found = method._sample_gradient(batch, method._sample(batch).detach()).gradient
+        assert_near(metrics["score_gradient_norm"], found.flatten(1).norm(dim=1).mean())
+
+
 def test_without_discriminator_it_is_diff_instruct_with_that_normaliser() -> None:
     networks, schedule = (Convolution(1), Convolution(2)), SCHEDULES["v_prediction"]
     one = gradient_by_x0(lambda generator: DMD2(generator, *networks, schedule), batch_of())[1]

@@ -24,7 +24,7 @@ from diffpp_fast.training.loading import load_config, with_keys
 from diffpp_fast.training.planning import GPUS, KNOWN, PlannedRun, known_config, make_plan, run_of, savings
 from diffpp_fast.training.planning.architectures import Towers, on_meta, parameters_of, towers_of
 from diffpp_fast.training.planning.counting import Counted, GpuKernels, Ledger, NetworkSize
-from diffpp_fast.training.planning.plan import count_run
+from diffpp_fast.training.planning.plan import STEP, count_run
 from diffpp_fast.training.planning.states import frozen_state, optimizer_bytes, trained_state
 from diffpp_fast.training.planning.timing import Gpu, estimate
 
@@ -410,6 +410,18 @@ def test_the_peak_is_the_fullest_phase(small: PlannedRun) -> None:
     plan = make_plan(small, H100)
     assert plan.total == max(alive for _, alive in plan.phases)
     assert plan.spare == 80 * 2**30 - plan.reserve - plan.total
+
+
+def test_captured_graphs_keep_gradients_and_their_memory(small: PlannedRun) -> None:
+    plan, captured = make_plan(small, H100), make_plan(changed(small, training__capture=True), H100)
+    gradients = {role: 4 * sum(plan.counted.sizes[role].trained) for role in ("generator", "fake")}
+    fullest = max(sum(phase.at_peak.values()) for phase in plan.counted.phases)
+    assert {role: captured.memory[role]["gradients"] for role in gradients} == gradients
+    assert plan.total < captured.total <= plan.total + max(gradients.values())
+    steps = {phase.update: alive for phase, alive in plan.phases if phase.name == STEP}
+    for phase, alive in captured.phases:
+        if phase.name == STEP:
+            assert alive == steps[phase.update] + fullest + sum(gradients.values()) - gradients[phase.update]
 
 
 def test_adapters_share_the_backbone(small: PlannedRun) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import weight_passes
 from benchmarks.updates import CODES, KINDS, OPERATORS, ROLES, count, launches, of_kind
 
 FILE = Path(__file__).parent.parent / "benchmarks/results/updates.csv"
@@ -50,3 +51,11 @@ def test_the_page_shows_what_the_file_holds(role: str) -> None:
     *_, shown = row.strip("| ").split(" | ")
     assert row.startswith(f"| {role} | {by_hand} | {guarded} | ") and row.endswith(f" | {ours} | {shown} |")
     assert shown == ", ".join(map(str, kinds[-1]))
+
+
+def test_the_plain_engine_passes_over_memory_as_seldom_as_the_page_says() -> None:
+    """The norm reads once; AdamW reads four, and clips what it writes four of; the average reads two and writes one."""
+    plain = next(engine for _, engine in weight_passes.engines())
+    read, written = weight_passes.count(plain)
+    assert (round(read, 2), round(written, 2)) == (7, 5)
+    assert f"`plain` {read:.0f} and {written:.0f}" in PAGE.read_text(encoding="utf-8")

@@ -158,7 +158,7 @@ def input_gradient(values: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
 
 def norms(tensor: torch.Tensor) -> torch.Tensor:
     """Each sample's norm, [B], float32 or wider."""
-    return widen(tensor).flatten(1).norm(dim=1)
+    return torch.linalg.vector_norm(widen(tensor).flatten(1), dim=1)
 
 
 def is_finite(values: torch.Tensor) -> torch.Tensor:
@@ -171,7 +171,7 @@ def finite_statistics(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     finite = is_finite(values)
     count = finite.sum(-1, keepdim=True)
     mean = values.where(finite, 0.0).sum(-1, keepdim=True) / count
-    spread = (values - mean).where(finite, 0.0).norm(dim=-1, keepdim=True) / count.sqrt()
+    spread = torch.linalg.vector_norm((values - mean).where(finite, 0.0), dim=-1, keepdim=True) / count.sqrt()
     return mean.squeeze(-1), spread.squeeze(-1)
 
 

@@ -12,14 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from diffpp_fast import ops
-from diffpp_fast.methods.base import (
-    SECOND_DIFFUSION,
-    SECOND_TIMESTEP,
-    Batch,
-    SampleGradient,
-    norms,
-)
-from diffpp_fast.methods.method import Method, Noised
+from diffpp_fast.methods.base import SECOND_DIFFUSION, SECOND_TIMESTEP, Batch, SampleGradient
+from diffpp_fast.methods.method import Method, Noised, mean_abs_lengths
 from diffpp_fast.methods.passes import predict
 from diffpp_fast.methods.times import Times
 
@@ -60,21 +54,22 @@ class DecoupledDMD(Method):
         at = self._noised(batch, x0)
         passes = [*self._fake_passes(batch, at), self._pass_of("reference", at, batch.conditioning)]
         fake, cond = predict(passes, self.batched_passes)
-        matching = self._normalised(x0, at, cond, fake, 1.0)
-        metrics = self._gap_metrics(matching.gap_sq, matching.gradient)
+        matching, lengths = self._normalised(x0, at, cond, fake, 1.0)
+        metrics = self._gap_metrics(matching.gap_sq, matching.gradient, lengths)
         if self.guidance_scale == 1.0:
             return SampleGradient(matching.gradient, metrics)
         null = self._null(batch, "guidance_scale", self.guidance_scale)
         at = self._noised(batch, x0, times=self.guidance_times, streams=(SECOND_TIMESTEP, SECOND_DIFFUSION))
         passes = [self._pass_of("reference", at, given) for given in (batch.conditioning, null)]
         cond, uncond = predict(passes, self.batched_passes)
-        guidance = self._normalised(x0, at, cond, uncond, self.guidance_scale - 1.0).gradient
-        metrics["guidance_gradient_norm"] = norms(guidance).mean()
-        return SampleGradient(matching.gradient + guidance, metrics)
+        guidance, lengths = self._normalised(x0, at, cond, uncond, self.guidance_scale - 1.0)
+        metrics["guidance_gradient_norm"] = lengths.mean()
+        return SampleGradient(matching.gradient + guidance.gradient, metrics)
 
     def _normalised(
         self, x0: torch.Tensor, at: Noised, cond: torch.Tensor, other: torch.Tensor, factor: float
-    ) -> ops.ScoreGap:
-        """factor sign k (cond - other) / mean|cond - target|."""
-        scale = factor * self.schedule.gap_scale(at.t).sign()
-        return ops.score_gap(other, cond, scale=scale, normalizer="mean_abs", **self._target(x0, at))
+    ) -> tuple[ops.ScoreGap, torch.Tensor]:
+        """factor sign k (cond - other) / mean|cond - target|, and its norms [B]."""
+        scale = factor * at.k.sign()
+        gap = ops.score_gap(other, cond, scale=scale, normalizer="mean_abs", **self._target(x0, at))
+        return gap, mean_abs_lengths(scale, gap)

@@ -106,8 +106,8 @@ class DIDR(IntegralKL):
         """Both terms in one pass over memory, with what there is to log from its sums: `slope` is dr/dx_t."""
         fake = self._ask_fake(batch, at)
         normalised = {"normalizer": "mean_abs", **self._target(x0, at)} if self.weighting == "mean_abs" else {}
-        factor = self._scale(at.t, at.alpha, at.sigma)
-        toward = self.reward_term.scale * self._reward_scale(at.t, at.alpha, at.sigma)
+        factor = self._scale(at.t, at.alpha, at.sigma, at.k)
+        toward = self.reward_term.scale * self._reward_scale(at.t, at.alpha, at.sigma, at.k)
         gap = ops.score_gap(
             fake,
             guided.cond,
@@ -136,10 +136,10 @@ class DIDR(IntegralKL):
         about_reward = self.reward_term.metrics(rewards, defined, lengths, product, given_lengths, share)
         return SampleGradient(gap.gradient, {**about_gap, **about_reward}, rewards)
 
-    def _reward_scale(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def _reward_scale(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Return alpha w(t) / beta = h(t) sigma^2 / (alpha k beta), but for the normaliser by which h is divided."""
         size = score_scale(self.schedule.prediction_type, alpha, sigma)
-        return self._scale(t, alpha, sigma) * self.schedule.gap_scale(t).sign() / (size * self.beta)
+        return self._scale(t, alpha, sigma, k) * k.sign() / (size * self.beta)
 
     def _denoise(self, batch: Batch, at: Noised, guided: Guided) -> torch.Tensor:
         """X(x_t): the reference's own sample after `denoising_steps` steps of DDIM, the first with outputs at hand."""
@@ -151,8 +151,8 @@ class DIDR(IntegralKL):
             if left > 1:
                 # t (left - 1) / left of what is left: from the first t, evenly down.
                 t = at.t * (left - 1) // left
-                alpha, sigma = self.schedule.coefficients(t)
+                alpha, sigma, k = self.schedule.lookup(t)
                 x_t = per_sample(alpha, x0) * x0 + per_sample(sigma, x0) * eps
-                at = at._replace(x_t=x_t, t=t, alpha=alpha, sigma=sigma)
+                at = at._replace(x_t=x_t, t=t, alpha=alpha, sigma=sigma, k=k)
                 guided = self._ask_reference(batch, at)
         return x0

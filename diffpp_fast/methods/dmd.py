@@ -25,7 +25,7 @@ from diffpp_fast.methods.base import (
     norms,
     per_sample,
 )
-from diffpp_fast.methods.method import Method, Noised
+from diffpp_fast.methods.method import Method, Noised, mean_abs_lengths
 from diffpp_fast.methods.outputs import check_differentiable, check_per_sample
 from diffpp_fast.methods.through_networks import gradient_through
 from diffpp_fast.methods.times import Times
@@ -113,10 +113,10 @@ class DMD2(Method):
 
     def _sample_gradient(self, batch: Batch, x0: torch.Tensor) -> SampleGradient:
         """(X_fake - X_guided) / mean|x0 - X_guided|, and what pulls the discriminator's logits up."""
-        gradient, gap_sq = self._matching_gradient(batch, x0)
-        metrics = self._gap_metrics(gap_sq, gradient)
+        gradient, gap_sq, lengths = self._matching_gradient(batch, x0)
+        metrics = self._gap_metrics(gap_sq, gradient, lengths)
         if self.discriminator is None:
-            return SampleGradient(gradient, metrics)
+            return SampleGradient(gradient, metrics, lengths=lengths)
         losses, adversarial = gradient_through(
             (self.fake, self.discriminator),
             lambda x0: F.softplus(-self._logits(batch, x0, SECOND_DIFFUSION)),
@@ -128,34 +128,36 @@ class DMD2(Method):
         return SampleGradient(gradient + adversarial, metrics)
 
     @torch.no_grad()
-    def _matching_gradient(self, batch: Batch, x0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradient of distribution matching, and sum d^2 per sample."""
+    def _matching_gradient(self, batch: Batch, x0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The gradient of distribution matching, and per sample sum d^2 and the gradient's norm."""
         at = self._noised(batch, x0)
         fake, (cond, uncond, scale) = self._ask(batch, at)
-        k = self.schedule.gap_scale(at.t)
         # Over one sample k cancels but for its sign.
         fused = self.normalizer_floor is None
+        factor = at.k.sign() if fused else at.k
         gap = ops.score_gap(
             fake,
             cond,
             uncond,
             guidance_scale=scale,
-            scale=k.sign() if fused else k,
+            scale=factor,
             normalizer="mean_abs" if fused else None,
             **self._target(x0, at),
         )
         if self.normalizer_floor is None:
-            return gap.gradient, gap.gap_sq
+            return gap.gradient, gap.gap_sq, mean_abs_lengths(factor, gap)
         distance = self._distance(at, gap)
         if self.normalizer == "batch":
             mean = distance.mean() if batch.normalizer is None else batch.normalizer
             distance = mean.expand_as(distance)
-        return gap.gradient / per_sample(distance.clamp(min=self.normalizer_floor), gap.gradient), gap.gap_sq
+        divisor = distance.clamp(min=self.normalizer_floor)
+        lengths = factor.abs() / divisor * gap.gap_sq.sqrt()
+        return gap.gradient / per_sample(divisor, gap.gradient), gap.gap_sq, lengths
 
     def _distance(self, at: Noised, gap: ops.ScoreGap) -> torch.Tensor:
         """mean|x0 - X_guided|, [B]."""
         assert gap.residual_abs is not None  # the target was given
-        return self.schedule.gap_scale(at.t).abs() * gap.residual_abs
+        return at.k.abs() * gap.residual_abs
 
     def _logits(self, batch: Batch, x0: torch.Tensor, stream: int) -> torch.Tensor:
         """Return logits of latents at a noise level of their own: generated and real ones share the times."""

@@ -46,7 +46,7 @@ class IntegralKL(Method):
         fake = self._ask_fake(batch, at) if fake is None else fake
         # Only the normaliser needs the target; without it nothing regenerates the noise.
         normalised = {"normalizer": "mean_abs", **self._target(x0, at)} if self.weighting == "mean_abs" else {}
-        factor = self._scale(at.t, at.alpha, at.sigma)
+        factor = self._scale(at.t, at.alpha, at.sigma, at.k)
         gap = ops.score_gap(fake, guided.cond, guided.uncond, guidance_scale=guided.scale, scale=factor, **normalised)
         distance, length = gap.gap_sq.sqrt(), factor.abs()
         if self.weighting == "mean_abs" and gap.residual_abs is not None:
@@ -58,8 +58,7 @@ class IntegralKL(Method):
         }
         return gap, SampleGradient(gap.gradient, metrics, lengths=lengths)
 
-    def _scale(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        k = self.schedule.gap_scale(t)
+    def _scale(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         if self.weighting == "x0":
             return k
         if self.weighting in ("unit", "mean_abs"):

@@ -33,6 +33,7 @@ from diffpp_fast.methods.outputs import check_differentiable, check_output
 from diffpp_fast.methods.passes import Pass, predict
 from diffpp_fast.methods.times import TimeDistribution, Times
 from diffpp_fast.noise import Noise
+from diffpp_fast.prediction import MEAN_ABS_FLOOR
 from diffpp_fast.schedule import LARGEST_GAP_SCALE, NoiseSchedule
 
 #: A sum of samples of which one weighs so much holds nothing of the others in float32.
@@ -46,12 +47,13 @@ FakeWeighting = Literal["prediction", "x0", "score"]
 
 
 class Noised(NamedTuple):
-    """Samples at a drawn noise level: x_t [B, ...], t, alpha and sigma [B], and the noise by its address or kept."""
+    """Samples at a drawn noise level: x_t [B, ...], t, alpha, sigma and k [B], and the noise by its address or kept."""
 
     x_t: torch.Tensor
     t: torch.Tensor
     alpha: torch.Tensor
     sigma: torch.Tensor
+    k: torch.Tensor
     noise: Noise | torch.Tensor
 
 
@@ -222,9 +224,9 @@ class Method(ABC):
         """x0 at times (those of the generator's loss, if None), drawn with the noise from these two streams."""
         timestep, diffusion = streams
         t = (times or self.times).draw(batch.noise(timestep))
-        alpha, sigma = self.schedule.coefficients(t)
+        alpha, sigma, k = self.schedule.lookup(t)
         noise = _kept_if_faster(batch.noise(diffusion), x0)
-        return Noised(ops.add_noise(x0, alpha, sigma, noise), t, alpha, sigma, noise)
+        return Noised(ops.add_noise(x0, alpha, sigma, noise), t, alpha, sigma, k, noise)
 
     def _target(self, x0: torch.Tensor, at: Noised) -> dict[str, Any]:
         """The arguments of operators that say what the network was to predict."""
@@ -235,7 +237,7 @@ class Method(ABC):
         at = self._noised(batch, x0, times=self.fake_times)
         prediction = self._ask_fake(batch, at)
         check_differentiable("the fake score", prediction, "its parameters")
-        weight = self._fake_weight(at.t, at.alpha, at.sigma)
+        weight = self._fake_weight(at.t, at.alpha, at.sigma, at.k)
         return ops.denoising_loss(prediction, **self._target(x0, at), weight=weight)
 
     def _ask(self, batch: Batch, at: Noised) -> tuple[torch.Tensor, Guided]:
@@ -282,12 +284,15 @@ class Method(ABC):
             raise ValueError(f"{name} {scale} needs Batch.null_conditioning, which is None")
         return batch.null_conditioning
 
-    def _gap_metrics(self, gap_sq: torch.Tensor, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The root mean square of d, and the norm of the gradient that is made of it."""
+    def _gap_metrics(
+        self, gap_sq: torch.Tensor, gradient: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The root mean square of d, and the norm of the gradient that is made of it, which is read without lengths."""
         elements = gradient[0].numel()
+        lengths = norms(gradient) if lengths is None else lengths
         return {
             "score_gap": (gap_sq / elements).sqrt().mean(),
-            "score_gradient_norm": norms(gradient).mean(),
+            "score_gradient_norm": lengths.mean(),
         }
 
     def _refuse_pure_noise(self, times: Times) -> None:
@@ -316,7 +321,7 @@ class Method(ABC):
 
         Args:
             name, choice: of the option.
-            weights_of: (t, alpha, sigma) -> [n], what the loss is multiplied by, or None for 1.
+            weights_of: (t, alpha, sigma, k) -> [n], what the loss is multiplied by, or None for 1.
             times: of the loss.
         """
         if callable(choice):
@@ -336,18 +341,25 @@ class Method(ABC):
     def _refuse_beyond_use(self, what: str, weights_of: Callable[..., torch.Tensor | None], times: Times) -> None:
         """Refuse times at which a factor of the loss is not finite or too large: many divide by alpha or sigma."""
         t = times.possible()
-        weights = weights_of(t, *self.schedule.coefficients(t))
+        weights = weights_of(t, *self.schedule.lookup(t))
         if weights is not None:
             _refuse(times, t, ~weights.isfinite(), f"{what} is not finite")
             _refuse(times, t, weights.abs() > LARGEST_WEIGHT, f"{what} is above {LARGEST_WEIGHT:.0e}")
 
-    def _fake_weight(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor | None:
+    def _fake_weight(
+        self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, k: torch.Tensor
+    ) -> torch.Tensor | None:
         if callable(self.fake_weighting):
             return self.fake_weighting(t)
         if self.fake_weighting == "prediction":
             return None
-        k_squared = self.schedule.gap_scale(t).square()
-        return k_squared if self.fake_weighting == "x0" else k_squared * alpha.square() / sigma**4
+        return k.square() if self.fake_weighting == "x0" else k.square() * alpha.square() / sigma**4
+
+
+def mean_abs_lengths(scale: torch.Tensor, gap: ops.ScoreGap) -> torch.Tensor:
+    """Return the norms [B] of the gradient scale d / mean|r|, from the sums that were taken with it."""
+    assert gap.residual_abs is not None  # the target was given
+    return scale.abs() / gap.residual_abs.clamp(min=MEAN_ABS_FLOOR) * gap.gap_sq.sqrt()
 
 
 def _kept_if_faster(noise: Noise, x0: torch.Tensor) -> Noise | torch.Tensor:

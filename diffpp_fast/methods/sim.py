@@ -70,21 +70,21 @@ class SIM(Method):
             losses = ops.sim_loss(
                 fake, cond, uncond, **self._target(x0, at), guidance_scale=scale, huber_c=self.huber_c
             )
-            return self._weight(at.t, at.alpha, at.sigma) * losses
+            return self._weight(at.t, at.alpha, at.sigma, at.k) * losses
 
         losses, gradient = gradient_through((self.fake, self.reference), losses_of, x0, self.differentiate)
         metrics = {"divergence_loss": losses.mean(), **self._gap_metrics(outputs["gap_sq"], gradient)}
         return SampleGradient(gradient, metrics), outputs["cond"]
 
-    def _weight(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def _weight(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """w(t)."""
         if callable(self.weighting):
             return self.weighting(t)
         return sigma.square() / alpha if self.weighting == "x0" else torch.ones_like(sigma)
 
-    def _slope(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def _slope(self, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Return what the loss of a large gap grows by with the gap of outputs: a score's share of it, times w(t)."""
-        return score_scale(self.schedule.prediction_type, alpha, sigma) * self._weight(t, alpha, sigma)
+        return score_scale(self.schedule.prediction_type, alpha, sigma) * self._weight(t, alpha, sigma, k)
 
 
 @dataclass(eq=False, repr=False)
@@ -135,8 +135,7 @@ class DiffInstructStar(SIM):
     def _guidance_gradient(self, batch: Batch, at: Noised, cond: torch.Tensor) -> torch.Tensor:
         """(guidance_scale - 1) alpha w(t) (s_cond - s_uncond), from outputs: their gap times -alpha k / sigma^2."""
         null = self._null(batch, "guidance_scale", self.outside_guidance_scale)
-        k = self.schedule.gap_scale(at.t)
-        weight = at.alpha.square() * k / at.sigma.square() * self._weight(at.t, at.alpha, at.sigma)
+        weight = at.alpha.square() * at.k / at.sigma.square() * self._weight(at.t, at.alpha, at.sigma, at.k)
         (uncond,) = predict([self._pass_of("reference", at, null)], self.batched_passes)
         # d = cond - uncond in the place of guided - fake.
         return ops.score_gap(uncond, cond, scale=(1.0 - self.outside_guidance_scale) * weight).gradient

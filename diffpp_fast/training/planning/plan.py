@@ -81,9 +81,11 @@ def make_plan(run: PlannedRun, gpu: Gpu, *, efficiency: float = EFFICIENCY, netw
     counted = count_run(run)
     states = states_of(run, counted)
     resident = sum(state.resident for state in states.values())
-    phases = [*counted.phases, *(Phase(role, STEP, {}, {}) for role in reversed(TRAINED))]
+    captured = run.config.training.capture
+    pool = _fullest(counted).at_peak if captured else {}
+    phases = [*counted.phases, *(Phase(role, STEP, {}, pool) for role in reversed(TRAINED))]
     moments = [
-        (phase, resident + sum(sum(_passing(role, state, phase).values()) for role, state in states.items()))
+        (phase, resident + sum(sum(_passing(role, state, phase, captured).values()) for role, state in states.items()))
         for phase in phases
     ]
     peak, _ = max(moments, key=lambda moment: moment[1])
@@ -92,7 +94,7 @@ def make_plan(run: PlannedRun, gpu: Gpu, *, efficiency: float = EFFICIENCY, netw
         gpu=gpu,
         efficiency=efficiency,
         network=network,
-        memory={role: _kinds(role, states.get(role, NetworkState()), peak) for role in ROLES},
+        memory={role: _kinds(role, states.get(role, NetworkState()), peak, captured) for role in ROLES},
         peak=(peak.update, peak.name),
         phases=tuple(moments),
         host=sum(state.host for state in states.values()),
@@ -109,6 +111,7 @@ def count_run(run: PlannedRun) -> Counted:
         "training.global_batch": run.micro * (1 + run.normalizes_apart),
         "training.micro_batch": run.micro,
         "method.fake_rounds": 1,
+        "training.capture": False,
         # They draw other times, at the same cost.
         "method.time_distribution": None,
         "method.fake_time_distribution": None,
@@ -122,29 +125,35 @@ def _count(config: str, architectures: Architectures, low_weights: tuple[str, ..
     return count(Config.model_validate_json(config), architectures, low_weights=low_weights)
 
 
-def _passing(role: str, state: NetworkState, phase: Phase) -> dict[str, int]:
+def _fullest(counted: Counted) -> Phase:
+    """Return the phase whose activations are as large as the memory that captured graphs share."""
+    return max(counted.phases, key=lambda phase: sum(phase.at_peak.values()))
+
+
+def _passing(role: str, state: NetworkState, phase: Phase, captured: bool) -> dict[str, int]:
     """Return the bytes that a role holds in a phase only, by kind.
 
     An update's gradients are there from its first backward pass to its end: with several micro-batches in all of its
-    phases, so they are counted in all of them.
+    phases, so they are counted in all of them. Graphs add to those of both roles, which stay.
     """
     own = role == phase.update
+    has_gradients = own or captured
     gathered = state.communication if own or phase.name.startswith(role) else 0
     return {
-        "gradients": (state.gradients if own else 0) + (state.update if own and phase.name == STEP else 0),
+        "gradients": (state.gradients if has_gradients else 0) + (state.update if own and phase.name == STEP else 0),
         "activations": phase.at_peak.get(role, 0) + state.kept,
         "communication": gathered,
     }
 
 
-def _kinds(role: str, state: NetworkState, peak: Phase) -> dict[str, int]:
+def _kinds(role: str, state: NetworkState, peak: Phase, captured: bool) -> dict[str, int]:
     lasting = {
         "weights": state.weights,
         "master weights": state.master,
         "optimizer": state.optimizer,
         "EMA": state.ema,
     }
-    kinds = {**lasting, **_passing(role, state, peak)}
+    kinds = {**lasting, **_passing(role, state, peak, captured)}
     return {kind: kinds[kind] for kind in KINDS}
 
 
@@ -180,6 +189,8 @@ def _candidates(run: PlannedRun) -> Iterator[tuple[str, dict[str, Any]]]:
     def of_both(section: str, key: str, value: Any) -> tuple[str, dict[str, Any]]:
         return f"{section}.*.{key}={value}", {f"{section}.{role}.{key}": value for role in TRAINED}
 
+    if config.training.capture:
+        yield "training.capture=false", {"training.capture": False}
     if run.micro > 1:
         yield f"training.micro_batch={run.micro // 2}", {"training.micro_batch": run.micro // 2}
     if not config.training.activation_checkpointing:

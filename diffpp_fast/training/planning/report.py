@@ -59,6 +59,11 @@ def assumptions(plan: RunPlan) -> list[str]:
             "Autocast copies float32 weights to bfloat16 in every call, and a backward pass keeps the copies: they are "
             "part of the activations, and do not grow with the batch."
         )
+    if config.training.capture:
+        said.append(
+            "Captured graphs keep both networks' gradients, and share memory as large as the activations of the "
+            "fullest phase; it is theirs while an optimizer works, too."
+        )
     if run.architectures.text_encoders:
         kept = f", up to {CAPACITY / GIB:.2f} GiB of encodings" if config.prompts.embeddings is None else ""
         said.append(f"Prompts are encoded once and kept{kept}: text encoders take memory and no time.")
