@@ -1,8 +1,8 @@
 """Reward models as their authors wrote them: keys and shapes of their files, and their scores in float64.
 
 Written from openai/CLIP clip/model.py, open_clip model_configs/ViT-H-14.json, salesforce/BLIP models/vit.py and med.py,
-THUDM/ImageReward ImageReward.py, christophschuhmann/improved-aesthetic-predictor simple_inference.py and Kwai-Kolors/MPS
-trainer/models/clip_model.py and cross_modeling.py.
+THUDM/ImageReward ImageReward.py, christophschuhmann/improved-aesthetic-predictor simple_inference.py and
+Kwai-Kolors/MPS trainer/models/clip_model.py and cross_modeling.py.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from diffpp_fast import rewards
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.rewards import ImageBatch, factories, hpsv3
-from diffpp_fast.rewards.hpsv3 import AFTER, BEFORE, ENDING, HPSv3, make_head
+from diffpp_fast.rewards import ImageBatch, factories, hpsv3_model
+from diffpp_fast.rewards.hpsv3_model import AFTER, BEFORE, ENDING, HPSv3, make_head
 from diffpp_fast.rewards.qwen2vl import Qwen2VL, resized, smart_size
 from diffpp_fast.rewards.text import HeldPrompts, _byte_letters
 
@@ -65,7 +65,7 @@ def network(seed: int = 0, sizes: dict[str, Any] = SIZES) -> tuple[Any, torch.nn
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hpsv3, "AFTER", SHORT)
+    monkeypatch.setattr(hpsv3_model, "AFTER", SHORT)
 
 
 def make(dtype: torch.dtype = torch.float64, *, checkpoint: bool = False, **options: Any) -> HPSv3:
@@ -95,8 +95,8 @@ def official(images: list[Image.Image], prompts: tuple[str, ...], dtype: torch.d
     counts = (patches["image_grid_thw"].prod(1) // 4).tolist()
     chats = [
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-        f"{'<|image_pad|>' * count}{hpsv3.AFTER}{prompt}\n\n\n\nPlease provide the overall ratings of this image: "
-        "<|Reward|>\n\nEND\n<|im_end|>\n<|im_start|>assistant\n"
+        f"{'<|image_pad|>' * count}{hpsv3_model.AFTER}{prompt}\n\n\n\n"
+        "Please provide the overall ratings of this image: <|Reward|>\n\nEND\n<|im_end|>\n<|im_start|>assistant\n"
         for count, prompt in zip(counts, prompts, strict=True)
     ]
     rows = [words(chat, add_special_tokens=False)["input_ids"] for chat in chats]
@@ -198,8 +198,8 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., HPSv3
     """`rewards.load` of a file with keys of older or newer transformers; its embedding has fewer rows than Qwen's."""
     monkeypatch.setattr(factories, "load_hpsv3", partial(factories.load_hpsv3, architecture=SIZES))
     monkeypatch.setattr(factories, "load_qwen_tokenizer", lambda path: tokenizer())
-    monkeypatch.setattr(hpsv3, "AFTER", SHORT)
-    monkeypatch.setattr(hpsv3, "SQUARES", 16)
+    monkeypatch.setattr(hpsv3_model, "AFTER", SHORT)
+    monkeypatch.setattr(hpsv3_model, "SQUARES", 16)
     model, head = network()
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     state |= {f"rm_head.{name}": value for name, value in head.state_dict().items()}
@@ -251,7 +251,7 @@ def test_what_does_not_fit_is_refused_by_name(load: Callable[..., HPSv3], monkey
     words = tokenizer()
     words.add_tokens([f"word{number}" for number in range(99)])
     monkeypatch.setattr(factories, "load_qwen_tokenizer", lambda path: words)
-    with pytest.raises(ConfigurationError, match="besides <|Reward|>, the network 300 in all"):
+    with pytest.raises(ConfigurationError, match=r"besides <\|Reward\|>, the network 300 in all"):
         load()
 
 

@@ -14,8 +14,8 @@ from diffpp_fast.rewards.base import Preprocessing, Reward, Scorer
 from diffpp_fast.rewards.clip_model import Clip, load_open_clip, load_transformers_clip
 from diffpp_fast.rewards.combine import Margin, Mixture, Normalized
 from diffpp_fast.rewards.files import locate
-from diffpp_fast.rewards.hpsv3 import HPSv3, load_hpsv3
-from diffpp_fast.rewards.mps import MPS, OVERALL, load_mps
+from diffpp_fast.rewards.hpsv3_model import HPSv3, load_hpsv3
+from diffpp_fast.rewards.mps_model import MPS, OVERALL, load_mps
 from diffpp_fast.rewards.qwen2vl import Qwen2VL
 from diffpp_fast.rewards.scores import AestheticReward, CosineReward, ImageReward, load_head, load_imagereward
 from diffpp_fast.rewards.text import (

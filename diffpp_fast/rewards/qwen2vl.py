@@ -133,8 +133,7 @@ class Qwen2VL(nn.Module):
         for layer in self.language_model.layers:
             x = self._run(self._text_layer, layer, x, cos, sin)
         taken = x.gather(1, place[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
-        output: Tensor = self.language_model.norm(taken)
-        return output
+        return _normed(self.language_model.norm, taken)
 
     def _patches(self, pixels: Tensor) -> Tensor:
         """[B, N, 3 * frames * patch * patch]: blocks of merge x merge patches one after the other, an image as frames
@@ -160,7 +159,7 @@ class Qwen2VL(nn.Module):
         return output
 
     def _text_layer(self, layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        attention, normed = layer.self_attn, layer.input_layernorm(x)
+        attention, normed = layer.self_attn, _normed(layer.input_layernorm, x)
         q = attention.q_proj(normed).unflatten(2, (self.heads, -1)).transpose(1, 2)
         k = attention.k_proj(normed).unflatten(2, (self.key_heads, -1)).transpose(1, 2)
         v = attention.v_proj(normed).unflatten(2, (self.key_heads, -1)).transpose(1, 2)
@@ -168,7 +167,7 @@ class Qwen2VL(nn.Module):
         k, v = (part.repeat_interleave(self.heads // self.key_heads, 1) for part in (k, v))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + attention.o_proj(attended.transpose(1, 2).flatten(2))
-        output: Tensor = x + layer.mlp(layer.post_attention_layernorm(x))
+        output: Tensor = x + layer.mlp(_normed(layer.post_attention_layernorm, x))
         return output
 
     def _table(self, key: tuple[Any, ...], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -197,6 +196,11 @@ class Qwen2VL(nn.Module):
 
 def _frequencies(theta: float, width: int, device: torch.device) -> Tensor:
     return theta ** (-torch.arange(0, width, 2, device=device) / width)
+
+
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    """transformers' own keeps copies in float32, of which the backward pass needs none."""
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -530,7 +530,7 @@ class _MetaNetworks:
 
     def reward_bytes(self) -> int:
         scorers = [scorer for scorer in (self.scorer, self.held_out) if scorer is not None]
-        return sum(parameter.nbytes for scorer in scorers for parameter in scorer.parameters())
+        return sum(scorer.weight_bytes() for scorer in scorers)
 
     def _network(self, role: str) -> Any:
         network = on_meta(getattr(self.architectures, role))

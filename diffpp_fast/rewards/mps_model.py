@@ -159,9 +159,9 @@ def _gated(x: Tensor) -> Tensor:
 def _rotate(x: Tensor) -> Tensor:
     """Rotary positions of tokens, [..., N, D], in the last two dimensions."""
     count, width = x.shape[-2:]
-    device = x.device
-    frequencies = 10000.0 ** (-torch.arange(0, width, 2, device=device) / width)
-    angles = torch.arange(count, device=device)[:, None] * frequencies
+    exact = {"dtype": torch.promote_types(x.dtype, torch.float32), "device": x.device}
+    frequencies = 10000.0 ** (-torch.arange(0, width, 2, **exact) / width)
+    angles = torch.arange(count, **exact)[:, None] * frequencies
     cos, sin = (table.repeat(1, 2).to(x.dtype) for table in (angles.cos(), angles.sin()))
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
