@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from diffpp_fast.networks.quantization import stored_bytes
 from diffpp_fast.networks.text import check_tokenizer
 from diffpp_fast.rewards.base import ImageBatch, Preprocessing
 from diffpp_fast.rewards.clip_model import VIT_H_14, Clip
-from diffpp_fast.rewards.hpsv3_model import SQUARES
+from diffpp_fast.rewards.hpsv3_model import AFTER, BEFORE, ENDING, SQUARES
 from diffpp_fast.rewards.mps_model import LAYERS, CrossLayer
 from diffpp_fast.rewards.qwen2vl import QWEN2_VL_7B, Qwen2VL, resized, smart_size
 from diffpp_fast.rewards.scores import IMAGEREWARD
@@ -219,8 +218,8 @@ TOWERS = {
     "mps": "MPS's ViT-H/14 and cross attention",
     "hpsv3": "HPSv3's Qwen2-VL 7B",
 }
-#: Tokens around HPSv3's image: of its instruction, about 540 as characters and words have it, and of a prompt.
-HPSV3_TOKENS = 540
+#: Tokens of HPSv3's instruction: five characters of English are about one.
+HPSV3_TOKENS = len(BEFORE + AFTER + ENDING) // 5
 #: Tokens of a prompt that ImageReward reads.
 IMAGEREWARD_TOKENS = 35
 
@@ -241,7 +240,7 @@ class Towers:
     dtype: torch.dtype = torch.float32
     checkpoint: bool = False
     unknown: tuple[str, ...] = ()
-    hpsv3: Mapping[str, Any] = MappingProxyType({})
+    hpsv3: Mapping[str, Any] = field(default_factory=dict)
 
 
 def towers_of(reward: RewardSection) -> Towers:
