@@ -362,12 +362,6 @@ class OptimisedReward(RewardSection):
     #: The most that a sample's reward gradient may be, in norms of its score gradient; null: it is not clipped.
     clip: Annotated[float, Field(gt=0)] | None = None
 
-    @model_validator(mode="after")
-    def _schedule_has_a_scale(self) -> OptimisedReward:
-        if self.schedule is not None and self.scale == 0.0:
-            raise ValueError("schedule multiplies scale, which is 0: remove the schedule or give a scale")
-        return self
-
 
 class Rewards(Section):
     #: Part of the generator's loss.

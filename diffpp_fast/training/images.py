@@ -80,8 +80,8 @@ class ImageSource:
 
         entry = self._entries[index]
         try:
-            picture = self._open(entry).convert("RGB")
-            fitted = ImageOps.fit(picture, (self.width, self.height), Image.Resampling.LANCZOS)
+            picture = ImageOps.exif_transpose(self._open(entry))
+            fitted = ImageOps.fit(picture.convert("RGB"), (self.width, self.height), Image.Resampling.LANCZOS)
             data = bytearray(fitted.tobytes())
         except (OSError, ValueError, SyntaxError) as error:
             raise ConfigurationError(f"{KEY}: the picture {entry.name} can't be read: {error}") from None

@@ -79,7 +79,9 @@ class PlannedRun:
         guided = (method.guidance_scale != 1.0) * (2 if method.name == "decoupled_dmd" else 1)
         if guided and batches_passes(self.config):
             guided -= 1
-        return (1 + guided) * (1 + self.normalizes_apart)
+        models = self.config.models
+        as_start = method.pulled_to_start and models.generator.lora is None and not start_is_copied(models)
+        return (1 + guided) * (1 + self.normalizes_apart) + as_start
 
     @property
     def dtype(self) -> torch.dtype:
