@@ -231,7 +231,7 @@ def test_files_of_both_layouts_load(layout: str, load: Callable[..., HPSv3]) -> 
 
 def test_low_precision_keeps_the_head_in_float32(load: Callable[..., HPSv3]) -> None:
     reward = load()
-    assert reward.network.dtype == torch.bfloat16 and reward.head[0].weight.dtype == torch.float32
+    assert reward.network.dtype == torch.bfloat16 and next(reward.head.parameters()).dtype == torch.float32
     reward.pixels = make().pixels
     images = decoded(pictures()).float().requires_grad_()
     values = reward(images, PROMPTS)

@@ -115,7 +115,8 @@ class HPSv3(Reward):
         self.freeze()
 
     def score(self, batch: ImageBatch, prompts: tuple[str, ...]) -> Tensor:
-        size = smart_size(*batch.images.shape[2:], self.factor, self.pixels, self.pixels)
+        height, width = batch.images.shape[2:]
+        size = smart_size(height, width, self.factor, self.pixels, self.pixels)
         image = self.network.image_tokens(resized(batch, size, self.clamp, self.network.dtype))
         rows = self.cache(prompts, self._rows)
         before = self.network.embed(rows.new_tensor(self.before).expand(len(batch), -1))

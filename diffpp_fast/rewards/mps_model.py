@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +160,8 @@ def _gated(x: Tensor) -> Tensor:
 def _rotate(x: Tensor) -> Tensor:
     """Rotary positions of tokens, [..., N, D], in the last two dimensions."""
     count, width = x.shape[-2:]
-    exact = {"dtype": torch.promote_types(x.dtype, torch.float32), "device": x.device}
-    frequencies = 10000.0 ** (-torch.arange(0, width, 2, **exact) / width)
-    angles = torch.arange(count, **exact)[:, None] * frequencies
+    exact = partial(torch.arange, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    angles = exact(count)[:, None] * 10000.0 ** (-exact(0, width, 2) / width)
     cos, sin = (table.repeat(1, 2).to(x.dtype) for table in (angles.cos(), angles.sin()))
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin

@@ -174,7 +174,7 @@ class Qwen2VL(nn.Module):
         """Cosines and sines of positions, kept: those of patches in two directions, or those of tokens."""
         if (key, device) not in self._tables:
             kind, *sizes = key
-            make = self._vision_table if kind == "vision" else self._text_table
+            make: Callable[..., tuple[Tensor, Tensor]] = self._vision_table if kind == "vision" else self._text_table
             self._tables[key, device] = make(*sizes, device)
         return self._tables[key, device]
 

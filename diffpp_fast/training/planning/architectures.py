@@ -395,7 +395,8 @@ class _Hpsv3Score(nn.Module):
 
     def forward(self, batch: ImageBatch) -> Tensor:
         factor = self.network.patch * self.network.merge
-        size = smart_size(*batch.images.shape[2:], factor, SQUARES * factor**2, SQUARES * factor**2)
+        height, width = batch.images.shape[2:]
+        size = smart_size(height, width, factor, SQUARES * factor**2, SQUARES * factor**2)
         image = self.network.image_tokens(resized(batch, size, "hard", self.network.dtype))
         text = image.new_zeros(len(image), self.tokens, image.shape[2])
         place = torch.zeros(len(image), dtype=torch.int64, device=image.device)
