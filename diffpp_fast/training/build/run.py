@@ -248,7 +248,8 @@ def build_run(
     if pictures is not None:
         encoder = ImageEncoder(sampler.decoder)
         inputs["images"] = digest_of_images(pictures, encoder)
-        images = ImageBatches(pictures, config.seed, phases.wrap(encoder, "encode"), device)
+        # All of it, for every process has to have the phase, also where it has kept the latents of all its images.
+        images = phases.wrap(ImageBatches(pictures, config.seed, encoder, device), "images")
     if reward is not None and config.rewards.optimised is not None:
         inputs["reward"] = digest_of_reward(config.rewards.optimised, reward.scorer)
     return Run(sampler, fake, reference, method, null, reward, held_out, inputs, images)
