@@ -1,7 +1,8 @@
 """Reward models as their authors wrote them: keys and shapes of their files, and their scores in float64.
 
 Written from openai/CLIP clip/model.py, open_clip model_configs/ViT-H-14.json, salesforce/BLIP models/vit.py and med.py,
-THUDM/ImageReward ImageReward.py and christophschuhmann/improved-aesthetic-predictor simple_inference.py.
+THUDM/ImageReward ImageReward.py, christophschuhmann/improved-aesthetic-predictor simple_inference.py and
+Kwai-Kolors/MPS trainer/models/clip_model.py and cross_modeling.py.
 """
 
 from __future__ import annotations
@@ -127,6 +128,35 @@ def head_shapes(width: int) -> Shapes:
     return shapes
 
 
+def cross_shapes(width: int) -> Shapes:
+    """Return the shapes of MPS's cross attention: 4 layers, 16 heads of 64, one head of keys and values."""
+    shapes: Shapes = {}
+    for layer in range(4):
+        cross, block = (f"cross_model.layers.{layer}.{part}.fn" for part in (0, 1))
+        shapes |= {
+            f"{cross}.norm.weight": (width,),
+            f"{cross}.to_q.weight": (1024, width),
+            f"{cross}.to_kv.weight": (128, width),
+            f"{cross}.to_out.weight": (width, 1024),
+            f"{cross}.ff.0.weight": (8 * width, width),
+            f"{cross}.ff.2.weight": (width, 4 * width),
+            f"{block}.norm.weight": (width,),
+            f"{block}.fused_attn_ff_proj.weight": (1024 + 64 + 64 + 8 * width, width),
+            f"{block}.attn_out.weight": (width, 1024),
+            f"{block}.ff_out.1.weight": (width, 4 * width),
+        }
+    return shapes
+
+
+def mps_buffers(width: int) -> State:
+    """Tensors that a saved MPS holds besides its weights."""
+    buffers: State = {}
+    for layer in range(4):
+        buffers |= {f"cross_model.layers.{layer}.{part}.fn.norm.bias": torch.zeros(width) for part in (0, 1)}
+        buffers[f"cross_model.layers.{layer}.1.fn.rotary_emb.inv_freq"] = torch.ones(32)
+    return buffers
+
+
 def _linear(name: str, inputs: int, outputs: int) -> Shapes:
     return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
 
@@ -230,22 +260,80 @@ def double(state: State) -> State:
 
 def clip_image(state: State, sizes: ClipSizes, pixels: Tensor, *, quick: bool) -> Tensor:
     """Unit image features [B, D] of pixels [B, 3, size, size], float64."""
-    tower = sizes.vision
-    x = F.conv2d(pixels.double(), state["visual.conv1.weight"], stride=tower.patch).flatten(2).transpose(1, 2)
-    x = torch.cat((state["visual.class_embedding"].expand(len(x), 1, -1), x), 1) + state["visual.positional_embedding"]
-    x = _clip_tower(_norm(x, state, "visual.ln_pre", 1e-5), state, "visual.transformer", tower, quick, None)
+    x = _image_tokens(state, sizes, pixels, quick=quick)
     features = _norm(x[:, 0], state, "visual.ln_post", 1e-5) @ state["visual.proj"]
     return features / features.norm(dim=1, keepdim=True)
 
 
+def _image_tokens(state: State, sizes: ClipSizes, pixels: Tensor, *, quick: bool) -> Tensor:
+    tower = sizes.vision
+    x = F.conv2d(pixels.double(), state["visual.conv1.weight"], stride=tower.patch).flatten(2).transpose(1, 2)
+    x = torch.cat((state["visual.class_embedding"].expand(len(x), 1, -1), x), 1) + state["visual.positional_embedding"]
+    return _clip_tower(_norm(x, state, "visual.ln_pre", 1e-5), state, "visual.transformer", tower, quick, None)
+
+
 def clip_text(state: State, sizes: ClipSizes, ids: Tensor, *, quick: bool) -> Tensor:
     """Unit text features [B, D] of ids [B, L] whose highest number ends the prompt, float64."""
+    x = _text_tokens(state, sizes, ids, quick=quick)
+    features = x[torch.arange(len(ids)), ids.argmax(1)] @ state["text_projection"]
+    return features / features.norm(dim=1, keepdim=True)
+
+
+def _text_tokens(state: State, sizes: ClipSizes, ids: Tensor, *, quick: bool) -> Tensor:
     length = ids.shape[1]
     mask = torch.full((length, length), -torch.inf, dtype=torch.float64).triu(1)
     x = state["token_embedding.weight"][ids] + state["positional_embedding"][:length]
-    x = _norm(_clip_tower(x, state, "transformer", sizes.text, quick, mask), state, "ln_final", 1e-5)
-    features = x[torch.arange(len(ids)), ids.argmax(1)] @ state["text_projection"]
-    return features / features.norm(dim=1, keepdim=True)
+    return _norm(_clip_tower(x, state, "transformer", sizes.text, quick, mask), state, "ln_final", 1e-5)
+
+
+def mps_score(state: State, sizes: ClipSizes, pixels: Tensor, ids: Tensor, condition: Tensor) -> Tensor:
+    """MPS for each image and prompt by itself, as its published example calls it."""
+    scores = []
+    for picture, prompt in zip(pixels, ids, strict=True):
+        image = _image_tokens(state, sizes, picture[None], quick=False) @ state["visual.proj"]
+        text, asked = (
+            _text_tokens(state, sizes, each[None], quick=False) @ state["text_projection"]
+            for each in (prompt, condition)
+        )
+        likeness = torch.einsum("bid,bjd->bji", text, asked).max(1, keepdim=True).values
+        likeness = likeness / likeness.max()
+        mask = torch.where(likeness > 0.01, 0.0, -torch.inf).double()[:, None]
+        for layer in range(4):
+            image = _cross_layer(state, f"cross_model.layers.{layer}", image, text, mask)
+        first, end = image[0, 0], text[0, prompt.argmax()]
+        scores.append(state["logit_scale"].exp() * (first / first.norm() @ (end / end.norm())))
+    return torch.stack(scores)
+
+
+def _cross_layer(state: State, name: str, image: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    cross, block = (f"{name}.{part}.fn" for part in (0, 1))
+
+    def normed(x: Tensor, part: str) -> Tensor:
+        return _norm(x, {**state, f"{part}.norm.bias": torch.zeros(())}, f"{part}.norm", 1e-5)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | float) -> Tensor:
+        q = q.unflatten(2, (16, 64)).transpose(1, 2)
+        weights = (torch.einsum("bhid,bjd->bhij", q / 8.0, k) + mask).softmax(-1)
+        return torch.einsum("bhij,bjd->bhid", weights, v).transpose(1, 2).flatten(2)
+
+    def gated(x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, -1)
+        return gate / (1 + (-gate).exp()) * value
+
+    def turned(x: Tensor) -> Tensor:
+        angles = torch.arange(x.shape[-2])[:, None] / 10000.0 ** (torch.arange(0, 64, 2).double() / 64)
+        z = torch.complex(x[..., :32], x[..., 32:]) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat((z.real, z.imag), -1)
+
+    x = normed(image, cross)
+    k, v = (text @ state[f"{cross}.to_kv.weight"].T).chunk(2, -1)
+    out = attend(x @ state[f"{cross}.to_q.weight"].T, k, v, mask) @ state[f"{cross}.to_out.weight"].T
+    image = image + out + gated(x @ state[f"{cross}.ff.0.weight"].T) @ state[f"{cross}.ff.2.weight"].T
+    parts = normed(image, block) @ state[f"{block}.fused_attn_ff_proj.weight"].T
+    q, k, v, wide = parts.split((1024, 64, 64, parts.shape[-1] - 1152), -1)
+    q = turned(q.unflatten(2, (16, 64)).transpose(1, 2)).transpose(1, 2).flatten(2)
+    out = attend(q, turned(k), v, 0.0) @ state[f"{block}.attn_out.weight"].T
+    return image + out + gated(wide) @ state[f"{block}.ff_out.1.weight"].T
 
 
 def head_score(state: State, features: Tensor, prefix: str = "") -> Tensor:

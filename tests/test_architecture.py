@@ -77,6 +77,7 @@ def test_no_method_imports_another(path: Path) -> None:
         "outputs",
         "passes",
         "reward_term",
+        "regularizers",
         "through_networks",
         "times",
     }

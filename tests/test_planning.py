@@ -22,7 +22,7 @@ from diffpp_fast.networks import FrozenDecoder, fuse
 from diffpp_fast.training.config import Zero
 from diffpp_fast.training.loading import load_config, with_keys
 from diffpp_fast.training.planning import GPUS, KNOWN, PlannedRun, known_config, make_plan, run_of, savings
-from diffpp_fast.training.planning.architectures import Towers, on_meta, parameters_of, towers_of
+from diffpp_fast.training.planning.architectures import Scorer, Towers, on_meta, parameters_of, towers_of
 from diffpp_fast.training.planning.counting import Counted, GpuKernels, Ledger, NetworkSize
 from diffpp_fast.training.planning.plan import STEP, count_run
 from diffpp_fast.training.planning.states import frozen_state, optimizer_bytes, trained_state
@@ -542,6 +542,27 @@ def test_rewards_of_the_package_are_known(project: Path) -> None:
     reward = load_config(project, overrides).rewards.optimised
     assert reward is not None
     assert towers_of(reward) == Towers(("clip",), unknown=("mine.py:score",))
+
+
+@pytest.mark.slow
+def test_hpsv3_counts_in_its_own_precision_and_in_four_bits(project: Path) -> None:
+    """Qwen2-VL 7B in bfloat16 by default, whatever the others of a mixture are in."""
+    sizes = {}
+    for kind in ("null", "nf4"):
+        qwen_2 = f"{{weight: 1, arguments: {{quantization: {kind}}}}}"
+        overrides = [
+            "rewards.optimised.factory=diffpp_fast.rewards:mixture",
+            f"rewards.optimised.arguments={{rewards: {{mps: {{weight: 1}}, hpsv3: {qwen_2}}}}}",
+        ]
+        reward = load_config(project, overrides).rewards.optimised
+        assert reward is not None
+        towers = towers_of(reward)
+        assert (towers.names, towers.dtype, towers.unknown) == (("mps", "hpsv3"), torch.float32, ())
+        sizes[kind] = Scorer(towers).weight_bytes()
+    mps, qwen = 4 * 1_104_606_720, 7_746_378_240
+    assert sizes["null"] == mps + 2 * qwen
+    # Half a byte a weight and a scale per 64; embedding, merger, norms and biases stay.
+    assert 0.5 * qwen < sizes["nf4"] - mps < 0.7 * qwen
 
 
 def test_a_plan_says_that_it_is_for_a_gpu(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,22 @@ IMAGES = (2.4 * torch.rand(3, 3, 44, 56, generator=torch.Generator().manual_seed
 STATE = official.random_state(official.clip_shapes(official.SMALL_CLIP))
 BLIP_STATE = official.random_state(official.imagereward_shapes(official.SMALL_BLIP), seed=1)
 HEAD = official.random_state(official.head_shapes(768), seed=2)
+#: MPS's CLIP has few features, for its cross attention is wide.
+MPS_CLIP = official.SMALL_CLIP._replace(features=64)
+MPS_STATE = official.random_state(official.clip_shapes(MPS_CLIP) | official.cross_shapes(64), seed=3)
+
+
+# Letters have numbers 0.., and 256.. at the end of a word; then merges, start 516, end 517.
+END = 256
+LETTERS = {letter: number for number, letter in enumerate(map(chr, range(ord("!"), ord("~") + 1)))}
+A_CAT = [516, END + LETTERS["a"], 513, 517]
+THE_DOGS = [516, LETTERS["t"], LETTERS["h"], END + LETTERS["e"], 514, LETTERS["g"], END + LETTERS["s"], 517]
+SENTENCES = (A_CAT, THE_DOGS, A_CAT)
+
+
+def ids_of(*sentences: list[int]) -> Tensor:
+    """Padded by the end, as CLIP's tokenizer does."""
+    return torch.tensor([sentence + [517] * (12 - len(sentence)) for sentence in sentences])
 
 
 def pixels(images: Tensor, fit: str = "crop") -> Tensor:
@@ -41,21 +57,18 @@ def oracle(name: str, images: Tensor) -> Tensor:
         return official.imagereward_score(
             official.double(BLIP_STATE), official.SMALL_BLIP, pixels(images), ids, (ids != 0).long()
         )
+    if name == "mps":
+        state = official.double(MPS_STATE)
+        return official.mps_score(
+            state, MPS_CLIP, pixels(images), ids_of(*SENTENCES), ids_of([516, END + LETTERS["a"], 515, 517])[0]
+        )
     quick = name in ("clip", "aesthetic")
     image = official.clip_image(
         state, official.SMALL_CLIP, pixels(images, "pad" if name == "hpsv2.1" else "crop"), quick=quick
     )
     if name == "aesthetic":
         return official.head_score(official.double(HEAD), image)
-    # Letters have numbers 0.., and 256.. at the end of a word; then merges, start 516, end 517.
-    end = 256
-    letters = {letter: number for number, letter in enumerate(map(chr, range(ord("!"), ord("~") + 1)))}
-    a, cat, s = end + letters["a"], 513, end + letters["s"]
-    the = [letters["t"], letters["h"], end + letters["e"]]
-    dogs = [514, letters["g"], s]
-    sentences = [[516, a, cat, 517], [516, *the, *dogs, 517], [516, a, cat, 517]]
-    ids = torch.tensor([sentence + [0] * (12 - len(sentence)) for sentence in sentences])
-    cosine = (image * official.clip_text(state, official.SMALL_CLIP, ids, quick=quick)).sum(1)
+    cosine = (image * official.clip_text(state, official.SMALL_CLIP, ids_of(*SENTENCES), quick=quick)).sum(1)
     return cosine * (float(STATE["logit_scale"].double().exp()) if name == "pickscore" else 1.0)
 
 
@@ -72,7 +85,15 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., rewar
         "load_imagereward",
         partial(factories.load_imagereward, architecture=official.blip_architecture(official.SMALL_BLIP)),
     )
+    monkeypatch.setattr(
+        factories,
+        "load_mps",
+        partial(factories.load_mps, architecture=official.clip_architecture(MPS_CLIP, "gelu")),
+    )
     folder = official.write_clip_folder(tmp_path / "clip", STATE)
+    towers = {f"model.{name}": value for name, value in official.transformers_clip_state(MPS_STATE).items()}
+    crossing = {name: value for name, value in MPS_STATE.items() if name.startswith("cross_model.")}
+    save_file(towers | crossing | official.mps_buffers(64), tmp_path / "MPS_overall_checkpoint.safetensors")
     exact = official.write_clip_folder(tmp_path / "pickscore", STATE, activation="gelu")
     hps = {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in STATE.items()}}
     torch.save(hps, tmp_path / "HPS_v2.1_compressed.pt")
@@ -85,11 +106,12 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., rewar
         "hpsv2.1": {"path": str(tmp_path), "tokenizer": str(folder / "bpe.txt")},
         "imagereward": {"path": str(tmp_path), "tokenizer": str(official.write_bert_vocabulary(tmp_path))},
         "aesthetic": {"path": str(tmp_path), "clip": str(folder)},
+        "mps": {"path": str(tmp_path), "tokenizer": str(folder), "condition": "a dog"},
     }
     return lambda name, **more: rewards.load(name, **arguments[name], **more)
 
 
-NAMES = ("clip", "pickscore", "hpsv2.1", "imagereward", "aesthetic")
+NAMES = ("clip", "pickscore", "hpsv2.1", "imagereward", "aesthetic", "mps")
 
 
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpoint"])
@@ -119,7 +141,7 @@ def test_lower_precisions(name: str, dtype: str, tolerance: float, load: Callabl
     images = IMAGES.float().requires_grad_()
     values = reward(images, PROMPTS)
     expected = oracle(name, IMAGES)
-    factor = float(STATE["logit_scale"].exp()) if name == "pickscore" else 1.0
+    factor = float(STATE["logit_scale"].exp()) if name in ("pickscore", "mps") else 1.0
     assert values.dtype == torch.float32
     torch.testing.assert_close(values.double(), expected, rtol=0, atol=tolerance * factor)
     (gradient,) = torch.autograd.grad(values.sum(), images)

@@ -51,7 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
     say(f"diffpp-fast   {__version__}\npython        {platform.python_version()} on {platform.platform()}")
     for package, extra in PACKAGES.items():
         say(f"{package:<13} {package_version(package) or f'not installed (extra {extra})'}")
-    say(f"\ncpu           {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    from diffpp_fast.rewards.factories import FACTORIES
+
+    say(f"\nrewards       {', '.join(FACTORIES)}")
+    say(f"cpu           {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     if not torch.cuda.is_available():
         say("cuda          no device that PyTorch can use")
     for index in range(torch.cuda.device_count()):

@@ -42,7 +42,7 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from diffpp_fast.training.build.text import embedding_facts, listed_grid_prompts, load_text
+    from diffpp_fast.training.build.text import embedding_facts, extra_prompts, load_text
     from diffpp_fast.training.distributed import choose_device
     from diffpp_fast.training.launch import find_place
     from diffpp_fast.training.loading import load_config
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         kept = len(writer.shards) - len(writer.missing)
         say(f"{who}{len(prompts)} prompts; {kept} of {len(writer.shards)} shards are there already")
         start, written = time.monotonic(), 0
-        for number, count in enumerate(writer.write(listed_grid_prompts(config)), 1):
+        for number, count in enumerate(writer.write(extra_prompts(config)), 1):
             written += count
             speed = written / (time.monotonic() - start)
             say(f"{who}shard {kept + number} of {len(writer.shards)}, {speed:.0f} prompts/s")

@@ -78,7 +78,11 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     add("--reference", choices=["replica", "shard", "offload"], help="where the frozen model is (replica)")
     add("--optimizer", metavar="NAME", help="of generator and fake (adamw)")
     add("--lora", type=positive, metavar="RANK", help="train adapters of this rank instead of all weights")
-    add("--reward", metavar="NAME,...", help="pickscore, hpsv2.1, imagereward, clip, aesthetic, or none (hpsv2.1)")
+    add(
+        "--reward",
+        metavar="NAME,...",
+        help="pickscore, hpsv2.1, hpsv3, mps, imagereward, clip, aesthetic (hpsv2.1), none",
+    )
     add("--checkpointing", action="store_true", default=None, help="compute blocks again in the backward pass")
     add("--decoder-checkpoint", action="store_true", default=None, help="compute the decode again, too")
     add("--decoder-rows", type=positive, metavar="N", help="decode so many rows at a time (all)")

@@ -19,6 +19,8 @@ LATENT, DIFFUSION, TIMESTEP, PROMPT_ORDER, GENERATOR_ADAPTER, FAKE_ADAPTER = 0, 
 SECOND_TIMESTEP, SECOND_DIFFUSION, REAL_DIFFUSION = 6, 7, 8
 #: Whose prompts the TA's loss does without. `noise.USER_STREAMS` are the users'.
 PROMPT_DROPOUT = 9
+#: Which image of a user's a sample comes with, and its noise: the first streams beyond the users'.
+IMAGE_ORDER, IMAGE_DIFFUSION = 2**31, 2**31 + 1
 
 #: (z [B, *shape], conditioning) -> x0 [B, *shape]
 Generator = Callable[[torch.Tensor, Any], torch.Tensor]
@@ -30,6 +32,13 @@ Reward = Callable[[torch.Tensor, Any], "torch.Tensor | RewardOutput"]
 Discriminator = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
 #: t [B] int64 -> one weight per sample [B]
 TimeFunction = Callable[[torch.Tensor], torch.Tensor]
+
+
+class ImageData(NamedTuple):
+    """Latents of users' images [B, *shape], as diffusion sees them, and the conditioning of their captions."""
+
+    latents: torch.Tensor
+    conditioning: Any
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class Batch:
             they are all of it. Asked for by methods with `normalizes_update` alone.
         x0: samples of the generator [B, *shape] that a step of its own has made of this conditioning; the TA's loss
             learns on them and calls no generator. None: it draws new ones.
+        images: as many images with captions of their own, for the regulariser that takes them.
     """
 
     samples: torch.Tensor
@@ -58,6 +68,7 @@ class Batch:
     real: torch.Tensor | None = None
     normalizer: torch.Tensor | None = None
     x0: torch.Tensor | None = None
+    images: ImageData | None = None
 
     def __len__(self) -> int:
         return self.samples.shape[0]

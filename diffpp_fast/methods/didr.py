@@ -107,7 +107,7 @@ class DIDR(IntegralKL):
         fake = self._ask_fake(batch, at)
         normalised = {"normalizer": "mean_abs", **self._target(x0, at)} if self.weighting == "mean_abs" else {}
         factor = self._scale(at.t, at.alpha, at.sigma, at.k)
-        toward = self.reward_term.scale * self._reward_scale(at.t, at.alpha, at.sigma, at.k)
+        toward = self.reward_term.strength * self._reward_scale(at.t, at.alpha, at.sigma, at.k)
         gap = ops.score_gap(
             fake,
             guided.cond,

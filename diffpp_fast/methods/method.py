@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, get_args
 
 import torch
@@ -31,6 +32,7 @@ from diffpp_fast.methods.dropout import drop_prompts
 from diffpp_fast.methods.guidance import Guided, guide
 from diffpp_fast.methods.outputs import check_differentiable, check_output
 from diffpp_fast.methods.passes import Pass, predict
+from diffpp_fast.methods.regularizers import Regularizer
 from diffpp_fast.methods.times import TimeDistribution, Times
 from diffpp_fast.noise import Noise
 from diffpp_fast.prediction import MEAN_ABS_FLOOR
@@ -67,6 +69,7 @@ class Options(TypedDict, total=False):
     fake_time_distribution: TimeDistribution | None
     guidance_rescale: float
     prompt_dropout: float
+    regularizers: Sequence[Regularizer] | None
 
 
 @dataclass(eq=False, repr=False)
@@ -99,6 +102,7 @@ class Method(ABC):
             prompt, see `methods.guidance.guide`.
         prompt_dropout: the share of the samples in the TA's loss that generator and TA see with
             `Batch.null_conditioning` instead of their prompt.
+        regularizers: from `methods.regularizers`, added to the generator's loss.
 
     Raises ValueError for an option that is not known or out of range, and for times at which the loss is not finite.
     """
@@ -124,6 +128,7 @@ class Method(ABC):
     fake_time_distribution: TimeDistribution | None = None
     guidance_rescale: float = 0.0
     prompt_dropout: float = 0.0
+    regularizers: Sequence[Regularizer] | None = None
 
     def __post_init__(self) -> None:
         check_choice("fake_weighting", self.fake_weighting, get_args(FakeWeighting))
@@ -176,16 +181,22 @@ class Method(ABC):
     def generator_loss(self, batch: Batch) -> StepOutput:
         """A scalar whose gradient by x0[b] is the method's gradient on that sample / B (to the generator only).
 
-        Its value is half the mean squared norm of these gradients, see `inject_gradient`.
+        Its value is half the mean squared norm of these gradients, see `inject_gradient`, and what regularisers add.
         """
         x0 = self._sample(batch)
         check_differentiable("the generator", x0, "its parameters")
         found = self._sample_gradient(batch, x0.detach())
-        loss = inject_gradient(x0, found.gradient)
+        gradient, metrics, losses = found.gradient, dict(found.metrics), []
+        for regularizer in self.regularizers or ():
+            term = regularizer(batch, x0.detach(), partial(self._sample, batch), self.generator)
+            metrics |= term.metrics
+            gradient = gradient if term.gradient is None else gradient + term.gradient
+            losses += [] if term.loss is None else [term.loss]
+        loss = sum(losses, inject_gradient(x0, gradient))
         samples = x0.detach()
         std, mean = torch.std_mean(samples, correction=0)
         about = {"loss": loss.detach(), "x0_mean": mean, "x0_std": std}
-        return StepOutput(loss, {**found.metrics, **about}, found.rewards, samples)
+        return StepOutput(loss, {**metrics, **about}, found.rewards, samples)
 
     @property
     def normalizes_update(self) -> bool:
@@ -209,9 +220,10 @@ class Method(ABC):
             raise ValueError(f"Batch.x0 must have shape {(len(batch), *batch.shape)}, got {tuple(batch.x0.shape)}")
         return batch.x0.detach()
 
-    def _sample(self, batch: Batch) -> torch.Tensor:
+    def _sample(self, batch: Batch, generator: Generator | None = None) -> torch.Tensor:
+        """Return the samples of the generator, or of another one at the same latents and prompts."""
         z = batch.noise(LATENT).normal(batch.shape)
-        return check_output("the generator", self.generator(z, batch.conditioning), z)
+        return check_output("the generator", (generator or self.generator)(z, batch.conditioning), z)
 
     def _noised(
         self,

@@ -62,10 +62,17 @@ class RewardTerm:
         self.reward = reward
         self.scale = 0.0 if scale is None else scale
         self.clip = clip
+        #: What the scale is multiplied by now: a number, or a scalar tensor that its owner writes to in place.
+        self.factor: float | torch.Tensor = 1.0
         #: (reward [B], x) -> d sum of rewards / dx; a trainer that times the pass wraps it.
         self.differentiate = input_gradient
         #: Whether mean and spread of a batch's rewards are logged; a trainer that does so by updates takes it back.
         self.describes = True
+
+    @property
+    def strength(self) -> float | torch.Tensor:
+        """The scale times the factor that a schedule gives it."""
+        return self.scale * self.factor
 
     def evaluate(
         self, batch: Batch, x: torch.Tensor, sample_of: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -102,7 +109,7 @@ class RewardTerm:
         rewards, slope = evaluated
         if slope is None:
             return SampleGradient(gradient, metrics | self._statistics(rewards), rewards)
-        term = self.scale * widen(slope)
+        term = self.strength * widen(slope)
         lengths, given_lengths = norms(term), norms(gradient) if given.lengths is None else given.lengths
         # A length is finite where all of its elements are.
         defined = is_finite(lengths + rewards.values)

@@ -5,6 +5,7 @@ from diffpp_fast.networks.conditioning import Conditioning
 from diffpp_fast.networks.decoder import FrozenDecoder
 from diffpp_fast.networks.denoiser import Denoiser
 from diffpp_fast.networks.discriminator import MiddleBlockDiscriminator
+from diffpp_fast.networks.encoding import ImageEncoder
 from diffpp_fast.networks.freezing import FreezingRow, freeze, freezing_report, unfreeze
 from diffpp_fast.networks.fusion import FusionRow, fuse, fusion_report, unfuse
 from diffpp_fast.networks.loading import load_decoder, load_denoiser, load_schedule
@@ -20,6 +21,7 @@ __all__ = [
     "FreezingRow",
     "FrozenDecoder",
     "FusionRow",
+    "ImageEncoder",
     "MiddleBlockDiscriminator",
     "OneStepGenerator",
     "QuantizationRow",

@@ -11,29 +11,23 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from diffpp_fast import install
+from diffpp_fast.few_bits import BLOCK, SMALLEST, bitsandbytes_layer, computed_in, need_bitsandbytes
 from diffpp_fast.networks.decoder import layers
 from diffpp_fast.networks.fusion import BEFORE
-from diffpp_fast.precision import autocast_dtype
 
 logger = logging.getLogger("diffpp_fast")
 
 #: Kinds of stored weights, by the names that `quantize` takes.
 KINDS = ("int8", "nf4", "float8")
-#: Layers with fewer weights stay as they are: they are nothing beside the rest.
-SMALLEST = 4096
 #: Blocks whose linear layers are meant, by the lists that diffusers has them in, and those whose convolutions are.
 TRANSFORMERS, RESNETS = ("transformer_blocks", "single_transformer_blocks"), "resnets"
-#: Weights that share a scale in nf4, and float8's largest number.
-BLOCK, LARGEST = 64, 448.0
+#: Float8's largest number.
+LARGEST = 448.0
 FLOAT8 = torch.float8_e4m3fn
 
 
@@ -98,13 +92,7 @@ def refuse_kind(kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"quantize: {kind!r} is unknown; known: {', '.join(KINDS)}")
     if kind != "float8":
-        try:
-            import bitsandbytes  # noqa: F401
-        except ImportError as error:
-            raise ValueError(
-                f"quantize: {kind} is bitsandbytes', which is not there ({error}): {install.extra('gpu')}, or use "
-                "float8, which is torch's"
-            ) from None
+        need_bitsandbytes(kind)
 
 
 def reason_against(name: str, layer: nn.Module, kind: str) -> str | None:
@@ -159,7 +147,7 @@ class Float8Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in] -> [..., out]."""
-        x, layer = _computed_in(input), cast(Any, _WithoutBias(self.weight))
+        x, layer = computed_in(input), cast(Any, _WithoutBias(self.weight))
         return _scaled(layers.linear(x, layer), self.weight_scale, self.bias)
 
 
@@ -171,16 +159,10 @@ class Float8Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [B, in, H, W] -> [B, out, H', W']."""
-        x = _computed_in(input)
+        x = computed_in(input)
         layer: Any = _WithoutBias(self.weight, self.stride, self.padding, self.dilation, self.groups)
         bias = None if self.bias is None else self.bias[:, None, None]
         return _scaled(layers.convolution(x, layer), self.weight_scale[:, None, None], bias)
-
-
-def _computed_in(x: Tensor) -> Tensor:
-    """The input as autocast has it, which knows no layers but torch's."""
-    dtype = autocast_dtype(x.device)
-    return x if dtype is None else x.to(dtype)
 
 
 class _WithoutBias(NamedTuple):
@@ -203,11 +185,7 @@ def _quantized(layer: Any, kind: str, device: torch.device | str | None) -> nn.M
     """The layer with a weight in fewer bits, and the layer's own bias."""
     device = layer.weight.device if device is None else torch.device(device)
     weight = layer.weight.detach()
-    if kind == "float8":
-        new = _float8(layer, weight.to(device))
-    else:
-        int8, nf4 = _of_bitsandbytes()
-        new = (int8 if kind == "int8" else nf4)(layer.in_features, layer.out_features, weight)
+    new = _float8(layer, weight.to(device)) if kind == "float8" else bitsandbytes_layer(layer, kind)
     new.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
     # bitsandbytes quantises on the way.
     return new.to(device).train(layer.training)
@@ -226,68 +204,6 @@ def _float8(layer: Any, weight: Tensor) -> Any:
     new.weight = nn.Parameter((weight.float() / each).clamp_(-LARGEST, LARGEST).to(FLOAT8), requires_grad=False)
     new.register_buffer("weight_scale", scale)
     return new
-
-
-@cache
-def _of_bitsandbytes() -> tuple[Any, Any]:
-    """The layers of bitsandbytes, made so that they compute in autocast's dtype and keep nothing of their input."""
-    from bitsandbytes import functional
-    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
-
-    # Said at every call: inputs go through float16 on their way to 8 bits.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-
-    class Int8Linear(Linear8bitLt):
-        """LLM.int8() without outliers: the weight by output and the input by row are rounded to 8 bits."""
-
-        quantized_as = "int8"
-
-        def __init__(self, inputs: int, outputs: int, weight: Tensor) -> None:
-            with torch.device("meta"):
-                super().__init__(inputs, outputs, bias=False, has_fp16_weights=False)
-            self.weight = Int8Params(weight, requires_grad=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = _computed_in(x)
-            if not (torch.is_grad_enabled() and x.requires_grad):
-                result: Tensor = super().forward(x)
-                return result
-            # Its own graph keeps the input for the gradient of a weight that has none.
-            y: Tensor = _Through.apply(x, super().forward, self.state)
-            return y
-
-    class _Through(Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, product: Any, state: Any) -> Tensor:
-            y: Tensor = product(x.detach())
-            ctx.save_for_backward(state.CB, state.SCB)
-            return y
-
-        @staticmethod
-        @once_differentiable
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-            weight = functional.int8_vectorwise_dequant(*ctx.saved_tensors).to(grad.dtype)
-            return grad @ weight, None, None
-
-    class Nf4Linear(Linear4bit):
-        """QLoRA's 4-bit normal floats in blocks of 64; the weight is taken back to the input's dtype at every use."""
-
-        quantized_as = "nf4"
-
-        def __init__(self, inputs: int, outputs: int, weight: Tensor) -> None:
-            with torch.device("meta"):
-                super().__init__(inputs, outputs, bias=False, quant_type="nf4", compress_statistics=False)
-            # Once packed for inference on a CPU, the weight would give no gradient.
-            self.support_avx512bf16_for_cpu = False
-            self.weight = Params4bit(
-                weight, requires_grad=False, quant_type="nf4", compress_statistics=False, blocksize=BLOCK, module=self
-            )
-
-        def forward(self, x: Tensor) -> Tensor:
-            result: Tensor = super().forward(_computed_in(x))
-            return result
-
-    return Int8Linear, Nf4Linear
 
 
 def _refuse(module: nn.Module, kind: str) -> None:

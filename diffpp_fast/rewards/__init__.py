@@ -3,7 +3,18 @@
 from diffpp_fast.rewards.base import ImageBatch, Preprocessing, Reward, Scorer, score
 from diffpp_fast.rewards.clip_model import Clip
 from diffpp_fast.rewards.combine import Margin, Mixture, Normalized
-from diffpp_fast.rewards.factories import aesthetic, clip, hpsv2, imagereward, load, load_clip, mixture, pickscore
+from diffpp_fast.rewards.factories import (
+    aesthetic,
+    clip,
+    hpsv2,
+    hpsv3,
+    imagereward,
+    load,
+    load_clip,
+    mixture,
+    mps,
+    pickscore,
+)
 
 __all__ = [
     "Clip",
@@ -17,10 +28,12 @@ __all__ = [
     "aesthetic",
     "clip",
     "hpsv2",
+    "hpsv3",
     "imagereward",
     "load",
     "load_clip",
     "mixture",
+    "mps",
     "pickscore",
     "score",
 ]

@@ -9,16 +9,27 @@ from typing import Any
 import torch
 
 from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.few_bits import need_bitsandbytes, quantize_linears
 from diffpp_fast.rewards.base import Preprocessing, Reward, Scorer
 from diffpp_fast.rewards.clip_model import Clip, load_open_clip, load_transformers_clip
 from diffpp_fast.rewards.combine import Margin, Mixture, Normalized
 from diffpp_fast.rewards.files import locate
+from diffpp_fast.rewards.hpsv3_model import HPSv3, load_hpsv3
+from diffpp_fast.rewards.mps_model import MPS, OVERALL, load_mps
+from diffpp_fast.rewards.qwen2vl import Qwen2VL
 from diffpp_fast.rewards.scores import AestheticReward, CosineReward, ImageReward, load_head, load_imagereward
-from diffpp_fast.rewards.text import clean_like_clip, load_bert_tokenizer, load_clip_tokenizer, need_ftfy
+from diffpp_fast.rewards.text import (
+    clean_like_clip,
+    load_bert_tokenizer,
+    load_clip_tokenizer,
+    load_qwen_tokenizer,
+    need_ftfy,
+)
 from diffpp_fast.rewards.user_code import call_factory
 from diffpp_fast.user_paths import real_path
 
 CLIP_L_14 = "openai/clip-vit-large-patch14"
+CLIP_H_14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _HPS_FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
 
@@ -173,6 +184,87 @@ def imagereward(
     return _placed(ImageReward(vision, text, head, words, preprocessing, checkpoint=checkpoint), device)
 
 
+def mps(
+    path: str = "MPS_overall_checkpoint.safetensors",
+    *,
+    tokenizer: str = CLIP_H_14,
+    condition: str = OVERALL,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    clamp: str = "hard",
+    checkpoint: bool = False,
+) -> MPS:
+    """MPS (CVPR 2024): exp(logit_scale) cos of a CLIP ViT-H/14 whose image tokens attend to the prompt's.
+
+    Source: README.md, trainer/models/clip_model.py and cross_modeling.py of Kwai-Kolors/MPS.
+
+    Args:
+        path: the state dict of the released model as safetensors or with tensors alone. The release is a pickle of
+            whole objects: save `torch.load(release).state_dict()` where you trust it.
+        tokenizer: hub id, folder or OpenAI's `bpe_simple_vocab_16e6.txt.gz`.
+        condition: what is asked for; the default is that of the released checkpoint.
+
+    The rest is as for `pickscore`.
+    """
+    what, dtype = "mps", _dtype(dtype)
+    file = locate(path, ("MPS_overall_checkpoint.safetensors", "model.safetensors"), what)
+    model, cross, scale = load_mps(file, what, dtype)
+    preprocessing = Preprocessing(model.config.vision_config.image_size, clamp=clamp)
+    words = load_clip_tokenizer(tokenizer)
+    made = MPS(
+        *(model, cross, words),
+        scale=scale,
+        condition=condition,
+        preprocessing=preprocessing,
+        checkpoint=checkpoint,
+    )
+    return _placed(made, device)
+
+
+def hpsv3(
+    path: str = "MizzenAI/HPSv3",
+    *,
+    tokenizer: str = "Qwen/Qwen2-VL-7B-Instruct",
+    length: int = 128,
+    quantization: str | None = None,
+    device: Device = None,
+    dtype: Dtype = "bfloat16",
+    clamp: str = "hard",
+    checkpoint: bool = True,
+) -> HPSv3:
+    """HPSv3 (arXiv 2508.03789): the mean of a reward head on Qwen2-VL 7B, more is better.
+
+    Source: hpsv3/inference.py, train.py and dataset/data_collator_qwen.py of MizzenAI/HPSv3.
+
+    Args:
+        path: hub id, the file HPSv3.safetensors, or a folder that holds it.
+        tokenizer: hub id or folder of Qwen2-VL's.
+        length: tokens of a prompt; a longer one loses its end. The official code cuts none.
+        quantization: "nf4" or "int8": how the blocks' linear layers are stored; None: in `dtype`.
+        checkpoint: keep one tensor per block for the backward pass, and compute the blocks again in it.
+
+    The rest is as for `pickscore`.
+    """
+    what, dtype = "hpsv3", _dtype(dtype)
+    if length < 1:
+        raise ConfigurationError(f"hpsv3: length must be at least 1, got {length}")
+    if quantization not in (None, "nf4", "int8"):
+        raise ConfigurationError(f"hpsv3: quantization must be nf4, int8 or null, got {quantization!r}")
+    if quantization is not None:
+        try:
+            need_bitsandbytes(quantization)
+        except ValueError as error:
+            raise ConfigurationError(f"hpsv3: {error}") from None
+    words = load_qwen_tokenizer(tokenizer)
+    model, head = load_hpsv3(locate(path, ("HPSv3.safetensors",), what), what, dtype)
+    network = Qwen2VL(model, checkpoint)
+    reward = HPSv3(network, head, words, clamp=clamp, length=length)
+    if quantization is not None:
+        for blocks in (network.visual.blocks, network.language_model.layers):
+            quantize_linears(blocks, quantization, device)
+    return _placed(reward, device)
+
+
 def load_clip(
     path: str,
     *,
@@ -249,12 +341,14 @@ FACTORIES: dict[str, Callable[..., Reward]] = {
     "imagereward": imagereward,
     "clip": clip,
     "aesthetic": aesthetic,
+    "mps": mps,
+    "hpsv3": hpsv3,
     "mixture": mixture,
 }
 
 
 def load(name: str, **arguments: Any) -> Reward:
-    """A reward by its name: "pickscore", "hpsv2.1" (or "hpsv2"), "imagereward", "clip", "aesthetic", "mixture".
+    """A reward by its name: a key of `FACTORIES`, "pickscore" say.
 
     Args:
         arguments: of the function of that name: path=, device=, dtype=, ...

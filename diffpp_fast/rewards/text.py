@@ -28,6 +28,31 @@ CLIP_MERGES = 49152 - 256 - 2
 FEWEST_TOKENS = 10
 
 
+class CutReport:
+    """Log lines about prompts that were cut: of the first one, and each time that their number is tenfold.
+
+    Args:
+        name: of the reward.
+        most: what a prompt may have, in words.
+    """
+
+    def __init__(self, name: str, most: str) -> None:
+        self.name, self.most = name, most
+        self._seen = self._cut = 0
+        self._next_report = 1
+
+    def __call__(self, count: int, cut: Sequence[str]) -> None:
+        """Take in so many prompts, of which some were cut."""
+        self._seen += count
+        self._cut += len(cut)
+        if self._cut >= self._next_report:
+            logger.warning(
+                "%s: %d of the %d prompts encoded so far are longer than %s and were cut, e.g. %r",
+                *(self.name, self._cut, self._seen, self.most, cut[0]),
+            )
+            self._next_report = 10 * self._cut  # prompts come batch by batch: not a line for each
+
+
 class PromptTokenizer:
     """Prompts -> token ids and attention mask, padded to one length. What is cut is logged.
 
@@ -43,8 +68,7 @@ class PromptTokenizer:
         self.length = length
         self.name = name
         self.clean = clean
-        self._seen = self._cut = 0
-        self._next_report = 1
+        self._report = CutReport(name, f"{length} tokens")
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B prompts -> ids and mask, each [B, length] int64 on the CPU."""
@@ -57,14 +81,7 @@ class PromptTokenizer:
 
     def _report_cuts(self, prompts: Sequence[str], whole: Sequence[Sequence[int]]) -> None:
         cut = [prompt for prompt, ids in zip(prompts, whole, strict=True) if len(ids) > self.length]
-        self._seen += len(prompts)
-        self._cut += len(cut)
-        if self._cut >= self._next_report:
-            logger.warning(
-                "%s: %d of the %d prompts encoded so far are longer than %d tokens and were cut, e.g. %r",
-                *(self.name, self._cut, self._seen, self.length, cut[0]),
-            )
-            self._next_report = 10 * self._cut  # prompts come batch by batch: not a line for each
+        self._report(len(prompts), cut)
 
 
 class PromptCache:
@@ -200,6 +217,13 @@ def load_bert_tokenizer(path: str | Path) -> Any:
         tokenizer = _from_pretrained(BertTokenizer, path)
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
     return tokenizer
+
+
+def load_qwen_tokenizer(path: str | Path) -> Any:
+    """Qwen2-VL's tokenizer from a hub id or a folder."""
+    from transformers import Qwen2Tokenizer
+
+    return _from_pretrained(Qwen2Tokenizer, path)
 
 
 def _from_pretrained(kind: Any, path: str | Path) -> Any:

@@ -12,6 +12,7 @@ from diffpp_fast.methods import Batch
 from diffpp_fast.networks import Conditioning
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.distributed import World
+from diffpp_fast.training.images import ImageBatches
 from diffpp_fast.training.prompts import PromptOrder, PromptSource
 
 
@@ -68,7 +69,11 @@ class Batches:
         return torch.arange(first, first + self.size)
 
     def micro_batches(
-        self, first: int, encode: Callable[[Sequence[str]], Conditioning], null: Conditioning | None
+        self,
+        first: int,
+        encode: Callable[[Sequence[str]], Conditioning],
+        null: Conditioning | None,
+        images: ImageBatches | None = None,
     ) -> Iterator[MicroBatch]:
         """This process's part of a batch.
 
@@ -76,6 +81,7 @@ class Batches:
             first: the batch's first sample.
             encode: B prompts -> their conditioning, on the device.
             null: the empty prompt's conditioning, of one sample; None where the method is not guided.
+            images: that the samples come with, where they do.
         """
         numbers = self.world.share(self.whole(first))
         prompts = self.prompts(numbers)
@@ -88,5 +94,6 @@ class Batches:
                 seed=self.seed,
                 shape=self.shape,
                 null_conditioning=None if null is None else null.expand(len(mine)),
+                images=None if images is None else images(numbers[part], encode),
             )
             yield MicroBatch(batch, len(mine) / len(numbers), start + self.micro_batch >= len(numbers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -194,6 +195,29 @@ class ShiftedTimes(Section):
 TimesSection = Annotated[UniformTimes | NormalTimes | ShiftedTimes, Field(discriminator="name")]
 
 
+class StartSection(Section):
+    """A distance of the generator's samples to those of its initial weights."""
+
+    #: 1 / b^2: weight / 2 |x0 - x0_start|^2 is the KL of both, blurred by noise of standard deviation b.
+    weight: Annotated[float, Field(gt=0)]
+
+
+class ImageSection(Section):
+    """A denoising loss of the generator on images with captions."""
+
+    #: A folder with pictures and, beside each, its caption in a .txt file of its name; or .tar archives of such files.
+    path: Text
+    #: Of the loss, which is in units of x0 and a sum over elements.
+    weight: Annotated[float, Field(gt=0)]
+
+
+class RegularizerSections(Section):
+    """Terms of the generator's loss against reward hacking; `diffpp_fast.methods.regularizers` has the formulas."""
+
+    start: StartSection | None = None
+    images: ImageSection | None = None
+
+
 class MethodSection(Section):
     """Arguments that all of `diffpp_fast.methods` take, where they are explained."""
 
@@ -213,6 +237,17 @@ class MethodSection(Section):
     fake_weighting: FakeWeighting = "prediction"
     #: The share of the samples in the fake score's loss that are made and seen without their prompt.
     prompt_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    regularizers: RegularizerSections | None = None
+
+    @property
+    def images(self) -> ImageSection | None:
+        """The images that the generator learns on, too."""
+        return None if self.regularizers is None else self.regularizers.images
+
+    @property
+    def pulled_to_start(self) -> bool:
+        """Whether the generator is compared with its initial weights."""
+        return self.regularizers is not None and self.regularizers.start is not None
 
     @property
     def guided(self) -> bool:
@@ -292,9 +327,38 @@ class RewardSection(Section):
     arguments: dict[str, Any] = {}
 
 
+class RampSection(Section):
+    """From one factor to another, evenly or along half a cosine."""
+
+    name: Literal["linear", "cosine"]
+    #: Updates of the generator until `end`, which stays.
+    steps: Positive
+    start: Annotated[float, Field(ge=0)] = 0.0
+    end: Annotated[float, Field(ge=0)] = 1.0
+
+
+class PiecewiseSection(Section):
+    name: Literal["piecewise"]
+    #: Updates of the generator, growing, and the factor at each; linear in between, constant outside.
+    points: Annotated[list[tuple[NotNegative, Annotated[float, Field(ge=0)]]], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _points_grow(self) -> PiecewiseSection:
+        steps = [step for step, _ in self.points]
+        if any(later <= step for step, later in itertools.pairwise(steps)):
+            raise ValueError(f"points must be of growing steps, got {steps}")
+        return self
+
+
+#: What the reward's scale is multiplied by in each update of the generator.
+ScheduleSection = Annotated[RampSection | PiecewiseSection, Field(discriminator="name")]
+
+
 class OptimisedReward(RewardSection):
     #: alpha_rew. With 0 the reward is evaluated and logged, without gradient.
     scale: float
+    #: null: the scale is constant.
+    schedule: ScheduleSection | None = None
     #: The most that a sample's reward gradient may be, in norms of its score gradient; null: it is not clipped.
     clip: Annotated[float, Field(gt=0)] | None = None
 
@@ -610,6 +674,12 @@ class Config(Section):
             raise ValueError(f"{name} needs rewards.optimised")
         if self.models.decoder is None and (optimised or rewards.held_out or self.training.grid_every):
             raise ValueError("models.decoder is missing: rewards and sample grids see decoded images")
+        if self.method.images is not None and self.models.decoder is None:
+            raise ValueError("models.decoder is missing: method.regularizers.images are encoded by its autoencoder")
+        if self.method.images is not None and self.training.capture:
+            raise ValueError(
+                "training.capture records no images: use training.capture=false, or method.regularizers.images=null"
+            )
         if rewards.held_out is not None and self.training.grid_every is None:
             raise ValueError("rewards.held_out is evaluated on the sample grids: set training.grid_every")
         metric = "" if self.training.keep_best is None else self.training.keep_best.metric

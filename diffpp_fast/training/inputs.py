@@ -28,6 +28,7 @@ INPUTS = {
     "scheduler": "models.scheduler",
     "decoder": "models.decoder",
     "reward": "rewards.optimised",
+    "images": "method.regularizers.images",
     "embeddings": "prompts.embeddings",
 }
 #: Checksums leave the interpreter lock.

@@ -201,6 +201,10 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
         for key in ("base", "path", "tokenizer"):
             if isinstance(model.get(key), str):
                 model[key] = _model_path(model[key], folder)
+    for method in _mappings({"method": data.get("method")}):
+        for section in _mappings(method.get("regularizers")):
+            if isinstance(section.get("path"), str):
+                section["path"] = _absolute(section["path"], folder)
     for reward in _mappings(data.get("rewards")):
         factory = reward.get("factory")
         if isinstance(factory, str) and factory.rpartition(":")[0].endswith(".py"):

@@ -35,6 +35,7 @@ from diffpp_fast.training.metrics import Means
 from diffpp_fast.training.output import claim_output, write_config
 from diffpp_fast.training.phases import Memory, Phases
 from diffpp_fast.training.prompts import open_prompts
+from diffpp_fast.training.reward_scale import RewardScale
 from diffpp_fast.training.state import Position, find_checkpoint, read_record, read_state, write_state
 from diffpp_fast.training.watch import Watch
 
@@ -148,8 +149,9 @@ class Trainer:
         }
         #: Updates that were asked for, and of those that were not skipped, before this session.
         self._begun = {engine.role: (engine.updates, engine.applied) for engine in self._engines}
-        self._captured = self._capture()
         optimised = config.rewards.optimised
+        self._reward_scale = RewardScale(optimised, self.parts.method, self.world.device)
+        self._captured = self._capture()
         self._reward_watch = RewardWatch(
             name,
             optimised is not None and optimised.scale != 0.0,
@@ -296,6 +298,7 @@ class Trainer:
         else:
             while self.position.rounds < method.fake_rounds - method.share_samples:
                 self._update(self.fake, method.fake_loss)
+            self._reward_scale.set(self.position.step + 1)
             made = self._update(self.generator, method.generator_loss)
             if method.share_samples:
                 self._update(self.fake, method.fake_loss, made)
@@ -393,8 +396,10 @@ class Trainer:
     def _micro_batches(self, engine: Engine, first: int) -> Iterator[MicroBatch]:
         """This process's part of an update (collective, for methods that divide by a mean over all of it)."""
 
+        images = self.parts.images if engine is self.generator else None
+
         def parts() -> Iterator[MicroBatch]:
-            return self.batches.micro_batches(first, self._encode, self.parts.null)
+            return self.batches.micro_batches(first, self._encode, self.parts.null, images)
 
         method = self.parts.method
         if engine is not self.generator or not method.normalizes_update or self.batches.is_whole:
@@ -431,6 +436,7 @@ class Trainer:
             skipped = self._skips[engine.role].take_share()
             if skipped is not None:
                 scalars[f"{engine.role}/updates_skipped"] = skipped
+        scalars |= self._reward_scale.scalars()
         if self._baseline is not None:
             scalars |= self._baseline.scalars()
         before, self._mark = self._mark, self._now()

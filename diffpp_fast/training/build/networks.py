@@ -172,6 +172,14 @@ def stored_weights(models: Models, role: str) -> Stored:
     return Stored(section.path, section.variant, state_dict, f"models.{role}")
 
 
+def start_is_copied(models: Models) -> bool:
+    """Return whether the generator's initial weights are in memory only where they are loaded for themselves."""
+    if models.generator.lora is not None:
+        return False
+    shared = stored_weights(models, "generator") == stored_weights(models, "reference")
+    return not shared or models.reference.quantization is not None
+
+
 def configuration_of(models: Models, stored: Stored) -> str:
     """Return where the `config.json` of stored weights is; a file has none of its own, but the reference's."""
     return models.reference.path if is_file(stored.path) else stored.path
@@ -292,6 +300,23 @@ class Networks:
         dtype = compute_dtype("auto", self.config)
         parameters = dict(denoiser.network.named_parameters())
         return Trained(role, denoiser.network, parameters, Denoiser(denoiser.network, dtype=autocast_to(dtype)))
+
+    def start(self, reference: nn.Module) -> nn.Module:
+        """(x_t, t, conditioning) -> prediction of the generator as it was at the start, in the frozen weights' dtype.
+
+        Under adapters these are the weights without them, and where they are the reference's, its own; else a copy.
+        """
+        models = self.config.models
+        stored = stored_weights(models, "generator")
+        if start_is_copied(models):
+            with naming(stored.key, stored.path):
+                denoiser = self._ready(stored, self._load(stored, self._frozen_dtype))
+            denoiser.network.requires_grad_(False)
+            return Denoiser(denoiser.network, dtype=autocast_to(self._frozen_dtype))
+        if stored == stored_weights(models, "reference"):
+            return reference
+        denoiser, adapters = self._backbone(stored)
+        return Denoiser(denoiser.network, dtype=autocast_to(self._frozen_dtype), adapters=adapters)
 
     def _adapted(self, role: str, stored: Stored, lora: Lora) -> Trained:
         denoiser, adapters = self._backbone(stored)

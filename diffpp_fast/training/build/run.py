@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from diffpp_fast.methods import METHODS, Method
+from diffpp_fast.methods.regularizers import ImageDenoising, KLToStart, Regularizer
 from diffpp_fast.methods.through_networks import without_parameters
 from diffpp_fast.methods.times import DISTRIBUTIONS
-from diffpp_fast.networks import Conditioning, OneStepGenerator, load_decoder, load_schedule
+from diffpp_fast.networks import Conditioning, ImageEncoder, OneStepGenerator, load_decoder, load_schedule
 from diffpp_fast.networks.loading import read_config
 from diffpp_fast.schedule import NoiseSchedule
 from diffpp_fast.training.build.agreement import TextFacts, idle_sentences, naming, refuse_denoisers, refuse_misfits
@@ -25,9 +26,10 @@ from diffpp_fast.training.build.networks import (
     refuse_quantization,
     refuse_weights,
 )
-from diffpp_fast.training.build.text import Text, open_text
+from diffpp_fast.training.build.text import Text, open_text, picture_size
 from diffpp_fast.training.config import Config, Decoder, RewardSection
 from diffpp_fast.training.distributed import World
+from diffpp_fast.training.images import ImageBatches, digest_of_images, open_images
 from diffpp_fast.training.inputs import digest_of, public
 from diffpp_fast.training.phases import Phases
 from diffpp_fast.training.prompts import EmbeddingCache, PromptSource
@@ -72,6 +74,24 @@ def batches_passes(config: Config) -> bool | None:
     return False if config.training.compile else None
 
 
+def make_regularizers(
+    config: Config, schedule: NoiseSchedule, start: Callable[..., Any] | None
+) -> list[Regularizer] | None:
+    """Make a run's regularisers; `start` is the generator as it was, where one of them asks for it."""
+    sections = config.method.regularizers
+    if sections is None:
+        return None
+    made: list[Regularizer] = []
+    if sections.start is not None and start is not None:
+        made.append(KLToStart(start, sections.start.weight))
+    if sections.images is not None:
+        call = make_generator(config, nn.Identity(), schedule)
+        made.append(
+            ImageDenoising(sections.images.weight, alpha=call.alpha, sigma=call.sigma, input_scale=call.input_scale)
+        )
+    return made
+
+
 def make_method(
     config: Config,
     generator: Callable[..., Any],
@@ -79,10 +99,15 @@ def make_method(
     reference: Callable[..., Any],
     schedule: NoiseSchedule,
     reward: Callable[..., Any] | None,
+    start: Callable[..., Any] | None = None,
 ) -> Method:
-    """Make a run's method of its networks and its reward. Raises ConfigurationError as `load_checked_schedule`."""
+    """Make a run's method of its networks, its reward and the generator as it was at the start.
+
+    Raises ConfigurationError as `load_checked_schedule`.
+    """
     settings = config.method
-    arguments: dict[str, Any] = settings.model_dump(exclude={"name"}, exclude_none=True)
+    arguments: dict[str, Any] = settings.model_dump(exclude={"name", "regularizers"}, exclude_none=True)
+    arguments["regularizers"] = make_regularizers(config, schedule, start)
     for key in ("time_distribution", "fake_time_distribution"):
         if key in arguments:
             arguments[key] = DISTRIBUTIONS[arguments[key].pop("name")](**arguments[key])
@@ -131,6 +156,7 @@ class Run:
         reference: (x_t, t, conditioning) -> prediction, the frozen model.
         null: the empty prompt's conditioning, of one sample; None where the method is not guided.
         reward, held_out: the rewards of the configuration, on latents.
+        images: that samples of the generator's update come with, where the configuration has some.
         inputs: digests of all that the run goes on to stand on.
     """
 
@@ -142,6 +168,7 @@ class Run:
     reward: LatentReward | None
     held_out: LatentReward | None
     inputs: Mapping[str, str | None]
+    images: ImageBatches | None = None
 
     def trained(self, role: str) -> Trained:
         """The generator or the fake score."""
@@ -184,10 +211,14 @@ def build_run(
     for sentence in idle_sentences(config) if world.is_main else ():
         logger.warning("%s", sentence)
     refuse_weights(config)
+    pictures = open_images(config.method.images, picture_size(config.models))
     text = open_text(config.models, device, embeddings, prompts)
     networks = Networks(config, device)
     sampler = _build_sampler(config, device, schedule, text, networks)
     reference, fake = networks.reference(), networks.trained("fake")
+    start = None
+    if config.method.pulled_to_start:
+        start = make_generator(config, networks.start(reference), schedule)
     if "reference" in METHODS[config.method.name].differentiates:
         networks.freeze_reference()
     networks.keep_reference_text()
@@ -204,6 +235,7 @@ def build_run(
         phases.wrap(reference, "reference"),
         sampler.schedule,
         reward if reward is None else phases.wrap(reward, "reward"),
+        start if start is None else phases.wrap(start, "start"),
     )
     method.differentiate = phases.wrap(method.differentiate, "networks_backward")
     term = getattr(method, "reward_term", None)
@@ -212,9 +244,15 @@ def build_run(
         term.describes = False  # the trainer logs the rewards of whole updates
     null = text.null() if config.method.guided else None
     inputs = {**sampler.inputs, **networks.inputs}
+    images = None
+    if pictures is not None:
+        encoder = ImageEncoder(sampler.decoder)
+        inputs["images"] = digest_of_images(pictures, encoder)
+        # All of it, for every process has to have the phase, also where it has kept the latents of all its images.
+        images = phases.wrap(ImageBatches(pictures, config.seed, encoder, device), "images")
     if reward is not None and config.rewards.optimised is not None:
         inputs["reward"] = digest_of_reward(config.rewards.optimised, reward.scorer)
-    return Run(sampler, fake, reference, method, null, reward, held_out, inputs)
+    return Run(sampler, fake, reference, method, null, reward, held_out, inputs, images)
 
 
 def build_trained(config: Config, role: str, device: torch.device) -> Trained:

@@ -26,6 +26,7 @@ from diffpp_fast.training.build.agreement import (
     text_length,
 )
 from diffpp_fast.training.config import Config, TextEncoderSection
+from diffpp_fast.training.images import open_images
 from diffpp_fast.training.inputs import digest_of, digest_of_tokenizer, public
 from diffpp_fast.training.prompts import EmbeddingCache, PromptEncoder, PromptSource
 from diffpp_fast.training.prompts.embed import Seen, encoder_facts, refuse_other_cache
@@ -81,7 +82,7 @@ def conditioning_facts(models: config.Models) -> dict[str, Any]:
     """Return the facts that conditioning depends on besides text encoders: the family, and settings that enter it."""
     facts = facts_of("models.reference", models.reference.path)
     two = facts.get("addition_embed_type") == "text_time"
-    sizes = models.size_conditions.model_dump(mode="json") | {"picture": list(_picture_size(models))}
+    sizes = models.size_conditions.model_dump(mode="json") | {"picture": list(picture_size(models))}
     return {
         "family": [facts["_class_name"], facts.get("addition_embed_type")],
         "empty_prompt": models.empty_prompt,
@@ -125,7 +126,7 @@ def _load_two(models: config.Models, second: config.TextEncoderSection) -> DualT
             "models.text_encoder.max_length and models.text_encoder_2.max_length must be equal: "
             "their hidden states stand side by side"
         )
-    sizes, picture = models.size_conditions, _picture_size(models)
+    sizes, picture = models.size_conditions, picture_size(models)
     return DualTextEncoder(
         _load_encoder("models.text_encoder", first),
         _load_encoder("models.text_encoder_2", second, projection=True),
@@ -155,12 +156,12 @@ def _dtype(section: config.TextEncoderSection) -> torch.dtype:
 
 
 def _picture_conditions(models: config.Models) -> dict[str, torch.Tensor]:
-    height, width = models.size_conditions.target or _picture_size(models)
+    height, width = models.size_conditions.target or picture_size(models)
     resolution = torch.tensor([float(height), float(width)])
     return {"resolution": resolution, "aspect_ratio": torch.tensor([height / width])}
 
 
-def _picture_size(models: config.Models) -> tuple[int, int]:
+def picture_size(models: config.Models) -> tuple[int, int]:
     """Height and width of a decoded picture, in pixels."""
     scale = 8
     if models.decoder is not None:
@@ -185,11 +186,10 @@ def open_embeddings(config: Config, prompts: PromptSource, device: torch.device)
         raise ConfigurationError(f"prompts.embeddings: no embeddings in {folder}: write them with `diffpp-fast embed`")
     refuse_other_cache(folder, manifest, embedding_facts(config, prompts, manifest["seen"]))
     cache = EmbeddingCache(folder, manifest, device)
-    for prompt in listed_grid_prompts(config):
+    for key, prompt in _prompts_besides(config):
         if not cache.holds(prompt):
             raise ConfigurationError(
-                f"training.grid_prompts: {folder} holds no embedding of {prompt!r}: run `diffpp-fast embed` again, "
-                "which adds it"
+                f"{key}: {folder} holds no embedding of {prompt!r}: run `diffpp-fast embed` again, which adds it"
             )
     return cache
 
@@ -215,7 +215,18 @@ def embedding_facts(config: Config, prompts: PromptSource, seen: Mapping[str, An
     }
 
 
-def listed_grid_prompts(config: Config) -> list[str]:
-    """Return the grid's prompts where the configuration lists them; others are among the run's own."""
+def extra_prompts(config: Config) -> list[str]:
+    """Return the prompts that a run needs besides its own: listed ones of its grid, and the captions of its images."""
+    return list(dict.fromkeys(prompt for _, prompt in _prompts_besides(config)))
+
+
+def _prompts_besides(config: Config) -> list[tuple[str, str]]:
+    """The same with the keys that ask for them."""
     wanted = config.training.grid_prompts
-    return wanted if isinstance(wanted, list) else []
+    listed = wanted if isinstance(wanted, list) else []
+    images = open_images(config.method.images, picture_size(config.models))
+    captions = [] if images is None else images.captions()
+    return [
+        *(("training.grid_prompts", prompt) for prompt in listed),
+        *(("method.regularizers.images", caption) for caption in captions),
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.few_bits import linears_of
 from diffpp_fast.networks.conditioning import Conditioning
 from diffpp_fast.networks.inputs import is_pixart
 from diffpp_fast.networks.loading import build_network, is_file
+from diffpp_fast.networks.quantization import stored_bytes
 from diffpp_fast.networks.text import check_tokenizer
 from diffpp_fast.rewards.base import ImageBatch, Preprocessing
 from diffpp_fast.rewards.clip_model import VIT_H_14, Clip
+from diffpp_fast.rewards.hpsv3_model import AFTER, BEFORE, ENDING, SQUARES
+from diffpp_fast.rewards.mps_model import LAYERS, CrossLayer
+from diffpp_fast.rewards.qwen2vl import QWEN2_VL_7B, Qwen2VL, resized, smart_size
 from diffpp_fast.rewards.scores import IMAGEREWARD
 from diffpp_fast.rewards.text import need_ftfy
 from diffpp_fast.rewards.towers import SelfAttention, TextAttention, recompute
@@ -210,7 +215,11 @@ TOWERS = {
     "clip": "CLIP ViT-L/14",
     "aesthetic": "CLIP ViT-L/14",
     "imagereward": "ImageReward's BLIP",
+    "mps": "MPS's ViT-H/14 and cross attention",
+    "hpsv3": "HPSv3's Qwen2-VL 7B",
 }
+#: Tokens of HPSv3's instruction: five characters of English are about one.
+HPSV3_TOKENS = len(BEFORE + AFTER + ENDING) // 5
 #: Tokens of a prompt that ImageReward reads.
 IMAGEREWARD_TOKENS = 35
 
@@ -221,15 +230,17 @@ class Towers:
 
     Attributes:
         names: of `TOWERS`; none where the reward's own network is not known.
-        dtype: of the weights, in which the towers compute.
+        dtype: of the weights, in which the towers compute, all but HPSv3's.
         checkpoint: the towers compute their layers again in the backward pass.
         unknown: rewards that can't be planned, for the plan to say so.
+        hpsv3: the arguments of HPSv3, which are its own, as its size is.
     """
 
     names: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
     checkpoint: bool = False
     unknown: tuple[str, ...] = ()
+    hpsv3: Mapping[str, Any] = field(default_factory=dict)
 
 
 def towers_of(reward: RewardSection) -> Towers:
@@ -244,13 +255,15 @@ def towers_of(reward: RewardSection) -> Towers:
     if entries[0][0] == "mixture":
         mixed = arguments.get("rewards") or {}
         entries = [(entry.get("reward", key), entry.get("arguments") or {}) for key, entry in mixed.items()]
-    dtypes = {given.get("dtype", "float32") for _, given in entries}
+    others = [given for kind, given in entries if kind != "hpsv3"]
+    dtypes = {given.get("dtype", "float32") for given in others}
     return Towers(
         names=tuple(kind for kind, _ in entries if kind in TOWERS),
         # Of several dtypes the widest: a mixture may have some in each.
         dtype=torch.float32 if "float32" in dtypes else torch.bfloat16,
-        checkpoint=all(given.get("checkpoint", False) for _, given in entries),
+        checkpoint=all(given.get("checkpoint", False) for given in others),
         unknown=tuple(kind for kind, _ in entries if kind not in TOWERS),
+        hpsv3=next((given for kind, given in entries if kind == "hpsv3"), {}),
     )
 
 
@@ -265,10 +278,19 @@ class Scorer(nn.Module):
             TOWERS["hpsv2"]: lambda checkpoint: _ClipScore(VIT_H_14, checkpoint),
             TOWERS["clip"]: lambda checkpoint: _ClipScore(_STORED["vit_l_14"], checkpoint),
             TOWERS["imagereward"]: _ImageReward,
+            TOWERS["mps"]: _MpsScore,
         }
         with torch.device("meta"):
-            self.scores = nn.ModuleList(makers[kind](towers.checkpoint) for kind in kinds)
-        self.to(towers.dtype).eval().requires_grad_(False)
+            self.scores = nn.ModuleList(makers[kind](towers.checkpoint) for kind in kinds if kind in makers)
+            self.to(towers.dtype)
+            if "hpsv3" in towers.names:
+                self.scores.append(_Hpsv3Score(towers.hpsv3))
+        self.eval().requires_grad_(False)
+
+    def weight_bytes(self) -> int:
+        """Return the bytes of all weights, as they are stored."""
+        saved = sum(score.saved_bytes for score in self.scores if isinstance(score, _Hpsv3Score))
+        return sum(parameter.nbytes for parameter in self.parameters()) - saved
 
     def forward(self, images: Tensor) -> Tensor:
         images = images.float()
@@ -323,3 +345,59 @@ class _ImageReward(nn.Module):
             is_decoder=False,
         ).last_hidden_state
         return hidden[:, 0].float().square().sum(1)
+
+
+class _MpsScore(nn.Module):
+    """Image tokens of a CLIP and MPS's cross attention; its text tower is idle, too."""
+
+    def __init__(self, checkpoint: bool) -> None:
+        super().__init__()
+        from transformers import CLIPConfig, CLIPModel
+
+        model = CLIPModel(CLIPConfig(**VIT_H_14))
+        self.idle = nn.ModuleList((model.text_model, model.text_projection))
+        self.vision_model, self.visual_projection = model.vision_model, model.visual_projection
+        self.cross = nn.ModuleList(CrossLayer(VIT_H_14["projection_dim"]) for _ in range(LAYERS))
+        self.length: int = model.config.text_config.max_position_embeddings
+        self.preprocessing = Preprocessing(model.config.vision_config.image_size)
+        if checkpoint:
+            recompute([*self.vision_model.encoder.layers, *self.cross])
+
+    def forward(self, batch: ImageBatch) -> Tensor:
+        pixels = batch.pixels(self.preprocessing, self.visual_projection.weight.dtype)
+        image = self.visual_projection(self.vision_model(pixel_values=pixels).last_hidden_state)
+        text = image.new_zeros(len(image), self.length, image.shape[2])
+        chosen = text.new_zeros(len(image), 1, 1, self.length, dtype=torch.bool)
+        for layer in self.cross:
+            image = layer(image, text, chosen)
+        return image[:, 0].float().square().sum(1)
+
+
+class _Hpsv3Score(nn.Module):
+    """Both towers of Qwen2-VL 7B, with the arguments of `diffpp_fast.rewards.hpsv3`.
+
+    Attributes:
+        saved_bytes: by which the blocks' weights are smaller in 8 or 4 bits than in the towers' dtype.
+    """
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        super().__init__()
+        from transformers import Qwen2VLConfig, Qwen2VLModel
+
+        self.network = Qwen2VL(Qwen2VLModel(Qwen2VLConfig(**QWEN2_VL_7B)), given.get("checkpoint", True))
+        self.network.to(torch.float32 if given.get("dtype") == "float32" else torch.bfloat16)
+        self.tokens = HPSV3_TOKENS + given.get("length", 128)
+        self.saved_bytes, kind = 0, given.get("quantization")
+        if kind is not None:
+            for blocks in (self.network.visual.blocks, self.network.language_model.layers):
+                weights = [layer.weight for layer in linears_of(blocks).values()]
+                self.saved_bytes += sum(weight.nbytes - stored_bytes(weight.shape, kind) for weight in weights)
+
+    def forward(self, batch: ImageBatch) -> Tensor:
+        factor = self.network.patch * self.network.merge
+        height, width = batch.images.shape[2:]
+        size = smart_size(height, width, factor, SQUARES * factor**2, SQUARES * factor**2)
+        image = self.network.image_tokens(resized(batch, size, "hard", self.network.dtype))
+        text = image.new_zeros(len(image), self.tokens, image.shape[2])
+        place = torch.zeros(len(image), dtype=torch.int64, device=image.device)
+        return self.network(torch.cat((image, text), 1), place).float().square().sum(1)

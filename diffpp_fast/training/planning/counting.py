@@ -15,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from diffpp_fast.methods import METHODS, Batch, Method
+from diffpp_fast.methods.base import ImageData
 from diffpp_fast.networks import Denoiser, FrozenDecoder, fuse
 from diffpp_fast.networks.last_layer import WideConv2d, WideLinear
 from diffpp_fast.networks.lora import Adapters, inject
 from diffpp_fast.networks.quantization import quantized_size
+from diffpp_fast.schedule import NoiseSchedule
 from diffpp_fast.training.build.agreement import naming
 from diffpp_fast.training.build.networks import compute_dtype, stored_weights
 from diffpp_fast.training.build.run import make_generator, make_method
@@ -463,7 +465,14 @@ class _MetaNetworks:
             conditioning=conditioning(self.reference, self.architectures, samples),
             shape=self.config.models.latent_shape,
             null_conditioning=conditioning(self.reference, self.architectures, samples),
+            images=self._images(samples),
         )
+
+    def _images(self, samples: int) -> ImageData | None:
+        if self.config.method.images is None:
+            return None
+        latents = torch.empty(samples, *self.config.models.latent_shape, device="meta")
+        return ImageData(latents, conditioning(self.reference, self.architectures, samples))
 
     def method(self, book: _Book) -> Method:
         schedule = self.architectures.schedule()
@@ -485,7 +494,15 @@ class _MetaNetworks:
             book.network("reference", denoisers["reference"], self.reference_dtype == low),
             schedule,
             self._reward(book),
+            self._start(book, schedule),
         )
+
+    def _start(self, book: _Book, schedule: NoiseSchedule) -> Callable[..., Tensor] | None:
+        """The generator as it was: its weights, of which a copy counts as the reference's, at the cost of a call."""
+        if not self.config.method.pulled_to_start:
+            return None
+        generator = make_generator(self.config, Denoiser(self.reference), schedule)
+        return book.network("reference", generator, self.reference_dtype == torch.bfloat16)
 
     def _reward(self, book: _Book) -> Callable[[Tensor, Any], Tensor] | None:
         if self.scorer is None or self.decoder is None or not METHODS[self.config.method.name].takes_reward:
@@ -513,7 +530,7 @@ class _MetaNetworks:
 
     def reward_bytes(self) -> int:
         scorers = [scorer for scorer in (self.scorer, self.held_out) if scorer is not None]
-        return sum(parameter.nbytes for scorer in scorers for parameter in scorer.parameters())
+        return sum(scorer.weight_bytes() for scorer in scorers)
 
     def _network(self, role: str) -> Any:
         network = on_meta(getattr(self.architectures, role))

@@ -9,7 +9,7 @@ import torch
 from diffpp_fast.terminal import printable
 from diffpp_fast.training.build.agreement import idle_sentences
 from diffpp_fast.training.planning import timing
-from diffpp_fast.training.planning.architectures import towers_of
+from diffpp_fast.training.planning.architectures import TOWERS, towers_of
 from diffpp_fast.training.planning.plan import KINDS, ROLES, STEP, TRAINED, RunPlan, Saving
 from diffpp_fast.training.planning.states import PlannedRun
 from diffpp_fast.training.prompts.encoder import CAPACITY
@@ -72,6 +72,9 @@ def assumptions(plan: RunPlan) -> list[str]:
         "and more with CUDA."
     )
     rewards = [reward for reward in (config.rewards.optimised, config.rewards.held_out) if reward is not None]
+    counted = dict.fromkeys(TOWERS[name] for reward in rewards for name in towers_of(reward).names)
+    if counted:
+        said.append(f"The reward's row: {', '.join(counted)}.")
     unknown = [name for reward in rewards for name in towers_of(reward).unknown]
     if unknown:
         said.append(

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.training.build.networks import compute_dtype, stored_weights
+from diffpp_fast.training.build.networks import compute_dtype, start_is_copied, stored_weights
 from diffpp_fast.training.build.run import batches_passes
 from diffpp_fast.training.config import Config, Zero
 from diffpp_fast.training.planning.architectures import Architectures
@@ -79,7 +79,9 @@ class PlannedRun:
         guided = (method.guidance_scale != 1.0) * (2 if method.name == "decoupled_dmd" else 1)
         if guided and batches_passes(self.config):
             guided -= 1
-        return (1 + guided) * (1 + self.normalizes_apart)
+        models = self.config.models
+        as_start = method.pulled_to_start and models.generator.lora is None and not start_is_copied(models)
+        return (1 + guided) * (1 + self.normalizes_apart) + as_start
 
     @property
     def dtype(self) -> torch.dtype:
@@ -168,6 +170,10 @@ def states_of(run: PlannedRun, counted: Counted) -> dict[str, NetworkState]:
         states["reference"] = frozen_state(sizes["reference"].elements, width, config.distributed.reference, run.gpus)
     else:
         states["reference"] = NetworkState(weights=sizes["reference"].frozen_bytes(width))
+    if config.method.pulled_to_start and start_is_copied(config.models):
+        reference = states["reference"]
+        copied = reference.weights + width * sizes["generator"].elements
+        states["reference"] = replace(reference, weights=copied)
     if config.prompts.embeddings is None:
         states["text encoder"] = NetworkState(weights=counted.text_bytes, kept=CAPACITY)
     if config.models.decoder is not None:

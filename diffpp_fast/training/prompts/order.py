@@ -1,4 +1,4 @@
-"""The order in which a run meets its prompts."""
+"""The order in which a run meets its prompts, and users' images."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ class PromptOrder:
     #: Samples that are looked up together: many small draws cost more than their numbers.
     BLOCK = 1024
 
-    def __init__(self, seed: int, count: int) -> None:
+    def __init__(self, seed: int, count: int, stream: int = PROMPT_ORDER) -> None:
         if count < 1:
             raise ValueError(f"an order needs at least one prompt, got {count}")
         self.seed = seed
         self.count = count
+        self.stream = stream
         self.half_bits = max(1, ((count - 1).bit_length() + 1) // 2)
         self._block = lru_cache(maxsize=2)(self._look_up_block)
 
@@ -53,6 +54,6 @@ class PromptOrder:
         left, right = index >> bits, index & ((1 << bits) - 1)
         for number in range(self.ROUNDS):
             address = ((epoch * self.ROUNDS + number) << bits) | right
-            key = Noise(self.seed, address, stream=PROMPT_ORDER).integers(0, 1 << bits)
+            key = Noise(self.seed, address, stream=self.stream).integers(0, 1 << bits)
             left, right = right, left ^ key
         return (left << bits) | right

@@ -110,7 +110,7 @@ def read_archive(path: Path, column: str | None) -> Iterator[str]:
 
     Pictures and all other members are passed over, unread.
     """
-    with _BoundedReader(io.FileIO(path)) as file:
+    with BoundedReader(io.FileIO(path)) as file:
         texts = _text_members(path, file)
         suffix = ".json" if column is not None or not texts[".txt"] else ".txt"
         if not texts[suffix]:
@@ -277,7 +277,7 @@ def _first_bad(values: pa.LargeStringArray) -> tuple[int, str] | None:
     return row, "empty: remove the row or give it a prompt" if blank[row].as_py() else "it holds a NUL character"
 
 
-class _BoundedReader(io.BufferedReader):
+class BoundedReader(io.BufferedReader):
     """A file of which no more is read at a time than text or a header has: hostile headers name any size."""
 
     def read(self, size: int | None = -1) -> bytes:
@@ -286,7 +286,7 @@ class _BoundedReader(io.BufferedReader):
         return super().read(size)
 
 
-def _text_members(path: Path, file: _BoundedReader) -> dict[str, list[tuple[str, int, int]]]:
+def _text_members(path: Path, file: BoundedReader) -> dict[str, list[tuple[str, int, int]]]:
     """Return names, offsets and sizes of the members that hold a prompt, by the last suffix of their names in any case.
 
     `x.tags.txt` beside `x.jpg` or `x.txt` is another text of sample `x`, and none of its own. Hidden files, which
@@ -294,7 +294,7 @@ def _text_members(path: Path, file: _BoundedReader) -> dict[str, list[tuple[str,
     """
     samples: set[str] = set()
     texts: dict[str, list[tuple[str, int, int]]] = {".txt": [], ".json": []}
-    for member in _members(path, file):
+    for member in members(path, file):
         sample, dot, suffix = member.name.lower().rpartition(".")
         samples.add(sample)
         if dot + suffix in texts and not member.name.rpartition("/")[2].startswith("."):
@@ -305,8 +305,9 @@ def _text_members(path: Path, file: _BoundedReader) -> dict[str, list[tuple[str,
     }
 
 
-def _members(path: Path, file: _BoundedReader) -> Iterator[tarfile.TarInfo]:
-    """Yield the files in an archive, none of which is kept; raise ConfigurationError for what is damaged or cut off."""
+def members(path: Path, file: BoundedReader, key: str = "prompts") -> Iterator[tarfile.TarInfo]:
+    """Yield the files in an archive, none of which is kept; raise ConfigurationError, naming the key of the
+    configuration, for what is damaged or cut off."""
     archive, damaged = None, False
     try:
         archive = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="replace")
@@ -325,10 +326,10 @@ def _members(path: Path, file: _BoundedReader) -> Iterator[tarfile.TarInfo]:
     file.seek(min(position, length))
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
-        raise ConfigurationError(f"prompts: {path} ends at byte {length} without an end mark: it is truncated")
+        raise ConfigurationError(f"{key}: {path} ends at byte {length} without an end mark: it is truncated")
     if damaged or any(block):
         raise ConfigurationError(
-            f"prompts: {path} has no tar header at byte {position}: it is damaged, compressed or no tar archive"
+            f"{key}: {path} has no tar header at byte {position}: it is damaged, compressed or no tar archive"
         )
 
 

@@ -102,22 +102,23 @@ def open_prompts(prompts: Prompts) -> PromptSource:
     return PromptSource(prompts.path, Rows(files, format, prompts.column))
 
 
-def find_files(path: str) -> list[Path]:
+def find_files(path: str, key: str = "prompts") -> list[Path]:
     """Return what a path names, in order: itself, or all that its braces and wildcards stand for.
 
     `{a,b}` stands for each of its words and `{00..12}` for each number, as wide as the first one; `*`, `?` and `[...]`
-    for all that is there, sorted by name. Raises ConfigurationError where there is nothing.
+    for all that is there, sorted by name. Raises ConfigurationError, naming the configuration's key, where there is
+    nothing.
     """
     if os.path.exists(path):  # unlike Path's, it takes a name that is too long
         return [Path(path)]
     found: list[Path] = []
     for each in islice(_expand_braces(path), MOST_FILES + 1):
         if len(found) == MOST_FILES:
-            raise ConfigurationError(f"prompts: {path} stands for more than {MOST_FILES} files")
+            raise ConfigurationError(f"{key}: {path} stands for more than {MOST_FILES} files")
         matches = sorted(map(Path, glob.glob(each))) if glob.has_magic(each) else [Path(each)]
         missing = [match for match in matches if not os.path.exists(match)] if matches else [each]
         if missing:
-            raise ConfigurationError(f"prompts: can't read {str(missing[0])[:4096]}: No such file or directory")
+            raise ConfigurationError(f"{key}: can't read {str(missing[0])[:4096]}: No such file or directory")
         found += matches
     return found
 
