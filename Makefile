@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # DeepSpeed without its compiled operators: what needs one builds it when it is first used.
 export DS_BUILD_OPS ?= 0
 
-.PHONY: help setup demo demo-short demo-frontier demo-judges test test-all test-oldest test-matrix sanitize emulate lint types bench gpu-build gpu-check wheels wheels-check hub-kernels docs clean
+.PHONY: help setup demo demo-short demo-frontier demo-judges test test-all test-oldest test-matrix sanitize emulate lint types bench gpu-build gpu-check wheels wheels-check hub-kernels full-size docs clean
 
 help:
 	@echo "make demo       align the emoji generator with a reward: about 3 minutes on two cores, pictures in runs/demo"
@@ -32,6 +32,7 @@ help:
 	@echo "make wheels     in dist/: for Python from 3.10 and glibc from 2.28, without GPU kernels and, with nvcc, with them"
 	@echo "make wheels-check  those wheels where only torch is, in each Python from 3.10 to 3.13 that is here (fetches gigabytes)"
 	@echo "make hub-kernels  the operators as a package for Hugging Face's kernels, in build/hub-kernels"
+	@echo "make full-size  SD1.5, PixArt and SDXL at random weights, two steps and an export each: memory against plan (up to 20 GiB, 30 GB of disk)"
 	@echo "make docs       the documentation as a site in site/"
 	@echo "make setup      only the virtual environment and the compiled operators; every target begins with it"
 
@@ -185,6 +186,10 @@ hub-kernels: $(READY)
 	$(BIN)/python csrc/hub/make.py $(HUB)
 
 MATHJAX := docs/javascripts/mathjax
+# One model: FULL_SIZE=sd15. It is no part of the tests.
+full-size: $(LIBRARY)
+	$(BIN)/python -m benchmarks.full_size $(FULL_SIZE)
+
 docs: $(READY) $(MATHJAX)/tex-chtml.js
 	$(BIN)/mkdocs build --strict
 

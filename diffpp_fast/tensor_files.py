@@ -143,6 +143,14 @@ def read_tensors(path: Path, state_dict: str | None = None) -> Mapping[str, Tens
     return Renamed(tensors, _plain_names({name: name for name in tensors}))
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    """Return the metadata of a .safetensors file; {} where it has none. Raises ValueError for one that is damaged."""
+    _places(path)
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return dict(header.get("__metadata__") or {})
+
+
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of tensors by name; those that are stored are not read."""
     if isinstance(tensors, Renamed):

@@ -397,4 +397,4 @@ def test_configurations_of_a_base_name_what_is_wrong(bases: dict[str, Path]) -> 
     with pytest.raises(ConfigurationError, match=r"unknown key models.generator.lora.rang: did you mean .*rank"):
         load_config(bases["pixart"], ["models.generator.lora.rang=3"])
     fake = yaml.safe_load(dump_config(load_config(bases["pixart"])))["models"]["fake"]
-    assert fake == dict.fromkeys(("path", "variant", "state_dict", "lora"))
+    assert fake == dict.fromkeys(("path", "variant", "state_dict", "lora", "initial_lora"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from diffpp_fast.cli.options import Commands, add_command, add_config, positive
@@ -39,16 +40,22 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
         type=positive,
         help="prompts that are encoded together (16). The last bits of their embeddings depend on it",
     )
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="keep one block of a text encoder in memory at a time, and read them for each shard anew",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from diffpp_fast.networks.streaming import in_step, streaming
     from diffpp_fast.training.build.text import embedding_facts, extra_prompts, load_text
     from diffpp_fast.training.distributed import choose_device
     from diffpp_fast.training.launch import find_place
     from diffpp_fast.training.loading import load_config
     from diffpp_fast.training.lock import LOCK, FolderLock
     from diffpp_fast.training.prompts import open_prompts
-    from diffpp_fast.training.prompts.embed import EmbeddingWriter
+    from diffpp_fast.training.prompts.embed import EmbeddingWriter, one_by_one
     from diffpp_fast.training.prompts.embeddings import read_manifest
     from diffpp_fast.training.prompts.encoder import BATCH
 
@@ -63,12 +70,14 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = open_prompts(config.prompts)
     manifest = read_manifest(folder)
     facts = embedding_facts(config, prompts, manifest["seen"] if manifest else {})
-    encoder = load_text(config.models)[0].to(choose_device(config.device, local_rank))
+    with streaming() if arguments.stream else nullcontext():
+        encoder = load_text(config.models)[0].to(choose_device(config.device, local_rank))
     # Each process of another launch has a counterpart here: it is refused.
     with FolderLock(folder, name=f".{rank}{LOCK}"):
         writer = EmbeddingWriter(
-            folder, facts, prompts, encoder, encoder.null(), batch=arguments.batch or BATCH, rank=rank, size=size
-        )
+            folder, facts, prompts, encoder, encoder.null(), batch=arguments.batch or BATCH, rank=rank, size=size,
+            run_all=in_step if arguments.stream else one_by_one,
+        )  # fmt: skip
         who = f"process {rank} of {size}: " if size > 1 else ""
         kept = len(writer.shards) - len(writer.missing)
         say(f"{who}{len(prompts)} prompts; {kept} of {len(writer.shards)} shards are there already")

@@ -18,13 +18,23 @@ FILES = {
     ".engine": "TensorRT's format, a graph for inference: take the model's safetensors in diffusers' format",
 }
 _PYTHON = 'python -c "import diffusers; {}"'
-_LORA = "merge it into its base once, and give MERGED as models.base: " + _PYTHON.format(
-    "p = diffusers.DiffusionPipeline.from_pretrained('BASE'); p.load_lora_weights('{path}'); p.fuse_lora(); "
-    "p.unload_lora_weights(); p.save_pretrained('MERGED')"
+#: Begins the ways that need no conversion.
+_START = "begin with it, by models.generator.initial_lora.path={path}; or "
+_LORA = (
+    _START
+    + "merge it into its base once, and give MERGED as models.base: "
+    + _PYTHON.format(
+        "p = diffusers.DiffusionPipeline.from_pretrained('BASE'); p.load_lora_weights('{path}'); p.fuse_lora(); "
+        "p.unload_lora_weights(); p.save_pretrained('MERGED')"
+    )
 )
-_PEFT = "merge them into their network once, and give OUT as models.generator.path: " + _PYTHON.format(
-    "import peft; n = diffusers.AutoModel.from_pretrained('NETWORK'); "
-    "peft.PeftModel.from_pretrained(n, '{folder}').merge_and_unload().save_pretrained('OUT')"
+_PEFT = (
+    _START.replace("it,", "them,")
+    + "merge them into their network once, and give OUT as models.generator.path: "
+    + _PYTHON.format(
+        "import peft; n = diffusers.AutoModel.from_pretrained('NETWORK'); "
+        "peft.PeftModel.from_pretrained(n, '{folder}').merge_and_unload().save_pretrained('OUT')"
+    )
 )
 _SINGLE = "convert it once, and give OUT as models.base (BASE is a pipeline of its family): " + _PYTHON.format(
     "diffusers.{kind}.from_single_file('{{path}}', config='BASE').save_pretrained('OUT')"

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from diffpp_fast import tensor_files
+from diffpp_fast.networks.authors_names import Parts, from_authors
 from diffpp_fast.networks.decoder import FrozenDecoder
 from diffpp_fast.networks.denoiser import Denoiser
 from diffpp_fast.networks.foreign import FILES, describe, misfit
@@ -229,7 +230,18 @@ def open_denoiser(
         return _open(path, variant)
     tensors = read_file(path, state_dict)
     wanted = _shapes(configuration)
-    return _refuse_misfit(path, pick(tensors, wanted), wanted, configuration)
+    by_authors = from_authors(tensors) if "pos_embed.proj.weight" in wanted else None
+    return _refuse_misfit(path, by_authors or pick(tensors, wanted), wanted, configuration)
+
+
+def network_shapes(configuration: str) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes of a network's tensors by name, of the folder or hub id of its `config.json`."""
+    return _shapes(configuration)
+
+
+def find_file(path: str) -> Path:
+    """Return a single file, here, in an installed package or on the hub; raises FileNotFoundError for none."""
+    return _find_file(path)
 
 
 def refuse_stored(path: str, variant: str | None) -> None:
@@ -326,7 +338,8 @@ def _refuse_misfit(
     configuration: str,
     spare: Iterable[str] = (),
 ) -> Mapping[str, torch.Tensor]:
-    stored = {_renamed(name, wanted): shape for name, shape in tensor_files.shapes_of(tensors).items()}
+    shapes = tensors.shapes() if isinstance(tensors, Parts) else tensor_files.shapes_of(tensors)
+    stored = {_renamed(name, wanted): shape for name, shape in shapes.items()}
     said = misfit(stored, wanted, spare)
     if said is not None:
         kind = describe(stored.keys() - wanted.keys(), path)

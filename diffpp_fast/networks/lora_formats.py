@@ -75,6 +75,14 @@ class LoraTarget(NamedTuple):
         """Return that of a network of diffusers."""
         return cls(type(network).__name__, dict(network.config), hasattr(network, "load_lora_adapter"))
 
+    @classmethod
+    def named(cls, config: Mapping[str, Any]) -> LoraTarget:
+        """Return that of a network's `config.json`."""
+        import diffusers
+
+        kind = str(config.get("_class_name"))
+        return cls(kind, dict(config), hasattr(getattr(diffusers, kind, None), "load_lora_adapter"))
+
     @property
     def is_unet(self) -> bool:
         return self.kind == "UNet2DConditionModel"
@@ -108,6 +116,15 @@ def refuse_format(kind: LoraFormat, target: LoraTarget) -> None:
 def is_carried(kind: LoraFormat, layer: str) -> bool:
     """Return whether the program of a format reads a layer's update, in a network that `refuse_format` lets pass."""
     return kind != "kohya" or re.match(r"(down_blocks|mid_block|up_blocks)\.", layer) is not None
+
+
+def names_of(layer: str, target: LoraTarget) -> list[str]:
+    """Return the names that programs have for a layer's module in their files, without dots: kohya's and ComfyUI's."""
+    names = {_module_name("comfyui", layer, target)} if target.is_unet else set()
+    if target.is_unet and target.is_xl and _kohya_network(target) is not None and is_carried("kohya", layer):
+        names.add(_module_name("kohya", layer, target))
+    plain = layer.replace(".", "_")
+    return sorted(names | {f"lora_unet_{plain}", f"lora_transformer_{plain}"})
 
 
 def write_lora(

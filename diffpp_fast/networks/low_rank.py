@@ -18,6 +18,13 @@ class Approximated(NamedTuple):
     lost: float
 
 
+def joined(first: LowRank, second: LowRank) -> LowRank:
+    """Return the sum of two updates of a layer as one, in float32: of both ranks together, and as alpha."""
+    parts = [update.up.float() * (update.alpha / update.rank) for update in (first, second)]
+    down = torch.cat([first.down.float(), second.down.float()])
+    return LowRank(down, torch.cat(parts, dim=1), len(down))
+
+
 def rank_of(shape: tuple[int, ...]) -> int:
     """Return the largest rank that a weight of this shape can have, as a matrix from inputs to outputs."""
     return min(shape[0], torch.Size(shape[1:]).numel())

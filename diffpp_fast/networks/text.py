@@ -14,6 +14,7 @@ from torch import nn
 from diffpp_fast import install
 from diffpp_fast.networks.conditioning import Conditioning
 from diffpp_fast.networks.loading import local_folder, refuse_not_finite, resolve
+from diffpp_fast.networks.streaming import is_asked_for, load_streamed
 from diffpp_fast.networks.weight_files import TRANSFORMERS, open_weights, patterns
 
 logger = logging.getLogger("diffpp_fast")
@@ -199,7 +200,12 @@ def load_text_model(
     if dtype == torch.float16 and kind in OVERFLOWING:
         raise ValueError(f"{path}: {kind} overflows in float16; use dtype bfloat16 or float32")
     loader = CLIPTextModelWithProjection if projection else AutoModelForTextEncoding
-    open_weights(folder, TRANSFORMERS, variant, f"transformers.{loader.__name__}")
+    stored = open_weights(folder, TRANSFORMERS, variant, f"transformers.{loader.__name__}")
+    if is_asked_for():
+        try:
+            return load_streamed(folder, loader, stored, dtype)
+        except ValueError as error:
+            raise ValueError(f"{path} {error}") from None
     model, found = loader.from_pretrained(
         folder,
         dtype=dtype,

@@ -103,6 +103,20 @@ class Lora(Section):
     targets: Annotated[list[str], Field(min_length=1)] = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
+class InitialLora(Section):
+    """A LoRA file that a role begins with, in the names of diffusers, peft, kohya's sd-scripts or ComfyUI."""
+
+    #: A file, or a folder or hub id with one, as elsewhere.
+    path: Text
+    #: Of its updates, beside their own alpha / rank.
+    scale: Annotated[float, Field(gt=0)] = 1.0
+    #: Of a file that says none.
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    #: true: it is the role's adapter, which is trained on; `lora` is then the file's. false: it is merged into the
+    #: weights that the role begins as, all of which, or an adapter of their own, are trained.
+    keep: bool = False
+
+
 class Fake(Section):
     """The teaching assistant's initial weights."""
 
@@ -115,6 +129,8 @@ class Fake(Section):
     state_dict: Text | None = None
     #: null: all weights are trained.
     lora: Lora | None = None
+    #: null: it begins as the weights alone.
+    initial_lora: InitialLora | None = None
 
 
 class Generator(Fake):

@@ -15,13 +15,15 @@ from diffpp_fast.errors import CheckpointError, ConfigurationError
 from diffpp_fast.networks.loading import build_network, local_folder, open_denoiser, read_config
 from diffpp_fast.networks.lora import layers_of, merged_weight
 from diffpp_fast.networks.lora_formats import LoraTarget, LowRank
+from diffpp_fast.networks.low_rank import joined
 from diffpp_fast.networks.weight_files import DIFFUSERS, TRANSFORMERS, open_weights, patterns
 from diffpp_fast.tensor_files import Planned, first_not_finite, write_tensors
 from diffpp_fast.training.build import Trained
 from diffpp_fast.training.build.agreement import naming
-from diffpp_fast.training.build.networks import compute_dtype, configuration_of, stored_weights
+from diffpp_fast.training.build.networks import compute_dtype, configuration_of, stored_weights, with_lora
 from diffpp_fast.training.checkpoint import SavedGenerator, open_role
 from diffpp_fast.training.config import Config
+from diffpp_fast.training.initial_lora import open_role_lora
 from diffpp_fast.training.inputs import digest_of, public
 
 
@@ -95,8 +97,16 @@ class Exported:
 
     @property
     def adapted(self) -> list[str]:
-        """The names of the layers that have trained adapters."""
-        return [name.removesuffix(".weight") for name in self._layers]
+        """The names of the layers that have adapters, trained ones or those of a LoRA that was merged before."""
+        return list(dict.fromkeys([*(name.removesuffix(".weight") for name in self._layers), *self._merged]))
+
+    @cached_property
+    def _merged(self) -> Mapping[str, LowRank]:
+        """The updates of the LoRA that is merged in what the generator began as, with its scale in alpha."""
+        opened = None if self._stored.lora is None else open_role_lora(self._config.models, "generator")
+        layers = {} if opened is None else opened.file.layers
+        scale = 1.0 if opened is None else opened.section.scale
+        return {layer: update._replace(alpha=scale * update.alpha) for layer, update in layers.items()}
 
     @property
     def configuration(self) -> str:
@@ -130,21 +140,27 @@ class Exported:
         return {name: digest_of(facts, Cast(self.begun, dtype))}
 
     def adapters(self) -> dict[str, LowRank]:
-        """Return the trained adapters by the layers' names, as they are in memory or in the checkpoint."""
+        """Return the trained adapters by the layers' names, as they are in memory or in the checkpoint.
+
+        A LoRA that was merged before is added to them: they are updates of the weights in the files.
+        """
         assert self.lora is not None
         alpha = self.lora.alpha or self.lora.rank
         parts = {
             name.removesuffix(".weight"): [_cast(part, self._trained[part].cpu(), None) for part in both]
             for name, both in self._layers.items()
         }
-        return {layer: LowRank(down, up, alpha) for layer, (down, up) in parts.items()}
+        trained = {layer: LowRank(down, up, alpha) for layer, (down, up) in parts.items()}
+        both = {layer: joined(update, trained[layer]) for layer, update in self._merged.items() if layer in trained}
+        return {**self._merged, **trained, **both}
 
     @cached_property
     def begun(self) -> Mapping[str, Tensor]:
         """The weights that the generator began as; each is read when it is asked for."""
         stored = self._stored
         with naming(stored.key, stored.path):
-            return open_denoiser(stored.path, self._configuration, stored.variant, stored.state_dict)
+            tensors = open_denoiser(stored.path, self._configuration, stored.variant, stored.state_dict)
+        return with_lora(self._config.models, stored, tensors)
 
     def weight(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return a tensor of the network that is exported, adapters merged; floating-point ones in a precision."""

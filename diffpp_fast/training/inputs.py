@@ -21,6 +21,8 @@ INPUTS = {
     "reference": "models.reference",
     "generator": "models.generator",
     "fake": "models.fake",
+    "generator_lora": "models.generator.initial_lora",
+    "fake_lora": "models.fake.initial_lora",
     "text_encoder": "models.text_encoder",
     "tokenizer": "models.text_encoder.tokenizer",
     "text_encoder_2": "models.text_encoder_2",

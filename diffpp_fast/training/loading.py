@@ -18,6 +18,7 @@ from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks.loading import exists
 from diffpp_fast.training.base_pipeline import fill_models
 from diffpp_fast.training.config import MAY_CHANGE, Config
+from diffpp_fast.training.initial_lora import fill_lora
 from diffpp_fast.training.yaml_files import YamlError, dump_yaml, is_quoted, parse_value, read_yaml
 from diffpp_fast.user_paths import real_path, user_path
 
@@ -48,6 +49,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         given[key] = override[:SHOWN]
         _insert(data, key, value, override)
     fill_models(data, file)
+    fill_lora(data, file)
     return make_config(data, str(file), given)
 
 
@@ -197,7 +199,8 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
         if isinstance(data.get("prompts"), dict) and isinstance(data["prompts"].get(key), str):
             data["prompts"][key] = _absolute(data["prompts"][key], folder)
     models = data.get("models")
-    for model in (models, *_mappings(models)) if isinstance(models, dict) else ():
+    parts = [*_mappings(models), *(lora for part in _mappings(models) for lora in _mappings(part))]
+    for model in (models, *parts) if isinstance(models, dict) else ():
         for key in ("base", "path", "tokenizer"):
             if isinstance(model.get(key), str):
                 model[key] = _model_path(model[key], folder)

@@ -283,7 +283,7 @@ def _training(config: Config, saved: SavedGenerator | None) -> str:
     rows = {
         "method": f"{METHOD_NAMES[method.name]} (`{method.name}`), guidance scale {method.guidance_scale:g}",
         "frozen reference": _named(reference),
-        "began as": "the reference" if began == reference else _named(began),
+        "began as": ("the reference" if began == reference else _named(began)) + _initial(config, record),
         "trained": "all weights" if lora is None else f"LoRA of rank {lora.rank}, alpha {lora.alpha or lora.rank:g}",
         "data": f"{record.get('prompt_count', 'an unknown number of')} prompts of `{Path(config.prompts.path).name}`, "
         f"no pictures; digest of their text: {record.get('prompts', 'unknown')}",
@@ -301,6 +301,17 @@ def _training(config: Config, saved: SavedGenerator | None) -> str:
         "code": _code(session),
     }
     return "## Training\n\n" + _table(("", ""), rows.items())
+
+
+def _initial(config: Config, record: Mapping[str, Any]) -> str:
+    """The LoRA that the generator began with."""
+    section = config.models.generator.initial_lora
+    if section is None:
+        return ""
+    digest = (record.get("inputs") or {}).get("generator_lora", "unknown")
+    scale = "" if section.scale == 1.0 else f", scale {section.scale:g}"
+    fate = "trained on" if section.keep else "merged into it"
+    return f", with the LoRA {_named(section.path)} (digest {digest}{scale}), {fate}"
 
 
 def _which(saved: SavedGenerator, config: Config) -> str:

@@ -63,6 +63,8 @@ def _paths(file: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return {}
     sections = {"models": models} | {f"models.{name}": part for name, part in models.items() if isinstance(part, dict)}
+    inside = {f"{name}.initial_lora": section.get("initial_lora") for name, section in sections.items()}
+    sections |= {name: part for name, part in inside.items() if isinstance(part, dict)}
     return {
         f"{name}.{key}": section[key]
         for name, section in sections.items()

@@ -19,15 +19,17 @@ from diffpp_fast.networks import Denoiser, freeze, fuse, load_denoiser, set_atte
 from diffpp_fast.networks.kept_text import keep_text
 from diffpp_fast.networks.loading import is_file, open_denoiser, read_config, refuse_stored, resolve
 from diffpp_fast.networks.lora import Adapters
+from diffpp_fast.networks.lora_files import Merged
 from diffpp_fast.networks.quantization import quantize, refuse_kind
 from diffpp_fast.networks.text import refuse_stored_text
 from diffpp_fast.networks.weight_files import holds_weights
 from diffpp_fast.noise import Noise
 from diffpp_fast.training.build.agreement import naming
 from diffpp_fast.training.build.compiling import Mode, compile_network, repeated_blocks
-from diffpp_fast.training.config import Config, Dtype, Lora, Models, TextEncoderSection, WeightsSection
+from diffpp_fast.training.config import Config, Dtype, InitialLora, Lora, Models, TextEncoderSection, WeightsSection
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.engines import place_reference
+from diffpp_fast.training.initial_lora import Opened, open_role_lora
 from diffpp_fast.training.inputs import digest_of, public
 
 
@@ -130,12 +132,14 @@ class Stored:
         path: a folder, a hub id or a file.
         variant, state_dict: which weights of a folder, or of a file.
         key: of the configuration that says so.
+        lora: that is merged into them.
     """
 
     path: str
     variant: str | None
     state_dict: str | None
     key: str = field(compare=False)
+    lora: InitialLora | None = None
 
 
 @dataclass(frozen=True)
@@ -166,10 +170,15 @@ class Trained:
 def stored_weights(models: Models, role: str) -> Stored:
     """Return where the weights of "generator", "fake" or "reference" are: with no path of its own, the reference's."""
     section = getattr(models, role)
+    lora = None if role == "reference" else section.initial_lora
+    if lora is not None and lora.keep:
+        lora = None
+    key = f"models.{role}"
     if section.path is None:
         role, section = "reference", models.reference
+        key = "models.reference" if lora is None else key
     state_dict = None if role == "reference" else section.state_dict
-    return Stored(section.path, section.variant, state_dict, f"models.{role}")
+    return Stored(section.path, section.variant, state_dict, key, lora)
 
 
 def start_is_copied(models: Models) -> bool:
@@ -183,6 +192,13 @@ def start_is_copied(models: Models) -> bool:
 def configuration_of(models: Models, stored: Stored) -> str:
     """Return where the `config.json` of stored weights is; a file has none of its own, but the reference's."""
     return models.reference.path if is_file(stored.path) else stored.path
+
+
+def with_lora(models: Models, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Return stored tensors with the LoRA in them that is merged into a role's weights; raises like
+    `open_role_lora`."""
+    opened = None if stored.lora is None else open_role_lora(models, stored.key.removeprefix("models."))
+    return tensors if opened is None else Merged(tensors, opened.file.layers, opened.section.scale)
 
 
 def refuse_quantization(config: Config) -> None:
@@ -215,6 +231,9 @@ def refuse_weights(config: Config, *, download: bool = True) -> None:
         if is_file(stored.path) and (download or stored.path.startswith(("/", "package:"))):
             with naming(stored.key, stored.path):
                 open_denoiser(stored.path, models.reference.path, state_dict=stored.state_dict)
+        initial = getattr(models, role).initial_lora if role != "reference" else None
+        if initial is not None and (download or initial.path.startswith(("/", "package:"))):
+            open_role_lora(models, role)
     if models.decoder is not None:
         look("models.decoder", models.decoder, refuse_stored)
     if config.prompts.embeddings is None:
@@ -227,6 +246,14 @@ def _recompute(block: Any, *inputs: Any) -> Any:
     """Call a block that is computed again in the backward pass. In eval mode none draws: no generator is put back,
     which a captured graph could not do."""
     return checkpoint(block.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+@torch.no_grad()
+def _begin_with(parameters: Mapping[str, nn.Parameter], role: str, initial: Opened) -> None:
+    """Copy A and B of a LoRA file into an adapter of its rank and layers."""
+    for layer, update in initial.file.uniform()[2].items():
+        parameters[f"{layer}.lora_A.{role}.weight"].copy_(update.down)
+        parameters[f"{layer}.lora_B.{role}.weight"].copy_(update.up)
 
 
 class Networks:
@@ -293,8 +320,12 @@ class Networks:
         """
         section: Any = getattr(self.config.models, role)
         stored = stored_weights(self.config.models, role)
+        initial = open_role_lora(self.config.models, role)
+        if initial is not None:
+            self.inputs[f"{role}_lora"] = initial.digest
+            logger.info("%s: begins with %s", role, initial.describe())
         if section.lora is not None:
-            return self._adapted(role, stored, section.lora)
+            return self._adapted(role, stored, section.lora, initial)
         denoiser = self._ready(stored, self._load(stored, torch.float32))
         denoiser.network.requires_grad_(True)
         dtype = compute_dtype("auto", self.config)
@@ -318,7 +349,7 @@ class Networks:
         denoiser, adapters = self._backbone(stored)
         return Denoiser(denoiser.network, dtype=autocast_to(self._frozen_dtype), adapters=adapters)
 
-    def _adapted(self, role: str, stored: Stored, lora: Lora) -> Trained:
+    def _adapted(self, role: str, stored: Stored, lora: Lora, initial: Opened | None) -> Trained:
         denoiser, adapters = self._backbone(stored)
         with naming(f"models.{role}.lora"):
             parameters = adapters.add(
@@ -329,6 +360,8 @@ class Networks:
                 seed=self.config.seed,
                 stream=STREAMS[role],
             )
+        if initial is not None and initial.section.keep:
+            _begin_with(parameters, role, initial)
         network, dtype = denoiser.network, autocast_to(self._frozen_dtype)
         denoise = Denoiser(network, dtype=dtype, adapters=adapters, adapter=role)
         return Trained(role, denoiser.network, parameters, denoise, adapters)
@@ -363,14 +396,24 @@ class Networks:
 
     def _load(self, stored: Stored, dtype: torch.dtype) -> Denoiser:
         """A denoiser on the CPU."""
+        models = self.config.models
         with naming(stored.key, stored.path):
-            return load_denoiser(
+            denoiser = load_denoiser(
                 stored.path,
                 dtype=dtype,
-                configuration=self.config.models.reference.path,
+                configuration=models.reference.path,
                 variant=stored.variant,
                 state_dict=stored.state_dict,
             )
+            if stored.lora is None:
+                return denoiser
+            # Merged in float32, whatever the dtype: an update may be smaller than the dtype's steps.
+            weights = open_denoiser(stored.path, configuration_of(models, stored), stored.variant, stored.state_dict)
+        merged, network = with_lora(models, stored, weights), denoiser.network.state_dict()
+        assert isinstance(merged, Merged)
+        for name in merged.changed:
+            network[name].copy_(merged[name])
+        return denoiser
 
     def _ready(self, stored: Stored, denoiser: Denoiser) -> Denoiser:
         """The denoiser on its device, in eval mode, so that no dropout draws from a global generator."""

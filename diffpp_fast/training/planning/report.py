@@ -8,6 +8,7 @@ import torch
 
 from diffpp_fast.terminal import printable
 from diffpp_fast.training.build.agreement import idle_sentences
+from diffpp_fast.training.initial_lora import open_role_lora
 from diffpp_fast.training.planning import timing
 from diffpp_fast.training.planning.architectures import TOWERS, towers_of
 from diffpp_fast.training.planning.plan import KINDS, ROLES, STEP, TRAINED, RunPlan, Saving
@@ -39,6 +40,9 @@ def assumptions(plan: RunPlan) -> list[str]:
     if config.device == "cpu":
         said.append(f"device is cpu, of which nothing is known here: this is the plan for a GPU, {plan.gpu.name}.")
     said += [f"{sentence}." for sentence in idle_sentences(config)]
+    for role in TRAINED:
+        initial = open_role_lora(config.models, role)
+        said += [] if initial is None else [f"The {role} begins with {initial.describe()}."]
     said += [
         "Activations and operations were counted by running the method on networks without numbers (meta); weights, "
         "gradients, optimizer and average follow from the sizes of tensors.",

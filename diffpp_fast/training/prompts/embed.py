@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 #: Keys of a text encoder's section that name such folders.
 FOLDERS = ("path", "tokenizer")
 
+#: Runs calls and returns what they return.
+RunAll = Callable[[Sequence[Callable[[], Conditioning]]], list[Conditioning]]
+
+
+def one_by_one(calls: Sequence[Callable[[], Conditioning]]) -> list[Conditioning]:
+    """Return what calls return."""
+    return [call() for call in calls]
+
+
 #: Size, time of the last change in ns and SHA-256 of files, by path.
 Seen = dict[str, tuple[int, int, str]]
 
@@ -51,6 +61,7 @@ class EmbeddingWriter:
         batch: prompts that are encoded together. The last bits of an embedding depend on its neighbours; by default
             they are those of a run that encodes its prompts itself, as long as it keeps them.
         rank, size: of this process, and how many there are.
+        run_all: calls the encoder for all batches of a shard: one by one, or `networks.streaming.in_step`.
 
     Raises ConfigurationError for a folder with other embeddings, and where the disk is too small.
     """
@@ -66,7 +77,9 @@ class EmbeddingWriter:
         batch: int = BATCH,
         rank: int = 0,
         size: int = 1,
+        run_all: RunAll = one_by_one,
     ) -> None:
+        self.run_all = run_all
         self.folder = folder
         self.prompts = prompts
         self.encode = encode
@@ -111,10 +124,12 @@ class EmbeddingWriter:
             yield len(prompts)
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
-        parts = [
-            self.encode(prompts[start : start + self.batch]).to("cpu") for start in range(0, len(prompts), self.batch)
-        ]
+        batches = [prompts[start : start + self.batch] for start in range(0, len(prompts), self.batch)]
+        parts = self.run_all([partial(self._encode_batch, batch) for batch in batches])
         return Conditioning(tuple(prompts), concatenate([part.tensors for part in parts]))
+
+    def _encode_batch(self, prompts: Sequence[str]) -> Conditioning:
+        return self.encode(prompts).to("cpu")
 
     def _rows(self, number: int) -> range:
         rows = self.manifest["rows"]

@@ -1,0 +1,355 @@
+"""LoRA files of other programs, read back as updates of a network's layers.
+
+They are those of diffusers and peft, of kohya's sd-scripts (LCM-LoRAs are in its names) and of ComfyUI, whose rules
+`networks.lora_formats` has: weight + alpha / rank B A. Where alpha stands tells the formats apart:
+
+- beside A and B (`.alpha`): kohya's, ComfyUI's;
+- in the file's metadata (diffusers) or in `adapter_config.json` beside it (peft), with exceptions by layer;
+- nowhere: in diffusers' names it is the rank then, as diffusers and peft write updates that are scaled already. Of
+  other names it is unknown.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffpp_fast.networks.loading import exists, find_file, is_file, local_folder
+from diffpp_fast.networks.lora import merged_weight
+from diffpp_fast.networks.lora_formats import LoraTarget, LowRank, names_of
+from diffpp_fast.networks.weight_files import LORA_FILES
+from diffpp_fast.tensor_files import first_not_finite, metadata_of, read_tensors
+
+#: In front of a layer's name, where it has dots.
+PREFIXES = ("", "unet.", "transformer.", "base_model.model.", "diffusion_model.")
+#: Tensors of text encoders, which are not trained here.
+TEXT = re.compile(r"(base_model\.model\.)?(text_encoder(_\d)?|lora_te\d?|te\d?|clip_[lg]|t5xxl|text_model)[._]")
+#: Other kinds of adapters, by a name of theirs.
+OTHERS = (
+    (r"\.(dora_scale|lora_magnitude_vector)", "DoRA, which also learns each output's magnitude"),
+    (r"\.hada_", "LoHa, a product of two low-rank updates"),
+    (r"\.lokr_", "LoKr, a Kronecker product"),
+    (r"\.(oft_|boft_)", "OFT, a rotation of the weights"),
+    (r"\.lora_mid\.", "LoCon with a core between A and B"),
+    (r"\.(diff|diff_b|w_norm|b_norm)$", "whole differences of weights"),
+    (r"\.lora_embedding_[AB]", "a LoRA of embeddings"),
+    (r"\.lora_(B|up)\.(\w+\.)?bias$", "a LoRA with biases"),
+    (r"\.(on_input|ia3_l)", "(IA)^3, a scale of the activations"),
+)
+
+
+class LoraFile(NamedTuple):
+    """A LoRA as a file has it.
+
+    Attributes:
+        file: it was read from.
+        layers: updates by the layers' names in diffusers, in the file's dtype.
+        text: how many of its tensors are of text encoders, and left out.
+    """
+
+    file: Path
+    layers: Mapping[str, LowRank]
+    text: int
+
+    def facts(self) -> list[tuple[str, float]]:
+        """Return each layer's alpha, for a digest."""
+        return [(layer, update.alpha) for layer, update in sorted(self.layers.items())]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return A and B by names that no format has a part in, for a digest."""
+        both = [(layer, update) for layer, update in self.layers.items()]
+        return {f"{layer}.{part}": getattr(update, part) for layer, update in both for part in ("down", "up")}
+
+    def uniform(self) -> tuple[int, float, dict[str, LowRank]]:
+        """Return the rank and the alpha that all layers have, and the layers with it; where alphas differ, B has the
+        difference. Raises ValueError where ranks differ."""
+        ranks: dict[int, list[str]] = {}
+        for layer, update in self.layers.items():
+            ranks.setdefault(update.rank, []).append(layer)
+        if len(ranks) > 1:
+            some = " and ".join(f"{rank} of {layers[0]}" for rank, layers in sorted(ranks.items())[:2])
+            raise ValueError(
+                f"its ranks differ ({some}), and a trained adapter has one: merge it, without the key keep, and train "
+                "all weights or an adapter of your own"
+            )
+        alphas = [update.alpha for update in self.layers.values()]
+        alpha = max(set(alphas), key=alphas.count)
+        equal = {
+            layer: update if update.alpha == alpha else _with_alpha(update, alpha)
+            for layer, update in self.layers.items()
+        }
+        return next(iter(ranks)), alpha, equal
+
+
+class Merged(Mapping[str, Tensor]):
+    """The tensors of a network with updates in their weights, in float32 where they have one; each is made when it is
+    asked for.
+
+    Args:
+        source: the tensors without.
+        layers: the updates by the layers' names.
+        scale: of the updates.
+    """
+
+    def __init__(self, source: Mapping[str, Tensor], layers: Mapping[str, LowRank], scale: float) -> None:
+        self._source = source
+        self._layers = {f"{layer}.weight": update for layer, update in layers.items()}
+        self._scale = scale
+
+    def __getitem__(self, name: str) -> Tensor:
+        update = self._layers.get(name)
+        if update is None:
+            return self._source[name]
+        return merged_weight(self._source[name], update.down, update.up, self._scale * update.alpha / update.rank)
+
+    def __iter__(self) -> Any:
+        return iter(self._source)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    @property
+    def changed(self) -> list[str]:
+        """The names of the weights with an update."""
+        return list(self._layers)
+
+
+def read_lora(
+    path: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], alpha: float | None = None
+) -> LoraFile:
+    """Return a LoRA for a network; pickles are read without unpickling.
+
+    Args:
+        path: a file, or a folder or hub id that holds one.
+        config: the network's `config.json`.
+        shapes: of the network's tensors by name.
+        alpha: of a file that has none.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, not finite, of another network or kind, or its alpha is unknown, or known although
+            `alpha` is given.
+    """
+    file = _find(path)
+    tensors = dict(read_tensors(file))
+    settings = _settings(file)
+    _refuse_others(tensors, settings)
+    text = [name for name in tensors if TEXT.match(name)]
+    parts = {name: tensor for name, tensor in tensors.items() if name not in set(text)}
+    found, alphas = _group(parts, config, shapes)
+    if not found:
+        kind = (
+            f"only {len(text)} tensors of text encoders" if text else f"no LoRA, e.g. {min(parts, default='nothing')}"
+        )
+        raise ValueError(f"{file} holds {kind}: name the LoRA of a denoiser")
+    name = first_not_finite(parts)
+    if name is not None:
+        raise ValueError(f"{file}: {name} holds values that are NaN or infinite")
+    layers = {
+        layer: LowRank(*_shaped(file, layer, factors, shapes[f"{layer}.weight"]), 0.0)
+        for layer, factors in found.items()
+    }
+    known = {
+        layer: alphas.get(layer, settings.alpha(layer, update.rank, dotted=found[layer].dotted))
+        for layer, update in layers.items()
+    }
+    return LoraFile(
+        file,
+        {layer: update._replace(alpha=_alpha(file, layer, known[layer], alpha)) for layer, update in layers.items()},
+        len(text),
+    )
+
+
+def endings(chosen: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """Return the fewest short ends of names that match these layers and no other module of a network."""
+    wanted, names = set(chosen), set(modules)
+    found: list[str] = []
+    for layer in sorted(wanted):
+        parts = layer.split(".")
+        if any(_ends(layer, end) for end in found):
+            continue
+        for length in range(1, len(parts) + 1):
+            end = ".".join(parts[-length:])
+            if not parts[-length].isdigit() and {name for name in names if _ends(name, end)} <= wanted:
+                break
+        found.append(end)
+    return sorted(found)
+
+
+def modules_of(shapes: Mapping[str, Any]) -> set[str]:
+    """Return the names of all modules that have tensors in them."""
+    parts = [name.split(".") for name in shapes]
+    return {".".join(part[:length]) for part in parts for length in range(1, len(part))}
+
+
+class _Factors(NamedTuple):
+    """A and B of a layer as they are stored, and whether the file's names have dots."""
+
+    down: Tensor
+    up: Tensor
+    dotted: bool
+
+
+class _Settings(NamedTuple):
+    """Settings of all layers in a file, by the names that peft has for them; there may be none."""
+
+    values: Mapping[str, Any]
+    is_peft: bool
+
+    def alpha(self, layer: str, rank: int, *, dotted: bool) -> float | None:
+        """Return a layer's alpha where no tensor has it; None where nothing does."""
+        if "lora_alpha" in self.values:
+            patterns = self.values.get("alpha_pattern") or {}
+            own = next((each for each in patterns if re.match(rf"(.*\.)?({each})$", layer)), None)
+            alpha = float(self.values["lora_alpha"] if own is None else patterns[own])
+            return alpha * math.sqrt(rank) if self.values.get("use_rslora") else alpha
+        return float(rank) if dotted and not self.is_peft else None
+
+
+def _find(path: str) -> Path:
+    """The file itself, of a folder or hub id the one that programs look for, else the only one."""
+    if is_file(path):
+        return find_file(path)
+    folder = local_folder(path, [*LORA_FILES, "adapter_config.json"])
+    names = [name for name in LORA_FILES if (folder / name).is_file()]
+    names = names or [file.name for file in sorted(folder.glob("*.safetensors"))]
+    if len(names) != 1:
+        held = ", ".join(names[:4]) or f"none of {', '.join(LORA_FILES)}"
+        raise FileNotFoundError(f"{folder} should hold one LoRA file, and holds {held}: name the file itself")
+    return folder / names[0]
+
+
+def _settings(file: Path) -> _Settings:
+    beside = file.with_name("adapter_config.json")
+    is_peft = file.name.startswith("adapter_model.")
+    if is_peft and exists(beside):
+        return _Settings(_object(beside, beside.read_text(encoding="utf-8")), is_peft)
+    if file.suffix != ".safetensors":
+        return _Settings({}, is_peft)
+    text = metadata_of(file).get("lora_adapter_metadata")
+    named = {} if text is None else _object(file, text)
+    # Of a network's own keys: text encoders have theirs beside them.
+    own = {name.rpartition(".")[2]: value for name, value in named.items() if not TEXT.match(name)}
+    return _Settings(own, is_peft)
+
+
+def _object(file: Path, text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+        if isinstance(content, dict):
+            return content
+    except ValueError:
+        pass
+    raise ValueError(f"{file}: the settings of its adapter are damaged")
+
+
+def _refuse_others(names: Iterable[str], settings: _Settings) -> None:
+    kind = next((said for pattern, said in OTHERS for name in names if re.search(pattern, name)), None)
+    if settings.values.get("use_dora"):
+        kind = OTHERS[0][1]
+    other = str(settings.values.get("peft_type", "LORA")).upper()
+    if kind is None and other != "LORA":
+        kind = f"peft's {other}"
+    if kind is not None:
+        raise ValueError(
+            f"it is {kind}: only LoRA is read, weight + alpha / rank B A. Merge it into its network with the program "
+            "that made it, and give that network as path"
+        )
+
+
+def _group(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, _Factors], dict[str, float]]:
+    """Return the stored factors, and alphas where they are stored, by layer."""
+    layers = [name.removesuffix(".weight") for name, shape in shapes.items() if _is_layer(name, shape)]
+    target = LoraTarget.named(config)
+    known = {name: layer for layer in layers for name in names_of(layer, target)}
+    dotted = {prefix + layer: layer for layer in layers for prefix in PREFIXES}
+    halves: dict[str, dict[int, Tensor]] = {}
+    alphas: dict[str, float] = {}
+    with_dots: set[str] = set()
+    strange = []
+    for name, tensor in tensors.items():
+        module, half = _split(name)
+        layer = dotted.get(module) or known.get(module)
+        if layer is None or half is None:
+            strange.append(name)
+        elif half == 2:
+            alphas[layer] = float(tensor)
+        else:
+            halves.setdefault(layer, {})[half] = tensor
+            if module in dotted:
+                with_dots.add(layer)
+    if strange and (len(strange) < len(tensors) or any(_split(name)[1] is not None for name in strange)):
+        kind = config.get("_class_name")
+        raise ValueError(
+            f"it is of another network: {len(strange)} of its {len(tensors)} tensors are of layers that this {kind} "
+            f"does not have, e.g. {min(strange)}"
+        )
+    lonely = sorted(layer for layer, found in halves.items() if len(found) < 2) + sorted(alphas.keys() - halves.keys())
+    if lonely:
+        raise ValueError(f"it is not whole: {lonely[0]} lacks A or B")
+    return {layer: _Factors(found[0], found[1], layer in with_dots) for layer, found in halves.items()}, alphas
+
+
+def _is_layer(name: str, shape: tuple[int, ...]) -> bool:
+    return name.endswith(".weight") and len(shape) in (2, 4)
+
+
+def _split(name: str) -> tuple[str, int | None]:
+    """A module's name in the file, and 0 for A, 1 for B, 2 for alpha; None for anything else."""
+    if name.endswith(".alpha"):
+        return name.removesuffix(".alpha"), 2
+    old = re.fullmatch(r"(.+?)\.processor\.(to_(?:q|k|v|out))_lora\.(down|up)\.weight", name)
+    if old is not None:
+        layer = f"{old[1]}.{old[2]}" + (".0" if old[2] == "to_out" else "")
+        return layer, int(old[3] == "up")
+    found = re.fullmatch(r"(.+)\.(?:lora_(A|B|down|up)|lora\.(down|up))(?:\.(?!weight)\w+)?\.weight", name)
+    if found is None:
+        return name, None
+    return found[1], int((found[2] or found[3]) in ("B", "up"))
+
+
+def _shaped(file: Path, layer: str, factors: _Factors, wanted: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """A and B in the shapes that the layer has; a convolution over single pixels may be stored as a matrix, and the
+    other way about."""
+    rank, ones = len(factors.down), [1] * (len(wanted) - 2)
+    shapes = (rank, *wanted[1:]), (wanted[0], rank, *ones)
+    for part, shape in zip(factors[:2], shapes, strict=True):
+        if part.dim() not in (2, 4) or part.numel() != math.prod(shape) or part.shape[:2] != shape[:2]:
+            raise ValueError(
+                f"{file}: it is of another network: {layer} has factors of shape {list(factors.down.shape)} and "
+                f"{list(factors.up.shape)}, and the network's weight {list(wanted)}"
+            )
+    return factors.down.reshape(shapes[0]), factors.up.reshape(shapes[1])
+
+
+def _alpha(file: Path, layer: str, known: float | None, given: float | None) -> float:
+    if known is None and given is None:
+        raise ValueError(
+            f"{file} says no alpha, by which its updates are scaled (alpha / rank): {layer} has none. Say it with the "
+            "key alpha; most programs take the rank then"
+        )
+    if known is not None and given is not None:
+        raise ValueError(f"{file} says its alpha ({known:g} of {layer}): remove the key alpha")
+    found = given if known is None else known
+    assert found is not None
+    if not 0.0 < found < math.inf:
+        raise ValueError(f"{file}: the alpha of {layer} is {found:g}, which scales nothing: it should be above 0")
+    return found
+
+
+def _with_alpha(update: LowRank, alpha: float) -> LowRank:
+    up = update.up.to(torch.float32) * (update.alpha / alpha)
+    return LowRank(update.down, up, alpha)
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
