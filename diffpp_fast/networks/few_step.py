@@ -102,8 +102,6 @@ class FewStepGenerator(nn.Module):
         if len(self.timesteps) > 1:
             with torch.no_grad():
                 x, t = self._input_of_result(x, t, z.dtype, conditioning, noise, for_loss)
-            # Where the caller has begun autocast, it keeps weights that were cast without a graph.
-            torch.clear_autocast_cache()
         return self._predict(x, t, z.dtype, conditioning)[0]
 
     def _input_of_result(
