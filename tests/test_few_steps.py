@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -163,7 +162,7 @@ def test_what_makes_no_steps_is_refused(changes: dict[str, Any], message: str) -
 def test_times_that_give_no_x0_are_refused_and_missing_addresses_named() -> None:
     alphas = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
     schedule = NoiseSchedule(alphas, (1 - alphas**2).sqrt(), "epsilon")
-    with pytest.raises(ValueError, match="timestep 2, where alpha is 0 and sigma 1: x0 .* the error of an epsilon"):
+    with pytest.raises(ValueError, match=r"timestep 2, where alpha is 0 and sigma 1: x0 .* the error of an epsilon"):
         FewStepGenerator(nn.Identity(), schedule, timesteps=[2, 1])
     with pytest.raises(ValueError, match="timestep 0, where alpha is 1 and sigma 0: x0 would be the input"):
         FewStepGenerator(nn.Identity(), schedule, timesteps=[1, 0])
