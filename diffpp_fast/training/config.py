@@ -123,7 +123,7 @@ class Generator(Fake):
     #: Of the one call; null beside `timesteps`.
     timestep: NotNegative | None = 625
     #: Of up to 8 calls, falling; null: one call, at `timestep`.
-    timesteps: tuple[NotNegative, ...] | None = None
+    timesteps: list[NotNegative] | None = None
     #: The network is first fed this times z; "sigma" is the schedule's sigma at the first call's time.
     input_scale: Literal["sigma"] | float = "sigma"
     #: What an x0 is noised with for the next call: new noise, or the noise that the prediction implies.
@@ -153,7 +153,7 @@ class Generator(Fake):
     @property
     def times(self) -> tuple[int, ...]:
         """The times of its calls."""
-        return self.timesteps or (() if self.timestep is None else (self.timestep,))
+        return tuple(self.timesteps or ([] if self.timestep is None else [self.timestep]))
 
     def call(self) -> dict[str, Any]:
         """Return how a sample is made, as arguments of `OneStepGenerator`, or of `FewStepGenerator` for several calls.
