@@ -14,7 +14,7 @@ from diffpp_fast import Noise, NoiseSchedule
 from diffpp_fast.methods import Batch, DiffInstructPP
 from diffpp_fast.methods.base import LATENT
 from diffpp_fast.networks import FewStepGenerator, OneStepGenerator
-from diffpp_fast.networks.few_step import MOST_STEPS, RENOISE, STEP
+from diffpp_fast.networks.few_step import MOST_STEPS, RENOISE, STEP, GradientStep
 from diffpp_fast.noise import USER_STREAMS
 
 TIMES = (900, 600, 200)
@@ -37,10 +37,14 @@ def few(prediction_type: str = "epsilon", seed: int = 7, **changes: Any) -> FewS
     return FewStepGenerator(Denoising(seed), SCHEDULES[prediction_type], **options)
 
 
+def network_of(generator: FewStepGenerator) -> Denoising:
+    assert isinstance(generator.network, Denoising)
+    return generator.network
+
+
 def by_hand(generator: FewStepGenerator, batch: Batch, steps: list[int]) -> torch.Tensor:
     """Each sample's x0 of its step in float64, by the formulas, with gradient through that one call."""
-    schedule, results = generator.schedule, []
-    network: Any = generator.network
+    schedule, network, results = generator.schedule, network_of(generator), []
     for place, last in enumerate(steps):
         samples = batch.samples[place : place + 1]
         x = Noise(batch.seed, samples, LATENT).normal(SHAPE).double()
@@ -68,7 +72,7 @@ def by_hand(generator: FewStepGenerator, batch: Batch, steps: list[int]) -> torc
 @pytest.mark.parametrize("prediction_type", list(SCHEDULES))
 def test_sample_and_gradient_are_those_of_the_formulas(prediction_type: str, renoise: str, gradient_step: str) -> None:
     generator = few(prediction_type, timesteps=(900, 300), renoise=renoise, gradient_step=gradient_step)
-    batch, network = batch_of(8), generator.network
+    batch, network = batch_of(8), network_of(generator)
     z = batch.noise(LATENT).normal(SHAPE).double()
     x0 = generator(z, batch.conditioning, noise=batch.noise, for_loss=True)
     steps = [1] * 8 if gradient_step == "last" else batch.noise(STEP).integers(0, 2).tolist()
@@ -89,7 +93,7 @@ def test_a_picture_is_of_the_last_step_and_a_loss_of_the_drawn_one() -> None:
     last = batch.noise(STEP).integers(0, 3) == 2
     assert torch.equal(seen[last], picture[last])
     assert 10 < int(last.sum()) < 35 and ((seen - picture).flatten(1).norm(dim=1) > 0.1)[~last].all()
-    calls = generator.network.calls
+    calls = network_of(generator).calls
     assert [grad for _, grad in calls] == [False, False, True] * 2
     assert [times[0] for times, _ in calls[:3]] == list(TIMES) and set(calls[-1][0]) == set(TIMES)
 
@@ -100,8 +104,7 @@ def test_one_step_of_it_is_the_one_step_generator_to_the_bit() -> None:
         several = few(prediction_type, timesteps=[500], input_scale="sigma")
         one = OneStepGenerator(several.network, schedule, timestep=500)
         assert torch.equal(several(z, conditioning), one(z, conditioning))
-        (x0,) = (several(z, conditioning, for_loss=True),)
-        assert torch.equal(x0, one(z, conditioning))
+        assert torch.equal(several(z, conditioning, for_loss=True), one(z, conditioning))
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:
@@ -128,16 +131,19 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 def test_every_method_hands_over_addresses_and_reaches_one_network(name: str) -> None:
     """The teaching assistant learns on samples of the law that the generator's loss sees: of drawn steps."""
     generator, fake, reference = few(), Convolution(1), Convolution(2)
+    weight = network_of(generator).weight
     method, batch = made(name, generator, fake, reference), batch_of()
     output = method.generator_loss(batch)
     output.loss.backward()
-    assert generator.network.weight.grad.norm() > 0 and fake.weight.grad is None and reference.weight.grad is None
-    generator.network.weight.grad = None
+    assert weight.grad is not None and weight.grad.norm() > 0
+    assert fake.weight.grad is None and reference.weight.grad is None
+    weight.grad = None
     expected = by_hand(generator, batch, batch.noise(STEP).integers(0, 3).tolist())
     torch.testing.assert_close(output.x0.double(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(method._fake_samples(batch), output.x0)
     method.fake_loss(batch).loss.backward()
-    assert fake.weight.grad.norm() > 0 and generator.network.weight.grad is None and reference.weight.grad is None
+    assert fake.weight.grad is not None and fake.weight.grad.norm() > 0
+    assert weight.grad is None and reference.weight.grad is None
 
 
 @pytest.mark.parametrize(
@@ -205,7 +211,9 @@ class Gaussian(nn.Module):
         return sigma * (x_t - alpha * self.mean) / ((alpha * self.spread).square() + sigma.square())
 
 
-def trained(gradient_step: str, mean: torch.Tensor, spread: float, slope: torch.Tensor, count: int = 1024) -> Any:
+def trained(
+    gradient_step: GradientStep, mean: torch.Tensor, spread: float, slope: torch.Tensor, count: int = 1024
+) -> Any:
     """A generator of two linear calls that Diff-Instruct++ has trained from 0, and a batch that no update has seen."""
     schedule, times, size = SCHEDULES["epsilon"], (800, 400), len(mean)
     network = Linear(times, size)
@@ -236,7 +244,7 @@ def trained(gradient_step: str, mean: torch.Tensor, spread: float, slope: torch.
 
 
 @pytest.mark.parametrize("gradient_step", ["last", "random"])
-def test_two_calls_reach_the_optimum_of_a_gaussian(gradient_step: str) -> None:
+def test_two_calls_reach_the_optimum_of_a_gaussian(gradient_step: GradientStep) -> None:
     """The law that the losses see goes to N(m + reward_scale slope / c, S^2), c = E[sigma^2 / (alpha^2 S^2 + sigma^2)].
 
     With "random" that is the mixture of the steps' laws.
