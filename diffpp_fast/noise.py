@@ -12,7 +12,7 @@ from diffpp_fast.availability import fake
 from diffpp_fast.backends import kernels, register
 
 #: The streams that no code of this package draws from, nor ever will: they are the users' own. The package's are the
-#: others, of which it uses 0 to 9, 2^31 and 2^31 + 1.
+#: others, of which it uses 0 to 9 and 2^31 to 2^31 + 17.
 USER_STREAMS = range(10, 2**31)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffpp_fast.methods import METHODS, Batch
-from diffpp_fast.networks import Conditioning, Denoiser, OneStepGenerator, freeze, fuse
+from diffpp_fast.networks import Conditioning, Denoiser, FewStepGenerator, OneStepGenerator, freeze, fuse
 from diffpp_fast.training import Config, ConfigurationError, NonFiniteError, Trainer, load_config
 from diffpp_fast.training.batches import MicroBatch
 from diffpp_fast.training.capture import Captured, make_tape, of_tensor
@@ -249,15 +249,18 @@ def networks() -> Iterator[nn.Module]:
     freeze(network)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_both_updates_are_traced_without_a_number_that_is_read(name: str) -> None:
+@pytest.mark.parametrize(("name", "timesteps"), [*((name, (625,)) for name in METHODS), ("dmd2", (999, 499, 249))])
+def test_both_updates_are_traced_without_a_number_that_is_read(name: str, timesteps: tuple[int, ...]) -> None:
     """A fake tensor has no numbers: whatever turned one into Python's, or a shape, would raise."""
     kind, schedule = METHODS[name], method_cases.variance_preserving()
     generator, fake, reference = map(Denoiser, networks())
     options: dict[str, Any] = {"guidance_scale": 1.5, "t_range": (20, 980)}
     if kind.takes_reward:
         options |= {"reward": lambda x0, _: x0.mean((1, 2, 3)), "reward_scale": 1.0, "reward_clip": 1.0}
-    method = kind(OneStepGenerator(generator, schedule), fake, reference, schedule, **options)
+    drawing: Any = OneStepGenerator(generator, schedule)
+    if len(timesteps) > 1:
+        drawing = FewStepGenerator(generator, schedule, timesteps=timesteps)
+    method = kind(drawing, fake, reference, schedule, **options)
     text = torch.zeros(2, 8, tiny.TEXT_WIDTH)
     batch = Batch(torch.arange(2), text, seed=3, shape=tiny.LATENT, null_conditioning=text)
     with FakeTensorMode() as mode:

@@ -145,8 +145,9 @@ def test_one_process_then_many_are_one(project: Path, alone: Path, tmp_path: Pat
         ("distributed.reference=offload",),
         ("training.activation_checkpointing=true", "method.fake_rounds=2"),
         ("method.share_samples=true", "training.micro_batch=1"),
+        ("models.generator.timestep=null", "models.generator.timesteps=[900, 600, 200]", "training.micro_batch=1"),
     ],
-    ids=["adapters", "one adapter", "reference offloaded", "checkpointing", "shared samples"],
+    ids=["adapters", "one adapter", "reference offloaded", "checkpointing", "shared samples", "three calls"],
 )
 def test_other_parts_are_the_same_run_in_two_processes(project: Path, tmp_path: Path, parts: tuple[str, ...]) -> None:
     one = [part for part in parts if not part.startswith("distributed")]

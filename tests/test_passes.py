@@ -277,7 +277,7 @@ def test_a_frozen_and_fused_network_gives_the_same_gradient() -> None:
     for batched in (True, False):
         x0 = nn.Parameter(torch.randn(2, *tiny.LATENT, generator=torch.Generator().manual_seed(0)))
         method = SIM(
-            lambda z, _, x0=x0: x0 + 0 * z,  # type: ignore[misc]
+            lambda z, _, x0=x0: x0 + 0 * z,
             Denoiser(tiny.unet(seed=1).eval()),
             Denoiser(network),
             SCHEDULES["epsilon"],

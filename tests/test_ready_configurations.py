@@ -21,7 +21,7 @@ PIPELINES = {
 }
 #: The part of a file's name that says the machine: how many GPUs, and which.
 MACHINES = {"1x24gb": (1, "rtx4090"), "8x80gb": (8, "a100-80"), "64x80gb": (64, "a100-80")}
-OTHERS = ("sdxl-didr-8x80gb", "sdxl-dipp-8x80gb", "pixart-sim-8x80gb")
+OTHERS = ("sdxl-didr-8x80gb", "sdxl-dipp-8x80gb", "sdxl-4step-8x80gb", "pixart-sim-8x80gb")
 READY = [*(f"{model}-{machine}" for model in PIPELINES for machine in MACHINES), *OTHERS]
 
 

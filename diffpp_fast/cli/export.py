@@ -129,10 +129,11 @@ def _export(out: Path, arguments: argparse.Namespace, repository: HubRepository 
         find_weights,
         warn_of_changed_base,
     )
-    from diffpp_fast.training.exported import Exported, latents_scale
+    from diffpp_fast.training.exported import Exported
     from diffpp_fast.training.model_card import CardFacts, Licence, read_evaluation
     from diffpp_fast.training.output import refuse_inputs
     from diffpp_fast.training.saved_config import load_saved_config, naming_moves
+    from diffpp_fast.training.schedulers import pipeline_call
 
     licence = Licence(arguments.license, arguments.license_link) if arguments.license else None
     weights = find_weights(arguments.source, raw=arguments.raw)
@@ -166,10 +167,8 @@ def _export(out: Path, arguments: argparse.Namespace, repository: HubRepository 
             warn_of_changed_base(weights, config)
             _make(repository)
             (export_pipeline if arguments.pipeline else export_generator)(out, config, weights, **shared)
-    scale = latents_scale(config.models.generator.input_scale)
-    latents = "" if scale == 1.0 else f", latents={scale:g} * z"
     say(f"exported: {arguments.out}")
-    say(f"a call in diffusers: pipeline(prompt, num_inference_steps=1, guidance_scale=1.0{latents})")
+    say(f"a call in diffusers: pipeline(prompt, {pipeline_call(config)})")
     if repository is not None:
         say(f"pushed: {repository.upload(out, f'Export of {weights.folder.name} by diffpp_fast')}")
     return 0

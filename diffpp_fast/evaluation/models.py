@@ -29,6 +29,8 @@ from diffpp_fast.training.saved_config import load_saved_config, naming_moves
 from diffpp_fast.training.state import Which, read_record
 
 PIPELINE, NETWORK, SCHEDULE = "model_index.json", "config.json", "scheduler_config.json"
+#: Keys of `models.generator` that a description of its calls replaces, whether it has them or not.
+CALLS: Mapping[str, Any] = {"timestep": None, "timesteps": None, "renoise": "fresh"}
 
 
 @dataclass(frozen=True)
@@ -174,9 +176,8 @@ def _around(
         models["base"] = str(Path(base).resolve()) if Path(base).exists() else base
         return _configuration(models, precision, path)
     assert config is not None
-    if "timestep" not in generator:
-        known = load_config(config).models.generator
-        generator |= {"timestep": known.timestep, "input_scale": known.input_scale}
+    if "input_scale" not in generator:
+        generator |= {**CALLS, **load_config(config).models.generator.call()}
     return load_config(config, [*overrides, *(f"models.{key}={json.dumps(value)}" for key, value in models.items())])
 
 
@@ -184,11 +185,11 @@ def _call(path: Path) -> dict[str, Any]:
     """Return how an exported generator is called, as keys of `models.generator`."""
     if not (path / CALL).is_file():
         raise ConfigurationError(
-            f"{path} has no {CALL}, which says at which timestep a generator makes its step: `diffpp-fast export` "
+            f"{path} has no {CALL}, which says at which timesteps a generator makes its steps: `diffpp-fast export` "
             'writes one; by hand, e.g. {"timestep": 625, "input_scale": "sigma"}'
         )
     call = read_config(str(path.resolve()), CALL)
-    return {"timestep": call["timestep"], "input_scale": call["input_scale"]}
+    return {**CALLS, **{key: call[key] for key in (*CALLS, "input_scale") if key in call}}
 
 
 def _configuration(models: Mapping[str, Any], precision: str | None, path: Path) -> Config:

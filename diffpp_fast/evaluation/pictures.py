@@ -25,7 +25,7 @@ STRIDE = 2**32
 
 
 class PictureAddress(NamedTuple):
-    """A picture to draw: the prompt and its number, which of its pictures, and the sample number of its latent."""
+    """A picture to draw: the prompt and its number, which of its pictures, and the sample number of its noise."""
 
     number: int
     prompt: Prompt
@@ -75,8 +75,8 @@ def draw(model: LoadedModel, prompts: Sequence[str], samples: Sequence[int], *, 
     Args:
         model: the generator.
         prompts: B of them.
-        samples: B sample numbers: picture b comes from the latent `Noise(seed, samples[b], stream=0)`, whatever
-            else is in the batch.
+        samples: B sample numbers: picture b comes from the latent `Noise(seed, samples[b], stream=0)`, and further
+            noise of that number where the generator draws some, whatever else is in the batch.
         seed: in [0, 2^64).
 
     Returns uint8 [B, 3, H, W] on the CPU: the pixels that go into files and are scored.
@@ -102,8 +102,7 @@ def facts_of(model: LoadedModel, prompt: str, *, seed: int, sample: int) -> dict
         "sample": str(sample),
         "model": model.origin,
         "weights": f"sha256:{model.fingerprint}",
-        "timestep": str(model.config.models.generator.timestep),
-        "input_scale": str(model.config.models.generator.input_scale),
+        **{key: str(value) for key, value in model.config.models.generator.call().items()},
         "precision": model.config.precision,
         "Software": f"diffpp-fast {__version__}",
     }

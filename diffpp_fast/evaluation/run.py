@@ -131,13 +131,11 @@ def _finite_means(table: np.ndarray) -> np.ndarray:
 
 def _facts(model: LoadedModel) -> dict[str, Any]:
     """Return facts that tell a model's pictures from another's."""
-    call = model.config.models.generator
     return {
         "name": model.name,
         "origin": model.origin,
         "weights": f"sha256:{model.fingerprint}",
-        "timestep": call.timestep,
-        "input_scale": call.input_scale,
+        **model.config.models.generator.call(),
         "precision": model.config.precision,
         "latent_shape": list(model.config.models.latent_shape),
     }

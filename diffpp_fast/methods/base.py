@@ -17,13 +17,15 @@ from diffpp_fast.precision import widen
 LATENT, DIFFUSION, TIMESTEP, PROMPT_ORDER, GENERATOR_ADAPTER, FAKE_ADAPTER = 0, 1, 2, 3, 4, 5
 #: Of methods that look at a sample at two noise levels, and at real latents.
 SECOND_TIMESTEP, SECOND_DIFFUSION, REAL_DIFFUSION = 6, 7, 8
-#: Whose prompts the TA's loss does without. `noise.USER_STREAMS` are the users'.
+#: Whose prompts the TA's loss does without. `noise.USER_STREAMS` are the users', and the first ones above them are what
+#: generators draw themselves (`networks.few_step`).
 PROMPT_DROPOUT = 9
-#: Which image of a user's a sample comes with, and its noise: the first streams beyond the users'.
-IMAGE_ORDER, IMAGE_DIFFUSION = 2**31, 2**31 + 1
+#: Which image of a user's a sample comes with, and its noise.
+IMAGE_ORDER, IMAGE_DIFFUSION = 2**31 + 16, 2**31 + 17
 
-#: (z [B, *shape], conditioning) -> x0 [B, *shape]
-Generator = Callable[[torch.Tensor, Any], torch.Tensor]
+#: (z [B, *shape], conditioning) -> x0 [B, *shape]; one whose attribute `draws` is true also gets `noise`, a stream's
+#: number -> the `Noise` of these samples, and `for_loss=True`.
+Generator = Callable[..., torch.Tensor]
 #: (x_t [B, *shape], t [B] int64, conditioning) -> the raw prediction [B, *shape]
 Denoiser = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
 #: (x0 [B, *shape], conditioning) -> one reward per sample [B], alone or with what else there is to say of them

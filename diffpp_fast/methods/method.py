@@ -34,6 +34,7 @@ from diffpp_fast.methods.outputs import check_differentiable, check_output
 from diffpp_fast.methods.passes import Pass, predict
 from diffpp_fast.methods.regularizers import Regularizer
 from diffpp_fast.methods.times import TimeDistribution, Times
+from diffpp_fast.networks.few_step import draw_options
 from diffpp_fast.noise import Noise
 from diffpp_fast.prediction import MEAN_ABS_FLOOR
 from diffpp_fast.schedule import LARGEST_GAP_SCALE, NoiseSchedule
@@ -74,14 +75,15 @@ class Options(TypedDict, total=False):
 
 @dataclass(eq=False, repr=False)
 class Method(ABC):
-    """Moves a one-step generator by a gradient on its samples, and keeps a teaching assistant (TA) on them.
+    """Moves a generator of one step, or a few, by a gradient on its samples, and keeps a teaching assistant on them.
 
     A method says what that gradient is, in `_sample_gradient`; everything else is the same for all. A subclass is a
     dataclass, too: it adds arguments as fields and checks them in `__post_init__`.
 
     Args:
-        generator: (z, conditioning) -> x0; gets gradient in `generator_loss` only.
-        fake: the TA, (x_t, t, conditioning) -> prediction; gets gradient in `fake_loss` only.
+        generator: (z, conditioning) -> x0; gets gradient in `generator_loss` only. One that draws is handed the
+            batch's addresses (`networks.FewStepGenerator`); both losses then see the x0 of the step that it draws.
+        fake: the teaching assistant (TA), (x_t, t, conditioning) -> prediction; gets gradient in `fake_loss` only.
         reference: the frozen model, called like `fake`; never gets gradient.
         schedule: noise levels and the prediction type that `fake` and `reference` share.
         guidance_scale: w of classifier-free guidance of the reference, in diffusers' convention: 1 is none. Authors who
@@ -223,7 +225,9 @@ class Method(ABC):
     def _sample(self, batch: Batch, generator: Generator | None = None) -> torch.Tensor:
         """Return the samples of the generator, or of another one at the same latents and prompts."""
         z = batch.noise(LATENT).normal(batch.shape)
-        return check_output("the generator", (generator or self.generator)(z, batch.conditioning), z)
+        generator = generator or self.generator
+        drawn = draw_options(generator, batch.noise, for_loss=True)
+        return check_output("the generator", generator(z, batch.conditioning, **drawn), z)
 
     def _noised(
         self,

@@ -6,6 +6,7 @@ from diffpp_fast.networks.decoder import FrozenDecoder
 from diffpp_fast.networks.denoiser import Denoiser
 from diffpp_fast.networks.discriminator import MiddleBlockDiscriminator
 from diffpp_fast.networks.encoding import ImageEncoder
+from diffpp_fast.networks.few_step import FewStepGenerator
 from diffpp_fast.networks.freezing import FreezingRow, freeze, freezing_report, unfreeze
 from diffpp_fast.networks.fusion import FusionRow, fuse, fusion_report, unfuse
 from diffpp_fast.networks.loading import load_decoder, load_denoiser, load_schedule
@@ -18,6 +19,7 @@ __all__ = [
     "Conditioning",
     "Denoiser",
     "DualTextEncoder",
+    "FewStepGenerator",
     "FreezingRow",
     "FrozenDecoder",
     "FusionRow",

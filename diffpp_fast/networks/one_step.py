@@ -37,30 +37,11 @@ class OneStepGenerator(nn.Module):
         input_scale: float | Literal["sigma"] = "sigma",
     ) -> None:
         super().__init__()
-        if not 0 <= timestep < len(schedule):
-            raise ValueError(f"timestep must lie in [0, {len(schedule)}), got {timestep}")
         self.network = network
         self.timestep = timestep
         self.prediction_type = schedule.prediction_type
-        alpha, sigma = schedule.coefficients(torch.tensor([timestep]))
-        self.alpha, self.sigma = float(alpha), float(sigma)
-        self.input_scale = self.sigma if input_scale == "sigma" else float(input_scale)
-        self._refuse_no_sample(input_scale)
-
-    def _refuse_no_sample(self, input_scale: float | str) -> None:
-        at = f"timestep {self.timestep}, where alpha is {self.alpha:.4g} and sigma {self.sigma:.4g}"
-        if self.prediction_type == "epsilon" and self.sigma > LARGEST_GAP_SCALE * self.alpha:
-            raise ValueError(
-                f"{at}: x0 = (x - sigma eps) / alpha would be the error of an epsilon prediction, magnified over "
-                f"{LARGEST_GAP_SCALE:.0f}-fold: choose an earlier timestep"
-            )
-        if self.prediction_type != "sample" and self.sigma == 0.0:
-            raise ValueError(f"{at}: x0 would be the input, whatever the network says: choose a later timestep")
-        if not math.isfinite(self.input_scale) or self.input_scale == 0.0:
-            raise ValueError(
-                f"input_scale {input_scale!r} feeds the network {self.input_scale:g} z at {at}: "
-                "it must be finite and not 0"
-            )
+        self.alpha, self.sigma = coefficients_of_call(schedule, timestep)
+        self.input_scale = factor_of_z(input_scale, schedule, timestep)
 
     def forward(self, z: torch.Tensor, conditioning: Any = None) -> torch.Tensor:
         """z [B, C, H, W], standard normal -> x0 [B, C, H, W], float32, or float64 where z or the prediction is."""
@@ -77,3 +58,38 @@ class OneStepGenerator(nn.Module):
             # eps - x0, with alpha = 1 - sigma.
             return x - self.sigma * prediction
         return prediction
+
+
+def coefficients_of_call(schedule: NoiseSchedule, timestep: int) -> tuple[float, float]:
+    """Return alpha and sigma at the time of a generator's call.
+
+    Raises ValueError for a time outside the schedule, or one at which the network's output would be no x0.
+    """
+    if not 0 <= timestep < len(schedule):
+        raise ValueError(f"timestep must lie in [0, {len(schedule)}), got {timestep}")
+    alpha, sigma = (float(each) for each in schedule.coefficients(torch.tensor([timestep])))
+    at = _described(timestep, alpha, sigma)
+    if schedule.prediction_type == "epsilon" and sigma > LARGEST_GAP_SCALE * alpha:
+        raise ValueError(
+            f"{at}: x0 = (x - sigma eps) / alpha would be the error of an epsilon prediction, magnified over "
+            f"{LARGEST_GAP_SCALE:.0f}-fold: choose an earlier timestep"
+        )
+    if schedule.prediction_type != "sample" and sigma == 0.0:
+        raise ValueError(f"{at}: x0 would be the input, whatever the network says: choose a later timestep")
+    return alpha, sigma
+
+
+def factor_of_z(input_scale: float | Literal["sigma"], schedule: NoiseSchedule, timestep: int) -> float:
+    """Return what z is multiplied by for a generator's first call; raises ValueError for an input without z."""
+    alpha, sigma = (float(each) for each in schedule.coefficients(torch.tensor([timestep])))
+    factor = sigma if input_scale == "sigma" else float(input_scale)
+    if not math.isfinite(factor) or factor == 0.0:
+        raise ValueError(
+            f"input_scale {input_scale!r} feeds the network {factor:g} z at {_described(timestep, alpha, sigma)}: "
+            "it must be finite and not 0"
+        )
+    return factor
+
+
+def _described(timestep: int, alpha: float, sigma: float) -> str:
+    return f"timestep {timestep}, where alpha is {alpha:.4g} and sigma {sigma:.4g}"

@@ -12,6 +12,7 @@ from diffpp_fast.methods.dmd import Normalizer
 from diffpp_fast.methods.integral_kl import Weighting
 from diffpp_fast.methods.method import FakeWeighting
 from diffpp_fast.methods.sim import Guidance, ScoreWeighting
+from diffpp_fast.networks.few_step import GradientStep, Renoise, refuse_no_steps
 
 #: Sample numbers, and whatever counts, are 64-bit integers.
 LIMIT = 2**63
@@ -134,11 +135,51 @@ class Fake(Section):
 
 
 class Generator(Fake):
-    """The one-step generator's initial weights, and how a single call of them makes a sample."""
+    """The generator's initial weights, and how one call of them, or a few, make a sample."""
 
-    timestep: NotNegative = 625
-    #: The network is fed this times z; "sigma" is the schedule's sigma at `timestep`.
+    #: Of the one call; null beside `timesteps`.
+    timestep: NotNegative | None = 625
+    #: Of up to 8 calls, falling; null: one call, at `timestep`.
+    timesteps: list[NotNegative] | None = None
+    #: The network is first fed this times z; "sigma" is the schedule's sigma at the first call's time.
     input_scale: Literal["sigma"] | float = "sigma"
+    #: What an x0 is noised with for the next call: new noise, or the noise that the prediction implies.
+    renoise: Renoise = "fresh"
+    #: Which call the losses see the x0 of, and the gradient goes through: one drawn for each sample, or the last.
+    gradient_step: GradientStep = "random"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _timesteps_replace_timestep(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("timesteps") is None:
+            return data
+        if data.get("timestep") is not None:
+            raise ValueError(
+                "timestep is the time of one call and timesteps are those of several: leave one of them null"
+            )
+        return {**data, "timestep": None}
+
+    @model_validator(mode="after")
+    def _calls_have_times(self) -> Generator:
+        if self.timesteps is not None:
+            refuse_no_steps(self.timesteps)
+        elif self.timestep is None:
+            raise ValueError("timestep is null, and there are no timesteps: give one of them")
+        return self
+
+    @property
+    def times(self) -> tuple[int, ...]:
+        """The times of its calls."""
+        return tuple(self.timesteps or ([] if self.timestep is None else [self.timestep]))
+
+    def call(self) -> dict[str, Any]:
+        """Return how a sample is made, as arguments of `OneStepGenerator`, or of `FewStepGenerator` for several calls.
+
+        They are keys of this section, too.
+        """
+        if len(self.times) == 1:
+            return {"timestep": self.times[0], "input_scale": self.input_scale}
+        return {"timesteps": list(self.times), "input_scale": self.input_scale, "renoise": self.renoise}
 
 
 class Decoder(Frozen):
@@ -695,6 +736,17 @@ class Config(Section):
         if self.method.images is not None and self.training.capture:
             raise ValueError(
                 "training.capture records no images: use training.capture=false, or method.regularizers.images=null"
+            )
+        if self.method.images is not None and len(self.models.generator.times) > 1:
+            raise ValueError(
+                "method.regularizers.images are denoised by a single call at the generator's time: use one of "
+                "models.generator.timesteps, or method.regularizers.images=null"
+            )
+        initial = self.models.generator.initial_lora
+        if self.method.pulled_to_start and initial is not None and initial.keep:
+            raise ValueError(
+                "method.regularizers.start needs the initial generator beside the trained one, whose adapter "
+                "models.generator.initial_lora keeps and changes: merge it with models.generator.initial_lora.keep=false"
             )
         if rewards.held_out is not None and self.training.grid_every is None:
             raise ValueError("rewards.held_out is evaluated on the sample grids: set training.grid_every")

@@ -16,13 +16,14 @@ from diffpp_fast.training.build.agreement import naming
 from diffpp_fast.training.checkpoint import SavedGenerator, find_role, load_role, read_role, write_json
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.distributed import World
-from diffpp_fast.training.exported import Exported, copy_parts, one_step_scheduler, pipeline_files, refuse_overflow
+from diffpp_fast.training.exported import Exported, copy_parts, pipeline_files, refuse_overflow
 from diffpp_fast.training.extraction import Extraction, Extractor
 from diffpp_fast.training.inputs import warn_of_changed_inputs
 from diffpp_fast.training.model_card import NOTHING_SAID, CardFacts, write_card
 from diffpp_fast.training.output import CALL, added_files
 from diffpp_fast.training.publish import MANIFEST, publish
 from diffpp_fast.training.saved_config import load_saved_config, naming_moves
+from diffpp_fast.training.schedulers import generator_scheduler
 from diffpp_fast.training.state import Which, open_checkpoint, read_record
 
 
@@ -164,19 +165,19 @@ def export_pipeline(
     dtype: torch.dtype | None = None,
     card: CardFacts = NOTHING_SAID,
 ) -> None:
-    """Write the whole pipeline of `models.base` with the generator and a scheduler for one step in it.
+    """Write the whole pipeline of `models.base` with the generator and a scheduler for its steps in it.
 
-    The folder loads with diffusers' `DiffusionPipeline.from_pretrained`, and a call with `num_inference_steps=1` and
-    `guidance_scale=1.0` is the generator's. Arguments are those of `export_generator`; adapters are merged. All other
-    parts are copied file by file.
+    The folder loads with diffusers' `DiffusionPipeline.from_pretrained`, and a call with the arguments of
+    `schedulers.pipeline_call` is the generator's. Arguments are those of `export_generator`; adapters are merged. All
+    other parts are copied file by file.
 
     Raises:
         ConfigurationError: the run has no base or does not compute with its encoders and decoder, or no scheduler
-            makes one step of its schedule.
+            makes the generator's steps.
         CheckpointError: the folder can't be written.
     """
     base = _pipeline_base(config)
-    scheduler = _one_step_scheduler(config)
+    scheduler = generator_scheduler(config)
     exported = Exported(config, generator)
     with naming("models.base", base):
         parts = pipeline_files(base, config.models.variant, leave_out=(exported.part, "scheduler"))
@@ -260,29 +261,24 @@ def _last_run() -> Path:
 
 
 def _write_schedulers(folder: Path, config: Config) -> str | None:
-    """Write the schedule, the scheduler of one step and how to call a generator; return that scheduler's class."""
+    """Write the schedule, the scheduler of the steps and how to call a generator; return that scheduler's class."""
     scheduler = load_scheduler(config.models.scheduler.path)
     write_json(folder / "scheduler_config.json", _scheduler_config(scheduler))
     _write_call(folder, config)
-    if not hasattr(scheduler, "betas"):
+    try:
+        steps = generator_scheduler(config)
+    except ConfigurationError:
         return None
-    one_step = _one_step_scheduler(config)
-    one_step.save_pretrained(folder / "scheduler")
-    return type(one_step).__name__
+    steps.save_pretrained(folder / "scheduler")
+    return type(steps).__name__
 
 
 def _write_call(folder: Path, config: Config) -> None:
-    call = config.models.generator
-    write_json(folder / CALL, {"timestep": call.timestep, "input_scale": call.input_scale})
+    write_json(folder / CALL, config.models.generator.call())
 
 
 def _scheduler_config(scheduler: Any) -> dict[str, Any]:
     return {**scheduler.config, "_class_name": type(scheduler).__name__}
-
-
-def _one_step_scheduler(config: Config) -> Any:
-    call = config.models.generator
-    return one_step_scheduler(load_scheduler(config.models.scheduler.path), call.timestep, call.input_scale)
 
 
 def _pipeline_base(config: Config) -> str:

@@ -1,8 +1,9 @@
-"""Pictures to look at: one-step samples of given prompts, laid out in a grid."""
+"""Pictures to look at: a generator's samples of given prompts, laid out in a grid."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from diffpp_fast.methods import Batch
 from diffpp_fast.methods.base import LATENT, finite_statistics
 from diffpp_fast.networks import Conditioning
+from diffpp_fast.networks.few_step import draw_options
 from diffpp_fast.noise import Noise
 from diffpp_fast.training.build import Run, Sampler
 from diffpp_fast.training.config import Config
@@ -32,20 +34,21 @@ def sample_latents(
 
     Args:
         prompts: N of them.
-        samples: int64 [N] on the generator's device, the sample numbers whose latents are used.
-        seed: of those latents.
+        samples: int64 [N] on the generator's device, the sample numbers whose latents are used, and whose noise.
+        seed: of those.
         shape: of one latent.
         batch: how many are computed at a time.
 
     Returns float32 [N, *shape].
     """
-    parts = [slice(start, start + batch) for start in range(0, len(prompts), batch)]
-    return torch.cat(
-        [
-            sampler.generator(Noise(seed, samples[part], stream=LATENT).normal(shape), sampler.encode(prompts[part]))
-            for part in parts
-        ]
-    )
+    latents = []
+    for start in range(0, len(prompts), batch):
+        part = slice(start, start + batch)
+        noise = partial(Noise, seed, samples[part])
+        conditioning = sampler.encode(prompts[part])
+        drawn = draw_options(sampler.generator, noise)
+        latents.append(sampler.generator(noise(LATENT).normal(shape), conditioning, **drawn))
+    return torch.cat(latents)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from diffpp_fast.training.checkpoint import SavedGenerator, read_scores
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.extraction import Extraction
 from diffpp_fast.training.output import CARD
+from diffpp_fast.training.schedulers import pipeline_call
 from diffpp_fast.training.state import read_record
 
 #: Scalars of a run that are figures of the generator.
@@ -184,7 +185,12 @@ def _metadata(config: Config, form: Form, facts: CardFacts, title: str, extracti
         base_model=base,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["one-step", "diffpp_fast", config.method.name.replace("_", "-"), *(["lora"] if form == "lora" else [])],
+        tags=[
+            "one-step" if len(config.models.generator.times) == 1 else "few-step",
+            "diffpp_fast",
+            config.method.name.replace("_", "-"),
+            *(["lora"] if form == "lora" else []),
+        ],
         eval_results=results or None,
         model_name=title if results else None,
         **{"license": "unknown", **optional},
@@ -201,10 +207,13 @@ def _hub_base(config: Config, extraction: Extraction | None) -> str | None:
 
 
 def _about(config: Config, form: Form, kind: LoraFormat | None) -> str:
+    steps = len(config.models.generator.times)
+    generator = f"{'one' if steps == 1 else steps}-step text-to-image generator"
+    a = "An" if steps == 8 else "A"
     what = {
-        "network": "The network of a one-step text-to-image generator",
-        "pipeline": "A one-step text-to-image generator as a whole pipeline",
-        "lora": f"A LoRA that makes a one-step text-to-image generator of its base, in the format of {kind}",
+        "network": f"The network of {a.lower()} {generator}",
+        "pipeline": f"{a} {generator} as a whole pipeline",
+        "lora": f"A LoRA that makes {a.lower()} {generator} of its base, in the format of {kind}",
     }[form]
     method = METHOD_NAMES[config.method.name]
     rewarded = config.rewards.optimised is not None and config.rewards.optimised.scale != 0.0
@@ -222,20 +231,27 @@ def _use(
     extraction: Extraction | None,
 ) -> str:
     call = config.models.generator
-    scale = "the schedule's sigma there" if call.input_scale == "sigma" else f"{call.input_scale:g}"
-    said = (
-        "## Use\n\nOne call of the network makes a picture: one step, no guidance (guidance scale 1), at timestep "
-        f"{call.timestep}, from noise times {scale}."
-    )
+    one = len(call.times) == 1
+    where = "there" if one else "at the first"
+    scale = f"the schedule's sigma {where}" if call.input_scale == "sigma" else f"{call.input_scale:g}"
+    if one:
+        made = "One call of the network makes a picture: one step, no guidance (guidance scale 1), at timestep "
+        adapter = "OneStepGenerator"
+    else:
+        between = "new noise" if call.renoise == "fresh" else "the noise that each predicts (DDIM)"
+        made = f"{len(call.times)} calls of the network make a picture: no guidance (guidance scale 1), {between} "
+        made += "between them, at timesteps "
+        adapter = "FewStepGenerator"
+    said = f"## Use\n\n{made}{', '.join(map(str, call.times))}, from noise times {scale}."
     if kind == "comfyui":
         said += f" ComfyUI finds `{file}` in its folder `models/loras`."
     if kind == "kohya":
         said += f" `{file}` is for kohya's sd-scripts and programs that read its files."
     if scheduler is None:
-        return f"{said} No scheduler of diffusers makes that step: use `diffpp_fast.networks.OneStepGenerator`."
+        steps = "that step" if one else "these steps"
+        return f"{said} No scheduler of diffusers makes {steps}: use `diffpp_fast.networks.{adapter}`."
     if kind == "comfyui" and not target.loadable:
         return said
-    latents = "" if call.input_scale in ("sigma", 1.0) else f", latents={call.input_scale:g} * z"
     lines = [
         "from diffusers import DiffusionPipeline" + ("" if form == "pipeline" else f", {scheduler}"),
         *(["from peft import PeftModel"] if form == "lora" and not target.loadable else []),
@@ -247,7 +263,7 @@ def _use(
             if form == "pipeline"
             else [f'pipeline.scheduler = {scheduler}.from_pretrained(FOLDER, subfolder="scheduler")']
         ),
-        f"image = pipeline(PROMPT, num_inference_steps=1, guidance_scale=1.0{latents}).images[0]",
+        f"image = pipeline(PROMPT, {pipeline_call(config)}).images[0]",
     ]
     code = "\n".join(lines).replace('"FOLDER"', "FOLDER")
     return f"{said} In diffusers, FOLDER being where these files are:\n\n```python\n{code}\n```"

@@ -105,13 +105,19 @@ def idle_keys(config: Config) -> list[str]:
 
 
 def idle_sentences(config: Config) -> list[str]:
-    """Return a sentence for each key of guidance that a configuration gives without effect."""
+    """Return a sentence for each key of guidance, and of several steps, that a configuration gives without effect."""
     given = {
         "models.negative_prompt": config.models.negative_prompt is not None,
         "models.empty_prompt": config.models.empty_prompt != "auto",
         "method.guidance_rescale": config.method.guidance_rescale != 0.0,
     }
-    return [f"{key} has no effect: {why}" for key, why in _idle_without_guidance(config).items() if given[key]]
+    idle = [f"{key} has no effect: {why}" for key, why in _idle_without_guidance(config).items() if given[key]]
+    generator = config.models.generator
+    steps = {"renoise": generator.renoise != "fresh", "gradient_step": generator.gradient_step != "random"}
+    if len(generator.times) == 1:
+        why = "the generator makes one call; models.generator.timesteps are those of several"
+        idle += [f"models.generator.{key} has no effect: {why}" for key, changed in steps.items() if changed]
+    return idle
 
 
 def _idle_without_guidance(config: Config) -> dict[str, str]:

@@ -14,7 +14,14 @@ from diffpp_fast.methods import METHODS, Method
 from diffpp_fast.methods.regularizers import ImageDenoising, KLToStart, Regularizer
 from diffpp_fast.methods.through_networks import without_parameters
 from diffpp_fast.methods.times import DISTRIBUTIONS
-from diffpp_fast.networks import Conditioning, ImageEncoder, OneStepGenerator, load_decoder, load_schedule
+from diffpp_fast.networks import (
+    Conditioning,
+    FewStepGenerator,
+    ImageEncoder,
+    OneStepGenerator,
+    load_decoder,
+    load_schedule,
+)
 from diffpp_fast.networks.loading import read_config
 from diffpp_fast.schedule import NoiseSchedule
 from diffpp_fast.training.build.agreement import TextFacts, idle_sentences, naming, refuse_denoisers, refuse_misfits
@@ -55,11 +62,13 @@ def load_checked_schedule(config: Config) -> NoiseSchedule:
     return schedule
 
 
-def make_generator(config: Config, network: nn.Module, schedule: NoiseSchedule) -> OneStepGenerator:
-    """Make a run's one-step generator of its network. Raises ConfigurationError as `load_checked_schedule`."""
+def make_generator(config: Config, network: nn.Module, schedule: NoiseSchedule) -> OneStepGenerator | FewStepGenerator:
+    """Make a run's generator of its network. Raises ConfigurationError as `load_checked_schedule`."""
     settings = config.models.generator
     with naming("models.generator"):
-        return OneStepGenerator(network, schedule, timestep=settings.timestep, input_scale=settings.input_scale)
+        if len(settings.times) == 1:
+            return OneStepGenerator(network, schedule, **settings.call())
+        return FewStepGenerator(network, schedule, **settings.call(), gradient_step=settings.gradient_step)
 
 
 def batches_passes(config: Config) -> bool | None:
@@ -133,7 +142,7 @@ class Sampler:
     Attributes:
         encode: prompts -> their conditioning.
         trained: the generator's network, with those of its weights that are saved and loaded.
-        generator: (z, conditioning) -> x0, one call of it.
+        generator: (z, conditioning) -> x0, one call of it, or a few.
         decoder: latents -> images [B, 3, H, W] about [-1, 1].
         inputs: digests of what it was loaded from, by the names of `training.inputs`.
     """
@@ -141,7 +150,7 @@ class Sampler:
     schedule: NoiseSchedule
     encode: Callable[[Sequence[str]], Conditioning]
     trained: Trained
-    generator: OneStepGenerator
+    generator: OneStepGenerator | FewStepGenerator
     decoder: Callable[[torch.Tensor], torch.Tensor] | None
     inputs: Mapping[str, str | None]
 

@@ -431,6 +431,7 @@ class _Book:
                 result.register_hook(differentiated)
             return result
 
+        called.draws = getattr(call, "draws", False)  # type: ignore[attr-defined]
         if isinstance(call, Denoiser):
             for name in ("adapters", "adapter", "dtype", "joins"):
                 setattr(called, name, getattr(call, name))

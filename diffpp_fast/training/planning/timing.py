@@ -131,6 +131,7 @@ def _sent(run: PlannedRun, counted: Counted, role: str) -> int:
             # Gathered for every forward pass, and in a backward pass those that were not used shortly before.
             calls = 1 if other == role else int(other == "generator" or role == "generator")
             calls += run.normalizes_apart * (role == other == "generator")
+            calls *= len(run.config.models.generator.times) if other == "generator" else 1
             again = max(elements - REUSED // 2, 0) * run.dtype.itemsize if other == role else 0
             total += (weights * calls + again) * run.rounds
     if role == "generator" and run.config.distributed.reference != "replica":
