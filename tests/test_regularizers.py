@@ -255,6 +255,11 @@ def test_what_a_run_can_not_do_is_refused(project: Path) -> None:
     assert "weight should be greater than 0" in refusal("method.regularizers={start: {weight: 0}}")
     images = "method.regularizers={images: {path: pictures, weight: 1}}"
     assert "training.capture records no images" in refusal(images, "training.capture=true")
+    assert "single call at the generator's time" in refusal(
+        images, "models.generator.timestep=null", "models.generator.timesteps=[600, 300]"
+    )
+    kept = "models.generator.initial_lora={path: lora.safetensors, keep: true}"
+    assert "needs the initial generator beside" in refusal("method.regularizers={start: {weight: 1}}", kept)
     bare = ("models.decoder=null", "method.name=diff_instruct", "rewards={}", "training.grid_every=null")
     assert "models.decoder is missing: method.regularizers.images" in refusal(images, *bare)
     piecewise = "rewards.optimised.schedule={name: piecewise, points: [[5, 1], [5, 2]]}"

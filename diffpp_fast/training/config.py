@@ -746,7 +746,7 @@ class Config(Section):
         if self.method.pulled_to_start and initial is not None and initial.keep:
             raise ValueError(
                 "method.regularizers.start needs the initial generator beside the trained one, whose adapter "
-                "models.generator.initial_lora keeps and changes: merge it with models.generator.initial_lora.keep=false"
+                "initial_lora keeps and changes: merge it by models.generator.initial_lora.keep=false"
             )
         if rewards.held_out is not None and self.training.grid_every is None:
             raise ValueError("rewards.held_out is evaluated on the sample grids: set training.grid_every")
