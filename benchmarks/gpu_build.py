@@ -147,8 +147,8 @@ def further_calls(op: str) -> Iterator[Call]:
     """Yield calls at sizes that are nobody's benchmark."""
     for height, width, size, fit, layout in IMAGES if op == "reward_pixels" else ():
         for dtype in (torch.bfloat16, torch.float16):
-            options = {"dtype": dtype, "layout": layout, "size": size, "fit": fit, "filter": "bicubic"}
-            yield selftest.make(op, (1, 3, height, width), **options)
+            options: dict[str, Any] = {"layout": layout, "size": size, "fit": fit, "filter": "bicubic"}
+            yield selftest.make(op, (1, 3, height, width), dtype=dtype, **options)
 
 
 @contextmanager

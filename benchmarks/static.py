@@ -275,7 +275,11 @@ def launches_table(passes: Sequence[Pass], gpu: Gpu) -> Table:
 
 
 #: What is left out of the short table, for another of its rows is nearly the same.
-ALIKE = {("score_gap", "plain"), ("score_gap", "guided"), ("denoising_loss", "weighted"), ("sim_loss", "guided")}
+ALIKE = {
+    *(("score_gap", variant) for variant in ("plain", "guided", "guided with reward", "guided mean_abs with reward")),
+    ("denoising_loss", "weighted"),
+    *((op, "guided") for op in ("sid_loss", "sim_loss")),
+}
 
 
 def short_table(written: Iterable[Mapping[str, Any]]) -> Table:

@@ -34,6 +34,8 @@ pytestmark = [
 SESSION = gpu_session.current or (Session(rehearse=False) if torch.cuda.is_available() else None)
 #: Seconds after which a check is stopped.
 GATE, SANITIZER, TESTS, BUILD, PLAN = 170.0, 150.0, 170.0, 200.0, 60.0
+#: As many checks run at once as there are processors: torch and its compiler are not to use all of them for each.
+FEW_THREADS = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 #: The exit code of compute-sanitizer when it has found errors.
 SANITIZER_ERRORS = 86
 #: What a run needs besides torch.
@@ -147,7 +149,8 @@ def running() -> Iterator[dict[str, Future[Ended | None]]]:
             built.result()
         if time.monotonic() >= session.checks_end:
             return None
-        return session.run(check.name, check.command, check.limit, session.checks_end, **check.environment)
+        environment = {**FEW_THREADS, **check.environment}
+        return session.run(check.name, check.command, check.limit, session.checks_end, **environment)
 
     made = build(session)
     built: Future[Ended | None] = pool.submit(run, made) if made is not None else pool.submit(lambda: None)
