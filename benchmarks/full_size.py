@@ -9,6 +9,7 @@ the most that their process held while they ran; what loading took besides is to
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -26,9 +27,10 @@ import yaml
 from torch import Tensor
 
 from benchmarks.tables import Table as Shown
-from benchmarks.tables import markdown, write_csv
+from benchmarks.tables import markdown
 from benchmarks.timing import provenance
 from diffpp_fast.networks.weight_files import DIFFUSERS, TRANSFORMERS
+from diffpp_fast.spreadsheet import cells
 from diffpp_fast.tensor_files import TensorWriter
 from diffpp_fast.terminal import say
 from diffpp_fast.training.planning import architectures
@@ -212,35 +214,35 @@ def work(config: str, overrides: Sequence[str], *, resume: bool) -> None:
 
 
 def report(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Write the rows as CSV, and as a table for readers."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    origin = provenance(torch.device("cpu"))
-    write_csv(out.with_suffix(".csv"), rows, columns, origin)
-    head = [
-        "model",
-        "pixels",
-        "LoRA",
-        "planned, GiB",
-        "held in steps, GiB",
-        "difference",
-        "while loading, GiB",
-        "a step and its checkpoint, s",
-    ]
+    """Write the rows as CSV, and as a table for readers; rows of other models that are there already stay."""
+    origin = provenance(torch.device("cpu"))._asdict()
+    measured = {row["model"]: {**row, **origin} for row in rows}
+    file = out.with_suffix(".csv")
+    if file.is_file():
+        with file.open(newline="", encoding="utf-8") as opened:
+            measured = {row["model"]: row for row in csv.DictReader(opened)} | measured
+    ordered = [measured[model] for model in MODELS if model in measured]
+    columns = list(dict.fromkeys(name for row in ordered for name in row))
+    with file.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(cells(row) for row in ordered)
+    head = ["model", "pixels", "planned, GiB", "held in steps, GiB", "difference", "loaded, GiB", "step, s", "commit"]
     body = [
         [
             row["model"],
             str(row["side"]),
-            f"rank {row['rank']}",
-            f"{row['planned'] / GIB:.2f}",
-            f"{row['measured'] / GIB:.2f}",
-            f"{row['difference']:+.0%}",
-            f"{max(row['first_loading'], row['second_loading']) / GIB:.2f}",
-            f"{row['second_seconds']:.0f}",
+            f"{float(row['planned']) / GIB:.2f}",
+            f"{float(row['measured']) / GIB:.2f}",
+            f"{float(row['difference']):+.0%}",
+            f"{max(float(row['first_loading']), float(row['second_loading'])) / GIB:.2f}",
+            f"{float(row['second_seconds']):.0f}",
+            f"{row['commit']}",
         ]
-        for row in rows
+        for row in ordered
     ]
-    table = markdown(Shown([head, *body]))
-    out.with_suffix(".md").write_text(f"{origin}\n{table}", encoding="utf-8")
+    said = "LoRA for both roles, bfloat16, one sample; a step with its checkpoint, on a machine with other work."
+    out.with_suffix(".md").write_text(f"{said}\n\n{markdown(Shown([head, *body]))}", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

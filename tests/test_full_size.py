@@ -31,6 +31,14 @@ def test_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = full_size.measure(tmp_path / "made", "sd15", 4)
     assert (row["first_step"], row["second_step"]) == (1, 2) and row["picture"]
     assert abs(row["difference"]) < full_size.ALLOWED
-    full_size.report([row], tmp_path / "table")
-    assert "| sd15 | 256 | rank 4 |" in (tmp_path / "table.md").read_text()
-    assert (tmp_path / "table.csv").read_text().count("\n") == 2
+    assert row["second_seconds"] > 0
+
+
+def test_a_model_that_is_measured_again_replaces_its_row_alone(tmp_path: Path) -> None:
+    numbers = {"planned": 2.0**31, "measured": 2.0**31, "difference": 0.0}
+    numbers |= {f"{name}_{key}": 1.0 for name in ("first", "second") for key in ("loading", "seconds")}
+    for model, difference in (("sdxl", 0.1), ("sd15", -0.05), ("sdxl", 0.2)):
+        full_size.report([{"model": model, "side": 256, **numbers, "difference": difference}], tmp_path / "table")
+    lines = (tmp_path / "table.md").read_text().splitlines()[-2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| sd15", "| sdxl"]
+    assert "| -5% |" in lines[0] and "| +20% |" in lines[1]

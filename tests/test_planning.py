@@ -622,3 +622,13 @@ def test_a_spread_reference_is_gathered_once_for_both_passes(small: PlannedRun) 
     assert run.reference_calls == 1
     assert changed(run, training__batched_passes=False).reference_calls == 2
     assert changed(by(small, "decoupled_dmd"), distributed__reference="shard").reference_calls == 2
+
+
+def test_adapters_that_share_the_reference_are_counted_with_blocks_computed_again(tmp_path: Path) -> None:
+    base = tiny.write_base(tmp_path, "stable_diffusion")
+    lora = ["models.generator.lora.rank=2", "models.fake.lora.rank=2"]
+    plans = [
+        make_plan(run_of(load_config(base, [*lora, f"training.activation_checkpointing={again}"])), GPUS["h100"])
+        for again in ("false", "true")
+    ]
+    assert plans[1].memory["fake"]["activations"] <= plans[0].memory["fake"]["activations"]

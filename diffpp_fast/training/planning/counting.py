@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -122,7 +122,8 @@ def count(config: Config, architectures: Architectures, *, low_weights: tuple[st
     low = config.precision == "bfloat16"
     with book.gpu.active(), book.ledger:
         book.begin("fake")
-        _backward(book, method.fake_loss(networks.batch()).loss, low)
+        with networks.as_fake():  # blocks that the backward pass computes again have the adapter of then
+            _backward(book, method.fake_loss(networks.batch()).loss, low)
         book.begin("generator")
         if method.normalizes_update and (config.training.micro_batch or 0) < config.training.global_batch:
             book.suffix = " for the normalizer"
@@ -458,6 +459,10 @@ class _MetaNetworks:
         self.text = [(on_meta(recipe), width) for recipe, width in architectures.text_encoders]
         rewards = config.rewards.optimised, config.rewards.held_out
         self.scorer, self.held_out = (None if reward is None else Scorer(towers_of(reward)) for reward in rewards)
+
+    def as_fake(self) -> AbstractContextManager[None]:
+        """Inside, the network that fake score and reference share computes as the fake score."""
+        return nullcontext() if self.adapters is None else self.adapters.active(ADAPTER)
 
     def batch(self) -> Batch:
         samples = self.config.training.micro_batch or self.config.training.global_batch
