@@ -245,7 +245,7 @@ def trained(
     return generator, Batch(torch.arange(first, first + 2**16), None, seed=1, shape=(size,))
 
 
-@pytest.mark.parametrize("gradient_step", ["last", "random"])
+@pytest.mark.parametrize("gradient_step", ["last", pytest.param("random", marks=pytest.mark.slow)])
 def test_two_calls_reach_the_optimum_of_a_gaussian(gradient_step: GradientStep) -> None:
     """The law that the losses see goes to N(m + reward_scale slope / c, S^2), c = E[sigma^2 / (alpha^2 S^2 + sigma^2)].
 

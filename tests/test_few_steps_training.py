@@ -44,9 +44,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Two steps, with micro-batches and the generator's samples shared."""
+    """One step, on samples that generator and teaching assistant share."""
     output = tmp_path_factory.mktemp("runs") / "whole"
-    config = load_config(project, [STEPS, *QUICK, f"output={output}", "method.share_samples=true"])
+    config = load_config(project, [STEPS, *QUICK, "training.steps=1", f"output={output}", "method.share_samples=true"])
     Trainer(config).run()
     return config
 
@@ -132,7 +132,9 @@ CASES = [
     ("stable_diffusion", {}, "{timesteps: [999, 749, 499, 249], input_scale: 1.0}"),
     ("stable_diffusion", {"prediction_type": "v_prediction"}, "{timesteps: [700, 1], renoise: ddim}"),
     ("pixart", {}, "{timesteps: [900, 400, 3], input_scale: sigma}"),
-    ("stable_diffusion_xl", {}, "{timesteps: [999, 400], input_scale: 1.0, renoise: ddim}"),
+    pytest.param(
+        "stable_diffusion_xl", {}, "{timesteps: [999, 400], input_scale: 1.0, renoise: ddim}", marks=pytest.mark.slow
+    ),
 ]
 
 
