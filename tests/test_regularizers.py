@@ -258,9 +258,6 @@ def test_what_a_run_can_not_do_is_refused(project: Path) -> None:
     assert "single call at the generator's time" in refusal(
         images, "models.generator.timestep=null", "models.generator.timesteps=[600, 300]"
     )
-    (project.parent / "lora.safetensors").touch()
-    kept = f"models.generator.initial_lora={{path: {project.parent}/lora.safetensors, keep: true}}"
-    assert "needs the initial generator beside" in refusal("method.regularizers={start: {weight: 1}}", kept)
     bare = ("models.decoder=null", "method.name=diff_instruct", "rewards={}", "training.grid_every=null")
     assert "models.decoder is missing: method.regularizers.images" in refusal(images, *bare)
     piecewise = "rewards.optimised.schedule={name: piecewise, points: [[5, 1], [5, 2]]}"
