@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from diffpp_fast import install
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks.conditioning import Conditioning
-from diffpp_fast.networks.decoder.frozen import BY_ROWS, STAGES
+from diffpp_fast.networks.decoder.checks import BY_ROWS
+from diffpp_fast.networks.decoder.frozen import STAGES
+from diffpp_fast.networks.decoder.latents import NORMED, PATCHED, channels_of
 from diffpp_fast.networks.inputs import FLOW, Inputs, inputs_of, is_pixart, wants_sizes, with_defaults
 from diffpp_fast.networks.loading import diffusers_class, is_file, load_schedule, local_folder, read_config
 from diffpp_fast.training.config import Config, Models, SizeConditions, TextEncoderSection
@@ -219,15 +221,14 @@ def _check_decoder(config: Config) -> None:
         raise ConfigurationError(
             f"models.decoder ({section.path}) is a {kind.__name__}; a decoder is one of {', '.join(STAGES)}"
         )
-    if section.rows is not None and kind.__name__ != BY_ROWS:
+    if section.rows is not None and kind.__name__ not in BY_ROWS:
         raise ConfigurationError(
-            f"models.decoder.rows is for {BY_ROWS}, and {section.path} is a {kind.__name__}, which keeps little: leave "
-            "it out"
+            f"models.decoder.rows is for {' and '.join(BY_ROWS)}, and {section.path} is a {kind.__name__}: leave it out"
         )
     facts = with_defaults(facts, kind)
     channels = config.models.latent_shape[0]
-    agree("models.decoder", "latent channels", facts["latent_channels"], "models.latent_shape", channels)
-    if not facts.get("scaling_factor"):
+    agree("models.decoder", "latent channels", channels_of(kind.__name__, facts), "models.latent_shape", channels)
+    if kind.__name__ not in (NORMED, PATCHED) and not facts.get("scaling_factor"):
         raise ConfigurationError(
             f"models.decoder ({section.path}): config.json has no scaling_factor, by which latents are "
             "divided: write the one that the network was trained with"
