@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffpp_fast.networks.conditioning import network_arguments
+from diffpp_fast.networks.families import family_of
 from diffpp_fast.networks.kept_text import keeps_text
 from diffpp_fast.networks.last_layer import widen_last_layer
 from diffpp_fast.networks.lora import Adapters, Part
@@ -20,7 +21,7 @@ class Denoiser(nn.Module):
 
     The prediction has the shape of x_t and is float32 (float64 of a float64 network), whatever the network computes in:
     its last layer is changed in place, see `last_layer`. Networks that also predict a variance (PixArt-alpha: 8
-    channels for 4) have it cut off.
+    channels for 4) have it cut off. Networks of `families` are called as their pipelines call them.
 
     Args:
         network: from diffusers; several denoisers may call one.
@@ -38,7 +39,10 @@ class Denoiser(nn.Module):
         adapter: str | None = None,
     ) -> None:
         super().__init__()
-        widen_last_layer(network)
+        self.family = family_of(network)
+        if self.family is not None:
+            self.family.prepare(network)
+        widen_last_layer(network, None if self.family is None else self.family.last_layer)
         self.network = network
         self.dtype = dtype
         self.adapters = adapters
@@ -80,5 +84,8 @@ class Denoiser(nn.Module):
         with role, precision:
             x = x_t if autocast_dtype(x_t.device) else x_t.to(next(self.network.parameters()).dtype)
             arguments = network_arguments(conditioning, whole=not keeps_text(self.network))
-            prediction = self.network(x, timestep=t, return_dict=False, **arguments)[0]
+            if self.family is None:
+                prediction = self.network(x, timestep=t, return_dict=False, **arguments)[0]
+            else:
+                prediction = self.family.call(self.network, x, t, arguments)
             return widen(prediction[:, : x_t.shape[1]])

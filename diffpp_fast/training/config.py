@@ -72,10 +72,10 @@ class WeightsSection(Folder):
 class TextEncoderSection(WeightsSection):
     #: Where the tokenizer is; null: with the model.
     tokenizer: str | None = None
-    #: Tokens per prompt; longer prompts are cut. null: 120 for PixArt's networks, else 77.
+    #: Tokens per prompt; longer prompts are cut. null: as the family's pipeline has it, 77 where there is none.
     max_length: Positive | None = None
     #: Networks do not attend to padding. null: false for CLIP, behind which all of Stable Diffusion was trained without
-    #: a mask, else true.
+    #: a mask, else true. Families that are called in a way of their own have no choice.
     mask_padding: bool | None = None
     #: Of the weights; "auto" is float32.
     dtype: Dtype = "auto"
@@ -150,8 +150,10 @@ class Models(Section):
     #: Which weights of the base, e.g. "fp16": the default of the sections that it fills in.
     variant: Variant | None = None
     text_encoder: TextEncoderSection
-    #: Stable Diffusion XL's second, with the pooled projection.
+    #: The second of Stable Diffusion XL and 3, with the pooled projection.
     text_encoder_2: TextEncoderSection | None = None
+    #: Stable Diffusion 3's third, T5; null: zeros in its place.
+    text_encoder_3: TextEncoderSection | None = None
     scheduler: Folder
     #: The frozen diffusion model that is distilled.
     reference: Reference

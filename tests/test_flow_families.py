@@ -1,0 +1,87 @@
+"""Families with files of their own: called and conditioned as diffusers' pipelines do it, trained, exported, drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from diffpp_fast.networks import Conditioning, load_denoiser
+from diffpp_fast.networks.families import FAMILIES
+from diffpp_fast.training import load_config
+from diffpp_fast.training.build.text import load_text
+
+#: By family: settings of the pipeline's call, and the names of its network's first arguments.
+FLOWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "z_image": ({}, ("x", "t", "cap_feats")),
+    "stable_diffusion_3": ({}, ("hidden_states",)),
+}
+#: Which guidance scale of ours the pipeline's is, and whether it puts the prompt before the empty one.
+FROM_ZERO, PROMPT_FIRST = {"z_image"}, {"z_image"}
+PROMPTS = ("A red apple", "a green frog and a yellow sun")
+SCALE = 3.0
+
+
+def guided_step(family: str, pipeline: Any, latents: torch.Tensor, sigma: float) -> tuple[dict[str, Any], Any, Any]:
+    """Return what the pipeline hands its network in one guided step, what that predicts, and the latents after it."""
+    extra, names = FLOWS[family]
+    calls: list[tuple[dict[str, Any], Any]] = []
+
+    def remember(module: Any, given: Any, named: dict[str, Any], output: Any) -> None:
+        calls.append(({**dict(zip(names, given, strict=False)), **named}, output[0]))
+
+    handle = pipeline.transformer.register_forward_hook(remember, with_kwargs=True)
+    pipeline.set_progress_bar_config(disable=True)
+    size = 2 * tiny.LATENT[1]
+    # The shift of the scheduler, undone.
+    asked = sigma / (pipeline.scheduler.config.shift * (1 - sigma) + sigma)
+    made = pipeline(
+        list(PROMPTS),
+        num_inference_steps=1,
+        sigmas=[asked],
+        guidance_scale=SCALE,
+        latents=latents,
+        height=size,
+        width=size,
+        output_type="latent",
+        **extra,
+    ).images
+    handle.remove()
+    (call,) = calls
+    return *call, made
+
+
+@pytest.mark.parametrize("family", FLOWS)
+def test_a_guided_step_is_the_pipelines(family: str, tmp_path: Path) -> None:
+    """What the network is handed, what it predicts, sign and time, text of two lengths, and guidance."""
+    config = load_config(tiny.write_base(tmp_path, family), ["models.latent_shape=[4, 8, 8]"])
+    latents = torch.randn(2, *tiny.LATENT)
+    call, expected, made = guided_step(family, tiny.pipeline(family), latents.clone(), 0.6)
+
+    encode, _ = load_text(config.models)
+    null, prompts = encode.null().expand(2), encode(PROMPTS)
+    order = [prompts, null] if family in PROMPT_FIRST else [null, prompts]
+    whole = {name: torch.cat([each.tensors[name] for each in order]) for name in prompts.tensors}
+    for name, tensor in whole.items():
+        if name in call:
+            torch.testing.assert_close(tensor.to(call[name].dtype), call[name])
+    denoiser = load_denoiser(config.models.reference.path).eval()
+    predictions = denoiser(torch.cat([latents, latents]), torch.full((4,), 600), Conditioning(("",) * 4, whole))
+    if isinstance(expected, list):  # Z-Image's, which predicts x0 - eps of samples with a frame's dimension
+        for place, text in enumerate(call["cap_feats"]):
+            mask = whole["encoder_attention_mask"][place].bool()
+            torch.testing.assert_close(whole["encoder_hidden_states"][place][mask], text)
+        expected = -torch.stack(expected).squeeze(2)
+    torch.testing.assert_close(predictions, expected, rtol=1e-4, atol=1e-5)
+    first, second = predictions.chunk(2)
+    cond, uncond = (first, second) if family in PROMPT_FIRST else (second, first)
+    assert (cond - uncond).abs().max() > 1e-4, "the conditioning does nothing"
+    scale = SCALE + 1 if family in FROM_ZERO else SCALE
+    torch.testing.assert_close(made, latents - 0.6 * (uncond + scale * (cond - uncond)), rtol=1e-4, atol=1e-4)
+
+
+def test_every_family_is_compared() -> None:
+    assert len(FAMILIES) == len(FLOWS)
