@@ -130,6 +130,7 @@ def _export(out: Path, arguments: argparse.Namespace, repository: HubRepository 
         warn_of_changed_base,
     )
     from diffpp_fast.training.exported import Exported, latents_scale
+    from diffpp_fast.training.family_call import family_call
     from diffpp_fast.training.model_card import CardFacts, Licence, read_evaluation
     from diffpp_fast.training.output import refuse_inputs
     from diffpp_fast.training.saved_config import load_saved_config, naming_moves
@@ -169,7 +170,8 @@ def _export(out: Path, arguments: argparse.Namespace, repository: HubRepository 
     scale = latents_scale(config.models.generator.input_scale)
     latents = "" if scale == 1.0 else f", latents={scale:g} * z"
     say(f"exported: {arguments.out}")
-    say(f"a call in diffusers: pipeline(prompt, num_inference_steps=1, guidance_scale=1.0{latents})")
+    call = family_call(config) or f"num_inference_steps=1, guidance_scale=1.0{latents}"
+    say(f"a call in diffusers: pipeline(prompt=prompt, {call})")
     if repository is not None:
         say(f"pushed: {repository.upload(out, f'Export of {weights.folder.name} by diffpp_fast')}")
     return 0

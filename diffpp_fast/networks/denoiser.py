@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffpp_fast.networks.conditioning import network_arguments
-from diffpp_fast.networks.families import family_of
+from diffpp_fast.networks.families import GUIDANCE, family_of
 from diffpp_fast.networks.kept_text import keeps_text
 from diffpp_fast.networks.last_layer import widen_last_layer
 from diffpp_fast.networks.lora import Adapters, Part
@@ -28,6 +28,7 @@ class Denoiser(nn.Module):
         dtype: what autocast computes in, whatever the weights are; None: as autocast is where it is called.
         adapters: of the network, where it has any.
         adapter: the name of the one that is computed with; None: none of them.
+        guidance: the guidance scale that a network with an embedding of it is told; None: as its pipeline has it.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Denoiser(nn.Module):
         dtype: torch.dtype | None = None,
         adapters: Adapters | None = None,
         adapter: str | None = None,
+        guidance: float | None = None,
     ) -> None:
         super().__init__()
         self.family = family_of(network)
@@ -47,6 +49,8 @@ class Denoiser(nn.Module):
         self.dtype = dtype
         self.adapters = adapters
         self.adapter = adapter
+        told = None if self.family is None else self.family.told(network.config)
+        self.guidance = told if told is None or guidance is None else guidance
 
     def joins(self, other: object) -> bool:
         """Whether a call of this role can predict as `other` for a part of its samples: an adapter on its weights."""
@@ -87,5 +91,15 @@ class Denoiser(nn.Module):
             if self.family is None:
                 prediction = self.network(x, timestep=t, return_dict=False, **arguments)[0]
             else:
+                arguments |= self._told(x_t, first)
                 prediction = self.family.call(self.network, x, t, arguments)
             return widen(prediction[:, : x_t.shape[1]])
+
+    def _told(self, x_t: torch.Tensor, first: tuple[Denoiser, int] | None) -> dict[str, torch.Tensor]:
+        """Return the guidance scale of each sample, for a network that is told one."""
+        if self.guidance is None:
+            return {}
+        scales = x_t.new_full((len(x_t),), self.guidance, dtype=torch.float32)
+        if first is not None and first[0].guidance is not None:
+            scales[: first[1]] = first[0].guidance
+        return {GUIDANCE: scales}

@@ -7,6 +7,7 @@ from typing import Any
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks.families import FAMILIES, family_named
+from diffpp_fast.networks.inputs import inputs_of
 from diffpp_fast.networks.loading import read_config
 
 #: The pipelines whose networks are conditioned as diffpp_fast does it.
@@ -98,11 +99,17 @@ def _latent_shape(reference: str, file: Path) -> list[int]:
     family = family_named(config.get("_class_name"))
     size = config.get("sample_size", None if family is None else family.sample_size)
     height, width = (size, size) if isinstance(size, int) else size or (None, None)
-    if height is None or config.get("in_channels") is None:
+    channels = config.get("in_channels")
+    if family is not None:
+        try:
+            channels = inputs_of(config, reference).channels
+        except ValueError as error:
+            raise ConfigurationError(f"{file}: models.reference: {error}") from error
+    if height is None or channels is None:
         raise ConfigurationError(
             f"{file}: the key models.latent_shape is missing, and {reference}/config.json names no sample_size"
         )
-    return [config["in_channels"], height, width]
+    return [channels, height, width]
 
 
 def _read(path: str, name: str, key: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ Positive = Annotated[int, Field(gt=0, lt=LIMIT)]
 NotNegative = Annotated[int, Field(ge=0, lt=LIMIT)]
 #: Far above, OpenMP ends the process without a word.
 Threads = Annotated[int, Field(gt=0, le=4096)]
+GuidanceEmbedding = Annotated[float, Field(ge=0)] | None
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 Variant = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
@@ -90,6 +91,8 @@ class Reference(Frozen):
     #: Its weights in 8 or 4 bits, also for roles that train adapters on them: `diffpp_fast.networks.quantize`. null: as
     #: `dtype` says.
     quantization: Literal["int8", "nf4", "float8"] | None = None
+    #: The guidance scale that a network with an embedding of it is told (FLUX.1-dev); null: as the pipeline has it.
+    guidance_embedding: GuidanceEmbedding = None
 
 
 class Lora(Section):
@@ -114,6 +117,8 @@ class Fake(Section):
     state_dict: Text | None = None
     #: null: all weights are trained.
     lora: Lora | None = None
+    #: The guidance scale that a network with an embedding of it is told, as `reference.guidance_embedding`.
+    guidance_embedding: GuidanceEmbedding = None
 
 
 class Generator(Fake):

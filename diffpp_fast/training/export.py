@@ -18,6 +18,7 @@ from diffpp_fast.training.config import Config
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.exported import Exported, copy_parts, one_step_scheduler, pipeline_files, refuse_overflow
 from diffpp_fast.training.extraction import Extraction, Extractor
+from diffpp_fast.training.family_call import family_scheduler
 from diffpp_fast.training.inputs import warn_of_changed_inputs
 from diffpp_fast.training.model_card import NOTHING_SAID, CardFacts, write_card
 from diffpp_fast.training.output import CALL, added_files
@@ -264,7 +265,7 @@ def _write_schedulers(folder: Path, config: Config) -> str | None:
     scheduler = load_scheduler(config.models.scheduler.path)
     write_json(folder / "scheduler_config.json", _scheduler_config(scheduler))
     _write_call(folder, config)
-    if not hasattr(scheduler, "betas"):
+    if not hasattr(scheduler, "betas") and family_scheduler(config) is None:
         return None
     one_step = _one_step_scheduler(config)
     one_step.save_pretrained(folder / "scheduler")
@@ -281,6 +282,9 @@ def _scheduler_config(scheduler: Any) -> dict[str, Any]:
 
 
 def _one_step_scheduler(config: Config) -> Any:
+    of_family = family_scheduler(config)
+    if of_family is not None:
+        return of_family
     call = config.models.generator
     return one_step_scheduler(load_scheduler(config.models.scheduler.path), call.timestep, call.input_scale)
 

@@ -20,6 +20,7 @@ from diffpp_fast.training.callbacks import read_sessions
 from diffpp_fast.training.checkpoint import SavedGenerator, read_scores
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.extraction import Extraction
+from diffpp_fast.training.family_call import family_call
 from diffpp_fast.training.output import CARD
 from diffpp_fast.training.state import read_record
 
@@ -235,6 +236,7 @@ def _use(
         return f"{said} No scheduler of diffusers makes that step: use `diffpp_fast.networks.OneStepGenerator`."
     if kind == "comfyui" and not target.loadable:
         return said
+    of_family = family_call(config)
     latents = "" if call.input_scale in ("sigma", 1.0) else f", latents={call.input_scale:g} * z"
     lines = [
         "from diffusers import DiffusionPipeline" + ("" if form == "pipeline" else f", {scheduler}"),
@@ -247,7 +249,9 @@ def _use(
             if form == "pipeline"
             else [f'pipeline.scheduler = {scheduler}.from_pretrained(FOLDER, subfolder="scheduler")']
         ),
-        f"image = pipeline(PROMPT, num_inference_steps=1, guidance_scale=1.0{latents}).images[0]",
+        f"image = pipeline(prompt=PROMPT, {of_family}).images[0]"
+        if of_family is not None
+        else f"image = pipeline(PROMPT, num_inference_steps=1, guidance_scale=1.0{latents}).images[0]",
     ]
     code = "\n".join(lines).replace('"FOLDER"', "FOLDER")
     return f"{said} In diffusers, FOLDER being where these files are:\n\n```python\n{code}\n```"

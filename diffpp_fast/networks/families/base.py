@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from diffpp_fast.networks.conditioning import TEXT, TEXT_MASK, Conditioning
+from diffpp_fast.networks.tokens import tokenize
 
 #: The argument for pooled text, by the name that flow transformers of diffusers have for it.
 POOLED = "pooled_projections"
+#: The argument for the guidance scale that a network is told, where it was distilled from guided predictions.
+GUIDANCE = "guidance"
 
 
 class Inputs(NamedTuple):
@@ -66,6 +69,8 @@ class Family(ABC):
         masked: networks are given a mask of text.
         times: of the schedule that a call takes for granted; None: any number.
         sample_size: height and width of latents where a network's `config.json` has none.
+        guidance: the guidance scale that networks with an embedding of it are told where nothing else is said, as by
+            the pipeline; None: no network of the family has one.
         last_layer: the path of the layer that predicts; None: where `last_layer` finds it.
     """
 
@@ -76,6 +81,7 @@ class Family(ABC):
     masked: bool = False
     times: int | None = None
     sample_size: int | None = None
+    guidance: float | None = None
     last_layer: str | None = None
 
     @abstractmethod
@@ -105,6 +111,18 @@ class Family(ABC):
     def tokens(self, lengths: Sequence[int]) -> int:
         """Return how many hidden states a prompt has, of the tokens that each encoder gets."""
         return lengths[0]
+
+    def told(self, facts: Any) -> float | None:
+        """Return the guidance scale that a network is told where nothing else is said; None: it is told none."""
+        return self.guidance if facts.get("guidance_embeds") else None
+
+    def unguided(self, told: float | None) -> str:
+        """Return the arguments, as code, with which a pipeline's call predicts once a step, with the prompt alone.
+
+        Args:
+            told: the guidance scale that the network is told; None: none.
+        """
+        return "guidance_scale=1.0"
 
     def prepare(self, network: nn.Module) -> None:  # noqa: B027 - most change nothing
         """Change a network in place, so that it is called with tensors [B, ...] alone; repeated, nothing happens."""
@@ -158,6 +176,12 @@ class FamilyText(nn.Module):
             empty: they are what guidance leads away from, for families that encode it in another way.
         """
         raise NotImplementedError
+
+    def ids(self, number: int, prompts: list[str]) -> Tensor:
+        """Return the tokens of prompts for the encoder of this number, where that is."""
+        found = tokenize(self.tokenizers[number], prompts, self.lengths[number])
+        ids: Tensor = found["input_ids"].to(device_of(self.models[number]))
+        return ids
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> Conditioning:

@@ -15,8 +15,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from diffpp_fast.networks.conditioning import TEXT
-from diffpp_fast.networks.families.base import POOLED, EncoderKind, Family, FamilyText, Inputs, device_of
-from diffpp_fast.networks.tokens import tokenize
+from diffpp_fast.networks.families.base import POOLED, EncoderKind, Family, FamilyText, Inputs
 
 #: Tokens of T5 where the pipeline is told nothing else.
 T5_LENGTH = 256
@@ -70,18 +69,13 @@ class _Text(FamilyText):
     def encode(self, prompts: list[str], *, empty: bool = False) -> dict[str, Any]:
         hidden, pooled = [], []
         for number in range(2):
-            output = self.models[number](input_ids=self._ids(number, prompts), output_hidden_states=True)
+            output = self.models[number](input_ids=self.ids(number, prompts), output_hidden_states=True)
             hidden.append(output.hidden_states[-2].float())
             pooled.append(output.text_embeds.float())
         states = torch.cat(hidden, dim=-1)
         if len(self.models) > 2:
-            third = self.models[2](input_ids=self._ids(2, prompts)).last_hidden_state.float()
+            third = self.models[2](input_ids=self.ids(2, prompts)).last_hidden_state.float()
         else:
             third = states.new_zeros(len(prompts), T5_LENGTH, self.width)
         states = pad(states, (0, third.shape[-1] - states.shape[-1]))
         return {TEXT: torch.cat([states, third], dim=1), POOLED: torch.cat(pooled, dim=-1)}
-
-    def _ids(self, number: int, prompts: list[str]) -> torch.Tensor:
-        found = tokenize(self.tokenizers[number], prompts, self.lengths[number])
-        ids: torch.Tensor = found["input_ids"].to(device_of(self.models[number]))
-        return ids

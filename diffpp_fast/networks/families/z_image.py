@@ -72,6 +72,9 @@ class ZImage(Family):
         assert config is not None
         return config.hidden_size, None
 
+    def unguided(self, told: float | None) -> str:
+        return "guidance_scale=0.0"
+
     def prepare(self, network: nn.Module) -> None:
         kind: Any = type(network)
         if not issubclass(kind, _Batched):

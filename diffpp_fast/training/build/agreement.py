@@ -79,6 +79,7 @@ def refuse_misfits(config: Config, text: TextFacts | None = None) -> None:
     """
     models = config.models
     inputs = refuse_denoisers(config)
+    _refuse_idle_guidance(models)
     if models.size_conditions != SizeConditions() and not _is_told_sizes(models):
         raise ConfigurationError(
             f"models.size_conditions has no effect: the network in models.reference ({models.reference.path}) is not "
@@ -170,6 +171,21 @@ def refuse_denoisers(config: Config) -> dict[str, Inputs]:
                     "other does not"
                 )
     return inputs
+
+
+def _refuse_idle_guidance(models: Models) -> None:
+    """Raise ConfigurationError for a guidance scale that no network is told."""
+    for role in ("generator", "fake", "reference"):
+        section = getattr(models, role)
+        stored = models.reference.path if section.path is None or is_file(section.path) else section.path
+        facts = facts_of(f"models.{role}", stored)
+        family = family_named(facts["_class_name"])
+        whole = with_defaults(facts, diffusers_class(facts, stored, "ModelMixin"))
+        if section.guidance_embedding is not None and (family is None or family.told(whole) is None):
+            raise ConfigurationError(
+                f"models.{role}.guidance_embedding has no effect: the network ({stored}) has no embedding of a "
+                "guidance scale, as FLUX.1-dev's has. Classifier-free guidance is method.guidance_scale"
+            )
 
 
 def takes_two_encoders(models: Models, facts: Mapping[str, Any]) -> bool:
@@ -354,7 +370,8 @@ def _family_text_facts(family: Family, models: Models, facts: Mapping[str, Any])
         _check_length(key, section, found.model_type, settings, section.max_length or kind.length)
         configs.append(settings)
     whole = with_defaults(facts, diffusers_class(facts, models.reference.path, "ModelMixin"))
-    return TextFacts(*family.text_widths(configs, whole))
+    with naming(TEXT_KEYS[0], models.text_encoder.path):
+        return TextFacts(*family.text_widths(configs, whole))
 
 
 def _check_length(key: str, section: TextEncoderSection, model_type: str, settings: Any, length: int) -> None:

@@ -239,7 +239,8 @@ class Networks:
     def reference(self) -> nn.Module:
         """(x_t, t, conditioning) -> prediction: the frozen diffusion model."""
         denoiser, adapters = self._backbone(stored_weights(self.config.models, "reference"))
-        return Denoiser(denoiser.network, dtype=autocast_to(self._frozen_dtype), adapters=adapters)
+        guidance = self.config.models.reference.guidance_embedding
+        return Denoiser(denoiser.network, dtype=autocast_to(self._frozen_dtype), adapters=adapters, guidance=guidance)
 
     def freeze_reference(self) -> None:
         """Make the reference keep nothing for its weights when it is differentiated by its input.
@@ -291,7 +292,8 @@ class Networks:
         denoiser.network.requires_grad_(True)
         dtype = compute_dtype("auto", self.config)
         parameters = dict(denoiser.network.named_parameters())
-        return Trained(role, denoiser.network, parameters, Denoiser(denoiser.network, dtype=autocast_to(dtype)))
+        denoise = Denoiser(denoiser.network, dtype=autocast_to(dtype), guidance=section.guidance_embedding)
+        return Trained(role, denoiser.network, parameters, denoise)
 
     def _adapted(self, role: str, stored: Stored, lora: Lora) -> Trained:
         denoiser, adapters = self._backbone(stored)
@@ -305,7 +307,8 @@ class Networks:
                 stream=STREAMS[role],
             )
         network, dtype = denoiser.network, autocast_to(self._frozen_dtype)
-        denoise = Denoiser(network, dtype=dtype, adapters=adapters, adapter=role)
+        guidance = getattr(self.config.models, role).guidance_embedding
+        denoise = Denoiser(network, dtype=dtype, adapters=adapters, adapter=role, guidance=guidance)
         return Trained(role, denoiser.network, parameters, denoise, adapters)
 
     @property

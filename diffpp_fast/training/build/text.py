@@ -12,6 +12,7 @@ from torch import nn
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks import Conditioning, DualTextEncoder, TextEncoder
+from diffpp_fast.networks.decoder.latents import pixels_of
 from diffpp_fast.networks.families import Family, FamilyText, family_named
 from diffpp_fast.networks.inputs import is_pixart, wants_sizes, with_defaults
 from diffpp_fast.networks.loading import diffusers_class, read_config
@@ -193,8 +194,8 @@ def _picture_size(models: config.Models) -> tuple[int, int]:
     scale = 8
     if models.decoder is not None:
         facts = facts_of("models.decoder", models.decoder.path)
-        blocks = facts.get("block_out_channels") or facts.get("decoder_block_out_channels")
-        scale = 2 ** (len(blocks) - 1) if blocks else scale
+        kind = diffusers_class(facts, models.decoder.path, "ModelMixin")
+        scale = pixels_of(kind.__name__, with_defaults(facts, kind))
     _, height, width = models.latent_shape
     return scale * height, scale * width
 

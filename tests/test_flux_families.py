@@ -1,0 +1,195 @@
+"""FLUX.1, FLUX.2 klein and Qwen-Image: called, conditioned and decoded as diffusers' pipelines do it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_flux
+import torch
+
+from diffpp_fast.cli.main import main
+from diffpp_fast.networks.families.packing import unpack
+from diffpp_fast.training import ConfigurationError, Trainer, load_config
+from diffpp_fast.training.build import build_sampler
+from diffpp_fast.training.build.text import load_text
+from diffpp_fast.training.export import find_weights, load_sampler
+from diffpp_fast.training.family_call import family_call
+
+CPU = torch.device("cpu")
+#: By case: the family, settings of its network, and of a guided call of its pipeline.
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "flux": ("flux", {}, {"true_cfg_scale": 3.0, "negative_prompt": ["", ""], "max_sequence_length": 24}),
+    "flux_guided": (
+        "flux",
+        {"guidance_embeds": True},
+        {"true_cfg_scale": 3.0, "negative_prompt": ["", ""], "max_sequence_length": 24, "guidance_scale": 2.5},
+    ),
+    "flux_2": ("flux_2", {}, {"guidance_scale": 3.0, "max_sequence_length": 64}),
+    "qwen_image": ("qwen_image", {}, {"true_cfg_scale": 3.0, "negative_prompt": ["", ""]}),
+}
+PROMPTS = ("A red Apple", "a green frog and a yellow sun")
+LENGTHS = {"flux": ("models.text_encoder_2.max_length=24",), "flux_2": ("models.text_encoder.max_length=64",)}
+SIGMA = 0.6
+
+
+def guided_step(pipeline: Any, latents: torch.Tensor, **extra: Any) -> tuple[list[dict[str, Any]], list[Any], Any]:
+    """Return what the pipeline hands its network in one guided step, what that predicts, and the picture after it."""
+    calls, predictions = [], []
+
+    def remember(module: Any, given: Any, named: dict[str, Any], output: Any) -> None:
+        calls.append(named)
+        predictions.append(output[0])
+
+    handle = pipeline.transformer.register_forward_hook(remember, with_kwargs=True)
+    pipeline.set_progress_bar_config(disable=True)
+    pixels = tiny_flux.PIXELS
+    made = pipeline(
+        prompt=list(PROMPTS), num_inference_steps=1, sigmas=[SIGMA], height=pixels, width=pixels, output_type="pt",
+        latents=latents, **extra,
+    ).images  # fmt: skip
+    handle.remove()
+    return calls, predictions, made
+
+
+def packed(family: str, latents: torch.Tensor) -> torch.Tensor:
+    """Latents as the pipeline takes them."""
+    from diffusers import FluxPipeline
+
+    return latents if family == "flux_2" else FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_guided_step_is_the_pipelines(case: str, tmp_path: Path) -> None:
+    """Inputs and output of the network, sign and time, text of two lengths, guidance, and the picture."""
+    family, changes, extra = CASES[case]
+    guidance = ["models.generator.guidance_embedding=2.5"] if changes else []
+    config = load_config(tiny_flux.write_base(tmp_path, family, **changes), [*LENGTHS.get(family, ()), *guidance])
+    assert config.models.latent_shape == tiny_flux.LATENTS[family]
+    latents = torch.randn(2, *tiny_flux.LATENTS[family])
+    pipeline = tiny_flux.pipeline(family, **changes)
+    calls, expected, made = guided_step(pipeline, packed(family, latents), **extra)
+
+    sampler = build_sampler(config, CPU)
+    handed: list[dict[str, Any]] = []
+    denoise: Any = sampler.trained.denoise
+    denoise.network.register_forward_pre_hook(lambda _, given, named: handed.append(named), with_kwargs=True)
+    encode, _ = load_text(config.models)
+    t = torch.full((2,), round(1000 * SIGMA))
+    predictions = [denoise(latents, t, each) for each in (encode(PROMPTS), encode.null().expand(2))]
+    for call, ours, prediction, theirs in zip(calls, handed, predictions, expected, strict=True):
+        assert_handed(ours, call)
+        torch.testing.assert_close(packed_prediction(family, prediction), theirs, rtol=1e-4, atol=1e-5)
+    cond, uncond = predictions
+    assert (cond - uncond).abs().max() > 1e-4, "the conditioning does nothing"
+    guided = uncond + 3.0 * (cond - uncond)
+    if family == "qwen_image":  # its pipeline goes on to the norm of the output with the prompt, token by token
+        tokens = packed(family, guided)
+        norms = [each.norm(dim=-1, keepdim=True) for each in (packed(family, cond), tokens)]
+        guided = unpack(tokens * (norms[0] / norms[1]), *latents.shape[2:])
+    assert sampler.decoder is not None
+    picture = (sampler.decoder(latents - SIGMA * guided) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(picture, made, rtol=1e-4, atol=1e-4)
+
+
+def assert_handed(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Compare what a network is handed with what the pipeline hands it, which pads text less."""
+    given = {name for name, value in theirs.items() if value is not None}
+    assert given <= {*ours, "joint_attention_kwargs", "attention_kwargs"}
+    words = theirs["encoder_hidden_states"].shape[1]
+    for name, value in ours.items():
+        if name == "encoder_hidden_states_mask":
+            mask = torch.ones(len(value), words) if theirs[name] is None else theirs[name]
+            assert torch.equal(value[:, :words].float(), mask.float()) and not value[:, words:].any()
+        elif not isinstance(value, torch.Tensor):
+            assert value == theirs[name]
+        elif name.endswith("_ids"):
+            torch.testing.assert_close(value, (theirs[name] if theirs[name].dim() == 2 else theirs[name][0]).float())
+        elif name == "encoder_hidden_states":
+            torch.testing.assert_close(value[:, :words], theirs[name])
+        else:
+            torch.testing.assert_close(value, theirs[name])
+
+
+def packed_prediction(family: str, prediction: torch.Tensor) -> torch.Tensor:
+    return prediction.flatten(2).transpose(1, 2) if family == "flux_2" else packed(family, prediction)
+
+
+def test_a_role_may_be_told_a_guidance_scale_of_its_own(tmp_path: Path) -> None:
+    from diffpp_fast.networks.denoiser import Denoiser
+    from diffpp_fast.networks.lora import Adapters
+
+    network = tiny_flux.pipeline("flux", guidance_embeds=True).transformer
+    adapters = Adapters(network)
+    adapters.add("fake", rank=2, alpha=2, targets=["to_q"], seed=0, stream=0)
+    handed: list[torch.Tensor] = []
+    network.register_forward_pre_hook(lambda _, given, named: handed.append(named["guidance"]), with_kwargs=True)
+    x, t = torch.randn(3, *tiny_flux.LATENTS["flux"]), torch.full((3,), 500)
+    text = {"encoder_hidden_states": torch.randn(3, 5, 16), "pooled_projections": torch.randn(3, 16)}
+    reference = Denoiser(network, adapters=adapters)
+    fake = Denoiser(network, adapters=adapters, adapter="fake", guidance=1.0)
+    reference(x, t, text), fake(x, t, text), reference(x, t, text, first=(fake, 1))
+    assert [each.tolist() for each in handed] == [[3.5] * 3, [1.0] * 3, [1.0, 3.5, 3.5]]
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "a guidance scale that is not told": (
+        "flux", {}, "models.fake.guidance_embedding=2", "models.fake.guidance_embedding has no effect",
+    ),
+    "a picture beside the latents": (
+        "flux", {"in_channels": 24, "out_channels": 16}, "seed=1", "also takes a picture",
+    ),
+    "another guidance": ("qwen_image", {"zero_cond_t": True}, "seed=1", "zero_cond_t=True takes pictures"),
+    "an odd side": ("flux", {}, "models.latent_shape=[4, 8, 7]", "cuts latents into patches of 2"),
+    "one encoder too few": ("flux", {}, "models.text_encoder_2=null", "FLUX.1: it needs models.text_encoder_2"),
+    "rows": ("qwen_image", {}, "models.decoder.rows=2", "models.decoder.rows is for AutoencoderKL"),
+    "latents of another autoencoder": ("flux_2", {}, "models.latent_shape=[4, 4, 4]", "input channels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused(case: str, tmp_path: Path) -> None:
+    family, changes, override, said = REFUSED[case]
+    config = tiny_flux.write_base(tmp_path, family, **changes)
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        build_sampler(load_config(config, [override]), CPU)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("family", tiny_flux.LATENTS)
+def test_a_run_resumes_is_exported_and_drawn(family: str, lora: bool, tmp_path: Path) -> None:
+    """Two steps with guidance and a reward; the pipeline that comes out makes the generator's pictures."""
+    from diffusers import DiffusionPipeline
+
+    changes = {"guidance_embeds": True} if family == "flux" else {}
+    file = tiny_flux.write_base(tmp_path, family, **changes)
+    adapters = ["models.generator.lora.rank=2", "models.fake.lora.rank=2", "training.activation_checkpointing=true"]
+    overrides = [*LENGTHS.get(family, ()), *(adapters if lora else ()), "models.generator.timestep=600"]
+    whole = Trainer(load_config(file, [f"output={tmp_path / 'whole'}", *overrides]))
+    assert whole.run().step == 2
+    parts = [f"output={tmp_path / 'parts'}", *overrides]
+    Trainer(load_config(file, [*parts, "training.steps=1"])).run()
+    resumed = Trainer(load_config(file, parts), resume="latest")
+    assert resumed.run().step == 2
+    for name, weight in whole.generator.parameters.items():
+        assert torch.equal(weight, resumed.generator.parameters[name]), name
+
+    run = str(tmp_path / "whole")
+    assert main(["sample", "--run", run, "a red apple", "--out", str(tmp_path / "apple.png")]) == 0
+    assert main(["export", run, "--pipeline", "--out", str(tmp_path / "pipeline")]) == 0
+    config, sampler = load_sampler(find_weights(tmp_path / "whole"), CPU)
+    z = torch.randn(1, *tiny_flux.LATENTS[family])
+    with torch.no_grad():
+        expected = sampler.decoder(sampler.generator(z, sampler.encode(["a red apple"])))  # type: ignore[misc]
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    call = family_call(config)
+    assert call is not None and call in (tmp_path / "pipeline" / "README.md").read_text()
+    given = eval(f"dict({call})", {"z": packed(family, z)})
+    more = {"height": tiny_flux.PIXELS, "width": tiny_flux.PIXELS, "output_type": "pt"}
+    more |= {} if family == "qwen_image" else {"max_sequence_length": 24 if family == "flux" else 64}
+    made = pipeline(prompt="a red apple", **given, **more).images
+    torch.testing.assert_close(made, (expected / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
