@@ -71,9 +71,10 @@ SIZES: dict[str, tuple[str, dict[str, dict[str, Any]], int]] = {
 }  # fmt: skip
 
 
-def write_base(folder: Path, family: str) -> Path:
-    """A pipeline's folder with configurations alone."""
+def write_base(folder: Path, family: str, **changes: Any) -> Path:
+    """A pipeline's folder with configurations alone; `changes` are those of the network's."""
     pipeline, parts, _ = SIZES[family]
+    parts = {**parts, "transformer": {**parts["transformer"], **changes}}
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": True}
     parts = {**parts, "scheduler": {**scheduler, "num_train_timesteps": 1000}}
     for number in ("", "_2"):

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
+import flux_sizes
 import pytest
 import tiny_flux
 import torch
 
 from diffpp_fast.cli.main import main
 from diffpp_fast.networks.families.packing import unpack
+from diffpp_fast.networks.loading import build_network, read_config
 from diffpp_fast.training import ConfigurationError, Trainer, load_config
 from diffpp_fast.training.build import build_sampler
+from diffpp_fast.training.build.agreement import refuse_misfits
 from diffpp_fast.training.build.text import load_text
 from diffpp_fast.training.export import find_weights, load_sampler
 from diffpp_fast.training.family_call import family_call
+from diffpp_fast.training.planning import GPUS, make_plan, run_of
 
 CPU = torch.device("cpu")
 #: By case: the family, settings of its network, and of a guided call of its pipeline.
@@ -193,3 +198,47 @@ def test_a_run_resumes_is_exported_and_drawn(family: str, lora: bool, tmp_path: 
     more |= {} if family == "qwen_image" else {"max_sequence_length": 24 if family == "flux" else 64}
     made = pipeline(prompt="a red apple", **given, **more).images
     torch.testing.assert_close(made, (expected / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
+
+
+#: The ready configurations, by family.
+READY = {"flux": "flux", "flux_2": "flux2_klein", "qwen_image": "qwen_image"}
+
+
+def true_size(family: str, folder: Path) -> tuple[Path, list[str]]:
+    """The ready configuration of a family, and what puts it on a pipeline of the true size without weights."""
+    base = flux_sizes.write_base(folder / "base", family)
+    (folder / "prompts.txt").write_text("a red apple\n")
+    file = Path(__file__).parents[1] / "examples" / "configs" / f"{READY[family]}.yaml"
+    changes = [f"models.base={base}", f"prompts.path={folder / 'prompts.txt'}", f"output={folder / 'run'}"]
+    if family != "qwen_image":  # its generator has a repository of its own
+        other = flux_sizes.write_base(folder / "generator", family, guidance_embeds=False)
+        changes.append(f"models.generator.path={other / 'transformer'}")
+    return file, changes
+
+
+@pytest.mark.parametrize("family", READY)
+def test_a_ready_configuration_loads_at_the_true_size(family: str, tmp_path: Path) -> None:
+    file, changes = true_size(family, tmp_path)
+    config = load_config(file, changes)
+    facts = read_config(config.models.reference.path)
+    with torch.device("meta"):
+        network = build_network(facts, family)
+    assert sum(weight.numel() for weight in network.parameters()) == flux_sizes.SIZES[family][2]
+    assert config.models.latent_shape == ((128, 64, 64) if family == "flux_2" else (16, 128, 128))
+    elements = math.prod(config.models.latent_shape)
+    assert (config.optimizers.generator.clip, config.optimizers.fake.clip) == (10 * elements, 10)
+    refuse_misfits(config)
+    lines = [line for line in file.read_text().splitlines() if ": " in line and not line.lstrip().startswith("#")]
+    for section in ("guidance_scale", "weighting", "t_range", "fake_rounds", "generator: {lr", "fake: {lr"):
+        assert all("#" in line for line in lines if line.strip().startswith(section)), section
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", READY)
+def test_a_ready_configuration_is_planned_and_fits(family: str, tmp_path: Path) -> None:
+    file, changes = true_size(family, tmp_path)
+    assert main(["train", str(file), "--dry-run", *changes]) in (0, 1)  # 1: it does not fit one GPU
+    (tmp_path / "embeddings").mkdir()
+    run = run_of(load_config(file, [*changes, f"prompts.embeddings={tmp_path / 'embeddings'}"]), 8)
+    plan = make_plan(run, GPUS["a100-80"])
+    assert plan.spare > 0, f"{family} lacks {-plan.spare / 2**30:.1f} GiB"

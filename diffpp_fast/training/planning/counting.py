@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -120,7 +120,9 @@ def count(config: Config, architectures: Architectures, *, low_weights: tuple[st
     low = config.precision == "bfloat16"
     with book.gpu.active(), book.ledger:
         book.begin("fake")
-        _backward(book, method.fake_loss(networks.batch()).loss, low)
+        # Blocks that are computed again in it are the fake score's then, too.
+        with nullcontext() if networks.adapters is None else networks.adapters.active(ADAPTER):
+            _backward(book, method.fake_loss(networks.batch()).loss, low)
         book.begin("generator")
         if method.normalizes_update and (config.training.micro_batch or 0) < config.training.global_batch:
             book.suffix = " for the normalizer"
@@ -430,7 +432,7 @@ class _Book:
             return result
 
         if isinstance(call, Denoiser):
-            for name in ("adapters", "adapter", "dtype", "joins"):
+            for name in ("adapters", "adapter", "dtype", "guidance", "joins"):
                 setattr(called, name, getattr(call, name))
         return called
 
