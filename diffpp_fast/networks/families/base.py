@@ -66,6 +66,7 @@ class Family(ABC):
         masked: networks are given a mask of text.
         times: of the schedule that a call takes for granted; None: any number.
         sample_size: height and width of latents where a network's `config.json` has none.
+        unguided: the arguments of a pipeline's call without guidance.
         last_layer: the path of the layer that predicts; None: where `last_layer` finds it.
     """
 
@@ -76,6 +77,7 @@ class Family(ABC):
     masked: bool = False
     times: int | None = None
     sample_size: int | None = None
+    unguided: str = "guidance_scale=1.0"
     last_layer: str | None = None
 
     @abstractmethod

@@ -40,6 +40,7 @@ class ZImage(Family):
     masked = True
     times = TIMES
     sample_size = 128
+    unguided = "guidance_scale=0.0"
     last_layer = f"all_final_layer.{PATCH}-1.linear"
 
     def inputs(self, facts: Mapping[str, Any]) -> Inputs:
