@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from diffpp_fast.networks import Conditioning, load_denoiser
+from diffpp_fast.networks import Conditioning, Denoiser, freeze, freezing_report, fusion_report, load_denoiser
 from diffpp_fast.networks.families import FAMILIES
 from diffpp_fast.tensor_files import read_tensors
 from diffpp_fast.training import Config, Trainer, load_config
@@ -146,3 +146,27 @@ def test_trained_resumed_exported_and_drawn(bases: dict[str, Path], family: str,
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
     drawn = pipeline("a red apple", **arguments, output_type="pt").images
     torch.testing.assert_close(drawn, (images / 2 + 0.5).clamp(0, 1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["z_image", "sd3"])
+def test_a_frozen_network_has_the_gradient_that_it_had(kind: str) -> None:
+    """`fuse` says what it leaves, and `freeze` computes blocks again."""
+    networks = [getattr(tiny, kind)().eval() for _ in range(2)]
+    denoisers = [Denoiser(network) for network in networks]
+    freeze(networks[1], recompute="blocks")
+    blocks = [row for row in freezing_report(networks[1]) if row.kind.endswith("TransformerBlock")]
+    assert blocks and all(row.frozen for row in blocks)
+    left = [row for row in fusion_report(networks[1]) if row.kind.endswith("TransformerBlock") and not row.fused]
+    assert (kind != "z_image") == (not left) and all(row.reason for row in left)
+    width = tiny.TEXT_WIDTH
+    text = {"encoder_hidden_states": torch.randn(2, 40, width), "encoder_attention_mask": torch.ones(2, 40).long()}
+    if kind == "sd3":
+        text = {"encoder_hidden_states": torch.randn(2, 5, width), "pooled_projections": torch.randn(2, 8)}
+    x, direction = torch.randn(2, *tiny.LATENT), torch.randn(2, *tiny.LATENT)
+    gradients = []
+    for denoise in denoisers:
+        leaf = x.clone().requires_grad_()
+        gradients.append(
+            torch.autograd.grad((denoise(leaf, torch.tensor([300, 700]), text) * direction).sum(), leaf)[0]
+        )
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
