@@ -79,7 +79,7 @@ def qwen(**settings: Any) -> Any:
     vae = seeded(lambda: AutoencoderKLQwenImage(base_dim=8, **latents, **settings))
     for module in vae.decoder.modules():
         if isinstance(module, nn.Upsample):  # which goes through float32, also in float64
-            module.forward = partial(nn.Upsample.forward, module)
+            module.forward = partial(nn.Upsample.forward, module)  # type: ignore[method-assign]
     return vae
 
 

@@ -10,10 +10,13 @@ import tiny
 import tiny_flux
 import torch
 
-from diffpp_fast.networks import Conditioning, load_denoiser
+from diffpp_fast.networks import Conditioning, Denoiser, freeze, freezing_report, fusion_report, load_denoiser
 from diffpp_fast.networks.families import FAMILIES
-from diffpp_fast.training import load_config
+from diffpp_fast.tensor_files import read_tensors
+from diffpp_fast.training import Config, Trainer, load_config
 from diffpp_fast.training.build.text import load_text
+from diffpp_fast.training.calls import pipeline_call
+from diffpp_fast.training.export import export_pipeline, find_weights, load_sampler
 
 #: By family: settings of the pipeline's call, and the names of its network's first arguments.
 FLOWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -87,3 +90,85 @@ def test_a_guided_step_is_the_pipelines(family: str, tmp_path: Path) -> None:
 def test_every_family_is_compared() -> None:
     named = {type(family).__module__.rpartition(".")[2] for family in FAMILIES}
     assert named == FLOWS.keys() | tiny_flux.LATENTS.keys()
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The configuration of a run on a whole pipeline, by family."""
+    return {family: tiny.write_base(tmp_path_factory.mktemp(family), family) for family in FLOWS}
+
+
+def align(base: Path, output: Path, *overrides: str) -> Config:
+    """A run of two steps that saves after each, with latents that have a patch more in one direction."""
+    return load_config(
+        base,
+        [
+            f"output={output}",
+            "models.latent_shape=[4, 8, 12]",
+            "models.generator={timestep: 999, input_scale: 1.0}",
+            "training.steps=2",
+            "training.activation_checkpointing=true",
+            "training.grid_every=null",
+            "training.baseline_steps=null",
+            *overrides,
+        ],
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FLOWS)
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_trained_resumed_exported_and_drawn(bases: dict[str, Path], family: str, lora: bool, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    adapters = ["models.generator.lora={rank: 2}", "models.fake.lora={rank: 2}"] if lora else []
+    through = align(bases[family], tmp_path / "through", *adapters)
+    assert Trainer(through).run().step == 2
+    parted = align(bases[family], tmp_path / "parted", *adapters)
+    first = Path(through.output) / "checkpoints" / "step_000001"
+    assert Trainer(parted, resume=str(first)).run().step == 2
+    states = [
+        read_tensors(Path(config.output) / "checkpoints" / "step_000002" / "generator.safetensors")
+        for config in (through, parted)
+    ]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+    weights = find_weights(Path(through.output))
+    config, sampler = load_sampler(weights, torch.device("cpu"))
+    z = torch.randn(1, 4, 8, 12)
+    with torch.no_grad():
+        expected = sampler.generator(z, sampler.encode(["a red apple"]))
+        images = sampler.decoder(expected)
+    export_pipeline(tmp_path / "pipeline", config, weights)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    arguments = eval(f"dict({pipeline_call(config)})")  # as the card and the command line tell it
+    arguments |= FLOWS[family][0] | {"latents": z.clone(), "height": 16, "width": 24}
+    made = pipeline("a red apple", **arguments, output_type="latent").images
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+    drawn = pipeline("a red apple", **arguments, output_type="pt").images
+    torch.testing.assert_close(drawn, (images / 2 + 0.5).clamp(0, 1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["z_image", "sd3"])
+def test_a_frozen_network_has_the_gradient_that_it_had(kind: str) -> None:
+    """`fuse` says what it leaves, and `freeze` computes blocks again."""
+    networks = [getattr(tiny, kind)().eval() for _ in range(2)]
+    denoisers = [Denoiser(network) for network in networks]
+    freeze(networks[1], recompute="blocks")
+    blocks = [row for row in freezing_report(networks[1]) if row.kind.endswith("TransformerBlock")]
+    assert blocks and all(row.frozen for row in blocks)
+    left = [row for row in fusion_report(networks[1]) if row.kind.endswith("TransformerBlock") and not row.fused]
+    assert (kind != "z_image") == (not left) and all(row.reason for row in left)
+    width = tiny.TEXT_WIDTH
+    text = {"encoder_hidden_states": torch.randn(2, 40, width), "encoder_attention_mask": torch.ones(2, 40).long()}
+    if kind == "sd3":
+        text = {"encoder_hidden_states": torch.randn(2, 5, width), "pooled_projections": torch.randn(2, 8)}
+    x, direction = torch.randn(2, *tiny.LATENT), torch.randn(2, *tiny.LATENT)
+    gradients = []
+    for denoise in denoisers:
+        leaf = x.clone().requires_grad_()
+        gradients.append(
+            torch.autograd.grad((denoise(leaf, torch.tensor([300, 700]), text) * direction).sum(), leaf)[0]
+        )
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)

@@ -19,8 +19,8 @@ from diffpp_fast.training import ConfigurationError, Trainer, load_config
 from diffpp_fast.training.build import build_sampler
 from diffpp_fast.training.build.agreement import refuse_misfits
 from diffpp_fast.training.build.text import load_text
+from diffpp_fast.training.calls import pipeline_call
 from diffpp_fast.training.export import find_weights, load_sampler
-from diffpp_fast.training.family_call import family_call
 from diffpp_fast.training.planning import GPUS, make_plan, run_of
 
 CPU = torch.device("cpu")
@@ -36,7 +36,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen_image": ("qwen_image", {}, {"true_cfg_scale": 3.0, "negative_prompt": ["", ""]}),
 }
 PROMPTS = ("A red Apple", "a green frog and a yellow sun")
-LENGTHS = {"flux": ("models.text_encoder_2.max_length=24",), "flux_2": ("models.text_encoder.max_length=64",)}
+LENGTHS = {
+    "flux": ("models.text_encoder_2.max_length=24",),
+    "flux_2": ("models.text_encoder.max_length=64",),
+    "qwen_image": ("models.text_encoder.max_length=256",),
+}
 SIGMA = 0.6
 
 
@@ -71,7 +75,7 @@ def test_a_guided_step_is_the_pipelines(case: str, tmp_path: Path) -> None:
     """Inputs and output of the network, sign and time, text of two lengths, guidance, and the picture."""
     family, changes, extra = CASES[case]
     guidance = ["models.generator.guidance_embedding=2.5"] if changes else []
-    config = load_config(tiny_flux.write_base(tmp_path, family, **changes), [*LENGTHS.get(family, ()), *guidance])
+    config = load_config(tiny_flux.write_base(tmp_path, family, **changes), [*LENGTHS[family], *guidance])
     assert config.models.latent_shape == tiny_flux.LATENTS[family]
     latents = torch.randn(2, *tiny_flux.LATENTS[family])
     pipeline = tiny_flux.pipeline(family, **changes)
@@ -172,7 +176,7 @@ def test_a_run_resumes_is_exported_and_drawn(family: str, lora: bool, tmp_path: 
     changes = {"guidance_embeds": True} if family == "flux" else {}
     file = tiny_flux.write_base(tmp_path, family, **changes)
     adapters = ["models.generator.lora.rank=2", "models.fake.lora.rank=2", "training.activation_checkpointing=true"]
-    overrides = [*LENGTHS.get(family, ()), *(adapters if lora else ()), "models.generator.timestep=600"]
+    overrides = [*LENGTHS[family], *(adapters if lora else ()), "models.generator.timestep=600"]
     whole = Trainer(load_config(file, [f"output={tmp_path / 'whole'}", *overrides]))
     assert whole.run().step == 2
     parts = [f"output={tmp_path / 'parts'}", *overrides]
@@ -191,8 +195,8 @@ def test_a_run_resumes_is_exported_and_drawn(family: str, lora: bool, tmp_path: 
         expected = sampler.decoder(sampler.generator(z, sampler.encode(["a red apple"])))  # type: ignore[misc]
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
-    call = family_call(config)
-    assert call is not None and call in (tmp_path / "pipeline" / "README.md").read_text()
+    call = pipeline_call(config)
+    assert call in (tmp_path / "pipeline" / "README.md").read_text()
     given = eval(f"dict({call})", {"z": packed(family, z)})
     more = {"height": tiny_flux.PIXELS, "width": tiny_flux.PIXELS, "output_type": "pt"}
     more |= {} if family == "qwen_image" else {"max_sequence_length": 24 if family == "flux" else 64}

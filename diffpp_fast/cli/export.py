@@ -121,6 +121,7 @@ def _find_repository(arguments: argparse.Namespace) -> HubRepository | None:
 def _export(out: Path, arguments: argparse.Namespace, repository: HubRepository | None) -> int:
     import torch
 
+    from diffpp_fast.training.calls import pipeline_call
     from diffpp_fast.training.export import (
         LoraSource,
         export_generator,
@@ -129,8 +130,7 @@ def _export(out: Path, arguments: argparse.Namespace, repository: HubRepository 
         find_weights,
         warn_of_changed_base,
     )
-    from diffpp_fast.training.exported import Exported, latents_scale
-    from diffpp_fast.training.family_call import family_call
+    from diffpp_fast.training.exported import Exported
     from diffpp_fast.training.model_card import CardFacts, Licence, read_evaluation
     from diffpp_fast.training.output import refuse_inputs
     from diffpp_fast.training.saved_config import load_saved_config, naming_moves
@@ -167,11 +167,8 @@ def _export(out: Path, arguments: argparse.Namespace, repository: HubRepository 
             warn_of_changed_base(weights, config)
             _make(repository)
             (export_pipeline if arguments.pipeline else export_generator)(out, config, weights, **shared)
-    scale = latents_scale(config.models.generator.input_scale)
-    latents = "" if scale == 1.0 else f", latents={scale:g} * z"
     say(f"exported: {arguments.out}")
-    call = family_call(config) or f"num_inference_steps=1, guidance_scale=1.0{latents}"
-    say(f"a call in diffusers: pipeline(prompt=prompt, {call})")
+    say(f"a call in diffusers: pipeline(prompt=prompt, {pipeline_call(config)})")
     if repository is not None:
         say(f"pushed: {repository.upload(out, f'Export of {weights.folder.name} by diffpp_fast')}")
     return 0

@@ -16,6 +16,11 @@ logger = logging.getLogger("diffpp_fast")
 
 #: Where a frozen module remembers what it was, in its `__dict__`: no parameter, no buffer, nothing that is saved.
 BEFORE = "_before_freezing"
+#: Blocks without a fused version, and why.
+NOT_FUSED = {
+    "ZImageTransformerBlock": "its norms are RMS norms behind attention and feed-forward, which no kernel here has",
+    "SanaTransformerBlock": "its attention is linear and its feed-forward a convolution: no kernel here has either",
+}
 
 
 class FusionRow(NamedTuple):
@@ -174,6 +179,10 @@ def _of(name: str, module: nn.Module) -> Iterator[_Block]:
             block = _Block(_join(name, "norm"), "GroupNorm")
             block.add("it", norm, nn.GroupNorm, blocks.FusedGroupNorm)
             yield block
+    elif (
+        kind := next((each.__name__ for each in type(module).__mro__ if each.__name__ in NOT_FUSED), None)
+    ) is not None:
+        yield _Block(name, kind, reason=NOT_FUSED[kind])
     elif isinstance(module, PixArtTransformer2DModel):
         yield _Block(
             _join(name, "norm_out"), "LayerNorm", reason="its modulation is part of the network's forward, and is small"

@@ -13,12 +13,12 @@ from diffpp_fast.networks.loading import load_scheduler, read_config
 from diffpp_fast.networks.lora_formats import LoraFormat, LowRank, is_carried, refuse_format, write_lora
 from diffpp_fast.training.build import Sampler, Trained, build_sampler
 from diffpp_fast.training.build.agreement import naming
+from diffpp_fast.training.calls import flow_family, flow_scheduler
 from diffpp_fast.training.checkpoint import SavedGenerator, find_role, load_role, read_role, write_json
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.exported import Exported, copy_parts, one_step_scheduler, pipeline_files, refuse_overflow
 from diffpp_fast.training.extraction import Extraction, Extractor
-from diffpp_fast.training.family_call import family_scheduler
 from diffpp_fast.training.inputs import warn_of_changed_inputs
 from diffpp_fast.training.model_card import NOTHING_SAID, CardFacts, write_card
 from diffpp_fast.training.output import CALL, added_files
@@ -167,8 +167,8 @@ def export_pipeline(
 ) -> None:
     """Write the whole pipeline of `models.base` with the generator and a scheduler for one step in it.
 
-    The folder loads with diffusers' `DiffusionPipeline.from_pretrained`, and a call with `num_inference_steps=1` and
-    `guidance_scale=1.0` is the generator's. Arguments are those of `export_generator`; adapters are merged. All other
+    The folder loads with diffusers' `DiffusionPipeline.from_pretrained`, and a call with the arguments of
+    `calls.pipeline_call` is the generator's. Arguments are those of `export_generator`; adapters are merged. All other
     parts are copied file by file.
 
     Raises:
@@ -265,7 +265,7 @@ def _write_schedulers(folder: Path, config: Config) -> str | None:
     scheduler = load_scheduler(config.models.scheduler.path)
     write_json(folder / "scheduler_config.json", _scheduler_config(scheduler))
     _write_call(folder, config)
-    if not hasattr(scheduler, "betas") and family_scheduler(config) is None:
+    if not hasattr(scheduler, "betas") and flow_family(config) is None:
         return None
     one_step = _one_step_scheduler(config)
     one_step.save_pretrained(folder / "scheduler")
@@ -282,10 +282,9 @@ def _scheduler_config(scheduler: Any) -> dict[str, Any]:
 
 
 def _one_step_scheduler(config: Config) -> Any:
-    of_family = family_scheduler(config)
-    if of_family is not None:
-        return of_family
     call = config.models.generator
+    if flow_family(config) is not None:
+        return flow_scheduler(config)
     return one_step_scheduler(load_scheduler(config.models.scheduler.path), call.timestep, call.input_scale)
 
 

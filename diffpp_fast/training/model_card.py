@@ -17,10 +17,10 @@ from diffpp_fast.networks.loading import is_file, split_hub_id
 from diffpp_fast.networks.lora_formats import LoraFormat, LoraTarget
 from diffpp_fast.training.build.networks import stored_weights
 from diffpp_fast.training.callbacks import read_sessions
+from diffpp_fast.training.calls import pipeline_call
 from diffpp_fast.training.checkpoint import SavedGenerator, read_scores
 from diffpp_fast.training.config import Config
 from diffpp_fast.training.extraction import Extraction
-from diffpp_fast.training.family_call import family_call
 from diffpp_fast.training.output import CARD
 from diffpp_fast.training.state import read_record
 
@@ -236,8 +236,6 @@ def _use(
         return f"{said} No scheduler of diffusers makes that step: use `diffpp_fast.networks.OneStepGenerator`."
     if kind == "comfyui" and not target.loadable:
         return said
-    of_family = family_call(config)
-    latents = "" if call.input_scale in ("sigma", 1.0) else f", latents={call.input_scale:g} * z"
     lines = [
         "from diffusers import DiffusionPipeline" + ("" if form == "pipeline" else f", {scheduler}"),
         *(["from peft import PeftModel"] if form == "lora" and not target.loadable else []),
@@ -249,9 +247,7 @@ def _use(
             if form == "pipeline"
             else [f'pipeline.scheduler = {scheduler}.from_pretrained(FOLDER, subfolder="scheduler")']
         ),
-        f"image = pipeline(prompt=PROMPT, {of_family}).images[0]"
-        if of_family is not None
-        else f"image = pipeline(PROMPT, num_inference_steps=1, guidance_scale=1.0{latents}).images[0]",
+        f"image = pipeline(prompt=PROMPT, {pipeline_call(config)}).images[0]",
     ]
     code = "\n".join(lines).replace('"FOLDER"', "FOLDER")
     return f"{said} In diffusers, FOLDER being where these files are:\n\n```python\n{code}\n```"

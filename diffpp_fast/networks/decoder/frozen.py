@@ -84,7 +84,9 @@ class FrozenDecoder(nn.Module):
         self.rows = rows
         self.memory_format = memory_format or torch.channels_last
         self.unscale = Unscale(vae)
-        self.channels = channels_of(kind, vae.config)
+        # diffusers' autoencoders share no base class that declares `config`.
+        config: Any = vae.config
+        self.channels = channels_of(kind, config)
         checks.check_dtype(vae, self._first.weight.dtype)
 
     def forward(self, latents: Tensor) -> Tensor:

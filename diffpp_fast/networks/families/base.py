@@ -71,6 +71,7 @@ class Family(ABC):
         sample_size: height and width of latents where a network's `config.json` has none.
         guidance: the guidance scale that networks with an embedding of it are told where nothing else is said, as by
             the pipeline; None: no network of the family has one.
+        unguided: the arguments of a pipeline's call without guidance.
         last_layer: the path of the layer that predicts; None: where `last_layer` finds it.
     """
 
@@ -82,6 +83,7 @@ class Family(ABC):
     times: int | None = None
     sample_size: int | None = None
     guidance: float | None = None
+    unguided: str = "guidance_scale=1.0"
     last_layer: str | None = None
 
     @abstractmethod
@@ -115,14 +117,6 @@ class Family(ABC):
     def told(self, facts: Any) -> float | None:
         """Return the guidance scale that a network is told where nothing else is said; None: it is told none."""
         return self.guidance if facts.get("guidance_embeds") else None
-
-    def unguided(self, told: float | None) -> str:
-        """Return the arguments, as code, with which a pipeline's call predicts once a step, with the prompt alone.
-
-        Args:
-            told: the guidance scale that the network is told; None: none.
-        """
-        return "guidance_scale=1.0"
 
     def prepare(self, network: nn.Module) -> None:  # noqa: B027 - most change nothing
         """Change a network in place, so that it is called with tensors [B, ...] alone; repeated, nothing happens."""

@@ -30,6 +30,7 @@ class Flux(Family):
         EncoderKind(("t5",), "T5EncoderModel", 512),
     )
     times = TIMES
+    unguided = "true_cfg_scale=1.0"
     sample_size = 128
     guidance = 3.5
 
@@ -55,9 +56,6 @@ class Flux(Family):
 
     def tokens(self, lengths: Sequence[int]) -> int:
         return lengths[1]
-
-    def unguided(self, told: float | None) -> str:
-        return "" if told is None else f"guidance_scale={told:g}"
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
         height, width = x.shape[2:]

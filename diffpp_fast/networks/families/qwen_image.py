@@ -44,6 +44,7 @@ class QwenImage(Family):
     encoders = (EncoderKind(("qwen2_5_vl",), "AutoModel", 1024),)
     masked = True
     times = TIMES
+    unguided = "true_cfg_scale=1.0"
     sample_size = 128
 
     def inputs(self, facts: Mapping[str, Any]) -> Inputs:
@@ -69,9 +70,6 @@ class QwenImage(Family):
         (config,) = configs
         assert config is not None
         return config.hidden_size, None
-
-    def unguided(self, told: float | None) -> str:
-        return "true_cfg_scale=1.0"
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
         height, width = x.shape[2:]

@@ -40,6 +40,7 @@ class ZImage(Family):
     masked = True
     times = TIMES
     sample_size = 128
+    unguided = "guidance_scale=0.0"
     last_layer = f"all_final_layer.{PATCH}-1.linear"
 
     def inputs(self, facts: Mapping[str, Any]) -> Inputs:
@@ -71,9 +72,6 @@ class ZImage(Family):
         (config,) = configs
         assert config is not None
         return config.hidden_size, None
-
-    def unguided(self, told: float | None) -> str:
-        return "guidance_scale=0.0"
 
     def prepare(self, network: nn.Module) -> None:
         kind: Any = type(network)

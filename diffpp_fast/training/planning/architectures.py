@@ -189,9 +189,11 @@ def _build_text(facts: Mapping[str, Any]) -> nn.Module:
 
 
 def _build_schedule(facts: Mapping[str, Any]) -> NoiseSchedule:
-    from diffusers import DDPMScheduler
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-    return NoiseSchedule.from_diffusers(DDPMScheduler(**facts))
+    settings = {key: value for key, value in facts.items() if key != "flow"}
+    kind = FlowMatchEulerDiscreteScheduler if facts.get("flow") else DDPMScheduler
+    return NoiseSchedule.from_diffusers(kind(**settings))
 
 
 #: By the names that `--model` takes.
@@ -216,7 +218,7 @@ def known_config(name: str, changes: Mapping[str, Any]) -> Config:
         "prompts": {"path": "prompts.txt"},
         "models": {
             **folders,
-            "latent_shape": (4, facts["side"], facts["side"]),
+            "latent_shape": (facts.get("channels", 4), facts["side"], facts["side"]),
             "generator": {"timestep": facts["timestep"]},
         },
         # Of the weightings one that no schedule can make infinite: all cost the same.
