@@ -60,6 +60,13 @@ HUB: dict[str, tuple[str, tuple[str, ...], int]] = {
         128,
     ),
     "PixArt-alpha/PixArt-XL-2-512x512": ("PixArtAlphaPipeline", (*TEXT_ENCODERS, "transformer"), 64),
+    "black-forest-labs/FLUX.1-dev": (
+        "FluxPipeline",
+        (*TEXT_ENCODERS, "text_encoder_2", "tokenizer_2", "transformer"),
+        128,
+    ),
+    "black-forest-labs/FLUX.2-klein-base-4B": ("Flux2KleinPipeline", (*TEXT_ENCODERS, "transformer"), 64),
+    "Qwen/Qwen-Image": ("QwenImagePipeline", (*TEXT_ENCODERS, "transformer"), 128),
 }
 
 SCALED = re.compile(r"(?P<loop>\w+): (?P<part>what is given|before|after)")

@@ -138,7 +138,7 @@ def test_trained_resumed_exported_and_drawn(bases: dict[str, Path], family: str,
     z = torch.randn(1, 4, 8, 12)
     with torch.no_grad():
         expected = sampler.generator(z, sampler.encode(["a red apple"]))
-        images = sampler.decoder(expected)
+        images = sampler.decoder(expected)  # type: ignore[misc]
     export_pipeline(tmp_path / "pipeline", config, weights)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
