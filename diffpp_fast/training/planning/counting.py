@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -120,7 +120,11 @@ def count(config: Config, architectures: Architectures, *, low_weights: tuple[st
     low = config.precision == "bfloat16"
     with book.gpu.active(), book.ledger:
         book.begin("fake")
-        _backward(book, method.fake_loss(networks.batch()).loss, low)
+        fake = method.fake_loss(networks.batch()).loss
+        # Checkpointing calls blocks again, which must then compute as the role that they were.
+        with nullcontext() if networks.adapters is None else networks.adapters.active(ADAPTER):
+            _backward(book, fake, low)
+        del fake
         book.begin("generator")
         if method.normalizes_update and (config.training.micro_batch or 0) < config.training.global_batch:
             book.suffix = " for the normalizer"
