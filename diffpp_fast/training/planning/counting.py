@@ -120,9 +120,11 @@ def count(config: Config, architectures: Architectures, *, low_weights: tuple[st
     low = config.precision == "bfloat16"
     with book.gpu.active(), book.ledger:
         book.begin("fake")
-        # Blocks that are computed again in it are the fake score's then, too.
+        fake = method.fake_loss(networks.batch()).loss
+        # Checkpointing calls blocks again, which must then compute as the role that they were.
         with nullcontext() if networks.adapters is None else networks.adapters.active(ADAPTER):
-            _backward(book, method.fake_loss(networks.batch()).loss, low)
+            _backward(book, fake, low)
+        del fake
         book.begin("generator")
         if method.normalizes_update and (config.training.micro_batch or 0) < config.training.global_batch:
             book.suffix = " for the normalizer"
