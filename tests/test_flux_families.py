@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import tiny_flux
 import torch
 
 from diffpp_fast.cli.main import main
+from diffpp_fast.networks import Denoiser, freeze, freezing_report, fuse, fusion_report, unfreeze, unfuse
 from diffpp_fast.networks.families.packing import unpack
 from diffpp_fast.networks.loading import build_network, read_config
 from diffpp_fast.training import ConfigurationError, Trainer, load_config
@@ -127,7 +129,6 @@ def packed_prediction(family: str, prediction: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_role_may_be_told_a_guidance_scale_of_its_own(tmp_path: Path) -> None:
-    from diffpp_fast.networks.denoiser import Denoiser
     from diffpp_fast.networks.lora import Adapters
 
     network = tiny_flux.pipeline("flux", guidance_embeds=True).transformer
@@ -246,3 +247,48 @@ def test_a_ready_configuration_is_planned_and_fits(family: str, tmp_path: Path) 
     run = run_of(load_config(file, [*changes, f"prompts.embeddings={tmp_path / 'embeddings'}"]), 8)
     plan = make_plan(run, GPUS["a100-80"])
     assert plan.spare > 0, f"{family} lacks {-plan.spare / 2**30:.1f} GiB"
+
+
+def loss_and_gradients(network: Any, family: str, frozen: bool) -> list[torch.Tensor]:
+    """Return a product with the prediction, and its gradients by latents and weights."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, *tiny_flux.LATENTS[family], generator=generator, dtype=torch.float64).requires_grad_()
+    width = {"flux": 16, "flux_2": 48, "qwen_image": 16}[family]
+    text = {"encoder_hidden_states": torch.randn(2, 5, width, generator=generator, dtype=torch.float64)}
+    if family == "flux":
+        text["pooled_projections"] = torch.randn(2, 16, generator=generator, dtype=torch.float64)
+    if family == "qwen_image":
+        text["encoder_attention_mask"] = torch.tensor([[1, 1, 1, 0, 0], [1] * 5])
+    prediction = Denoiser(network)(x, torch.tensor([300, 700]), text)
+    total = (prediction * torch.randn(prediction.shape, generator=generator, dtype=torch.float64)).sum()
+    leaves = [x] if frozen else [x, *network.parameters()]
+    return [total, *torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)]
+
+
+#: Blocks that are fused in the tiny networks, by kind.
+FUSED = {
+    "flux": {"FluxTransformerBlock": 2, "FluxAttention": 4, "AdaLayerNormZeroSingle": 2},
+    "flux_2": {
+        "Flux2TransformerBlock": 2, "Flux2Attention": 2, "Flux2SingleTransformerBlock": 2,
+        "Flux2ParallelSelfAttention": 2,
+    },
+    "qwen_image": {"QwenImageTransformerBlock": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_fused_and_frozen_networks_have_the_gradients_that_they_had(family: str) -> None:
+    network = tiny_flux.pipeline(family).transformer.double()
+    expected = loss_and_gradients(network, family, frozen=False)
+    assert fuse(network) == sum(FUSED[family].values())
+    rows = fusion_report(network)
+    assert all(row.fused for row in rows) and Counter(row.kind for row in rows) == FUSED[family]
+    for ours, theirs in zip(loss_and_gradients(network, family, frozen=False), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    freeze(network, recompute="blocks")
+    count = sum(row.frozen for row in freezing_report(network))
+    assert count == len(network.transformer_blocks) + len(getattr(network, "single_transformer_blocks", ()))
+    for ours, theirs in zip(loss_and_gradients(network, family, frozen=True), expected[:2], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    unfreeze(network)
+    assert unfuse(network) == sum(FUSED[family].values())

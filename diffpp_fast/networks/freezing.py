@@ -218,6 +218,8 @@ def _block(name: str, part: nn.Module) -> Iterator[_Swap]:
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
     from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+    from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
+    from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
     from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 
     known = (
@@ -226,6 +228,9 @@ def _block(name: str, part: nn.Module) -> Iterator[_Swap]:
         ResnetBlock2D,
         FluxTransformerBlock,
         FluxSingleTransformerBlock,
+        Flux2TransformerBlock,
+        Flux2SingleTransformerBlock,
+        QwenImageTransformerBlock,
         SanaTransformerBlock,
         ZImageTransformerBlock,
     )
