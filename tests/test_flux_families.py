@@ -12,9 +12,19 @@ import flux_sizes
 import pytest
 import tiny_flux
 import torch
+from diffusers.models import attention_dispatch as diffusers_attention
 
 from diffpp_fast.cli.main import main
-from diffpp_fast.networks import Denoiser, freeze, freezing_report, fuse, fusion_report, unfreeze, unfuse
+from diffpp_fast.networks import (
+    Denoiser,
+    freeze,
+    freezing_report,
+    fuse,
+    fusion_report,
+    set_attention,
+    unfreeze,
+    unfuse,
+)
 from diffpp_fast.networks.families.packing import unpack
 from diffpp_fast.networks.loading import build_network, read_config
 from diffpp_fast.training import ConfigurationError, Trainer, load_config
@@ -292,3 +302,23 @@ def test_fused_and_frozen_networks_have_the_gradients_that_they_had(family: str)
         torch.testing.assert_close(ours, theirs)
     unfreeze(network)
     assert unfuse(network) == sum(FUSED[family].values())
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_attention_goes_to_the_backend_that_is_named(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = tiny_flux.pipeline(family).transformer.double()
+    expected = loss_and_gradients(network, family, frozen=True)
+    fuse(network)
+    blocks = len(network.transformer_blocks) + len(getattr(network, "single_transformer_blocks", ()))
+    assert set_attention(network, "math") == blocks
+    asked: list[Any] = []
+
+    backends = diffusers_attention._AttentionBackendRegistry._backends
+    math_name = diffusers_attention.AttentionBackendName._NATIVE_MATH
+    attend = backends[math_name]
+    monkeypatch.setitem(backends, math_name, lambda *args, **given: asked.append(1) or attend(*args, **given))
+    for ours, theirs in zip(loss_and_gradients(network, family, frozen=True), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert len(asked) == blocks
+    with pytest.raises(RuntimeError, match="serves CUDA tensors only"):
+        set_attention(network, "efficient")
