@@ -102,7 +102,9 @@ def test_what_is_in_units_of_a_gradient_is_converted(model: str, bases: dict[str
     """DMD's and DMD2's clip of 10 is for a mean over elements, and DMD's mean lacks a factor 1/2."""
     config = load_config(CONFIGS / f"{model}-8x80gb.yaml", overrides(bases, model))
     factor = math.prod(config.models.latent_shape) / (2 if model == "pixart" else 1)
-    eps = {"sd15": (1e-8 / factor, 1e-8 / factor), "sdxl": (1e-8, 1e-8), "pixart": (1e-6, 1e-6)}.get(model, (1e-8, 1e-8))
+    eps = {"sd15": (1e-8 / factor, 1e-8 / factor), "sdxl": (1e-8, 1e-8), "pixart": (1e-6, 1e-6)}.get(
+        model, (1e-8, 1e-8)
+    )
     generator, fake = config.optimizers.generator, config.optimizers.fake
     assert (generator.clip, fake.clip) == (10 * factor, 10)
     assert (generator.eps, fake.eps) == pytest.approx((eps[0] * factor, eps[1]), rel=0.02)

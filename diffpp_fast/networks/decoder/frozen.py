@@ -10,11 +10,12 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from diffpp_fast import transforms
 from diffpp_fast.networks.decoder import checks
+from diffpp_fast.networks.decoder.deep import deep_stages
 from diffpp_fast.networks.decoder.walk import Stage, kl_stages, kl_stages_by_rows, tiny_stages
 from diffpp_fast.ops.autograd import needs_gradient
 
 #: How to walk each class of autoencoder.
-STAGES = {"AutoencoderKL": kl_stages, "AutoencoderTiny": tiny_stages}
+STAGES = {"AutoencoderKL": kl_stages, "AutoencoderTiny": tiny_stages, "AutoencoderDC": deep_stages}
 #: The class that can be decoded by slices of rows.
 BY_ROWS = "AutoencoderKL"
 
@@ -115,7 +116,8 @@ class FrozenDecoder(nn.Module):
         """The first convolution: its input channels are the latents'."""
         if self.kind == "AutoencoderTiny":
             return self.vae.decoder.layers[0]
-        return self.vae.decoder.conv_in if self.vae.post_quant_conv is None else self.vae.post_quant_conv
+        before = getattr(self.vae, "post_quant_conv", None)
+        return self.vae.decoder.conv_in if before is None else before
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
         dtype: torch.dtype = self._first.weight.dtype

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from diffpp_fast.networks.families.base import POOLED, EncoderKind, Family, FamilyText, Inputs
+from diffpp_fast.networks.families.sana import Sana
 from diffpp_fast.networks.families.stable_diffusion_3 import StableDiffusion3
 from diffpp_fast.networks.families.z_image import ZImage
 
@@ -22,7 +23,7 @@ __all__ = [
 ]
 
 #: All of them. A family that is new gets a file and a place here.
-FAMILIES: tuple[Family, ...] = (ZImage(), StableDiffusion3())
+FAMILIES: tuple[Family, ...] = (ZImage(), StableDiffusion3(), Sana())
 
 
 def family_named(kind: Any) -> Family | None:
