@@ -10,7 +10,15 @@ import tiny
 import tiny_flux
 import torch
 
-from diffpp_fast.networks import Conditioning, Denoiser, freeze, freezing_report, fusion_report, load_denoiser
+from diffpp_fast.networks import (
+    Conditioning,
+    Denoiser,
+    FrozenDecoder,
+    freeze,
+    freezing_report,
+    fusion_report,
+    load_denoiser,
+)
 from diffpp_fast.networks.families import FAMILIES
 from diffpp_fast.tensor_files import read_tensors
 from diffpp_fast.training import Config, Trainer, load_config
@@ -22,7 +30,10 @@ from diffpp_fast.training.export import export_pipeline, find_weights, load_samp
 FLOWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "z_image": ({}, ("x", "t", "cap_feats")),
     "stable_diffusion_3": ({}, ("hidden_states",)),
+    "sana": ({"use_resolution_binning": False, "clean_caption": False}, ("hidden_states",)),
 }
+#: Pixels of the decoded picture to a pixel of the latents.
+PIXELS = {"z_image": 2, "stable_diffusion_3": 2, "sana": 4}
 #: Which guidance scale of ours the pipeline's is, and whether it puts the prompt before the empty one.
 FROM_ZERO, PROMPT_FIRST = {"z_image"}, {"z_image"}
 PROMPTS = ("A red apple", "a green frog and a yellow sun")
@@ -39,7 +50,7 @@ def guided_step(family: str, pipeline: Any, latents: torch.Tensor, sigma: float)
 
     handle = pipeline.transformer.register_forward_hook(remember, with_kwargs=True)
     pipeline.set_progress_bar_config(disable=True)
-    size = 2 * tiny.LATENT[1]
+    size = PIXELS[family] * tiny.LATENT[1]
     # The shift of the scheduler, undone.
     asked = sigma / (pipeline.scheduler.config.shift * (1 - sigma) + sigma)
     made = pipeline(
@@ -99,12 +110,12 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def align(base: Path, output: Path, *overrides: str) -> Config:
-    """A run of two steps that saves after each, with latents that have a patch more in one direction."""
+    """A run of two steps that saves after each, with latents that are wider than high."""
     return load_config(
         base,
         [
             f"output={output}",
-            "models.latent_shape=[4, 8, 12]",
+            "models.latent_shape=[4, 8, 16]",
             "models.generator={timestep: 999, input_scale: 1.0}",
             "training.steps=2",
             "training.activation_checkpointing=true",
@@ -135,7 +146,7 @@ def test_trained_resumed_exported_and_drawn(bases: dict[str, Path], family: str,
 
     weights = find_weights(Path(through.output))
     config, sampler = load_sampler(weights, torch.device("cpu"))
-    z = torch.randn(1, 4, 8, 12)
+    z = torch.randn(1, 4, 8, 16)
     with torch.no_grad():
         expected = sampler.generator(z, sampler.encode(["a red apple"]))
         images = sampler.decoder(expected)  # type: ignore[misc]
@@ -143,14 +154,14 @@ def test_trained_resumed_exported_and_drawn(bases: dict[str, Path], family: str,
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     arguments = eval(f"dict({pipeline_call(config)})")  # as the card and the command line tell it
-    arguments |= FLOWS[family][0] | {"latents": z.clone(), "height": 16, "width": 24}
+    arguments |= FLOWS[family][0] | {"latents": z.clone(), "height": 8 * PIXELS[family], "width": 16 * PIXELS[family]}
     made = pipeline("a red apple", **arguments, output_type="latent").images
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
     drawn = pipeline("a red apple", **arguments, output_type="pt").images
     torch.testing.assert_close(drawn, (images / 2 + 0.5).clamp(0, 1), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["z_image", "sd3"])
+@pytest.mark.parametrize("kind", ["z_image", "sd3", "sana"])
 def test_a_frozen_network_has_the_gradient_that_it_had(kind: str) -> None:
     """`fuse` says what it leaves, and `freeze` computes blocks again."""
     networks = [getattr(tiny, kind)().eval() for _ in range(2)]
@@ -159,7 +170,7 @@ def test_a_frozen_network_has_the_gradient_that_it_had(kind: str) -> None:
     blocks = [row for row in freezing_report(networks[1]) if row.kind.endswith("TransformerBlock")]
     assert blocks and all(row.frozen for row in blocks)
     left = [row for row in fusion_report(networks[1]) if row.kind.endswith("TransformerBlock") and not row.fused]
-    assert (kind != "z_image") == (not left) and all(row.reason for row in left)
+    assert (kind == "sd3") == (not left) and all(row.reason for row in left)
     width = tiny.TEXT_WIDTH
     text = {"encoder_hidden_states": torch.randn(2, 40, width), "encoder_attention_mask": torch.ones(2, 40).long()}
     if kind == "sd3":
@@ -172,3 +183,25 @@ def test_a_frozen_network_has_the_gradient_that_it_had(kind: str) -> None:
             torch.autograd.grad((denoise(leaf, torch.tensor([300, 700]), text) * direction).sum(), leaf)[0]
         )
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"upsample_block_type": "interpolate"}, {"decoder_in_shortcut": False}])
+@pytest.mark.parametrize("side", [5, 1])  # where attention is linear, and where it is quadratic
+def test_sanas_decoder_has_diffusers_image_and_gradient(changes: dict[str, Any], side: int) -> None:
+    vae: Any = tiny.deep_vae(**changes).eval()
+    latents = torch.randn(2, tiny.LATENT[0], side, side + 1)
+    direction = torch.randn(2, 3, 4 * side, 4 * side + 4)
+    found = []
+    for decode in (
+        lambda z: vae.decode(z / vae.config.scaling_factor).sample,
+        FrozenDecoder(vae),
+        FrozenDecoder(vae, checkpoint=True, slice_size=1),
+    ):
+        leaf = latents.clone().requires_grad_()
+        image = decode(leaf)
+        found.append((image.detach(), *torch.autograd.grad((image * direction).sum(), leaf)))
+    for image, gradient in found[1:]:
+        torch.testing.assert_close(image, found[0][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="rows is for AutoencoderKL"):
+        FrozenDecoder(vae, rows=2)

@@ -316,7 +316,12 @@ def test_attention_goes_to_the_backend_that_is_named(family: str, monkeypatch: p
     backends = diffusers_attention._AttentionBackendRegistry._backends
     math_name = diffusers_attention.AttentionBackendName._NATIVE_MATH
     attend = backends[math_name]
-    monkeypatch.setitem(backends, math_name, lambda *args, **given: asked.append(1) or attend(*args, **given))
+
+    def remembered(*values: Any, **given: Any) -> Any:
+        asked.append(given)
+        return attend(*values, **given)
+
+    monkeypatch.setitem(backends, math_name, remembered)
     for ours, theirs in zip(loss_and_gradients(network, family, frozen=True), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert len(asked) == blocks

@@ -307,6 +307,73 @@ def qwen_tokenizer() -> Any:
     return tokenizer
 
 
+def sana(seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """A SanaTransformer2DModel of two blocks."""
+    from diffusers import SanaTransformer2DModel
+
+    settings: dict[str, Any] = {
+        "in_channels": LATENT[0],
+        "out_channels": LATENT[0],
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 8,
+        "cross_attention_dim": 16,
+        "caption_channels": TEXT_WIDTH,
+        "sample_size": LATENT[1],
+    }
+    return _seeded(lambda: SanaTransformer2DModel(**settings | changes), seed)
+
+
+def deep_vae(seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """An AutoencoderDC that makes four times the height and width."""
+    from diffusers import AutoencoderDC
+
+    blocks: dict[str, Any] = {
+        "block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+        "block_out_channels": (8, 8, 16),
+        "layers_per_block": (1, 1, 2),
+        "qkv_multiscales": ((), (), (5,)),
+    }
+    settings = {f"{half}_{key}": value for half in ("encoder", "decoder") for key, value in blocks.items()}
+    settings |= {"latent_channels": LATENT[0], "attention_head_dim": 4, "scaling_factor": 0.41407}
+
+    def build() -> torch.nn.Module:
+        network = AutoencoderDC(**settings | changes)
+        for name, weight in network.named_parameters():
+            if "norm" in name:  # ones and zeros at first
+                torch.nn.init.normal_(weight, 1.0, 0.2)
+        return network
+
+    return _seeded(build, seed)
+
+
+def gemma2(seed: int = 0) -> torch.nn.Module:
+    """A Gemma 2 of two layers, without head."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    settings = Gemma2Config(
+        vocab_size=64,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=4096,
+    )
+    return _seeded(lambda: Gemma2Model(settings), seed).eval()
+
+
+def gemma_tokenizer() -> Any:
+    """Letters, and the space in front of a word."""
+    from transformers import GemmaTokenizer
+
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "\u2581", *LETTERS]
+    return GemmaTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[])
+
+
 def flow_pipeline(family: str, **changes: Any) -> Any:
     """A whole pipeline of flow matching, by the names of `diffpp_fast.networks.families`' files.
 
@@ -314,7 +381,7 @@ def flow_pipeline(family: str, **changes: Any) -> Any:
         family: which.
         changes: settings of the network.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline, ZImagePipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline, StableDiffusion3Pipeline, ZImagePipeline
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     if family == "z_image":
@@ -324,6 +391,14 @@ def flow_pipeline(family: str, **changes: Any) -> Any:
             text_encoder=qwen3(),
             tokenizer=qwen_tokenizer(),
             transformer=z_image(**changes).eval(),
+        )
+    if family == "sana":
+        return SanaPipeline(
+            tokenizer=gemma_tokenizer(),
+            text_encoder=gemma2(),
+            vae=deep_vae(),
+            transformer=sana(**changes).eval(),
+            scheduler=scheduler,
         )
     return StableDiffusion3Pipeline(
         transformer=sd3(pooled_projection_dim=2 * TEXT_WIDTH, **changes).eval(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ def _modulations(table: Tensor, count: int) -> tuple[Tensor, ...]:
 
 
 def _second_half(
-    norm: FusedLayerNorm, layers: Any, hidden: Tensor, attended: Tensor, gate: Tensor, modulation: tuple[Tensor, ...]
+    norm: FusedLayerNorm, layers: Any, hidden: Tensor, attended: Tensor, gate: Tensor, modulation: Sequence[Tensor]
 ) -> Tensor:
     """The feed-forward half of a stream: residual, norm, feed-forward layers, residual."""
     shift, scale, ff_gate = modulation

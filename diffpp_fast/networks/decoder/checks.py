@@ -25,6 +25,13 @@ KNOWN: dict[str, dict[str, Any]] = {
     "QwenImageResample": {},
     "QwenImageRMS_norm": {"bias": 0.0},
     "QwenImageCausalConv3d": {"stride": (1, 1, 1), "dilation": (1, 1, 1), "groups": 1},
+    "DCUpBlock2d": {"interpolation_mode": "nearest", "factor": 2},
+    "ResBlock": {"norm_type": "rms_norm"},
+    "EfficientViTBlock": {},
+    "SanaMultiscaleLinearAttention": {"norm_type": "rms_norm", "residual_connection": True},
+    "SanaMultiscaleAttentionProjection": {},
+    "GLUMBConv": {"norm_type": "rms_norm", "residual_connection": True},
+    "RMSNorm": {},
     "Conv2d": {"stride": (1, 1), "padding_mode": "zeros"},
     "GroupNorm": {},
     "Linear": {},
@@ -34,6 +41,8 @@ KNOWN: dict[str, dict[str, Any]] = {
 UP_BLOCK = "UpDecoderBlock2D"
 #: Classes that can be decoded by slices of rows.
 BY_ROWS = ("AutoencoderKL", "AutoencoderKLFlux2")
+#: Sana's, whose enlargements have their geometry by construction.
+DEEP = "AutoencoderDC"
 ACTIVATIONS = ("silu", "swish")
 KERNEL = {"kernel_size": (3, 3), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -58,7 +67,8 @@ def check_vae(vae: Any) -> None:
     for part, module in parts.items():
         for name, child in () if module is None else module.named_modules(prefix=part):
             _check_module(name, child)
-    _check_enlargements(vae.decoder)
+    if type(vae).__name__ != DEEP:
+        _check_enlargements(vae.decoder)
     dtypes = {weight.dtype for module in parts.values() if module is not None for weight in module.parameters()}
     if len(dtypes) != 1 or not dtypes <= set(DTYPES):
         raise ValueError(
@@ -85,8 +95,10 @@ def check_rows(vae: Any, rows: Any) -> None:
         raise TypeError(f"FrozenDecoder: rows must be an integer or None, got {rows!r}")
     if rows < 1:
         raise ValueError(f"FrozenDecoder: rows must be at least 1, got {rows}")
-    if type(vae).__name__ not in BY_ROWS:
-        kind = type(vae).__name__
+    kind = type(vae).__name__
+    if kind == DEEP:
+        raise ValueError(f"FrozenDecoder: rows is for AutoencoderKL; of an {DEEP} give slice_size")
+    if kind not in BY_ROWS:
         keeps = "keeps a byte per ReLU" if kind == "AutoencoderTiny" else "keeps the inputs of its norms"
         raise ValueError(f"FrozenDecoder: rows is for AutoencoderKL; {kind} {keeps}, give slice_size")
     blocks = {

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from diffpp_fast import transforms
 from diffpp_fast.networks.decoder import checks
+from diffpp_fast.networks.decoder.deep import deep_stages
 from diffpp_fast.networks.decoder.latents import Unscale, channels_of
 from diffpp_fast.networks.decoder.still import still_stages
 from diffpp_fast.networks.decoder.walk import Stage, kl_stages, kl_stages_by_rows, tiny_stages
@@ -20,6 +21,7 @@ STAGES = {
     "AutoencoderKL": kl_stages,
     "AutoencoderKLFlux2": kl_stages,
     "AutoencoderKLQwenImage": still_stages,
+    "AutoencoderDC": deep_stages,
     "AutoencoderTiny": tiny_stages,
 }
 
@@ -42,8 +44,8 @@ class FrozenDecoder(nn.Module):
 
     Args:
         vae: an `AutoencoderKL` (Stable Diffusion 1.5, XL and 3, PixArt, FLUX.1), `AutoencoderKLFlux2`,
-            `AutoencoderKLQwenImage` or `AutoencoderTiny`. It is shared, not copied; it is set to eval and its
-            parameters to `requires_grad_(False)`, and otherwise stays as it is. Its `use_slicing` is not read.
+            `AutoencoderKLQwenImage`, `AutoencoderDC` or `AutoencoderTiny`. It is shared, not copied; it is set to eval, its
+            parameters to `requires_grad_(False)`, and otherwise it stays as it is. Its `use_slicing` is not read.
         checkpoint: keep only the tensor before every enlargement, and compute what lies between again in the
             backward pass, one resolution at a time.
         slice_size: decode at most so many images at once. With `checkpoint`, or where no gradient is needed, this
@@ -118,7 +120,8 @@ class FrozenDecoder(nn.Module):
         """The first convolution."""
         if self.kind == "AutoencoderTiny":
             return self.vae.decoder.layers[0]
-        return self.vae.decoder.conv_in if self.vae.post_quant_conv is None else self.vae.post_quant_conv
+        before = getattr(self.vae, "post_quant_conv", None)
+        return self.vae.decoder.conv_in if before is None else before
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
         dtype: torch.dtype = self._first.weight.dtype
