@@ -211,8 +211,13 @@ def test_a_run_resumes_is_exported_and_drawn(family: str, lora: bool, tmp_path: 
     given = eval(f"dict({call})", {"z": packed(family, z)})
     more = {"height": tiny_flux.PIXELS, "width": tiny_flux.PIXELS, "output_type": "pt"}
     more |= {} if family == "qwen_image" else {"max_sequence_length": 24 if family == "flux" else 64}
-    made = pipeline(prompt="a red apple", **given, **more).images
-    torch.testing.assert_close(made, (expected / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
+    picture = (expected / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(pipeline(prompt="a red apple", **given, **more).images, picture, rtol=1e-4, atol=1e-4)
+    if lora:
+        assert main(["export", run, "--no-merge", "--out", str(tmp_path / "adapters")]) == 0
+        based = DiffusionPipeline.from_pretrained(tmp_path / "base", scheduler=pipeline.scheduler)
+        based.load_lora_weights(tmp_path / "adapters")
+        torch.testing.assert_close(based(prompt="a red apple", **given, **more).images, picture, rtol=1e-4, atol=1e-4)
 
 
 #: The ready configurations, by family.

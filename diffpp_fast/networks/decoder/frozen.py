@@ -44,8 +44,8 @@ class FrozenDecoder(nn.Module):
 
     Args:
         vae: an `AutoencoderKL` (Stable Diffusion 1.5, XL and 3, PixArt, FLUX.1), `AutoencoderKLFlux2`,
-            `AutoencoderKLQwenImage`, `AutoencoderDC` or `AutoencoderTiny`. It is shared, not copied; it is set to eval, its
-            parameters to `requires_grad_(False)`, and otherwise it stays as it is. Its `use_slicing` is not read.
+            `AutoencoderKLQwenImage`, `AutoencoderDC` or `AutoencoderTiny`. It is shared, not copied; it is set to eval
+            and its parameters to `requires_grad_(False)`, and otherwise stays as it is. Its `use_slicing` is not read.
         checkpoint: keep only the tensor before every enlargement, and compute what lies between again in the
             backward pass, one resolution at a time.
         slice_size: decode at most so many images at once. With `checkpoint`, or where no gradient is needed, this
