@@ -21,6 +21,7 @@ from diffpp_fast.networks import (
     freezing_report,
     fusion_report,
     load_denoiser,
+    quantize,
 )
 from diffpp_fast.networks.families import FAMILIES
 from diffpp_fast.tensor_files import read_tensors
@@ -306,3 +307,17 @@ def test_embeddings_are_what_the_encoders_give(bases: dict[str, Path], family: s
     for name, tensor in sampler.encode(["a red apple"]).tensors.items():
         torch.testing.assert_close(tensor, encode(["a red apple"]).tensors[name])
     assert Trainer(config).run().step == 1
+
+
+def test_a_quantised_z_image_has_its_blocks_in_fewer_bits() -> None:
+    network: Any = tiny.z_image(dim=96, axes_dims=(16, 16, 16)).eval()
+    denoise = Denoiser(network)
+    text = {
+        "encoder_hidden_states": torch.randn(1, 9, tiny.TEXT_WIDTH),
+        "encoder_attention_mask": torch.ones(1, 9).long(),
+    }
+    inputs = torch.randn(1, *tiny.LATENT), torch.tensor([500]), text
+    with torch.no_grad():
+        before = denoise(*inputs)
+        assert quantize(network, "float8") == 7 * 4  # of the blocks; what modulates norms is left
+        torch.testing.assert_close(denoise(*inputs), before, rtol=0.2, atol=0.2 * float(before.abs().max()))
