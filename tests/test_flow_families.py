@@ -31,7 +31,7 @@ from diffpp_fast.training.build.agreement import refuse_misfits
 from diffpp_fast.training.build.text import load_text
 from diffpp_fast.training.calls import pipeline_call
 from diffpp_fast.training.distributed import World
-from diffpp_fast.training.export import export_pipeline, find_weights, load_sampler
+from diffpp_fast.training.export import export_generator, export_pipeline, find_weights, load_sampler
 from diffpp_fast.training.phases import Phases
 
 #: By family: settings of the pipeline's call, and the names of its network's first arguments.
@@ -137,7 +137,7 @@ def align(base: Path, output: Path, *overrides: str) -> Config:
 @pytest.mark.parametrize("family", FLOWS)
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 def test_trained_resumed_exported_and_drawn(bases: dict[str, Path], family: str, lora: bool, tmp_path: Path) -> None:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
     adapters = ["models.generator.lora={rank: 2}", "models.fake.lora={rank: 2}"] if lora else []
     through = align(bases[family], tmp_path / "through", *adapters)
@@ -167,6 +167,14 @@ def test_trained_resumed_exported_and_drawn(bases: dict[str, Path], family: str,
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
     drawn = pipeline("a red apple", **arguments, output_type="pt").images
     torch.testing.assert_close(drawn, (images / 2 + 0.5).clamp(0, 1), rtol=1e-3, atol=1e-3)
+    if lora:  # the adapters alone, on the base, with the scheduler beside them
+        export_generator(tmp_path / "lora", config, weights, merge=False)
+        base = DiffusionPipeline.from_pretrained(bases[family].parent / "base")
+        base.set_progress_bar_config(disable=True)
+        base.load_lora_weights(tmp_path / "lora")
+        base.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "lora", subfolder="scheduler")
+        made = base("a red apple", **arguments, output_type="latent").images
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["z_image", "sd3", "sana"])
@@ -301,12 +309,14 @@ def test_stable_diffusion_3_does_without_its_third_encoder(bases: dict[str, Path
 @pytest.mark.parametrize("family", FLOWS)
 def test_embeddings_are_what_the_encoders_give(bases: dict[str, Path], family: str, tmp_path: Path) -> None:
     assert main(["embed", str(bases[family]), "--out", str(tmp_path / "embeddings")]) == 0
-    config = align(bases[family], tmp_path / "run", f"prompts.embeddings={tmp_path / 'embeddings'}", "training.steps=1")
+    config = align(
+        bases[family], tmp_path / "run", f"prompts.embeddings={tmp_path / 'embeddings'}", "precision=bfloat16"
+    )
     encode, _ = load_text(config.models)
     sampler = build_run(config, World.alone("cpu"), Phases(torch.device("cpu"))).sampler
     for name, tensor in sampler.encode(["a red apple"]).tensors.items():
         torch.testing.assert_close(tensor, encode(["a red apple"]).tensors[name])
-    assert Trainer(config).run().step == 1
+    assert Trainer(config).run().step == 2
 
 
 def test_a_quantised_z_image_has_its_blocks_in_fewer_bits() -> None:
