@@ -20,8 +20,9 @@ PIPELINES = {
     "pixart": ("PixArtAlphaPipeline", "transformer"),
     "zimage": ("ZImagePipeline", "transformer"),
     "sd35": ("StableDiffusion3Pipeline", "transformer"),
+    "sana": ("SanaPipeline", "transformer"),
 }
-FLOWS = ("zimage", "sd35")
+FLOWS = ("zimage", "sd35", "sana")
 #: The part of a file's name that says the machine: how many GPUs, and which.
 MACHINES = {
     "1x24gb": (1, "rtx4090"),
@@ -32,7 +33,7 @@ MACHINES = {
 READY = [
     *(f"{model}-{machine}" for model in PIPELINES if model not in FLOWS for machine in MACHINES if machine != "1x80gb"),
     *(f"{model}-8x80gb" for model in FLOWS),
-    *("sdxl-didr-8x80gb", "zimage-1x80gb", "sd35-1x24gb"),
+    *("sdxl-didr-8x80gb", "zimage-1x80gb", "sd35-1x24gb", "sana-1x24gb"),
 ]
 
 

@@ -31,7 +31,8 @@ KINDS = ("int8", "nf4", "float8")
 #: Layers with fewer weights stay as they are: they are nothing beside the rest.
 SMALLEST = 4096
 #: Blocks whose linear layers are meant, by the lists that diffusers has them in, and those whose convolutions are.
-TRANSFORMERS, RESNETS = ("transformer_blocks", "single_transformer_blocks"), "resnets"
+TRANSFORMERS = ("transformer_blocks", "single_transformer_blocks", "layers", "noise_refiner", "context_refiner")
+RESNETS = "resnets"
 #: Weights that share a scale in nf4, and float8's largest number.
 BLOCK, LARGEST = 64, 448.0
 FLOAT8 = torch.float8_e4m3fn
@@ -123,7 +124,7 @@ def reason_against(name: str, layer: nn.Module, kind: str) -> str | None:
         return f"it is a {type(layer).__name__}"
     elif not any(place in TRANSFORMERS for place in places):
         return "it is in no transformer block"
-    elif any("norm" in place for place in places):
+    elif any("norm" in place or place.startswith("adaLN") for place in places):
         return "it modulates a norm"
     if layer.weight.numel() < SMALLEST:
         return f"it has fewer than {SMALLEST} weights"

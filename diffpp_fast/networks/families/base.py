@@ -59,7 +59,7 @@ class EncoderKind(NamedTuple):
 
 
 class Family(ABC):
-    """What tells one family of networks from others, that are called with latents, a time and hidden states of text.
+    """The differences of one family from networks that are called with latents, a time and hidden states of text alone.
 
     Attributes:
         kinds: classes of diffusers' networks.

@@ -45,7 +45,7 @@ class Sana(Family):
         )
 
     def text(self, models: Sequence[tuple[nn.Module, Any, int] | None], facts: Mapping[str, Any]) -> FamilyText:
-        return _Text([each for each in models if each is not None])
+        return SanaText([each for each in models if each is not None])
 
     def text_widths(self, configs: Sequence[Any | None], facts: Mapping[str, Any]) -> tuple[int, int | None]:
         (config,) = configs
@@ -57,7 +57,7 @@ class Sana(Family):
         return super().call(network, x, t if scale == 1.0 else t.to(torch.float32) * scale, conditioning)
 
 
-class _Text(FamilyText):
+class SanaText(FamilyText):
     """Hidden states of Gemma 2, and their mask."""
 
     def __init__(self, models: Sequence[tuple[nn.Module, Any, int]]) -> None:

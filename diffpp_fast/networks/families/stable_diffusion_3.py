@@ -45,7 +45,7 @@ class StableDiffusion3(Family):
         )
 
     def text(self, models: Sequence[tuple[nn.Module, Any, int] | None], facts: Mapping[str, Any]) -> FamilyText:
-        return _Text([each for each in models if each is not None], facts["joint_attention_dim"])
+        return JointText([each for each in models if each is not None], facts["joint_attention_dim"])
 
     def text_widths(self, configs: Sequence[Any | None], facts: Mapping[str, Any]) -> tuple[int, int | None]:
         first, second, third = configs
@@ -59,7 +59,7 @@ class StableDiffusion3(Family):
         return lengths[0] + (lengths[2] if len(lengths) > 2 else T5_LENGTH)
 
 
-class _Text(FamilyText):
+class JointText(FamilyText):
     """Two CLIPs, and T5 or zeros of its width."""
 
     def __init__(self, models: Sequence[tuple[nn.Module, Any, int]], width: int) -> None:

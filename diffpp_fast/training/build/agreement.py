@@ -355,7 +355,7 @@ def _text_settings(key: str, section: TextEncoderSection, *, two: bool = False, 
 
 
 def _family_text_facts(family: Family, models: Models, facts: Mapping[str, Any]) -> TextFacts:
-    """What a family's text encoders give."""
+    """Return the channels that a family's text encoders give."""
     configs: list[Any | None] = []
     for key, kind, section in zip(TEXT_KEYS, family.encoders, family_sections(family, models), strict=False):
         if section is None:
