@@ -60,6 +60,13 @@ HUB: dict[str, tuple[str, tuple[str, ...], int]] = {
         128,
     ),
     "PixArt-alpha/PixArt-XL-2-512x512": ("PixArtAlphaPipeline", (*TEXT_ENCODERS, "transformer"), 64),
+    "Tongyi-MAI/Z-Image": ("ZImagePipeline", (*TEXT_ENCODERS, "transformer"), 128),
+    "stabilityai/stable-diffusion-3.5-medium": (
+        "StableDiffusion3Pipeline",
+        (*(f"{part}{number}" for part in TEXT_ENCODERS for number in ("", "_2", "_3")), "transformer"),
+        128,
+    ),
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": ("SanaPipeline", (*TEXT_ENCODERS, "transformer"), 32),
 }
 
 SCALED = re.compile(r"(?P<loop>\w+): (?P<part>what is given|before|after)")
