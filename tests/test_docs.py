@@ -67,6 +67,13 @@ HUB: dict[str, tuple[str, tuple[str, ...], int]] = {
     ),
     "black-forest-labs/FLUX.2-klein-base-4B": ("Flux2KleinPipeline", (*TEXT_ENCODERS, "transformer"), 64),
     "Qwen/Qwen-Image": ("QwenImagePipeline", (*TEXT_ENCODERS, "transformer"), 128),
+    "Tongyi-MAI/Z-Image": ("ZImagePipeline", (*TEXT_ENCODERS, "transformer"), 128),
+    "stabilityai/stable-diffusion-3.5-medium": (
+        "StableDiffusion3Pipeline",
+        (*(f"{part}{number}" for part in TEXT_ENCODERS for number in ("", "_2", "_3")), "transformer"),
+        128,
+    ),
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": ("SanaPipeline", (*TEXT_ENCODERS, "transformer"), 32),
 }
 
 SCALED = re.compile(r"(?P<loop>\w+): (?P<part>what is given|before|after)")

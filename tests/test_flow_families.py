@@ -159,7 +159,7 @@ def test_trained_resumed_exported_and_drawn(bases: dict[str, Path], family: str,
     assert sampler.decoder is not None
     with torch.no_grad():
         expected = sampler.generator(z, sampler.encode(["a red apple"]))
-        images = sampler.decoder(expected)  # type: ignore[misc]
+        images = sampler.decoder(expected)
     export_pipeline(tmp_path / "pipeline", config, weights)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
