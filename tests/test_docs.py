@@ -60,6 +60,20 @@ HUB: dict[str, tuple[str, tuple[str, ...], int]] = {
         128,
     ),
     "PixArt-alpha/PixArt-XL-2-512x512": ("PixArtAlphaPipeline", (*TEXT_ENCODERS, "transformer"), 64),
+    "black-forest-labs/FLUX.1-dev": (
+        "FluxPipeline",
+        (*TEXT_ENCODERS, "text_encoder_2", "tokenizer_2", "transformer"),
+        128,
+    ),
+    "black-forest-labs/FLUX.2-klein-base-4B": ("Flux2KleinPipeline", (*TEXT_ENCODERS, "transformer"), 64),
+    "Qwen/Qwen-Image": ("QwenImagePipeline", (*TEXT_ENCODERS, "transformer"), 128),
+    "Tongyi-MAI/Z-Image": ("ZImagePipeline", (*TEXT_ENCODERS, "transformer"), 128),
+    "stabilityai/stable-diffusion-3.5-medium": (
+        "StableDiffusion3Pipeline",
+        (*(f"{part}{number}" for part in TEXT_ENCODERS for number in ("", "_2", "_3")), "transformer"),
+        128,
+    ),
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": ("SanaPipeline", (*TEXT_ENCODERS, "transformer"), 32),
 }
 
 SCALED = re.compile(r"(?P<loop>\w+): (?P<part>what is given|before|after)")

@@ -167,9 +167,9 @@ def test_what_is_given_wins_over_the_base(config_of, bases: dict[str, Path], tmp
 
 
 def test_a_base_of_another_family_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
     with pytest.raises(
-        ConfigurationError, match=r"models.base .* is a FluxPipeline; known are StableDiffusionPipeline"
+        ConfigurationError, match=r"models.base .* is a KandinskyPipeline; known are StableDiffusionPipeline"
     ):
         load_config(bases["pixart"], [f"models.base={tmp_path}"])
     with pytest.raises(ConfigurationError, match=r"models.base .*no such folder"):
@@ -397,4 +397,4 @@ def test_configurations_of_a_base_name_what_is_wrong(bases: dict[str, Path]) -> 
     with pytest.raises(ConfigurationError, match=r"unknown key models.generator.lora.rang: did you mean .*rank"):
         load_config(bases["pixart"], ["models.generator.lora.rang=3"])
     fake = yaml.safe_load(dump_config(load_config(bases["pixart"])))["models"]["fake"]
-    assert fake == dict.fromkeys(("path", "variant", "state_dict", "lora", "initial_lora"))
+    assert fake == dict.fromkeys(("path", "variant", "state_dict", "lora", "initial_lora", "guidance_embedding"))

@@ -18,16 +18,32 @@ PIPELINES = {
     "sd15": ("StableDiffusionPipeline", "unet"),
     "sdxl": ("StableDiffusionXLPipeline", "unet"),
     "pixart": ("PixArtAlphaPipeline", "transformer"),
+    "zimage": ("ZImagePipeline", "transformer"),
+    "sd35": ("StableDiffusion3Pipeline", "transformer"),
+    "sana": ("SanaPipeline", "transformer"),
 }
+FLOWS = ("zimage", "sd35", "sana")
 #: The part of a file's name that says the machine: how many GPUs, and which.
-MACHINES = {"1x24gb": (1, "rtx4090"), "8x80gb": (8, "a100-80"), "64x80gb": (64, "a100-80")}
-OTHERS = ("sdxl-didr-8x80gb", "sdxl-dipp-8x80gb", "sdxl-4step-8x80gb", "pixart-sim-8x80gb")
-READY = [*(f"{model}-{machine}" for model in PIPELINES for machine in MACHINES), *OTHERS]
+MACHINES = {
+    "1x24gb": (1, "rtx4090"),
+    "1x80gb": (1, "a100-80"),
+    "8x80gb": (8, "a100-80"),
+    "64x80gb": (64, "a100-80"),
+}
+OTHERS = (
+    *("sdxl-didr-8x80gb", "sdxl-dipp-8x80gb", "sdxl-4step-8x80gb", "pixart-sim-8x80gb"),
+    *("zimage-1x80gb", "sd35-1x24gb", "sana-1x24gb"),
+)
+READY = [
+    *(f"{model}-{machine}" for model in PIPELINES if model not in FLOWS for machine in MACHINES if machine != "1x80gb"),
+    *(f"{model}-8x80gb" for model in FLOWS),
+    *OTHERS,
+]
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    from diffusers import DDPMScheduler
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
     folders = {}
     for name, (pipeline, denoiser) in PIPELINES.items():
@@ -44,7 +60,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             parts |= {part: "", tokenizer: ""}
         linear = {"beta_start": 0.0001, "beta_end": 0.02}
         scaled = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-        DDPMScheduler(**(linear if name == "pixart" else scaled)).save_config(base / "scheduler")
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0) if name in FLOWS else None
+        scheduler = scheduler or DDPMScheduler(**(linear if name == "pixart" else scaled))
+        scheduler.save_config(base / "scheduler")
         index = {"_class_name": pipeline, **{part: ["library", "class"] for part in parts}}
         (base / "model_index.json").write_text(json.dumps(index))
         (base / "prompts.txt").write_text("a red apple\n")
@@ -89,7 +107,9 @@ def test_what_is_in_units_of_a_gradient_is_converted(model: str, bases: dict[str
     """DMD's and DMD2's clip of 10 is for a mean over elements, and DMD's mean lacks a factor 1/2."""
     config = load_config(CONFIGS / f"{model}-8x80gb.yaml", overrides(bases, model))
     factor = math.prod(config.models.latent_shape) / (2 if model == "pixart" else 1)
-    eps = {"sd15": (1e-8 / factor, 1e-8 / factor), "sdxl": (1e-8, 1e-8), "pixart": (1e-6, 1e-6)}[model]
+    eps = {"sd15": (1e-8 / factor, 1e-8 / factor), "sdxl": (1e-8, 1e-8), "pixart": (1e-6, 1e-6)}.get(
+        model, (1e-8, 1e-8)
+    )
     generator, fake = config.optimizers.generator, config.optimizers.fake
     assert (generator.clip, fake.clip) == (10 * factor, 10)
     assert (generator.eps, fake.eps) == pytest.approx((eps[0] * factor, eps[1]), rel=0.02)
@@ -101,7 +121,7 @@ def test_it_fits(name: str, bases: dict[str, Path]) -> None:
     model, machine = name.split("-")[0], name.split("-")[-1]
     gpus, kind = MACHINES[machine]
     changes = overrides(bases, model)
-    if model == "pixart" or machine == "1x24gb" or "didr" in name:  # as their files say
+    if model in ("pixart", *FLOWS) or machine == "1x24gb" or "didr" in name:  # as their files say
         (bases[model] / "embeddings").mkdir(exist_ok=True)
         changes.append(f"prompts.embeddings={bases[model] / 'embeddings'}")
     plan = make_plan(run_of(load_config(CONFIGS / f"{name}.yaml", changes), gpus), GPUS[kind])

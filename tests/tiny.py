@@ -170,6 +170,31 @@ def flux(seed: int = 0, **changes: Any) -> torch.nn.Module:
     return _seeded(lambda: FluxTransformer2DModel(**settings | changes), seed)
 
 
+def z_image(seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """A ZImageTransformer2DModel of two blocks, and one of each kind before them."""
+    from diffusers import ZImageTransformer2DModel
+
+    settings: dict[str, Any] = {
+        "in_channels": LATENT[0],
+        "dim": 32,
+        "n_layers": 2,
+        "n_refiner_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": TEXT_WIDTH,
+        "axes_dims": (4, 6, 6),
+        "axes_lens": (1024, 16, 16),
+    }
+
+    def build() -> torch.nn.Module:
+        network = ZImageTransformer2DModel(**settings | changes)
+        for token in (network.x_pad_token, network.cap_pad_token):  # zeros at first
+            torch.nn.init.normal_(token)
+        return network
+
+    return _seeded(build, seed)
+
+
 def vae(seed: int = 0, **changes: Any) -> torch.nn.Module:
     """An AutoencoderKL that doubles height and width."""
     from diffusers import AutoencoderKL
@@ -248,14 +273,157 @@ def t5_tokenizer() -> Any:
     return T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
+#: How a chat is written, as in Qwen's tokenizers.
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def qwen3(seed: int = 0) -> torch.nn.Module:
+    """A Qwen3 of three layers, without head."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    settings = Qwen3Config(
+        vocab_size=64,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return _seeded(lambda: Qwen3Model(settings), seed).eval()
+
+
+def qwen_tokenizer() -> Any:
+    """Letters, space and the end of a line, and the marks of a chat."""
+    from transformers import Qwen2Tokenizer
+
+    pieces = [*LETTERS, "A", "R", "\u0120", "\u010a", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2Tokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": pieces[-2:]})
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def sana(seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """A SanaTransformer2DModel of two blocks."""
+    from diffusers import SanaTransformer2DModel
+
+    settings: dict[str, Any] = {
+        "in_channels": LATENT[0],
+        "out_channels": LATENT[0],
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 8,
+        "cross_attention_dim": 16,
+        "caption_channels": TEXT_WIDTH,
+        "sample_size": LATENT[1],
+    }
+    return _seeded(lambda: SanaTransformer2DModel(**settings | changes), seed)
+
+
+def deep_vae(seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """An AutoencoderDC that makes four times the height and width."""
+    from diffusers import AutoencoderDC
+
+    blocks: dict[str, Any] = {
+        "block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+        "block_out_channels": (8, 8, 16),
+        "layers_per_block": (1, 1, 2),
+        "qkv_multiscales": ((), (), (5,)),
+    }
+    settings = {f"{half}_{key}": value for half in ("encoder", "decoder") for key, value in blocks.items()}
+    settings |= {"latent_channels": LATENT[0], "attention_head_dim": 4, "scaling_factor": 0.41407}
+
+    def build() -> torch.nn.Module:
+        network = AutoencoderDC(**settings | changes)
+        for name, weight in network.named_parameters():
+            if "norm" in name:  # ones and zeros at first
+                torch.nn.init.normal_(weight, 1.0, 0.2)
+        return network
+
+    return _seeded(build, seed)
+
+
+def gemma2(seed: int = 0) -> torch.nn.Module:
+    """A Gemma 2 of two layers, without head."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    settings = Gemma2Config(
+        vocab_size=64,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=4096,
+    )
+    return _seeded(lambda: Gemma2Model(settings), seed).eval()
+
+
+def gemma_tokenizer() -> Any:
+    """Letters, and the space in front of a word."""
+    from transformers import GemmaTokenizer
+
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "\u2581", *LETTERS]
+    return GemmaTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[])
+
+
+def flow_pipeline(family: str, **changes: Any) -> Any:
+    """A whole pipeline of flow matching, by the names of `diffpp_fast.networks.families`' files.
+
+    Args:
+        family: which.
+        changes: settings of the network.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline, StableDiffusion3Pipeline, ZImagePipeline
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if family == "z_image":
+        return ZImagePipeline(
+            scheduler=scheduler,
+            vae=vae(shift_factor=0.1159, scaling_factor=0.3611),
+            text_encoder=qwen3(),
+            tokenizer=qwen_tokenizer(),
+            transformer=z_image(**changes).eval(),
+        )
+    if family == "sana":
+        return SanaPipeline(
+            tokenizer=gemma_tokenizer(),
+            text_encoder=gemma2(),
+            vae=deep_vae(),
+            transformer=sana(**changes).eval(),
+            scheduler=scheduler,
+        )
+    return StableDiffusion3Pipeline(
+        transformer=sd3(pooled_projection_dim=2 * TEXT_WIDTH, **changes).eval(),
+        scheduler=scheduler,
+        vae=vae(shift_factor=0.0609, scaling_factor=1.5305, use_post_quant_conv=False, use_quant_conv=False),
+        text_encoder=clip(width=4, projection=True),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip(seed=1, width=4, projection=True),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5(),
+        tokenizer_3=t5_tokenizer(),
+    )
+
+
 def pipeline(family: str, **changes: Any) -> Any:
-    """A whole pipeline of diffusers: "stable_diffusion", "stable_diffusion_xl" or "pixart".
+    """A whole pipeline of diffusers: "stable_diffusion", "stable_diffusion_xl" or "pixart", or of flow matching.
 
     Args:
         family: which.
         changes: `prediction_type` of the scheduler, `force_zeros_for_empty_prompt`, and settings of the network.
     """
     from diffusers import DDIMScheduler, PixArtAlphaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    if family not in ("stable_diffusion", "stable_diffusion_xl", "pixart"):
+        return flow_pipeline(family, **changes)
 
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear",

@@ -168,7 +168,7 @@ def _export(out: Path, arguments: argparse.Namespace, repository: HubRepository 
             _make(repository)
             (export_pipeline if arguments.pipeline else export_generator)(out, config, weights, **shared)
     say(f"exported: {arguments.out}")
-    say(f"a call in diffusers: pipeline(prompt, {pipeline_call(config)})")
+    say(f"a call in diffusers: pipeline(prompt=prompt, {pipeline_call(config)})")
     if repository is not None:
         say(f"pushed: {repository.upload(out, f'Export of {weights.folder.name} by diffpp_fast')}")
     return 0

@@ -68,7 +68,7 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     add_machine(parser)
     known = parser.add_argument_group("a run without a configuration")
-    known.add_argument("--model", metavar="NAME", help="sd15, sdxl or pixart")
+    known.add_argument("--model", metavar="NAME", help="sd15, sdxl, pixart, zimage, sd35 or sana")
     add = known.add_argument
     add("--batch", type=positive, metavar="N", help="samples of an update, on all GPUs (8)")
     add("--micro-batch", type=positive, metavar="N", help="samples that a GPU computes at a time (all of its own)")

@@ -7,7 +7,7 @@ and changes nothing there. The processor here does the same arithmetic and reach
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -57,6 +57,16 @@ _SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+#: The backends by the names that diffusers has for them, whose newer processors can be told one.
+_TOLD = {
+    "sdpa": "native",
+    "math": "_native_math",
+    "flash": "_native_flash",
+    "cudnn": "_native_cudnn",
+    "efficient": "_native_efficient",
+    "flash_attn": "flash",
+    "xformers": "xformers",
+}
 
 
 def set_attention(module: nn.Module, backend: str) -> int:
@@ -64,7 +74,7 @@ def set_attention(module: nn.Module, backend: str) -> int:
 
     Args:
         module: a UNet2DConditionModel, a PixArtTransformer2DModel, an AutoencoderKL, or any module that holds their
-            `Attention` layers.
+            `Attention` layers; or a network whose own processors choose among backends (FLUX, Qwen-Image, Z-Image).
         backend: "sdpa" (torch chooses among the next four) and "math" (unfused) serve everything; others CUDA alone.
             "flash": torch's FlashAttention, for float16 and bfloat16, heads of up to 256 channels, no mask. "cudnn":
             the same dtypes, heads of up to 256 channels in multiples of 8; 128 on some GPUs. "efficient": torch's
@@ -82,12 +92,15 @@ def set_attention(module: nn.Module, backend: str) -> int:
     if backend not in BACKENDS:
         raise ValueError(f"set_attention: unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     attend = _attend(backend)
-    layers = _layers(module)
-    for name, layer in layers.items():
-        reason = _head_dim_refused(BACKENDS[backend], layer.inner_dim // layer.heads)
+    told = {name: part for name, part in module.named_modules() if _can_be_told(part)}
+    layers = _layers(module, told)
+    for name, layer in (layers | told).items():
+        reason = _head_dim_refused(
+            BACKENDS[backend], getattr(layer, "head_dim", None) or layer.inner_dim // layer.heads
+        )
         if reason is not None:
             raise RuntimeError(f"set_attention: backend {backend!r} can't serve {name or 'the layer'}: {reason}")
-    if BACKENDS[backend].gpu and layers and not torch.cuda.is_available():
+    if BACKENDS[backend].gpu and (layers or told) and not torch.cuda.is_available():
         raise RuntimeError(
             f"set_attention: backend {backend!r} serves CUDA tensors only, and PyTorch can use no GPU; "
             "'sdpa' and 'math' serve the CPU"
@@ -95,7 +108,14 @@ def set_attention(module: nn.Module, backend: str) -> int:
     processor = AttentionProcessor(backend, attend)
     for layer in layers.values():
         layer.set_processor(processor)
-    return len(layers)
+    for layer in told.values():
+        layer.processor._attention_backend = _TOLD[backend]
+    return len(layers) + len(told)
+
+
+def _can_be_told(part: Any) -> bool:
+    """Return whether a layer's processor hands its attention to the backend that it was told."""
+    return hasattr(getattr(part, "processor", None), "_attention_backend")
 
 
 class AttentionProcessor:
@@ -164,8 +184,8 @@ class AttentionProcessor:
         return hidden_states if attn.rescale_output_factor == 1.0 else hidden_states / attn.rescale_output_factor
 
 
-def _layers(module: nn.Module) -> dict[str, Any]:
-    """The attention layers by name, if it is known what their processors do."""
+def _layers(module: nn.Module, told: Container[str]) -> dict[str, Any]:
+    """The attention layers by name but for some, if it is known what their processors do."""
     from diffusers.models import attention_processor as theirs
 
     plain = (
@@ -176,6 +196,7 @@ def _layers(module: nn.Module) -> dict[str, Any]:
         theirs.XFormersAttnProcessor,
     )
     layers = {name: part for name, part in module.named_modules() if isinstance(part, theirs.Attention)}
+    layers = {name: layer for name, layer in layers.items() if name not in told}
     for name, layer in layers.items():
         if not isinstance(layer.processor, plain):
             kind = type(layer.processor).__name__

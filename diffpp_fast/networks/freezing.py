@@ -216,7 +216,11 @@ def _transformer(name: str, part: Any, *, attention: bool) -> Iterator[_Swap]:
 def _block(name: str, part: nn.Module) -> Iterator[_Swap]:
     from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
     from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+    from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
+    from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+    from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 
     known = (
         BasicTransformerBlock,
@@ -224,6 +228,11 @@ def _block(name: str, part: nn.Module) -> Iterator[_Swap]:
         ResnetBlock2D,
         FluxTransformerBlock,
         FluxSingleTransformerBlock,
+        Flux2TransformerBlock,
+        Flux2SingleTransformerBlock,
+        QwenImageTransformerBlock,
+        SanaTransformerBlock,
+        ZImageTransformerBlock,
     )
     if isinstance(part, known):
         yield _swap(name, part, (part, frozen.RecomputedBlock), type(part))

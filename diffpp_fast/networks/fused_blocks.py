@@ -272,8 +272,12 @@ class FusedRMSNorm(Fused, nn.RMSNorm):
         return ops.rms_norm_rope(x, cos, sin, self.weight, eps=eps)
 
 
+#: Processors of FLUX's attention that compute what the fused forwards do.
+PROCESSORS = ("FluxAttnProcessor", "Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor")
+
+
 class FluxAttentionForward(Fused):
-    """`FluxAttention` with its own processor: norms with rotary embeddings."""
+    """`FluxAttention` and `Flux2Attention` with their own processor: norms with rotary embeddings."""
 
     def forward(
         self: Any,
@@ -285,7 +289,7 @@ class FluxAttentionForward(Fused):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """hidden_states [B, N, D], encoder_hidden_states [B, M, D] or None, two of [M + N, D'] -> as they came."""
         has_text = encoder_hidden_states is not None
-        plain = type(self.processor).__name__ == "FluxAttnProcessor" and not self.fused_projections and not kwargs
+        plain = type(self.processor).__name__ in PROCESSORS and not self.fused_projections and not kwargs
         if not plain or image_rotary_emb is None or has_text != (self.added_kv_proj_dim is not None):
             unfused: Tensor | tuple[Tensor, Tensor] = super().forward(
                 hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs

@@ -11,11 +11,17 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from diffpp_fast.networks import fused_blocks as blocks
+from diffpp_fast.networks import fused_flow_blocks as flow_blocks
 
 logger = logging.getLogger("diffpp_fast")
 
 #: Where a frozen module remembers what it was, in its `__dict__`: no parameter, no buffer, nothing that is saved.
 BEFORE = "_before_freezing"
+#: Blocks without a fused version, and why.
+NOT_FUSED = {
+    "ZImageTransformerBlock": "its norms are RMS norms behind attention and feed-forward, which no kernel here has",
+    "SanaTransformerBlock": "its attention is linear and its feed-forward a convolution: no kernel here has either",
+}
 
 
 class FusionRow(NamedTuple):
@@ -150,6 +156,13 @@ def _of(name: str, module: nn.Module) -> Iterator[_Block]:
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
     from diffusers.models.transformers.transformer_flux import FluxAttention, FluxTransformerBlock
+    from diffusers.models.transformers.transformer_flux2 import (
+        Flux2Attention,
+        Flux2ParallelSelfAttention,
+        Flux2SingleTransformerBlock,
+        Flux2TransformerBlock,
+    )
+    from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 
     if isinstance(module, ResnetBlock2D):
         yield _resnet(name, module, ResnetBlock2D)
@@ -165,6 +178,12 @@ def _of(name: str, module: nn.Module) -> Iterator[_Block]:
         yield _joint(name, module, FluxTransformerBlock, blocks.FluxForward)
     elif isinstance(module, FluxAttention):
         yield _flux_attention(name, module, FluxAttention)
+    elif isinstance(module, Flux2Attention):
+        yield _flux_attention(name, module, Flux2Attention)
+    elif isinstance(module, Flux2ParallelSelfAttention):
+        yield _flux_attention(name, module, Flux2ParallelSelfAttention, flow_blocks.Flux2ParallelForward)
+    elif isinstance(module, (Flux2TransformerBlock, Flux2SingleTransformerBlock, QwenImageTransformerBlock)):
+        yield _of_plain_norms(name, module)
     elif isinstance(module, AdaLayerNormZeroSingle):
         block = _Block(name, "AdaLayerNormZeroSingle")
         _ada_zero(block, "it", module)
@@ -174,6 +193,10 @@ def _of(name: str, module: nn.Module) -> Iterator[_Block]:
             block = _Block(_join(name, "norm"), "GroupNorm")
             block.add("it", norm, nn.GroupNorm, blocks.FusedGroupNorm)
             yield block
+    elif (
+        kind := next((each.__name__ for each in type(module).__mro__ if each.__name__ in NOT_FUSED), None)
+    ) is not None:
+        yield _Block(name, kind, reason=NOT_FUSED[kind])
     elif isinstance(module, PixArtTransformer2DModel):
         yield _Block(
             _join(name, "norm_out"), "LayerNorm", reason="its modulation is part of the network's forward, and is small"
@@ -218,10 +241,31 @@ def _joint(name: str, module: Any, base: type[nn.Module], forward: type[blocks.F
     return block
 
 
-def _flux_attention(name: str, module: Any, base: type[nn.Module]) -> _Block:
+#: Forwards of blocks whose norms have no parameters and are modulated in the block's own, by the block's class.
+PLAIN: dict[str, type[blocks.Fused]] = {
+    "Flux2TransformerBlock": flow_blocks.Flux2Forward,
+    "Flux2SingleTransformerBlock": flow_blocks.Flux2SingleForward,
+    "QwenImageTransformerBlock": flow_blocks.QwenImageForward,
+}
+
+
+def _of_plain_norms(name: str, module: Any) -> _Block:
+    """A block of FLUX.2 or Qwen-Image; what its attention does stays as it is."""
+    base = next(kind for kind in type(module).__mro__ if kind.__name__ in PLAIN)
     block = _Block(name, base.__name__)
-    block.add("it", module, base, blocks.fused_class(blocks.FluxAttentionForward, base))
-    if (processor := type(module.processor).__name__) != "FluxAttnProcessor":
+    block.add("it", module, base, blocks.fused_class(PLAIN[base.__name__], base))
+    for role, norm in module.named_children():
+        if "norm" in role:
+            _plain_layer_norm(block, role, norm)
+    return block
+
+
+def _flux_attention(
+    name: str, module: Any, base: type[nn.Module], forward: type[blocks.Fused] = blocks.FluxAttentionForward
+) -> _Block:
+    block = _Block(name, base.__name__)
+    block.add("it", module, base, blocks.fused_class(forward, base))
+    if (processor := type(module.processor).__name__) not in blocks.PROCESSORS:
         block.leave(f"its processor is a {processor}")
     for role in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
         if hasattr(module, role):

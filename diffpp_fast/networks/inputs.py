@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+from diffpp_fast.networks.families import Inputs, family_named
 from diffpp_fast.networks.loading import diffusers_class
 
 #: Inputs of `forward` that are fed, or that change nothing where they are left out and the configuration is as below.
@@ -27,28 +28,6 @@ EXTRA_CHANNELS = {
 }
 
 
-class Inputs(NamedTuple):
-    """The inputs of a network besides latents and time.
-
-    Attributes:
-        width: channels of text.
-        pooled: channels of pooled text beside six sizes, as Stable Diffusion XL's networks take them; None: neither.
-        sizes: whether it is told resolution and aspect ratio, as PixArt's at 1024 are.
-        channels: of the latents.
-        predicted: channels that come out; twice as many where a variance is predicted, too.
-        divisor: of height and width of the latents.
-        patches: the most that it has positions for; None: any number.
-    """
-
-    width: int | None
-    pooled: int | None
-    sizes: bool
-    channels: int
-    predicted: int
-    divisor: int
-    patches: int | None
-
-
 def inputs_of(config: Mapping[str, Any], path: str) -> Inputs:
     """Return what a denoiser's configuration asks for.
 
@@ -60,6 +39,12 @@ def inputs_of(config: Mapping[str, Any], path: str) -> Inputs:
     """
     kind = diffusers_class(config, path, "ModelMixin")
     facts = with_defaults(config, kind)
+    family = family_named(kind.__name__)
+    if family is not None:
+        try:
+            return family.inputs(facts)
+        except ValueError as error:
+            raise ValueError(f"{path}: {kind.__name__} {error}") from None
     said = _foreign(kind) or _unfed(kind.__name__, facts)
     if said is not None:
         raise ValueError(f"{path}: {kind.__name__} {said}")

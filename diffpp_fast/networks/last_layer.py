@@ -19,7 +19,7 @@ from diffpp_fast.precision import autocast_dtype
 NAMES = ("proj_out_2", "proj_out", "conv_out")
 
 
-def widen_last_layer(network: nn.Module) -> bool:
+def widen_last_layer(network: nn.Module, path: str | None = None) -> bool:
     """Lets the last layer of a network compute and return float32, in place.
 
     Only the layer's class changes: its weights stay in the dtype in which they are kept, `state_dict` keys, hooks,
@@ -29,11 +29,14 @@ def widen_last_layer(network: nn.Module) -> bool:
 
     Args:
         network: from diffusers, before it is sharded.
+        path: of the layer; None: the first of `NAMES` that the network has.
 
     Returns:
         Whether the layer was found, or had been widened before.
     """
     layer: Any = next((found for name in NAMES if (found := getattr(network, name, None)) is not None), None)
+    if path is not None:
+        layer = network.get_submodule(path)
     layer = getattr(layer, "base_layer", layer)
     if type(layer) in _CLASSES and getattr(layer, "padding_mode", "zeros") == "zeros":
         layer.__class__ = _CLASSES[type(layer)]

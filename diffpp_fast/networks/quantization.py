@@ -25,7 +25,8 @@ logger = logging.getLogger("diffpp_fast")
 #: Kinds of stored weights, by the names that `quantize` takes.
 KINDS = ("int8", "nf4", "float8")
 #: Blocks whose linear layers are meant, by the lists that diffusers has them in, and those whose convolutions are.
-TRANSFORMERS, RESNETS = ("transformer_blocks", "single_transformer_blocks"), "resnets"
+TRANSFORMERS = ("transformer_blocks", "single_transformer_blocks", "layers", "noise_refiner", "context_refiner")
+RESNETS = "resnets"
 #: Float8's largest number.
 LARGEST = 448.0
 FLOAT8 = torch.float8_e4m3fn
@@ -111,7 +112,7 @@ def reason_against(name: str, layer: nn.Module, kind: str) -> str | None:
         return f"it is a {type(layer).__name__}"
     elif not any(place in TRANSFORMERS for place in places):
         return "it is in no transformer block"
-    elif any("norm" in place for place in places):
+    elif any("norm" in place or place.startswith("adaLN") for place in places):
         return "it modulates a norm"
     if layer.weight.numel() < SMALLEST:
         return f"it has fewer than {SMALLEST} weights"

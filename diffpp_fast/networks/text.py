@@ -15,12 +15,13 @@ from diffpp_fast import install
 from diffpp_fast.networks.conditioning import Conditioning
 from diffpp_fast.networks.loading import local_folder, refuse_not_finite, resolve
 from diffpp_fast.networks.streaming import is_asked_for, load_streamed
+from diffpp_fast.networks.tokens import tokenize
 from diffpp_fast.networks.weight_files import TRANSFORMERS, open_weights, patterns
 
 logger = logging.getLogger("diffpp_fast")
 
 #: Overflow in float16; bfloat16 has the range of float32.
-OVERFLOWING = ("mt5", "t5", "umt5")
+OVERFLOWING = ("gemma2", "mt5", "t5", "umt5")
 #: Tensors that a text encoder's hidden states do not depend on: heads, other towers, and buffers that are counted anew.
 SPARE = re.compile(
     r"(^|\.)position_ids$|(^|\.)pooler\.|^(text_projection|visual_projection|logit_scale|vision_model|cls|lm_head|decoder)\b"
@@ -185,28 +186,40 @@ class DualTextEncoder(nn.Module):
 
 
 def load_text_model(
-    path: str, dtype: torch.dtype = torch.float32, *, projection: bool = False, variant: str | None = None
+    path: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    projection: bool = False,
+    variant: str | None = None,
+    loader: str | None = None,
 ) -> nn.Module:
     """Return a text encoder from safetensors; with `projection` a CLIP that also gives `text_embeds`.
+
+    Args:
+        path, dtype, variant: as in `TextEncoder.from_pretrained`.
+        projection: see above.
+        loader: the class of transformers that it is loaded with; None: what encodes text of its type.
 
     Raises:
         FileNotFoundError: the folder, or its weights, are not there.
         ValueError: they are damaged, are not those of the encoder, or are not finite; or float16, where it overflows.
     """
-    from transformers import AutoConfig, AutoModelForTextEncoding, CLIPTextModelWithProjection
+    import transformers
+    from transformers import AutoConfig
 
     folder = local_folder(path, ["config.json", *patterns(TRANSFORMERS, variant)])
     kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
     if dtype == torch.float16 and kind in OVERFLOWING:
         raise ValueError(f"{path}: {kind} overflows in float16; use dtype bfloat16 or float32")
-    loader = CLIPTextModelWithProjection if projection else AutoModelForTextEncoding
-    stored = open_weights(folder, TRANSFORMERS, variant, f"transformers.{loader.__name__}")
+    name = loader or ("CLIPTextModelWithProjection" if projection else "AutoModelForTextEncoding")
+    projection = name == "CLIPTextModelWithProjection"
+    stored = open_weights(folder, TRANSFORMERS, variant, f"transformers.{name}")
     if is_asked_for():
         try:
-            return load_streamed(folder, loader, stored, dtype)
+            return load_streamed(folder, getattr(transformers, name), stored, dtype)
         except ValueError as error:
             raise ValueError(f"{path} {error}") from None
-    model, found = loader.from_pretrained(
+    model, found = getattr(transformers, name).from_pretrained(
         folder,
         dtype=dtype,
         variant=variant,
@@ -266,7 +279,7 @@ def load_tokenizer(path: str, model: nn.Module | None = None) -> Any:
 
     # As a folder: of a hub id AutoTokenizer wants a config.json, too, which pipelines' tokenizers do without, and
     # behind a cache that was filled on another machine it can't be told that there is none.
-    folder = local_folder(path, ["*.json", "*.txt", "*.model"])
+    folder = local_folder(path, ["*.json", "*.txt", "*.model", "*.jinja"])
     check_tokenizer(str(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -311,15 +324,6 @@ def _refuse_misfit(path: str, found: Mapping[str, Any], projection: bool) -> Non
     said += [f"has {len(shapes)} of another shape, e.g. {shapes[0]}"] if shapes else []
     if said:
         raise ValueError(f"{path} {' and '.join(said)}: it must hold all weights that its config.json asks for")
-
-
-def tokenize(tokenizer: Any, prompts: list[str], max_length: int) -> Any:
-    """B prompts -> `input_ids` and `attention_mask` [B, max_length], cut or padded; a warning says what is cut."""
-    whole = tokenizer(prompts, verbose=False)["input_ids"]
-    cut = [prompt for prompt, tokens in zip(prompts, whole, strict=True) if len(tokens) > max_length]
-    if cut:
-        logger.warning("%d of %d prompts cut to %d tokens, e.g. %r", len(cut), len(prompts), max_length, cut[0])
-    return tokenizer(prompts, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
 
 
 def _device(model: nn.Module) -> torch.device:

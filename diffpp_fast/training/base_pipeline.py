@@ -6,10 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.networks.families import FAMILIES, family_named
+from diffpp_fast.networks.inputs import inputs_of
 from diffpp_fast.networks.loading import read_config
 
 #: The pipelines whose networks are conditioned as diffpp_fast does it.
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtAlphaPipeline")
+PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "PixArtAlphaPipeline",
+    *(pipeline for family in FAMILIES for pipeline in family.pipelines),
+)
 
 
 def fill_models(data: dict[str, Any], file: Path) -> None:
@@ -62,6 +69,7 @@ def _sections(base: str, file: Path) -> dict[str, Any]:
     for key, part in (
         ("text_encoder", "text_encoder"),
         ("text_encoder_2", "text_encoder_2"),
+        ("text_encoder_3", "text_encoder_3"),
         ("scheduler", "scheduler"),
         ("reference", "unet"),
         ("reference", "transformer"),
@@ -69,7 +77,11 @@ def _sections(base: str, file: Path) -> dict[str, Any]:
     ):
         if part in parts:
             sections[key] = {"path": f"{base}/{part}"}
-    for key, part in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+    for key, part in (
+        ("text_encoder", "tokenizer"),
+        ("text_encoder_2", "tokenizer_2"),
+        ("text_encoder_3", "tokenizer_3"),
+    ):
         if key in sections and part in parts:
             sections[key]["tokenizer"] = f"{base}/{part}"
     if "force_zeros_for_empty_prompt" in index:
@@ -84,13 +96,20 @@ def _latent_shape(reference: str, file: Path) -> list[int]:
             f"{file}: models.reference ({reference}) is a {config['model_type']} of transformers, not a network of "
             "diffusers"
         )
-    size = config.get("sample_size")
+    family = family_named(config.get("_class_name"))
+    size = config.get("sample_size", None if family is None else family.sample_size)
     height, width = (size, size) if isinstance(size, int) else size or (None, None)
-    if height is None or config.get("in_channels") is None:
+    channels = config.get("in_channels")
+    if family is not None:
+        try:
+            channels = inputs_of(config, reference).channels
+        except ValueError as error:
+            raise ConfigurationError(f"{file}: models.reference: {error}") from error
+    if height is None or channels is None:
         raise ConfigurationError(
             f"{file}: the key models.latent_shape is missing, and {reference}/config.json names no sample_size"
         )
-    return [config["in_channels"], height, width]
+    return [channels, height, width]
 
 
 def _read(path: str, name: str, key: str) -> dict[str, Any]:

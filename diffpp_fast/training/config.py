@@ -20,6 +20,7 @@ Positive = Annotated[int, Field(gt=0, lt=LIMIT)]
 NotNegative = Annotated[int, Field(ge=0, lt=LIMIT)]
 #: Far above, OpenMP ends the process without a word.
 Threads = Annotated[int, Field(gt=0, le=4096)]
+GuidanceEmbedding = Annotated[float, Field(ge=0)] | None
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 Variant = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
@@ -74,10 +75,10 @@ class WeightsSection(Folder):
 class TextEncoderSection(WeightsSection):
     #: Where the tokenizer is; null: with the model.
     tokenizer: str | None = None
-    #: Tokens per prompt; longer prompts are cut. null: 120 for PixArt's networks, else 77.
+    #: Tokens per prompt; longer prompts are cut. null: as the family's pipeline has it, 77 where there is none.
     max_length: Positive | None = None
     #: Networks do not attend to padding. null: false for CLIP, behind which all of Stable Diffusion was trained without
-    #: a mask, else true.
+    #: a mask, else true. Families that are called in a way of their own have no choice.
     mask_padding: bool | None = None
     #: Of the weights; "auto" is float32.
     dtype: Dtype = "auto"
@@ -92,6 +93,8 @@ class Reference(Frozen):
     #: Its weights in 8 or 4 bits, also for roles that train adapters on them: `diffpp_fast.networks.quantize`. null: as
     #: `dtype` says.
     quantization: Literal["int8", "nf4", "float8"] | None = None
+    #: The guidance scale that a network with an embedding of it is told (FLUX.1-dev); null: as the pipeline has it.
+    guidance_embedding: GuidanceEmbedding = None
 
 
 class Lora(Section):
@@ -132,6 +135,8 @@ class Fake(Section):
     lora: Lora | None = None
     #: null: it begins as the weights alone.
     initial_lora: InitialLora | None = None
+    #: The guidance scale that a network with an embedding of it is told, as `reference.guidance_embedding`.
+    guidance_embedding: GuidanceEmbedding = None
 
 
 class Generator(Fake):
@@ -208,8 +213,10 @@ class Models(Section):
     #: Which weights of the base, e.g. "fp16": the default of the sections that it fills in.
     variant: Variant | None = None
     text_encoder: TextEncoderSection
-    #: Stable Diffusion XL's second, with the pooled projection.
+    #: The second of Stable Diffusion XL and 3, with the pooled projection.
     text_encoder_2: TextEncoderSection | None = None
+    #: Stable Diffusion 3's third, T5; null: zeros in its place.
+    text_encoder_3: TextEncoderSection | None = None
     scheduler: Folder
     #: The frozen diffusion model that is distilled.
     reference: Reference

@@ -285,7 +285,12 @@ def _pipeline_base(config: Config) -> str:
     models = config.models
     if models.base is None:
         raise ConfigurationError("--pipeline: the run's configuration has no models.base to take the other parts from")
-    sections = {"text_encoder": models.text_encoder, "text_encoder_2": models.text_encoder_2, "vae": models.decoder}
+    sections = {
+        "text_encoder": models.text_encoder,
+        "text_encoder_2": models.text_encoder_2,
+        "text_encoder_3": models.text_encoder_3,
+        "vae": models.decoder,
+    }
     for part, section in sections.items():
         if section is not None and section.path != f"{models.base}/{part}":
             raise ConfigurationError(

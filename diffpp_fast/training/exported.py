@@ -210,7 +210,7 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 #: Configurations, tokenizers and vocabularies.
-SMALL_FILES = ("*.json", "*.txt", "*.model")
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
 def pipeline_files(base: str, variant: str | None, leave_out: Collection[str]) -> dict[str, Path]:

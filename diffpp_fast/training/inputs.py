@@ -27,6 +27,8 @@ INPUTS = {
     "tokenizer": "models.text_encoder.tokenizer",
     "text_encoder_2": "models.text_encoder_2",
     "tokenizer_2": "models.text_encoder_2.tokenizer",
+    "text_encoder_3": "models.text_encoder_3",
+    "tokenizer_3": "models.text_encoder_3.tokenizer",
     "scheduler": "models.scheduler",
     "decoder": "models.decoder",
     "reward": "rewards.optimised",

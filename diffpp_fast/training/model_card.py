@@ -263,7 +263,7 @@ def _use(
             if form == "pipeline"
             else [f'pipeline.scheduler = {scheduler}.from_pretrained(FOLDER, subfolder="scheduler")']
         ),
-        f"image = pipeline(PROMPT, {pipeline_call(config)}).images[0]",
+        f"image = pipeline(prompt=PROMPT, {pipeline_call(config)}).images[0]",
     ]
     code = "\n".join(lines).replace('"FOLDER"', "FOLDER")
     return f"{said} In diffusers, FOLDER being where these files are:\n\n```python\n{code}\n```"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.networks.loading import load_scheduler
+from diffpp_fast.networks.families import Family, family_named
+from diffpp_fast.networks.loading import load_scheduler, read_config
 from diffpp_fast.schedule import NoiseSchedule
 from diffpp_fast.training.config import Config, Generator
 
@@ -20,9 +21,31 @@ def generator_scheduler(config: Config) -> Any:
     Raises ConfigurationError where diffusers has none.
     """
     scheduler, call = load_scheduler(config.models.scheduler.path), config.models.generator
-    if len(call.times) == 1:
-        return one_step_scheduler(scheduler, call.times[0], call.input_scale)
-    return few_step_scheduler(scheduler, call)
+    if len(call.times) > 1:
+        return few_step_scheduler(scheduler, call)
+    if flow_family(config) is not None:
+        return flow_scheduler(scheduler)
+    return one_step_scheduler(scheduler, call.times[0], call.input_scale)
+
+
+def flow_family(config: Config) -> Family | None:
+    """Return the family of a run's networks where it is one of `networks.families`, whose pipelines take `sigmas`."""
+    return family_named(read_config(config.models.reference.path).get("_class_name"))
+
+
+def flow_scheduler(scheduler: Any, *, stochastic: bool = False) -> Any:
+    """Return the scheduler of a flow whose steps from `sigmas=[timestep / T, ...]` are the generator's, without shift.
+
+    Args:
+        scheduler: from diffusers, with the schedule of training.
+        stochastic: it draws noise between the steps.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    times = len(NoiseSchedule.from_diffusers(scheduler))
+    return FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=times, shift=1.0, stochastic_sampling=stochastic, use_dynamic_shifting=False
+    )
 
 
 def one_step_scheduler(scheduler: Any, timestep: int, input_scale: float | Literal["sigma"]) -> Any:
@@ -73,13 +96,11 @@ def few_step_scheduler(scheduler: Any, call: Generator) -> Any:
 
     Raises ConfigurationError for what these schedulers don't serve.
     """
-    from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+    from diffusers import EulerDiscreteScheduler, LCMScheduler
 
     schedule, fresh, times = NoiseSchedule.from_diffusers(scheduler), call.renoise == "fresh", call.times
     if schedule.prediction_type == "flow_prediction":
-        return FlowMatchEulerDiscreteScheduler(
-            num_train_timesteps=len(schedule), shift=1.0, stochastic_sampling=fresh, use_dynamic_shifting=False
-        )
+        return flow_scheduler(scheduler, stochastic=fresh)
     if fresh and times[-1] == 0:
         raise ConfigurationError("models.generator.timesteps end at 0, where LCMScheduler returns its input for x0")
     if not fresh and (schedule.prediction_type == "sample" or float(schedule.alphas[times[0]]) == 0.0):
@@ -100,10 +121,12 @@ def few_step_scheduler(scheduler: Any, call: Generator) -> Any:
 
 
 def pipeline_call(config: Config) -> str:
-    """Return the arguments with which a pipeline that has `generator_scheduler` draws a generator's pictures."""
-    call, guided = config.models.generator, "guidance_scale=1.0"
-    if len(call.times) == 1:
-        return f"num_inference_steps=1, {guided}{_latents(latents_scale(call.input_scale))}"
+    """Return the arguments, besides the prompt, with which a pipeline that has `generator_scheduler` draws a picture."""
+    call, family = config.models.generator, flow_family(config)
+    guided = "guidance_scale=1.0" if family is None else family.unguided
+    one = "num_inference_steps=1, " if len(call.times) == 1 else ""
+    if one and family is None:
+        return f"{one}{guided}{_latents(latents_scale(call.input_scale))}"
     schedule = NoiseSchedule.from_diffusers(load_scheduler(config.models.scheduler.path))
     sigma = float(schedule.sigmas[call.times[0]])
     scale = sigma if call.input_scale == "sigma" else float(call.input_scale)
@@ -112,7 +135,7 @@ def pipeline_call(config: Config) -> str:
     else:
         steps = f"timesteps={list(call.times)}"
         scale = scale / sigma if call.renoise == "ddim" else scale
-    return f"{steps}, {guided}{_latents(scale)}"
+    return f"{one}{steps}, {guided}{_latents(scale)}"
 
 
 def latents_scale(input_scale: float | Literal["sigma"]) -> float:

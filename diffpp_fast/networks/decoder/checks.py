@@ -17,6 +17,21 @@ KNOWN: dict[str, dict[str, Any]] = {
     "Upsample2D": {"norm": None, "name": "conv", "use_conv": True, "use_conv_transpose": False, "interpolate": True},
     "DecoderTiny": {},
     "AutoencoderTinyBlock": {},
+    "QwenImageDecoder3d": {},
+    "QwenImageMidBlock": {},
+    "QwenImageUpBlock": {},
+    "QwenImageResidualBlock": {},
+    "QwenImageAttentionBlock": {},
+    "QwenImageResample": {},
+    "QwenImageRMS_norm": {"bias": 0.0},
+    "QwenImageCausalConv3d": {"stride": (1, 1, 1), "dilation": (1, 1, 1), "groups": 1},
+    "DCUpBlock2d": {"interpolation_mode": "nearest", "factor": 2},
+    "ResBlock": {"norm_type": "rms_norm"},
+    "EfficientViTBlock": {},
+    "SanaMultiscaleLinearAttention": {"norm_type": "rms_norm", "residual_connection": True},
+    "SanaMultiscaleAttentionProjection": {},
+    "GLUMBConv": {"norm_type": "rms_norm", "residual_connection": True},
+    "RMSNorm": {},
     "Conv2d": {"stride": (1, 1), "padding_mode": "zeros"},
     "GroupNorm": {},
     "Linear": {},
@@ -24,6 +39,10 @@ KNOWN: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("ModuleList", "Sequential", "Identity", "Dropout", "SiLU", "ReLU", "GELU", "Mish")},
 }
 UP_BLOCK = "UpDecoderBlock2D"
+#: Classes that can be decoded by slices of rows.
+BY_ROWS = ("AutoencoderKL", "AutoencoderKLFlux2")
+#: Sana's, whose enlargements have their geometry by construction.
+DEEP = "AutoencoderDC"
 ACTIVATIONS = ("silu", "swish")
 KERNEL = {"kernel_size": (3, 3), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -48,7 +67,8 @@ def check_vae(vae: Any) -> None:
     for part, module in parts.items():
         for name, child in () if module is None else module.named_modules(prefix=part):
             _check_module(name, child)
-    _check_enlargements(vae.decoder)
+    if type(vae).__name__ != DEEP:
+        _check_enlargements(vae.decoder)
     dtypes = {weight.dtype for module in parts.values() if module is not None for weight in module.parameters()}
     if len(dtypes) != 1 or not dtypes <= set(DTYPES):
         raise ValueError(
@@ -62,8 +82,9 @@ def check_vae(vae: Any) -> None:
             "FrozenDecoder: the config has both latents_mean and shift_factor; which one counts is unknown"
         )
     for name, values in (("latents_mean", mean), ("latents_std", std)):
-        if values is not None and len(values) != config.latent_channels:
-            raise ValueError(f"FrozenDecoder: {name} must have {config.latent_channels} values, got {len(values)}")
+        channels = config.z_dim if hasattr(config, "z_dim") else config.latent_channels
+        if values is not None and len(values) != channels:
+            raise ValueError(f"FrozenDecoder: {name} must have {channels} values, got {len(values)}")
 
 
 def check_rows(vae: Any, rows: Any) -> None:
@@ -74,10 +95,12 @@ def check_rows(vae: Any, rows: Any) -> None:
         raise TypeError(f"FrozenDecoder: rows must be an integer or None, got {rows!r}")
     if rows < 1:
         raise ValueError(f"FrozenDecoder: rows must be at least 1, got {rows}")
-    if not hasattr(vae.decoder, "up_blocks"):
-        raise ValueError(
-            f"FrozenDecoder: rows is for AutoencoderKL; {type(vae).__name__} keeps a byte per ReLU, give slice_size"
-        )
+    kind = type(vae).__name__
+    if kind == DEEP:
+        raise ValueError(f"FrozenDecoder: rows is for AutoencoderKL; of an {DEEP} give slice_size")
+    if kind not in BY_ROWS:
+        keeps = "keeps a byte per ReLU" if kind == "AutoencoderTiny" else "keeps the inputs of its norms"
+        raise ValueError(f"FrozenDecoder: rows is for AutoencoderKL; {kind} {keeps}, give slice_size")
     blocks = {
         name: module
         for name, module in vae.decoder.named_modules()
@@ -130,15 +153,22 @@ def _check_enlargements(decoder: Any) -> None:
     """The convolutions behind an enlargement by nearest neighbours have the one geometry that can be combined."""
     layers = list(getattr(decoder, "layers", ()))
     convolutions = {
-        f"up_blocks.{index}.upsamplers.{place}.conv": upsampler.conv
+        f"up_blocks.{index}.upsamplers.{place}.{name}": layer
         for index, block in enumerate(getattr(decoder, "up_blocks", ()))
         for place, upsampler in enumerate(block.upsamplers or ())
+        for name, layer in (("conv", getattr(upsampler, "conv", None)), ("resample.1", _resampling(upsampler)))
+        if layer is not None
     }
     convolutions |= {
         f"layers.{index + 1}": layers[index + 1] for index, layer in enumerate(layers) if isinstance(layer, nn.Upsample)
     }
     for name, layer in convolutions.items():
         _check_kernel(name, layer)
+
+
+def _resampling(upsampler: Any) -> Any:
+    """Return the convolution behind an enlargement in Qwen-Image's decoder; None for another's."""
+    return upsampler.resample[1] if hasattr(upsampler, "resample") else None
 
 
 def _check_kernel(name: str, layer: nn.Module) -> None:

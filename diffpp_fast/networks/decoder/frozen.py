@@ -10,13 +10,20 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from diffpp_fast import transforms
 from diffpp_fast.networks.decoder import checks
+from diffpp_fast.networks.decoder.deep import deep_stages
+from diffpp_fast.networks.decoder.latents import Unscale, channels_of
+from diffpp_fast.networks.decoder.still import still_stages
 from diffpp_fast.networks.decoder.walk import Stage, kl_stages, kl_stages_by_rows, tiny_stages
 from diffpp_fast.ops.autograd import needs_gradient
 
 #: How to walk each class of autoencoder.
-STAGES = {"AutoencoderKL": kl_stages, "AutoencoderTiny": tiny_stages}
-#: The class that can be decoded by slices of rows.
-BY_ROWS = "AutoencoderKL"
+STAGES = {
+    "AutoencoderKL": kl_stages,
+    "AutoencoderKLFlux2": kl_stages,
+    "AutoencoderKLQwenImage": still_stages,
+    "AutoencoderDC": deep_stages,
+    "AutoencoderTiny": tiny_stages,
+}
 
 
 class FrozenDecoder(nn.Module):
@@ -36,16 +43,16 @@ class FrozenDecoder(nn.Module):
         and raise RuntimeError for a derivative by a weight.
 
     Args:
-        vae: an `AutoencoderKL` (Stable Diffusion 1.5, XL and 3, PixArt) or an `AutoencoderTiny`. It is shared, not
-            copied; it is set to eval and its parameters to `requires_grad_(False)`, and otherwise stays as it is.
-            Its `use_slicing` is not read.
+        vae: an `AutoencoderKL` (Stable Diffusion 1.5, XL and 3, PixArt, FLUX.1), `AutoencoderKLFlux2`,
+            `AutoencoderKLQwenImage`, `AutoencoderDC` or `AutoencoderTiny`. It is shared, not copied; it is set to eval
+            and its parameters to `requires_grad_(False)`, and otherwise stays as it is. Its `use_slicing` is not read.
         checkpoint: keep only the tensor before every enlargement, and compute what lies between again in the
             backward pass, one resolution at a time.
         slice_size: decode at most so many images at once. With `checkpoint`, or where no gradient is needed, this
             bounds the memory beyond inputs, results and what `checkpoint` keeps.
-        rows: of an `AutoencoderKL`: compute so many rows of each tensor at a time, forward and backward, and keep the
-            input of every residual block alone. Image and gradient are the same but for rounding. It takes more time,
-            less memory the fewer rows, and with `checkpoint` the least.
+        rows: of an `AutoencoderKL` and of FLUX.2's: compute so many rows of each tensor at a time, forward and
+            backward, and keep the input of every residual block alone. Image and gradient are the same but for
+            rounding. It takes more time, less memory the fewer rows, and with `checkpoint` the least.
         memory_format: of the activations: `torch.channels_last` or `torch.contiguous_format`. None chooses
             channels_last, which was faster on the CPU in float32 and bfloat16, and is what tensor cores take.
 
@@ -78,12 +85,10 @@ class FrozenDecoder(nn.Module):
         self.slice_size = slice_size
         self.rows = rows
         self.memory_format = memory_format or torch.channels_last
+        self.unscale = Unscale(vae)
         # diffusers' autoencoders share no base class that declares `config`.
         config: Any = vae.config
-        self.scaling_factor = float(config.scaling_factor)
-        self.shift_factor = float(getattr(config, "shift_factor", None) or 0.0)
-        self.latents_mean: list[float] | None = getattr(config, "latents_mean", None)
-        self.latents_std: list[float] | None = getattr(config, "latents_std", None)
+        self.channels = channels_of(kind, config)
         checks.check_dtype(vae, self._first.weight.dtype)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -95,10 +100,10 @@ class FrozenDecoder(nn.Module):
             TypeError: not a floating-point tensor.
             ValueError: a wrong or empty shape, another device than the weights', or float16 where it overflows.
         """
-        checks.check_latents(latents, self._first.weight, self._first.in_channels)
+        checks.check_latents(latents, self._first.weight, self.channels)
         dtype = self._compute_dtype(latents.device)
         checks.check_dtype(self.vae, dtype)
-        z = self._unscale(latents.to(torch.promote_types(latents.dtype, dtype)))
+        z = self.unscale(latents.to(torch.promote_types(latents.dtype, dtype)))
         z = z.to(dtype)
         if not transforms.functional():  # which hides the layout
             z = z.contiguous(memory_format=self.memory_format)
@@ -119,10 +124,11 @@ class FrozenDecoder(nn.Module):
 
     @property
     def _first(self) -> Any:
-        """The first convolution: its input channels are the latents'."""
+        """The first convolution."""
         if self.kind == "AutoencoderTiny":
             return self.vae.decoder.layers[0]
-        return self.vae.decoder.conv_in if self.vae.post_quant_conv is None else self.vae.post_quant_conv
+        before = getattr(self.vae, "post_quant_conv", None)
+        return self.vae.decoder.conv_in if before is None else before
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
         dtype: torch.dtype = self._first.weight.dtype
@@ -130,13 +136,6 @@ class FrozenDecoder(nn.Module):
         if dtype == torch.float64 or not torch.amp.is_autocast_available(device.type):
             return dtype
         return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
-
-    def _unscale(self, latents: Tensor) -> Tensor:
-        """Return what the autoencoder itself calls latents, as diffusers' pipelines compute it."""
-        if self.latents_mean is None or self.latents_std is None:
-            return latents / self.scaling_factor + self.shift_factor
-        mean, std = (_per_channel(values, latents) for values in (self.latents_mean, self.latents_std))
-        return latents * std / self.scaling_factor + mean
 
     def _decode(self, x: Tensor, stages: list[Stage]) -> Tensor:
         for stage in stages:
@@ -152,8 +151,3 @@ def _run(stage: Stage, x: Tensor) -> Tensor:
     for step in stage:
         x = step(x)
     return x
-
-
-def _per_channel(values: list[float], like: Tensor) -> Tensor:
-    """[1, C, 1, 1], filled on the device: a copy from the host would wait for it."""
-    return torch.cat([like.new_full((1, 1, 1, 1), value) for value in values], dim=1)

@@ -19,6 +19,11 @@ from torch.autograd import Function
 
 from diffpp_fast import ops, transforms
 from diffpp_fast.ops.autograd import refused
+from diffpp_fast.plain import compute_dtype
+
+FROZEN = "FrozenDecoder: a derivative by its weights is asked for; they are frozen, and have none"
+#: The least norm of a pixel's channels that a channel norm divides by, as torch's `normalize` has it.
+NORM_FLOOR = 1e-12
 
 
 def convolution(x: Tensor, layer: nn.Conv2d, *, residual: Tensor | None = None, relu: bool = False) -> Tensor:
@@ -78,6 +83,15 @@ def group_norm_of_sum(x: Tensor, residual: Tensor, layer: nn.GroupNorm) -> tuple
     """silu(layer(x + residual)), and the sum. Keeps the sum and two statistics per group."""
     weight, bias = _parameters(layer)
     return ops.group_norm_silu(x, layer.num_groups, weight, bias, layer.eps, residual=residual)
+
+
+def channel_norm(x: Tensor, weight: Tensor, activation: str = "silu") -> Tensor:
+    """activation(x / rms(x) weight), where the root of the mean square is that over the channels. Keeps x."""
+    if transforms.active():
+        (weight,) = refused(FROZEN, [weight])
+        return _channel_norm(x, weight.flatten(), activation == "silu")
+    y: Tensor = _ChannelNorm.apply(x, weight.detach().flatten(), activation == "silu")
+    return y
 
 
 def layout(x: Tensor) -> torch.memory_format:
@@ -152,6 +166,42 @@ class _Linear(Function):
         return F.linear(grad, weight.to(grad.dtype).t()), None, None
 
 
+class _ChannelNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, silu: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.silu = silu
+        return _channel_norm(x, weight, silu)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        unit, rrms, weight = _unit(x, weight)
+        g = grad.to(unit.dtype)
+        if ctx.silu:
+            y = unit * weight
+            sigmoid = y.sigmoid()
+            g = g * sigmoid * (1.0 + y * (1.0 - sigmoid))
+        g = g * weight
+        # The part along x changes no direction.
+        return ((g - unit * (unit * g).mean(1, keepdim=True)) * rrms).to(x.dtype), None, None
+
+
+def _channel_norm(x: Tensor, weight: Tensor, silu: bool) -> Tensor:
+    unit, _, weight = _unit(x, weight)
+    y = unit * weight
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
+def _unit(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x over the root of its mean square, one over that root, and the weight, all as wide as is computed."""
+    wide = compute_dtype(x)
+    x = x.to(wide)
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(NORM_FLOOR)
+    rrms = x.shape[1] ** 0.5 / norm
+    return x * rrms, rrms, weight.to(wide)[None, :, None, None]
+
+
 def _parameters(layer: nn.GroupNorm) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias of a norm, which get no gradient."""
     if transforms.active():
@@ -163,7 +213,7 @@ def _parameters(layer: nn.GroupNorm) -> tuple[Tensor | None, Tensor | None]:
 def _frozen(layer: Any, like: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias inside a transform, in the dtype of `like`: a derivative by them raises."""
     weight, bias = refused(
-        "FrozenDecoder: a derivative by its weights is asked for; they are frozen, and have none",
+        FROZEN,
         [layer.weight, layer.bias],
     )
     return (weight, bias) if like is None else (weight.to(like.dtype), _cast(bias, like))

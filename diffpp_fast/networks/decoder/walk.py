@@ -32,7 +32,10 @@ Stage = list[Step]
 
 
 def kl_stages(vae: Any, like: Tensor) -> list[Stage]:
-    """Return an `AutoencoderKL`'s stages: unscaled latents -> images. `like` has the dtype and device of the decode."""
+    """Return the stages of an `AutoencoderKL`, or of FLUX.2's: unscaled latents -> images.
+
+    `like` has the dtype and device of the decode.
+    """
     decoder, taps = vae.decoder, enlarging_taps(like)
     steps = _entrance(vae)
     first, *rest = decoder.mid_block.resnets
@@ -137,14 +140,14 @@ def _block_by_rows(block: Any, enlargement: Any, taps: Tensor, rows: int, x: Ten
     return by_rows.residual_block(x, block, enlargement, rows, plain)
 
 
-def _attention(block: Any, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Tensor:
+def _attention(block: Any, x: Tensor, way: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Tensor:
     """An `Attention` over the pixels, with its residual connection. Keeps q, k, v, the output and its row sums."""
     tokens = group_norm(x, block.group_norm, "identity").permute(0, 2, 3, 1).flatten(1, 2)
     q, k, v = (
         linear(tokens, layer).unflatten(2, (block.heads, -1)).transpose(1, 2)
         for layer in (block.to_q, block.to_k, block.to_v)
     )
-    attended = (attend or _attend)(q, k, v).transpose(1, 2).flatten(2)
+    attended = (way or attend)(q, k, v).transpose(1, 2).flatten(2)
     y = x + linear(attended, block.to_out[0]).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
     return y if block.rescale_output_factor == 1.0 else y / block.rescale_output_factor
 
@@ -153,15 +156,16 @@ def _attention_by_rows(block: Any, rows: int, x: Tensor) -> Tensor:
     """The same for the queries of so many rows at a time. Keeps x."""
     if transforms.active():
         return _attention(block, x)
-    attend = partial(by_rows.attention, queries=rows * x.shape[3])
+    way = partial(by_rows.attention, queries=rows * x.shape[3])
     # torch.compile chooses by itself what it keeps.
     if torch.compiler.is_compiling() or not needs_gradient(x):
-        return _attention(block, x, attend)
-    y: Tensor = recompute(_attention, block, x, attend, use_reentrant=False, preserve_rng_state=False)
+        return _attention(block, x, way)
+    y: Tensor = recompute(_attention, block, x, way, use_reentrant=False, preserve_rng_state=False)
     return y
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return the attention of q, k and v [B, heads, N, D]."""
     if transforms.active():  # torch's own has no tangents
         return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)

@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 from diffpp_fast import install
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks.conditioning import Conditioning
-from diffpp_fast.networks.decoder.frozen import BY_ROWS, STAGES
+from diffpp_fast.networks.decoder.checks import BY_ROWS
+from diffpp_fast.networks.decoder.frozen import STAGES
+from diffpp_fast.networks.decoder.latents import NORMED, PATCHED, channels_of
+from diffpp_fast.networks.families import POOLED, Family, family_named
 from diffpp_fast.networks.inputs import FLOW, Inputs, inputs_of, is_pixart, wants_sizes, with_defaults
 from diffpp_fast.networks.loading import diffusers_class, is_file, load_schedule, local_folder, read_config
 from diffpp_fast.training.config import Config, Models, SizeConditions, TextEncoderSection
@@ -45,12 +48,13 @@ def _is_hub_id(path: str | None) -> bool:
 
 #: A prompt's length in tokens, as the families' pipelines have it.
 CLIP_LENGTH, PIXART_LENGTH = 77, 120
+TEXT_KEYS = ("models.text_encoder", "models.text_encoder_2", "models.text_encoder_3")
 #: Text encoders that keep their first positions for padding.
 PADDED_POSITIONS = ("camembert", "data2vec-text", "ibert", "longformer", "roberta", "xlm-roberta", "xlm-roberta-xl")
 
 
 class TextFacts(NamedTuple):
-    """Channels of hidden states, and of Stable Diffusion XL's pooled projection."""
+    """Channels of hidden states, and of the pooled projection where there is one."""
 
     width: int
     pooled_width: int | None = None
@@ -59,6 +63,7 @@ class TextFacts(NamedTuple):
     def of(cls, conditioning: Conditioning) -> TextFacts:
         """Return those of what an encoder has given."""
         pooled = conditioning.tensors.get("added_cond_kwargs", {}).get("text_embeds")
+        pooled = conditioning.tensors.get(POOLED, pooled)
         width = conditioning.tensors["encoder_hidden_states"].shape[-1]
         return cls(width, None if pooled is None else pooled.shape[-1])
 
@@ -74,6 +79,7 @@ def refuse_misfits(config: Config, text: TextFacts | None = None) -> None:
     """
     models = config.models
     inputs = refuse_denoisers(config)
+    _refuse_idle_guidance(models)
     if models.size_conditions != SizeConditions() and not _is_told_sizes(models):
         raise ConfigurationError(
             f"models.size_conditions has no effect: the network in models.reference ({models.reference.path}) is not "
@@ -84,10 +90,16 @@ def refuse_misfits(config: Config, text: TextFacts | None = None) -> None:
     with naming("models.scheduler", models.scheduler.path):
         schedule = load_schedule(models.scheduler.path)
     name = facts_of("models.reference", models.reference.path)["_class_name"]
-    if name in FLOW and schedule.prediction_type != "flow_prediction":
+    family = family_named(name)
+    if (name in FLOW or family is not None) and schedule.prediction_type != "flow_prediction":
         raise ConfigurationError(
             f"models.scheduler ({models.scheduler.path}) has {schedule.prediction_type}, but models.reference is a "
             f"{name}, which was trained by flow matching: give its own scheduler"
+        )
+    if family is not None and family.times not in (None, len(schedule)):
+        raise ConfigurationError(
+            f"models.scheduler ({models.scheduler.path}) has {len(schedule)} times, but {family.name} takes "
+            f"{family.times} for granted: give its own scheduler"
         )
     if text is None:
         text = text_facts(config.models)
@@ -150,7 +162,13 @@ def refuse_denoisers(config: Config) -> dict[str, Inputs]:
             with naming(key, path):
                 inputs[key] = inputs_of(read_config(path), path)
             _check_latents(key, inputs[key], models.latent_shape)
+    kinds = {key: facts_of(key, str(paths[key]))["_class_name"] for key in inputs}
     for key, found in inputs.items():
+        if family_named(kinds[key]) is not family_named(kinds["models.reference"]):
+            raise ConfigurationError(
+                f"{key} is a {kinds[key]} and models.reference a {kinds['models.reference']}: they are called in "
+                "different ways"
+            )
         for condition in ("pooled", "sizes"):
             if getattr(found, condition) != getattr(inputs["models.reference"], condition):
                 raise ConfigurationError(
@@ -159,6 +177,21 @@ def refuse_denoisers(config: Config) -> dict[str, Inputs]:
                     "other does not"
                 )
     return inputs
+
+
+def _refuse_idle_guidance(models: Models) -> None:
+    """Raise ConfigurationError for a guidance scale that no network is told."""
+    for role in ("generator", "fake", "reference"):
+        section = getattr(models, role)
+        stored = models.reference.path if section.path is None or is_file(section.path) else section.path
+        facts = facts_of(f"models.{role}", stored)
+        family = family_named(facts["_class_name"])
+        whole = with_defaults(facts, diffusers_class(facts, stored, "ModelMixin"))
+        if section.guidance_embedding is not None and (family is None or family.told(whole) is None):
+            raise ConfigurationError(
+                f"models.{role}.guidance_embedding has no effect: the network ({stored}) has no embedding of a "
+                "guidance scale, as FLUX.1-dev's has. Classifier-free guidance is method.guidance_scale"
+            )
 
 
 def takes_two_encoders(models: Models, facts: Mapping[str, Any]) -> bool:
@@ -170,7 +203,32 @@ def takes_two_encoders(models: Models, facts: Mapping[str, Any]) -> bool:
         )
     if not two and models.text_encoder_2 is not None:
         raise ConfigurationError("models.reference takes one text encoder: remove models.text_encoder_2")
+    if models.text_encoder_3 is not None:
+        raise ConfigurationError(f"models.reference takes {1 + two} text encoders: remove models.text_encoder_3")
     return two
+
+
+def family_sections(family: Family, models: Models) -> list[TextEncoderSection | None]:
+    """Return the sections of a family's text encoders, None for an optional one that is left out.
+
+    Raises ConfigurationError for one too many or too few, and for settings that the family leaves no choice of.
+    """
+    given = [models.text_encoder, models.text_encoder_2, models.text_encoder_3]
+    for number, (key, section) in enumerate(zip(TEXT_KEYS, given, strict=True)):
+        if number >= len(family.encoders) and section is not None:
+            takes = "one text encoder" if len(family.encoders) == 1 else f"{len(family.encoders)} text encoders"
+            raise ConfigurationError(f"models.reference takes {takes}, as {family.name} does: remove {key}")
+        if number < len(family.encoders) and section is None and not family.encoders[number].optional:
+            raise ConfigurationError(f"models.reference is a network of {family.name}: it needs {key}")
+        if section is not None and section.mask_padding is not None:
+            raise ConfigurationError(f"{key}.mask_padding has no effect for {family.name}: remove it")
+    return given[: len(family.encoders)]
+
+
+def family_lengths(family: Family, models: Models) -> list[int]:
+    """Return the tokens of a prompt, of each encoder that is there."""
+    sections = zip(family.encoders, family_sections(family, models), strict=True)
+    return [section.max_length or kind.length for kind, section in sections if section is not None]
 
 
 def text_length(section: TextEncoderSection, pixart: bool) -> int:
@@ -213,6 +271,11 @@ def _check_latents(key: str, inputs: Inputs, latent_shape: tuple[int, int, int])
         raise ConfigurationError(
             f"models.latent_shape: it makes {patches} patches, but {key} has positions for {inputs.patches}"
         )
+    if inputs.side is not None and max(height, width) > inputs.side * inputs.divisor:
+        raise ConfigurationError(
+            f"models.latent_shape: {key} has positions for {inputs.side} patches of {inputs.divisor} along a side: "
+            f"height and width are at most {inputs.side * inputs.divisor}"
+        )
 
 
 def _check_decoder(config: Config) -> None:
@@ -225,15 +288,14 @@ def _check_decoder(config: Config) -> None:
         raise ConfigurationError(
             f"models.decoder ({section.path}) is a {kind.__name__}; a decoder is one of {', '.join(STAGES)}"
         )
-    if section.rows is not None and kind.__name__ != BY_ROWS:
+    if section.rows is not None and kind.__name__ not in BY_ROWS:
         raise ConfigurationError(
-            f"models.decoder.rows is for {BY_ROWS}, and {section.path} is a {kind.__name__}, which keeps little: leave "
-            "it out"
+            f"models.decoder.rows is for {' and '.join(BY_ROWS)}, and {section.path} is a {kind.__name__}: leave it out"
         )
     facts = with_defaults(facts, kind)
     channels = config.models.latent_shape[0]
-    agree("models.decoder", "latent channels", facts["latent_channels"], "models.latent_shape", channels)
-    if not facts.get("scaling_factor"):
+    agree("models.decoder", "latent channels", channels_of(kind.__name__, facts), "models.latent_shape", channels)
+    if kind.__name__ not in (NORMED, PATCHED) and not facts.get("scaling_factor"):
         raise ConfigurationError(
             f"models.decoder ({section.path}): config.json has no scaling_factor, by which latents are "
             "divided: write the one that the network was trained with"
@@ -265,6 +327,9 @@ def text_facts(models: Models) -> TextFacts:
     for prompts of more tokens than it has positions.
     """
     facts = facts_of("models.reference", models.reference.path)
+    family = family_named(facts["_class_name"])
+    if family is not None:
+        return _family_text_facts(family, models, facts)
     if takes_two_encoders(models, facts):
         assert models.text_encoder_2 is not None
         first = _text_settings("models.text_encoder", models.text_encoder, two=True)
@@ -291,14 +356,38 @@ def _text_settings(key: str, section: TextEncoderSection, *, two: bool = False, 
     if not clip and found.model_type not in KNOWN:
         raise ConfigurationError(f"{key} ({section.path}) is a {found.model_type}, which encodes no text")
     settings = getattr(found, "text_config", None) or found
+    _check_length(key, section, found.model_type, settings, text_length(section, pixart))
+    return settings
+
+
+def _family_text_facts(family: Family, models: Models, facts: Mapping[str, Any]) -> TextFacts:
+    """Return the channels that a family's text encoders give."""
+    configs: list[Any | None] = []
+    for key, kind, section in zip(TEXT_KEYS, family.encoders, family_sections(family, models), strict=False):
+        if section is None:
+            configs.append(None)
+            continue
+        found = text_config(key, section)
+        if found.model_type not in kind.model_types:
+            raise ConfigurationError(
+                f"{key} ({section.path}) is a {found.model_type}; {family.name} takes a {kind.model_types[-1]} there"
+            )
+        settings = getattr(found, "text_config", None) or found
+        _check_length(key, section, found.model_type, settings, section.max_length or kind.length)
+        configs.append(settings)
+    whole = with_defaults(facts, diffusers_class(facts, models.reference.path, "ModelMixin"))
+    with naming(TEXT_KEYS[0], models.text_encoder.path):
+        return TextFacts(*family.text_widths(configs, whole))
+
+
+def _check_length(key: str, section: TextEncoderSection, model_type: str, settings: Any, length: int) -> None:
+    """Raise ConfigurationError for prompts of more tokens than a text encoder has positions."""
     positions = getattr(settings, "max_position_embeddings", None)
-    if positions is not None and found.model_type in PADDED_POSITIONS:
+    if positions is not None and model_type in PADDED_POSITIONS:
         positions -= (settings.pad_token_id or 0) + 1
-    length = text_length(section, pixart)
     if positions is not None and length > positions:
         stated = f"{key}.max_length" if section.max_length else f"{key}.max_length is left open, which"
         raise ConfigurationError(
             f"{stated} is {length}, but the text encoder in {section.path} has {positions} positions: set it to at "
             f"most {positions}"
         )
-    return settings

@@ -9,7 +9,14 @@ from torch import nn
 Mode = Literal["regional", "whole"]
 
 #: The blocks of which networks of diffusers have many, by class.
-REPEATED = {"BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"}
+REPEATED = {
+    "BasicTransformerBlock",
+    "JointTransformerBlock",
+    "FluxTransformerBlock",
+    "FluxSingleTransformerBlock",
+    "SanaTransformerBlock",
+    "ZImageTransformerBlock",
+}
 #: Graphs of one function, at least. torch's own limit of 8, beyond which it computes uncompiled, is for a network: here
 #: three share their functions, each with and without gradient, by weights or samples, and blocks come in widths.
 GRAPHS = 64

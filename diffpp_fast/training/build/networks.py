@@ -274,7 +274,8 @@ class Networks:
     def reference(self) -> nn.Module:
         """(x_t, t, conditioning) -> prediction: the frozen diffusion model."""
         denoiser, adapters = self._backbone(stored_weights(self.config.models, "reference"))
-        return Denoiser(denoiser.network, dtype=autocast_to(self._frozen_dtype), adapters=adapters)
+        guidance = self.config.models.reference.guidance_embedding
+        return Denoiser(denoiser.network, dtype=autocast_to(self._frozen_dtype), adapters=adapters, guidance=guidance)
 
     def freeze_reference(self) -> None:
         """Make the reference keep nothing for its weights when it is differentiated by its input.
@@ -330,24 +331,24 @@ class Networks:
         denoiser.network.requires_grad_(True)
         dtype = compute_dtype("auto", self.config)
         parameters = dict(denoiser.network.named_parameters())
-        return Trained(role, denoiser.network, parameters, Denoiser(denoiser.network, dtype=autocast_to(dtype)))
+        denoise = Denoiser(denoiser.network, dtype=autocast_to(dtype), guidance=section.guidance_embedding)
+        return Trained(role, denoiser.network, parameters, denoise)
 
-    def start(self, reference: nn.Module) -> nn.Module:
+    def start(self) -> nn.Module:
         """(x_t, t, conditioning) -> prediction of the generator as it was at the start, in the frozen weights' dtype.
 
-        Under adapters these are the weights without them, and where they are the reference's, its own; else a copy.
+        Under adapters these are the weights without them, and the reference's own where they are equal; else a copy.
         """
         models = self.config.models
-        stored = stored_weights(models, "generator")
+        stored, dtype = stored_weights(models, "generator"), autocast_to(self._frozen_dtype)
+        guidance = models.generator.guidance_embedding
         if start_is_copied(models):
             with naming(stored.key, stored.path):
                 denoiser = self._ready(stored, self._load(stored, self._frozen_dtype))
             denoiser.network.requires_grad_(False)
-            return Denoiser(denoiser.network, dtype=autocast_to(self._frozen_dtype))
-        if stored == stored_weights(models, "reference"):
-            return reference
+            return Denoiser(denoiser.network, dtype=dtype, guidance=guidance)
         denoiser, adapters = self._backbone(stored)
-        return Denoiser(denoiser.network, dtype=autocast_to(self._frozen_dtype), adapters=adapters)
+        return Denoiser(denoiser.network, dtype=dtype, adapters=adapters, guidance=guidance)
 
     def _adapted(self, role: str, stored: Stored, lora: Lora, initial: Opened | None) -> Trained:
         denoiser, adapters = self._backbone(stored)
@@ -363,7 +364,8 @@ class Networks:
         if initial is not None and initial.section.keep:
             _begin_with(parameters, role, initial)
         network, dtype = denoiser.network, autocast_to(self._frozen_dtype)
-        denoise = Denoiser(network, dtype=dtype, adapters=adapters, adapter=role)
+        guidance = getattr(self.config.models, role).guidance_embedding
+        denoise = Denoiser(network, dtype=dtype, adapters=adapters, adapter=role, guidance=guidance)
         return Trained(role, denoiser.network, parameters, denoise, adapters)
 
     @property

@@ -227,7 +227,7 @@ def build_run(
     reference, fake = networks.reference(), networks.trained("fake")
     start = None
     if config.method.pulled_to_start:
-        start = make_generator(config, networks.start(reference), schedule)
+        start = make_generator(config, networks.start(), schedule)
     if "reference" in METHODS[config.method.name].differentiates:
         networks.freeze_reference()
     networks.keep_reference_text()

@@ -12,14 +12,18 @@ from torch import nn
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks import Conditioning, DualTextEncoder, TextEncoder
-from diffpp_fast.networks.inputs import is_pixart, wants_sizes
-from diffpp_fast.networks.loading import read_config
+from diffpp_fast.networks.decoder.latents import pixels_of
+from diffpp_fast.networks.families import Family, FamilyText, family_named
+from diffpp_fast.networks.inputs import is_pixart, wants_sizes, with_defaults
+from diffpp_fast.networks.loading import diffusers_class, read_config
 from diffpp_fast.networks.text import load_text_model, load_tokenizer
 from diffpp_fast.training import config
 from diffpp_fast.training.build.agreement import (
     CLIP_LENGTH,
+    TEXT_KEYS,
     TextFacts,
     facts_of,
+    family_sections,
     naming,
     takes_two_encoders,
     text_facts,
@@ -31,6 +35,8 @@ from diffpp_fast.training.inputs import digest_of, digest_of_tokenizer, public
 from diffpp_fast.training.prompts import EmbeddingCache, PromptEncoder, PromptSource
 from diffpp_fast.training.prompts.embed import Seen, encoder_facts, refuse_other_cache
 from diffpp_fast.training.prompts.embeddings import read_manifest
+
+AnyTextEncoder = TextEncoder | DualTextEncoder | FamilyText
 
 
 @dataclass(frozen=True)
@@ -63,13 +69,16 @@ def open_text(
     return Text(PromptEncoder(encoder, prompts), encoder.null, inputs)
 
 
-def load_text(models: config.Models) -> tuple[TextEncoder | DualTextEncoder, TextFacts]:
+def load_text(models: config.Models) -> tuple[AnyTextEncoder, TextFacts]:
     """Load the text encoders of a run; what their output holds follows from the reference's `config.json`.
 
     Raises ConfigurationError for what can't be loaded, and like `text_facts`.
     """
     facts = facts_of("models.reference", models.reference.path)
-    text_facts(models)
+    known = text_facts(models)
+    family = family_named(facts["_class_name"])
+    if family is not None:
+        return _load_family(family, models, facts), known
     if takes_two_encoders(models, facts):
         assert models.text_encoder_2 is not None
         two = _load_two(models, models.text_encoder_2)
@@ -108,9 +117,28 @@ def _load_one(models: config.Models, facts: Mapping[str, Any]) -> TextEncoder:
     )
 
 
-def _load_encoder(key: str, section: config.TextEncoderSection, *, projection: bool = False) -> tuple[nn.Module, Any]:
+def _load_family(family: Family, models: config.Models, facts: Mapping[str, Any]) -> FamilyText:
+    parts: list[tuple[nn.Module, Any, int] | None] = []
+    for key, kind, section in zip(TEXT_KEYS, family.encoders, family_sections(family, models), strict=False):
+        if section is None:
+            parts.append(None)
+        else:
+            model, tokenizer = _load_encoder(key, section, loader=kind.loader)
+            parts.append((model, tokenizer, section.max_length or kind.length))
+    with naming("models.text_encoder", models.text_encoder.path):
+        text = family.text(parts, with_defaults(facts, diffusers_class(facts, models.reference.path, "ModelMixin")))
+    text.negative_prompt = models.negative_prompt
+    text.zero_empty = models.empty_prompt == "zeros"
+    return text
+
+
+def _load_encoder(
+    key: str, section: config.TextEncoderSection, *, projection: bool = False, loader: str | None = None
+) -> tuple[nn.Module, Any]:
     with naming(key, section.path):
-        model = load_text_model(section.path, _dtype(section), projection=projection, variant=section.variant)
+        model = load_text_model(
+            section.path, _dtype(section), projection=projection, variant=section.variant, loader=loader
+        )
     where = section.tokenizer or section.path
     with naming(key if section.tokenizer is None else f"{key}.tokenizer", where):
         return model, load_tokenizer(where, model)
@@ -137,13 +165,14 @@ def _load_two(models: config.Models, second: config.TextEncoderSection) -> DualT
     )
 
 
-def _digests(models: config.Models, encoder: TextEncoder | DualTextEncoder) -> dict[str, str | None]:
+def _digests(models: config.Models, encoder: AnyTextEncoder) -> dict[str, str | None]:
     one = isinstance(encoder, TextEncoder)
     networks: Any = [encoder.model] if one else encoder.models
     tokenizers: Any = [encoder.tokenizer] if one else encoder.tokenizers
-    sections = [section for section in (models.text_encoder, models.text_encoder_2) if section is not None]
+    every = {"": models.text_encoder, "_2": models.text_encoder_2, "_3": models.text_encoder_3}
+    sections = {number: section for number, section in every.items() if section is not None}
     digests: dict[str, str | None] = {}
-    for number, section, network, tokenizer in zip(("", "_2"), sections, networks, tokenizers, strict=False):
+    for (number, section), network, tokenizer in zip(sections.items(), networks, tokenizers, strict=True):
         digests[f"text_encoder{number}"] = digest_of(public(read_config(section.path)), network.state_dict())
         digests[f"tokenizer{number}"] = digest_of_tokenizer(tokenizer)
     return digests
@@ -166,8 +195,8 @@ def picture_size(models: config.Models) -> tuple[int, int]:
     scale = 8
     if models.decoder is not None:
         facts = facts_of("models.decoder", models.decoder.path)
-        blocks = facts.get("block_out_channels") or facts.get("decoder_block_out_channels")
-        scale = 2 ** (len(blocks) - 1) if blocks else scale
+        kind = diffusers_class(facts, models.decoder.path, "ModelMixin")
+        scale = pixels_of(kind.__name__, with_defaults(facts, kind))
     _, height, width = models.latent_shape
     return scale * height, scale * width
 

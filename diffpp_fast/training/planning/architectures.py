@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.few_bits import linears_of
 from diffpp_fast.networks.conditioning import Conditioning
-from diffpp_fast.networks.inputs import is_pixart
+from diffpp_fast.networks.families import family_named, family_of
+from diffpp_fast.networks.inputs import is_pixart, with_defaults
 from diffpp_fast.networks.loading import build_network, is_file
 from diffpp_fast.networks.quantization import stored_bytes
 from diffpp_fast.networks.text import check_tokenizer
@@ -27,7 +28,15 @@ from diffpp_fast.rewards.scores import IMAGEREWARD
 from diffpp_fast.rewards.text import need_ftfy
 from diffpp_fast.rewards.towers import SelfAttention, TextAttention, recompute
 from diffpp_fast.schedule import NoiseSchedule
-from diffpp_fast.training.build.agreement import facts_of, naming, refuse_misfits, text_config, text_length
+from diffpp_fast.training.build.agreement import (
+    TEXT_KEYS,
+    facts_of,
+    family_lengths,
+    naming,
+    refuse_misfits,
+    text_config,
+    text_length,
+)
 from diffpp_fast.training.build.run import load_checked_schedule
 from diffpp_fast.training.config import Config, RewardSection, TextEncoderSection
 from diffpp_fast.training.loading import make_config, with_keys
@@ -72,9 +81,16 @@ def architectures_of(config: Config) -> Architectures:
     models = config.models
     reference = models.reference.path
     schedule = load_checked_schedule(config)
-    text = {"models.text_encoder": models.text_encoder, "models.text_encoder_2": models.text_encoder_2}
-    encoders = {key: _text_encoder(key, section) for key, section in text.items() if section is not None}
+    family = family_named(facts_of("models.reference", reference)["_class_name"])
+    text = dict(zip(TEXT_KEYS, (models.text_encoder, models.text_encoder_2, models.text_encoder_3), strict=True))
+    loaders = {} if family is None else dict(zip(TEXT_KEYS, (each.loader for each in family.encoders), strict=False))
+    encoders = {
+        key: _text_encoder(key, section, loaders.get(key)) for key, section in text.items() if section is not None
+    }
     first, masked = models.text_encoder, models.text_encoder.mask_padding
+    tokens = text_length(first, is_pixart(facts_of("models.reference", reference)))
+    if family is not None:
+        tokens, masked = family.tokens(family_lengths(family, models)), family.masked
 
     def network(key: str, path: str | None) -> Recipe:
         # A single file has the reference's architecture.
@@ -89,20 +105,25 @@ def architectures_of(config: Config) -> Architectures:
         decoder=None if models.decoder is None else network("models.decoder", models.decoder.path),
         text_encoders=tuple((recipe, width) for recipe, width, _ in encoders.values()),
         schedule=lambda: schedule,
-        tokens=text_length(first, is_pixart(facts_of("models.reference", reference))),
+        tokens=tokens,
         masked=not encoders["models.text_encoder"][2].startswith("clip") if masked is None else masked,
     )
 
 
-def _text_encoder(key: str, section: TextEncoderSection) -> tuple[Recipe, int, str]:
+def _text_encoder(key: str, section: TextEncoderSection, loader: str | None = None) -> tuple[Recipe, int, str]:
     """A text encoder in transformers' format, the bytes of an element of its weights, and what kind it is."""
-    from transformers import AutoModelForTextEncoding, CLIPTextModelWithProjection
+    import transformers
 
     with naming(f"{key}.tokenizer", section.tokenizer or section.path):
         check_tokenizer(section.tokenizer or section.path)
     facts = text_config(key, section)
-    kind = CLIPTextModelWithProjection if key == "models.text_encoder_2" else AutoModelForTextEncoding.from_config
-    return partial(kind, facts), 4 if section.dtype in ("auto", "float32") else 2, facts.model_type
+    name = loader or ("CLIPTextModelWithProjection" if key == "models.text_encoder_2" else "AutoModelForTextEncoding")
+    kind = getattr(transformers, name)
+    return (
+        partial(getattr(kind, "from_config", kind), facts),
+        4 if section.dtype in ("auto", "float32") else 2,
+        facts.model_type,
+    )
 
 
 def on_meta(recipe: Recipe) -> Any:
@@ -120,6 +141,13 @@ def conditioning(network: Any, architectures: Architectures, samples: int) -> Co
 
     Raises ConfigurationError for a network whose conditions are not known.
     """
+    family = family_of(network)
+    if family is not None:
+        shapes = family.shapes(family.inputs(with_defaults(network.config, type(network))), architectures.tokens)
+        return Conditioning(
+            ("",) * samples,
+            {name: torch.empty(samples, *shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()},
+        )
     facts = network.config
     width = getattr(facts, "caption_channels", None) or getattr(facts, "cross_attention_dim", None)
     if not isinstance(width, int):
@@ -166,9 +194,11 @@ def _build_text(facts: Mapping[str, Any]) -> nn.Module:
 
 
 def _build_schedule(facts: Mapping[str, Any]) -> NoiseSchedule:
-    from diffusers import DDPMScheduler
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-    return NoiseSchedule.from_diffusers(DDPMScheduler(**facts))
+    settings = {key: value for key, value in facts.items() if key != "flow"}
+    kind = FlowMatchEulerDiscreteScheduler if facts.get("flow") else DDPMScheduler
+    return NoiseSchedule.from_diffusers(kind(**settings))
 
 
 #: By the names that `--model` takes.
@@ -193,7 +223,7 @@ def known_config(name: str, changes: Mapping[str, Any]) -> Config:
         "prompts": {"path": "prompts.txt"},
         "models": {
             **folders,
-            "latent_shape": (4, facts["side"], facts["side"]),
+            "latent_shape": (facts.get("channels", 4), facts["side"], facts["side"]),
             "generator": {"timestep": facts["timestep"]},
         },
         # Of the weightings one that no schedule can make infinite: all cost the same.

@@ -227,6 +227,15 @@ class _Call(NamedTuple):
         formula = flop_registry.get(func._overloadpacket)
         dtype = next((tensor.dtype for tensor in _tensors((*args, *kwargs.values()))), torch.float32)
         operations = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+        if (
+            formula is not None
+            and func._overloadpacket is torch.ops.aten.convolution_backward
+            and args[9] > 1
+            and args[10][1]
+        ):
+            # torch counts a weight's gradient as if every channel met all others, and not those of its group alone.
+            of_weight = int(formula(*args[:10], [False, True, False], out_val=result))
+            operations -= of_weight - of_weight // args[9]
         made = list(_tensors((result,)))
         is_new = isinstance(result, Tensor | tuple) and len({*map(_key, made)} - given) == len(made) > 0
         return cls(_layout(result) if is_new and all(map(_is_whole, made)) else None, dtype, operations)
@@ -434,7 +443,7 @@ class _Book:
 
         called.draws = getattr(call, "draws", False)  # type: ignore[attr-defined]
         if isinstance(call, Denoiser):
-            for name in ("adapters", "adapter", "dtype", "joins"):
+            for name in ("adapters", "adapter", "dtype", "guidance", "joins"):
                 setattr(called, name, getattr(call, name))
         return called
 

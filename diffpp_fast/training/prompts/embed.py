@@ -30,7 +30,7 @@ from diffpp_fast.training.prompts.source import PromptSource
 #: Bytes that a shard is meant to have, and the most rows in it. An interrupted process loses one shard.
 SHARD_BYTES, SHARD_ROWS = 256 * 2**20, 1 << 14
 #: Files in an encoder's or a tokenizer's folder on which its embeddings depend.
-FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
+FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 #: Keys of a text encoder's section that name such folders.
 FOLDERS = ("path", "tokenizer")
 

@@ -1,0 +1,102 @@
+"""FLUX.2 klein: latents of patches that its autoencoder has normalised; hidden states of three layers of Qwen3.
+
+As `Flux2KleinPipeline` of diffusers computes it: the network is told t / 1000. A token of the picture is one latent of
+128 channels; the places of its row and column are the second and third of four numbers, and a word's place is the last.
+Padding of the prompt, a chat without thinking, is attended to. The empty prompt is such a chat, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from diffpp_fast.networks.conditioning import TEXT
+from diffpp_fast.networks.families.base import GUIDANCE, EncoderKind, Family, FamilyText, Inputs, device_of, times_of
+from diffpp_fast.networks.families.flux import refuse_more
+from diffpp_fast.networks.families.packing import places
+from diffpp_fast.networks.tokens import tokenize
+
+TIMES = 1000
+#: The layers whose hidden states stand side by side.
+LAYERS = (9, 18, 27)
+
+
+class Flux2Klein(Family):
+    """Flux2Transformer2DModel of klein, without pictures among its conditions."""
+
+    kinds = ("Flux2Transformer2DModel",)
+    pipelines = ("Flux2KleinPipeline",)
+    name = "FLUX.2 klein"
+    encoders = (EncoderKind(("qwen3",), "AutoModel", 512),)
+    times = TIMES
+    sample_size = 64
+    guidance = 4.0
+
+    def inputs(self, facts: Mapping[str, Any]) -> Inputs:
+        refuse_more(facts)
+        return Inputs(
+            width=facts["joint_attention_dim"],
+            pooled=None,
+            sizes=False,
+            channels=facts["in_channels"],
+            predicted=facts["in_channels"],
+            divisor=1,
+        )
+
+    def text(self, models: Sequence[tuple[nn.Module, Any, int] | None], facts: Mapping[str, Any]) -> FamilyText:
+        return Flux2Text([each for each in models if each is not None])
+
+    def text_widths(self, configs: Sequence[Any | None], facts: Mapping[str, Any]) -> tuple[int, int | None]:
+        (config,) = configs
+        assert config is not None
+        if config.num_hidden_layers < max(LAYERS):
+            raise ValueError(f"it has {config.num_hidden_layers} layers, and FLUX.2 klein takes those after {LAYERS}")
+        return len(LAYERS) * config.hidden_size, None
+
+    def call(self, network: nn.Module, x: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
+        height, width = x.shape[2:]
+        text = conditioning[TEXT]
+        words = torch.arange(text.shape[1], device=x.device, dtype=torch.float32)[:, None]
+        tokens: Tensor = network(
+            hidden_states=x.flatten(2).transpose(1, 2),
+            timestep=times_of(t, 1 / TIMES),
+            guidance=conditioning.get(GUIDANCE),
+            encoder_hidden_states=text,
+            txt_ids=pad(words, (3, 0)),
+            img_ids=places(height, width, 4, x.device),
+            return_dict=False,
+        )[0]
+        return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+class Flux2Text(FamilyText):
+    """Hidden states of some layers of a language model that reads the prompt as a chat, side by side."""
+
+    def __init__(self, models: Sequence[tuple[nn.Module, Any, int]]) -> None:
+        super().__init__(models)
+        if not getattr(self.tokenizers[0], "chat_template", None):
+            raise ValueError(f"its tokenizer, a {type(self.tokenizers[0]).__name__}, has no chat template")
+
+    def encode(self, prompts: list[str], *, empty: bool = False) -> dict[str, Any]:
+        (model,), (tokenizer,), (length,) = self.models, self.tokenizers, self.lengths
+        chats = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+            )
+            for prompt in prompts
+        ]
+        tokens = tokenize(tokenizer, chats, length).to(device_of(model))
+        output = model(
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        return {TEXT: torch.cat([output.hidden_states[layer].float() for layer in LAYERS], dim=-1)}
