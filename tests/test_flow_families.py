@@ -30,10 +30,10 @@ from diffpp_fast.training import Config, ConfigurationError, Trainer, load_confi
 from diffpp_fast.training.build import build_run
 from diffpp_fast.training.build.agreement import refuse_misfits
 from diffpp_fast.training.build.text import load_text
-from diffpp_fast.training.schedulers import pipeline_call
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.export import export_generator, export_pipeline, find_weights, load_sampler
 from diffpp_fast.training.phases import Phases
+from diffpp_fast.training.schedulers import pipeline_call
 
 #: By family: settings of the pipeline's call, and the names of its network's first arguments.
 FLOWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {

@@ -31,9 +31,9 @@ from diffpp_fast.training import ConfigurationError, Trainer, load_config
 from diffpp_fast.training.build import build_sampler
 from diffpp_fast.training.build.agreement import refuse_misfits
 from diffpp_fast.training.build.text import load_text
-from diffpp_fast.training.schedulers import pipeline_call
 from diffpp_fast.training.export import find_weights, load_sampler
 from diffpp_fast.training.planning import GPUS, make_plan, run_of
+from diffpp_fast.training.schedulers import pipeline_call
 
 CPU = torch.device("cpu")
 #: By case: the family, settings of its network, and of a guided call of its pipeline.
