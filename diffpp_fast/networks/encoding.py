@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpp_fast.networks.decoder import FrozenDecoder
+from diffpp_fast.networks.decoder.latents import NORMED
 
 
 class ImageEncoder(nn.Module):
@@ -32,6 +33,9 @@ class ImageEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] as diffusion sees them, float32."""
         (decoder,) = self._decoder
-        encoded: Any = decoder.vae.encode(images.to(next(self.encoder.parameters()).dtype))
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        return decoder.scale(latents.float())
+        images = images.to(next(self.encoder.parameters()).dtype)
+        # Qwen-Image's autoencoder takes videos, of which a picture is one frame.
+        video = decoder.kind == NORMED
+        (encoded,) = decoder.vae.encode(images[:, :, None] if video else images, return_dict=False)
+        latents = encoded.mode() if hasattr(encoded, "mode") else encoded
+        return decoder.scale((latents[:, :, 0] if video else latents).float())

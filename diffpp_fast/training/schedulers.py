@@ -121,7 +121,7 @@ def few_step_scheduler(scheduler: Any, call: Generator) -> Any:
 
 
 def pipeline_call(config: Config) -> str:
-    """Return the arguments, besides the prompt, with which a pipeline that has `generator_scheduler` draws a picture."""
+    """Return the arguments, besides the prompt, by which a pipeline with `generator_scheduler` draws a picture."""
     call, family = config.models.generator, flow_family(config)
     guided = "guidance_scale=1.0" if family is None else family.unguided
     one = "num_inference_steps=1, " if len(call.times) == 1 else ""

@@ -113,11 +113,8 @@ class FrozenDecoder(nn.Module):
         return torch.cat([self._decode(part, stages).contiguous() for part in z.split(self.slice_size)])
 
     def scale(self, latents: Tensor) -> Tensor:
-        """Return as diffusion sees them what the autoencoder itself calls latents."""
-        if self.latents_mean is None or self.latents_std is None:
-            return (latents - self.shift_factor) * self.scaling_factor
-        mean, std = (_per_channel(values, latents) for values in (self.latents_mean, self.latents_std))
-        return (latents - mean) * self.scaling_factor / std
+        """Return as diffusion sees them [B, C, h, w] what the autoencoder itself calls latents."""
+        return self.unscale.inverse(latents)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, checkpoint={self.checkpoint}, slice_size={self.slice_size}, rows={self.rows}"

@@ -52,9 +52,8 @@ class Unscale:
     def __call__(self, latents: Tensor) -> Tensor:
         """latents [B, C, h, w] -> [B, C', h', w'], in their dtype."""
         if self.patch is not None:
-            statistics = (self.norm.running_var, self.norm.running_mean)
-            variance, mean = (each.to(latents.dtype)[None, :, None, None] for each in statistics)
-            latents = latents * torch.sqrt(variance + self.norm.eps) + mean
+            deviation, mean = self._statistics(latents)
+            latents = latents * deviation + mean
             high, wide = self.patch
             parts = latents.unflatten(1, (-1, high, wide)).permute(0, 1, 4, 2, 5, 3)
             return parts.flatten(4, 5).flatten(2, 3)
@@ -62,6 +61,24 @@ class Unscale:
             return latents / self.scale + self.shift
         mean, std = (_per_channel(values, latents) for values in (self.mean, self.std))
         return latents * std / self.scale + mean
+
+    def inverse(self, latents: Tensor) -> Tensor:
+        """Return as diffusion sees them [B, C, h, w] what the autoencoder itself calls latents [B, C', h', w']."""
+        if self.patch is not None:
+            high, wide = self.patch
+            parts = latents.unflatten(3, (-1, wide)).unflatten(2, (-1, high))
+            deviation, mean = self._statistics(latents)
+            return (parts.permute(0, 1, 3, 5, 2, 4).flatten(1, 3) - mean) / deviation
+        if self.mean is None or self.std is None:
+            return (latents - self.shift) * self.scale
+        mean, std = (_per_channel(values, latents) for values in (self.mean, self.std))
+        return (latents - mean) * self.scale / std
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Standard deviation and mean by channel, [1, C, 1, 1], of latents whose pixels are put together."""
+        statistics = (self.norm.running_var, self.norm.running_mean)
+        variance, mean = (each.to(like.dtype)[None, :, None, None] for each in statistics)
+        return torch.sqrt(variance + self.norm.eps), mean
 
 
 def _per_channel(values: list[float], like: Tensor) -> Tensor:
