@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import processes
 import pytest
+import test_decoder
 import tiny
 import torch
 from method_cases import (
@@ -207,6 +209,19 @@ def test_encoding_is_the_pipelines_and_the_decoders_inverse_scaling() -> None:
     torch.testing.assert_close(encoder(images), expected)
     torch.testing.assert_close(FrozenDecoder(vae).unscale(encoder(images)), vae.encode(images).latent_dist.mode())
     assert all("encoder" in name or "quant" in name for name in encoder.state_dict())
+
+
+@pytest.mark.parametrize("make", [tiny.deep_vae, test_decoder.flux2, test_decoder.qwen, test_decoder.tiny])
+def test_every_autoencoder_encodes_what_its_decoder_unscales(make: Callable[[], Any]) -> None:
+    vae: Any = make().float()
+    decoder, images = FrozenDecoder(vae), torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        latents = ImageEncoder(decoder)(images)
+        frames = images[:, :, None] if decoder.kind == "AutoencoderKLQwenImage" else images
+        (own,) = vae.encode(frames, return_dict=False)
+        own = (own if isinstance(own, torch.Tensor) else own.mode()).reshape(2, -1)
+        torch.testing.assert_close(decoder.unscale(latents).reshape(2, -1), own, rtol=1e-4, atol=1e-5)
+        assert latents.shape[1] == decoder.channels and decoder(latents).shape == images.shape
 
 
 # -- the reward's schedule ---------------------------------------------------------------------------------------------

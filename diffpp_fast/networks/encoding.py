@@ -37,5 +37,5 @@ class ImageEncoder(nn.Module):
         # Qwen-Image's autoencoder takes videos, of which a picture is one frame.
         video = decoder.kind == NORMED
         (encoded,) = decoder.vae.encode(images[:, :, None] if video else images, return_dict=False)
-        latents = encoded.mode() if hasattr(encoded, "mode") else encoded
+        latents = encoded if isinstance(encoded, Tensor) else encoded.mode()
         return decoder.scale((latents[:, :, 0] if video else latents).float())
