@@ -182,19 +182,20 @@ def save_page(path: Path, title: str, tables: list[list[list[str]]]) -> None:
 
 
 def save_before_after(path: Path, images: dict[str, torch.Tensor], prompts: list[str], chosen: list[int]) -> None:
-    """One row for each generator, one column for each prompt."""
-    figure, axes = plt.subplots(len(images), len(chosen), figsize=(len(chosen) * 0.95, len(images) * 1.1), dpi=150)
+    """One row for each generator, one column for each prompt, whose name is below; every pixel three wide."""
+    figure, axes = plt.subplots(len(images), len(chosen), figsize=(1.28 * len(chosen) + 0.5, 1.3 * len(images) + 0.2))
     for row, (name, pictures) in zip(axes, images.items(), strict=True):
         for axis, index in zip(row, chosen, strict=True):
-            axis.imshow(tile(pictures[index : index + 1], columns=1).numpy())
+            axis.imshow(tile(pictures[index : index + 1], columns=1).numpy(), interpolation="bicubic")
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_frame_on(False)
-        row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=7)
-    for axis, index in zip(axes[0], chosen, strict=True):
-        axis.set_title(prompts[index], fontsize=5.5)
-    figure.tight_layout(pad=0.3)
-    figure.savefig(path)
+        row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=11)
+    for axis, index in zip(axes[-1], chosen, strict=True):
+        axis.set_xlabel(prompts[index], fontsize=11)
+    edge = 0.5 / figure.get_figwidth()
+    figure.subplots_adjust(left=edge, right=1, top=1, bottom=0.25 / figure.get_figheight(), wspace=0, hspace=0.02)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
@@ -254,7 +255,7 @@ def main() -> None:
         latents = 1 if args.short else LATENTS
         measured = {name: evaluate(sampler, prompts, reference, latents=latents) for name, sampler in samplers.items()}
 
-    shown = list(range(2, len(prompts), max(1, len(prompts) // 14)))[:14]
+    shown = list(range(2, len(prompts), max(1, len(prompts) // 8)))[:8]
     rows = {"reference, 20 steps": reference_pictures, **{COLUMNS[name]: of.images for name, of in measured.items()}}
     save_before_after(out / "before_after.png", rows, prompts, shown)
     save_curves(out / "curves.png", folders)
