@@ -95,6 +95,7 @@ FUNCTIONS = {
     "_ResidualBlock": "test_decoder.py",
     "_NormedConvolution": "test_decoder.py",
     "_Attention": "test_decoder.py",
+    "_ChannelNorm": "test_decoder.py",
     "_Through": "test_quantization.py",
     "_Refused": "score_gap, inject_gradient, and test_decoder.py",
 }

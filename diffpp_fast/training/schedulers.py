@@ -23,7 +23,7 @@ def generator_scheduler(config: Config) -> Any:
     scheduler, call = load_scheduler(config.models.scheduler.path), config.models.generator
     if len(call.times) > 1:
         return few_step_scheduler(scheduler, call)
-    if flow_family(config) is not None:
+    if _is_flow(NoiseSchedule.from_diffusers(scheduler)) and flow_family(config) is not None:
         return flow_scheduler(scheduler)
     return one_step_scheduler(scheduler, call.times[0], call.input_scale)
 
@@ -99,7 +99,7 @@ def few_step_scheduler(scheduler: Any, call: Generator) -> Any:
     from diffusers import EulerDiscreteScheduler, LCMScheduler
 
     schedule, fresh, times = NoiseSchedule.from_diffusers(scheduler), call.renoise == "fresh", call.times
-    if schedule.prediction_type == "flow_prediction":
+    if _is_flow(schedule):
         return flow_scheduler(scheduler, stochastic=fresh)
     if fresh and times[-1] == 0:
         raise ConfigurationError("models.generator.timesteps end at 0, where LCMScheduler returns its input for x0")
@@ -122,15 +122,15 @@ def few_step_scheduler(scheduler: Any, call: Generator) -> Any:
 
 def pipeline_call(config: Config) -> str:
     """Return the arguments, besides the prompt, by which a pipeline with `generator_scheduler` draws a picture."""
-    call, family = config.models.generator, flow_family(config)
+    call, schedule = config.models.generator, NoiseSchedule.from_diffusers(load_scheduler(config.models.scheduler.path))
+    family = flow_family(config) if _is_flow(schedule) else None
     guided = "guidance_scale=1.0" if family is None else family.unguided
     one = "num_inference_steps=1, " if len(call.times) == 1 else ""
     if one and family is None:
         return f"{one}{guided}{_latents(latents_scale(call.input_scale))}"
-    schedule = NoiseSchedule.from_diffusers(load_scheduler(config.models.scheduler.path))
     sigma = float(schedule.sigmas[call.times[0]])
     scale = sigma if call.input_scale == "sigma" else float(call.input_scale)
-    if schedule.prediction_type == "flow_prediction":
+    if _is_flow(schedule):
         steps = f"sigmas={[round(float(schedule.sigmas[time]), 9) for time in call.times]}"
     else:
         steps = f"timesteps={list(call.times)}"
@@ -141,6 +141,10 @@ def pipeline_call(config: Config) -> str:
 def latents_scale(input_scale: float | Literal["sigma"]) -> float:
     """By what the latents that a pipeline is given for one step have to be multiplied; 1 where it may draw them."""
     return 1.0 if input_scale == "sigma" else float(input_scale)
+
+
+def _is_flow(schedule: NoiseSchedule) -> bool:
+    return schedule.prediction_type == "flow_prediction"
 
 
 def _latents(scale: float) -> str:
