@@ -21,6 +21,8 @@ from benchmarks import blocks
 from benchmarks.__main__ import main
 from benchmarks.memory import saved_bytes
 from diffpp_fast import networks, ops
+from diffpp_fast.networks import fusion
+from diffpp_fast.networks.fused_blocks import FusedEntrance
 
 F64 = torch.float64
 
@@ -349,6 +351,15 @@ def test_a_unet_on_a_cpu_computes_in_channels_last(linear: bool) -> None:
     networks.unfuse(network)
     assert type(network.conv_in) is nn.Conv2d
     assert network(**inputs, return_dict=False)[0].is_contiguous()
+
+
+def test_a_unet_with_many_weights_keeps_the_layout_of_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = tiny.unet()
+    weights = sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, nn.Conv2d))
+    for most, kind in ((weights - 1, nn.Conv2d), (weights, FusedEntrance)):
+        monkeypatch.setattr(fusion, "MOST_IN_CHANNELS_LAST", most)
+        assert networks.fuse(network) > 0 and type(network.conv_in) is kind
+        networks.unfuse(network)
 
 
 @pytest.mark.parametrize("name", ["scale_shift", "pixart", "sd3", "flux"])

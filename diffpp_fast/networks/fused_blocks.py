@@ -23,7 +23,7 @@ class Fused(nn.Module):
 
 
 class FusedEntrance(Fused, nn.Conv2d):
-    """The first convolution of a network that computes in channels_last on a CPU.
+    """The first convolution of a small network, which computes in channels_last on a CPU.
 
     There oneDNN's convolutions read their input as it is, which in the other layout they rearrange, and its result,
     and attention's tokens are views. On a GPU the caller's layout stays.
