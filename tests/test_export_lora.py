@@ -130,13 +130,16 @@ def test_an_extraction_of_full_rank_is_the_whole_change_of_linear_layers(
     assert all(share["kept"] == pytest.approx(1, abs=1e-6) for share in shares)
 
 
-def test_a_low_rank_keeps_less_and_says_so(runs: dict[str, Config], base: Path, tmp_path: Path) -> None:
+def test_a_low_rank_keeps_less_and_says_so(
+    runs: dict[str, Config], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same from the base by its own name; kohya's file leaves out what its scripts don't read, which is lost."""
+    monkeypatch.setenv("HOME", str(base.parent))
     kept = {}
     for name, options in {
         "default": (),
         "pipeline": ("--base", str(base.parent / "base")),
-        "network": ("--base", str(base.parent / "base" / "unet")),
+        "network": ("--base", "~/base/unet/."),
         "file": ("--base", str(base.parent / "base" / "unet" / "diffusion_pytorch_model.safetensors")),
         "kohya": ("--format", "kohya"),
         "half": ("--dtype", "bfloat16"),
@@ -145,6 +148,9 @@ def test_a_low_rank_keeps_less_and_says_so(runs: dict[str, Config], base: Path, 
         facts = json.loads((out / "extraction.json").read_text())
         kept[name] = facts["kept"]
         assert ("conv_in.weight" in facts["not_carried"]) == (name == "kohya")
+        if name == "network":
+            card = (out / "README.md").read_text()
+            assert facts["base"] == "unet" and "base_model" not in card and "~" not in card
     assert kept["default"] == kept["pipeline"] == kept["network"] == kept["file"] < 0.9
     assert kept["kohya"] < kept["default"] and kept["half"] < kept["default"]
     assert kept["half"] == pytest.approx(kept["default"], rel=1e-3)
@@ -164,15 +170,24 @@ def test_a_lora_on_another_base_is_extracted_from_the_merged_weights(
 
 @pytest.fixture(scope="module")
 def others(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network that is not the runs', and damaged copies of theirs."""
+    """A network that is not the runs', and copies of theirs: damaged, quantised, far away."""
     folder = tmp_path_factory.mktemp("others")
     small: Any = tiny.unet()
     small.save_pretrained(folder / "small")
     unet = base.parent / "base" / "unet"
     shutil.copytree(unet, folder / "lacking")
     tensors = load_file(unet / "diffusion_pytorch_model.safetensors")
-    tensors.pop("conv_in.weight")
+    first = tensors.pop("conv_in.weight")
     save_file(tensors, folder / "lacking" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    for name, changed in {
+        "nan": first.index_fill(1, torch.tensor(0), torch.nan),
+        "infinite": first.index_fill(1, torch.tensor(0), torch.inf),
+        "quantised": first.to(torch.int8),
+        "far": first + 1e38,
+    }.items():
+        shutil.copytree(unet, folder / name)
+        every = {**tensors, "conv_in.weight": changed}
+        save_file(every, folder / name / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     (folder / "empty").mkdir()
     return folder
 
@@ -191,6 +206,10 @@ def others(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("whole", "--base x", "--base says what --extract-lora RANK subtracts"),
         ("whole", "--extract-lora 2 --base OTHERS/small", "it is another network than the generator"),
         ("whole", "--extract-lora 2 --base OTHERS/lacking", "conv_in.weight"),
+        ("whole", "--extract-lora 2 --base OTHERS/nan", "conv_in.weight of nan holds values that are NaN or infinite"),
+        ("whole", "--extract-lora 2 --base OTHERS/infinite --format kohya", "conv_in.weight of infinite holds values"),
+        ("whole", "--extract-lora 2 --base OTHERS/quantised", "conv_in.weight of quantised is int8: quantised"),
+        ("whole", "--extract-lora 2 --base OTHERS/far --dtype float16", "not hold in float16: use --dtype bfloat16"),
         ("whole", "--extract-lora 2 --base OTHERS/empty", "holds no config.json"),
         ("whole", "--extract-lora 2 --base OTHERS/nowhere", "no such folder"),
         ("whole", "--evaluation OTHERS", "holds no summary.json of `diffpp-fast evaluate`"),

@@ -70,7 +70,9 @@ class Exported:
         with naming(self._stored.key, self._stored.path), torch.device("meta"):
             network: Any = build_network(read_config(self._configuration), self._configuration)
         self._network = network
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        tensors = network.state_dict()
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self._whole_numbers = {name for name, tensor in tensors.items() if not tensor.is_floating_point()}
         self._layers = layers_of(self._trained, "generator")
         self._refuse_others(str(generator) if isinstance(generator, SavedGenerator) else "the generator")
 
@@ -88,6 +90,10 @@ class Exported:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shapes of its tensors by name."""
         return self._shapes
+
+    def is_floating_point(self, name: str) -> bool:
+        """Return whether a tensor is not of whole numbers."""
+        return name not in self._whole_numbers
 
     @property
     def linear(self) -> list[str]:
