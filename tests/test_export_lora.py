@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from collections.abc import Iterator
@@ -216,6 +217,8 @@ def others(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("whole", "--license-link https://x", "name it with --license, too"),
         ("whole", "--license Mine", "give --license-link URL, too"),
         ("whole", "--license other", "name the licence"),
+        ("whole", "--license Mine --license-link javascript:alert(1)", "an address begins with https:// or http://"),
+        ("whole", "--license Mi\vne --license-link https://x", "a licence's name is a line of text"),
         ("whole", "--public", "--public says something of --push"),
         ("whole", "--push emoji", "--push emoji: a repository's name is OWNER/NAME"),
         ("whole", "--push a/b/c", "a repository's name is OWNER/NAME"),
@@ -234,7 +237,7 @@ def test_what_is_refused_before_work(
     said: str,
 ) -> None:
     monkeypatch.setattr("diffpp_fast.training.export.publish", None)
-    arguments = [word.replace("OTHERS", str(others)) for word in options.split()]
+    arguments = [word.replace("OTHERS", str(others)) for word in options.split(" ")]
     assert main(["export", runs[run].output, "--out", str(tmp_path / "out"), *arguments]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -329,6 +332,21 @@ def test_the_code_of_a_card_draws_a_picture(runs: dict[str, Config], base: Path,
         scope: dict[str, Any] = {"FOLDER": str(out), "PROMPT": PROMPT}
         exec(code, scope)
         assert scope["image"].size == (16, 16), options
+
+
+def test_a_card_quotes_whatever_names_hold(runs: dict[str, Config], tmp_path: Path) -> None:
+    """Markup, HTML and quotation marks in names stay what they are, and the card's code stays code."""
+    out, name = tmp_path / """a"b'`c`""", "[x](y) <b> | `z` \\ # *v*"
+    link = "https://example.org/l_(2)?a=b"
+    data, text = card_of(export(runs["lora"], out, "--format", "kohya", "--license", name, "--license-link", link))
+    assert (data["license_name"], data["license_link"]) == (name, link)
+    escaped = r"\[x\](y) \<b\> \| \`z\` \\ \# \*v\*"
+    assert f"[{escaped}](https://example.org/l_%282%29?a=b), as the person" in text
+    assert f"``{out.name}.safetensors`` is for kohya's" in text
+    (code,) = [part for part in text.split("```") if part.startswith("python\n")]
+    (call,) = [node for node in ast.walk(ast.parse(code.removeprefix("python\n"))) if isinstance(node, ast.keyword)
+               and node.arg == "weight_name"]  # fmt: skip
+    assert ast.literal_eval(call.value) == f"{out.name}.safetensors"
 
 
 def test_licences_and_a_base_on_the_hub_are_metadata(
@@ -463,9 +481,9 @@ def test_an_upload_that_fails_leaves_the_export(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hub, "_commit", lambda lines: 1 / 0)
-    out = tmp_path / "out"
+    out = tmp_path / "an export"
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     assert main(["export", runs["whole"].output, "--out", str(out), "--push", "anna/emoji"]) == 2
     said = capsys.readouterr().err
-    assert f"The export is whole in {out}; to push it later: hf upload anna/emoji {out} ." in said
+    assert f"The export is whole in {out}; to push it later: hf upload anna/emoji '{out}' ." in said
     assert find_damage(out) is None

@@ -95,6 +95,7 @@ def make_regularizers(
         made.append(KLToStart(start, sections.start.weight))
     if sections.images is not None:
         call = make_generator(config, nn.Identity(), schedule)
+        assert isinstance(call, OneStepGenerator)  # the schema sees to it
         made.append(
             ImageDenoising(sections.images.weight, alpha=call.alpha, sigma=call.sigma, input_scale=call.input_scale)
         )
