@@ -396,6 +396,14 @@ def test_figures_of_an_evaluation_are_in_text_and_metadata(
     assert str(base.parent) not in (tmp_path / "out" / "README.md").read_text()
     assert main(["export", run, "--raw", "--out", str(tmp_path / "raw"), "--evaluation", str(scores)]) == 2
     assert "evaluate that one, or leave the option out" in capsys.readouterr().err
+    summary = json.loads((scores / "summary.json").read_text())
+    for damaged in ("[" * 100_000, *(json.dumps({**summary, key: None}) for key in ("prompts", "metrics", "models"))):
+        (scores / "summary.json").write_text(damaged)
+        assert main(["export", run, "--out", str(tmp_path / "damaged"), "--evaluation", str(scores)]) == 2
+        assert "it holds no summary.json of `diffpp-fast evaluate`" in capsys.readouterr().err
+    summary["models"][0]["scores"][name].pop("low")
+    (scores / "summary.json").write_text(json.dumps(summary))
+    assert main(["export", run, "--out", str(tmp_path / "damaged"), "--evaluation", str(scores)]) == 2
 
 
 def test_a_card_that_was_edited_is_not_replaced(

@@ -141,21 +141,22 @@ def read_evaluation(folder: Path, generator: SavedGenerator) -> dict[str, Any]:
 
     Raises ConfigurationError for a folder without one, and for an evaluation of other generators.
     """
+    said = f"--evaluation {folder}: it holds no summary.json of `diffpp-fast evaluate`"
     try:
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         models = {str(model["origin"]): model for model in summary["models"]}
-        summary["prompts"]["count"], summary["seed"], summary["metrics"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigurationError(
-            f"--evaluation {folder}: it holds no summary.json of `diffpp-fast evaluate` ({type(error).__name__})"
-        ) from None
-    own = [model for origin, model in models.items() if _place(origin) == _place(str(generator))]
+        own = [model for origin, model in models.items() if _place(origin) == _place(str(generator))]
+        found = {**summary, "model": own[0] if own else None}
+        if own:
+            _figures(None, found)  # with all that it needs
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigurationError(f"{said} ({type(error).__name__})") from None
     if not own:
         raise ConfigurationError(
             f"--evaluation {folder}: it is of {', '.join(models)} and not of {generator}: evaluate that one, or leave "
             "the option out"
         )
-    return {**summary, "model": own[0]}
+    return found
 
 
 def _place(origin: str) -> tuple[str, ...]:
