@@ -19,7 +19,7 @@ from test_lora_formats import SD15
 
 from diffpp_fast.cli.main import main
 from diffpp_fast.networks.low_rank import rank_of
-from diffpp_fast.training import Config, ConfigurationError, Trainer, load_config
+from diffpp_fast.training import CheckpointError, Config, ConfigurationError, Trainer, load_config
 from diffpp_fast.training.build import build_sampler
 from diffpp_fast.training.checkpoint import read_role
 from diffpp_fast.training.export import LoraSource, export_lora, find_weights, load_sampler
@@ -271,6 +271,18 @@ def test_formats_that_can_not_hold_a_networks_adapters(
         assert "from peft import PeftModel" in (tmp_path / "diffusers" / "README.md").read_text()
         names = load_file(tmp_path / "comfyui" / "comfyui.safetensors")
         assert "transformer.transformer_blocks.0.attn1.to_q.alpha" in names
+
+
+def test_what_alpha_takes_beyond_a_precision_is_refused(runs: dict[str, Config], tmp_path: Path) -> None:
+    """diffusers' files have alpha / rank, here 2, in B."""
+    trained = build_sampler(runs["lora"], CPU).trained
+    with torch.no_grad():
+        next(weight for name, weight in trained.parameters.items() if ".lora_B." in name).fill_(4e4)
+    exported = Exported(runs["lora"], trained)
+    half: Any = {"dtype": torch.float16}
+    with pytest.raises(CheckpointError, match=r"holds values up to 8e\+04, and float16 ends at 6\.55e\+04"):
+        export_lora(tmp_path / "out", runs["lora"], trained, LoraSource(exported, "diffusers"), **half)
+    export_lora(tmp_path / "out", runs["lora"], trained, LoraSource(exported, "kohya"), **half)
 
 
 def test_nothing_to_extract(runs: dict[str, Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

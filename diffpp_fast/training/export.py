@@ -10,7 +10,7 @@ import torch
 
 from diffpp_fast.errors import CheckpointError, ConfigurationError
 from diffpp_fast.networks.loading import load_scheduler, read_config
-from diffpp_fast.networks.lora_formats import LoraFormat, LowRank, is_carried, refuse_format, write_lora
+from diffpp_fast.networks.lora_formats import LoraFormat, LowRank, factors_of_up, is_carried, refuse_format, write_lora
 from diffpp_fast.training.build import Sampler, Trained, build_sampler
 from diffpp_fast.training.build.agreement import naming
 from diffpp_fast.training.checkpoint import SavedGenerator, find_role, load_role, read_role, write_json
@@ -106,7 +106,8 @@ class LoraSource:
         """Return the updates by layer, and what was lost where they are extracted."""
         if self.extractor is None:
             layers = self._exported.adapters()
-            refuse_overflow(layers, dtype)
+            factors = factors_of_up(self.kind, layers)
+            refuse_overflow(layers, dtype, factors)
             return layers, None
         extraction = self.extractor.run(dtype, progress)
         return extraction.layers, extraction

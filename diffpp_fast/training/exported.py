@@ -191,11 +191,16 @@ class Exported:
             )
 
 
-def refuse_overflow(layers: Mapping[str, LowRank], dtype: torch.dtype | None) -> None:
-    """Raise CheckpointError for updates that a precision can't hold, or that are not finite in their own."""
+def refuse_overflow(layers: Mapping[str, LowRank], dtype: torch.dtype | None, factors: Mapping[str, float]) -> None:
+    """Raise CheckpointError for updates that a precision can't hold, or that are not finite in their own.
+
+    Args:
+        layers, dtype: of the file.
+        factors: of B, by layer.
+    """
     for layer, update in layers.items():
-        for part in (update.down, update.up):
-            _cast(layer, part, dtype)
+        _cast(layer, update.down, dtype)
+        _cast(layer, update.up.float() * factors[layer], dtype or update.up.dtype)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
