@@ -1,6 +1,6 @@
 """The model card of an export: README.md with what the run knows of itself, and nothing else.
 
-Paths of this machine stay out of it: of a file or folder the name alone is told.
+Paths of this machine stay out of it: of a file or folder its name and that of the folder around it are told.
 """
 
 from __future__ import annotations
