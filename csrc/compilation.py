@@ -27,6 +27,7 @@ from toolchain import (
     find_toolchain,
     find_torch,
     version,
+    words,
 )
 
 CSRC = Path("csrc")
@@ -45,7 +46,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = {"baseline": [], "avx2": AVX2, "avx512": AVX512} if X86 else {"baseline": []}
 NVCC = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # The user's, after ours.
-CXXFLAGS, LDFLAGS = (shlex.split(os.environ.get(name, "")) for name in ("CXXFLAGS", "LDFLAGS"))
+CXXFLAGS, LDFLAGS = words("CXXFLAGS"), words("LDFLAGS")
 
 
 class Task(NamedTuple):

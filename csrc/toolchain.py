@@ -47,10 +47,17 @@ def setting(name, *known):
     return value
 
 
+def words(name):
+    """Return the words of a variable of the environment, as a shell reads them."""
+    try:
+        return shlex.split(os.environ.get(name, ""))
+    except ValueError as error:
+        raise SystemExit(f"diffpp_fast: {name} is {os.environ[name]!r}: {error}") from None
+
+
 def find_compiler():
     """Return a C++17 compiler that works, or None."""
-    for candidate in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
-        command = shlex.split(candidate)
+    for command in filter(None, (words("CXX"), ["c++"], ["g++"], ["clang++"])):
         if shutil.which(command[0]) is None:
             continue
         with tempfile.TemporaryDirectory() as folder:
@@ -113,9 +120,9 @@ def find_archs(nvcc):
     known = [line.removeprefix("compute_") for line in listed.split()]
     asked = os.environ.get("DIFFPP_FAST_CUDA_ARCHS")
     if asked:
-        archs = [arch for arch in re.split(r"[;, ]+", asked) if arch]
+        archs = list(dict.fromkeys(arch for arch in re.split(r"[;, ]+", asked) if arch))
         # nvcc lists no 90a beside 90.
-        if not archs or not {arch.rstrip("af") for arch in archs} <= set(known):
+        if not archs or not {re.sub(r"(?<=\d)[af]$", "", arch) for arch in archs} <= set(known):
             raise SystemExit(
                 f"diffpp_fast: DIFFPP_FAST_CUDA_ARCHS is {asked!r}: for compute capabilities 8.0 and 9.0 it is 80;90, "
                 f"and {nvcc} knows {', '.join(known)}"

@@ -222,6 +222,9 @@ def test_old_setuptools_are_refused_in_a_sentence(tree: Tree) -> None:
         ({"DIFFPP_FAST_CUDA_ARCHS": "9.0"}, "ARCHS is '9.0': for compute capabilities 8.0 and 9.0 it is 80;90, and"),
         ({"DIFFPP_FAST_CUDA_ARCHS": "70;90"}, "bin/nvcc knows 90"),
         ({"DIFFPP_FAST_CUDA_ARCHS": ";"}, "DIFFPP_FAST_CUDA_ARCHS is ';'"),
+        ({"DIFFPP_FAST_CUDA_ARCHS": "90aa"}, "DIFFPP_FAST_CUDA_ARCHS is '90aa'"),
+        ({"CXX": "c++ '"}, 'CXX is "c++ \'": No closing quotation'),
+        ({"CXXFLAGS": "-DA='"}, 'CXXFLAGS is "-DA=\'": No closing quotation'),
     ],
 )
 def test_a_variable_that_is_wrong_is_named(tree: Tree, variables: dict[str, str], said: str) -> None:

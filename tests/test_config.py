@@ -115,6 +115,7 @@ def test_a_wrong_type_names_key_value_and_type(file: Path) -> None:
         "models.latent_shape=[4, 8]",
         "models.latent_shape=[4, 8, 8, 8]",
         "rewards.optimised.factory=rewards.py",
+        "distributed.peer_timeout=1e10",
     ],
 )
 def test_other_types_and_values_are_refused_by_name(file: Path, override: str) -> None:

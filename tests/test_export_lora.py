@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from test_lora_formats import SD15
 
 from diffpp_fast.cli.main import main
 from diffpp_fast.networks.low_rank import rank_of
-from diffpp_fast.training import Config, ConfigurationError, Trainer, load_config
+from diffpp_fast.training import CheckpointError, Config, ConfigurationError, Trainer, load_config
 from diffpp_fast.training.build import build_sampler
 from diffpp_fast.training.checkpoint import read_role
 from diffpp_fast.training.export import LoraSource, export_lora, find_weights, load_sampler
@@ -130,13 +131,16 @@ def test_an_extraction_of_full_rank_is_the_whole_change_of_linear_layers(
     assert all(share["kept"] == pytest.approx(1, abs=1e-6) for share in shares)
 
 
-def test_a_low_rank_keeps_less_and_says_so(runs: dict[str, Config], base: Path, tmp_path: Path) -> None:
+def test_a_low_rank_keeps_less_and_says_so(
+    runs: dict[str, Config], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same from the base by its own name; kohya's file leaves out what its scripts don't read, which is lost."""
+    monkeypatch.setenv("HOME", str(base.parent))
     kept = {}
     for name, options in {
         "default": (),
         "pipeline": ("--base", str(base.parent / "base")),
-        "network": ("--base", str(base.parent / "base" / "unet")),
+        "network": ("--base", "~/base/unet/."),
         "file": ("--base", str(base.parent / "base" / "unet" / "diffusion_pytorch_model.safetensors")),
         "kohya": ("--format", "kohya"),
         "half": ("--dtype", "bfloat16"),
@@ -145,6 +149,9 @@ def test_a_low_rank_keeps_less_and_says_so(runs: dict[str, Config], base: Path, 
         facts = json.loads((out / "extraction.json").read_text())
         kept[name] = facts["kept"]
         assert ("conv_in.weight" in facts["not_carried"]) == (name == "kohya")
+        if name == "network":
+            card = (out / "README.md").read_text()
+            assert facts["base"] == "unet" and "base_model" not in card and "~" not in card
     assert kept["default"] == kept["pipeline"] == kept["network"] == kept["file"] < 0.9
     assert kept["kohya"] < kept["default"] and kept["half"] < kept["default"]
     assert kept["half"] == pytest.approx(kept["default"], rel=1e-3)
@@ -164,15 +171,24 @@ def test_a_lora_on_another_base_is_extracted_from_the_merged_weights(
 
 @pytest.fixture(scope="module")
 def others(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network that is not the runs', and damaged copies of theirs."""
+    """A network that is not the runs', and copies of theirs: damaged, quantised, far away."""
     folder = tmp_path_factory.mktemp("others")
     small: Any = tiny.unet()
     small.save_pretrained(folder / "small")
     unet = base.parent / "base" / "unet"
     shutil.copytree(unet, folder / "lacking")
     tensors = load_file(unet / "diffusion_pytorch_model.safetensors")
-    tensors.pop("conv_in.weight")
+    first = tensors.pop("conv_in.weight")
     save_file(tensors, folder / "lacking" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    for name, changed in {
+        "nan": first.index_fill(1, torch.tensor(0), torch.nan),
+        "infinite": first.index_fill(1, torch.tensor(0), torch.inf),
+        "quantised": first.to(torch.int8),
+        "far": first + 1e38,
+    }.items():
+        shutil.copytree(unet, folder / name)
+        every = {**tensors, "conv_in.weight": changed}
+        save_file(every, folder / name / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     (folder / "empty").mkdir()
     return folder
 
@@ -191,12 +207,18 @@ def others(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("whole", "--base x", "--base says what --extract-lora RANK subtracts"),
         ("whole", "--extract-lora 2 --base OTHERS/small", "it is another network than the generator"),
         ("whole", "--extract-lora 2 --base OTHERS/lacking", "conv_in.weight"),
+        ("whole", "--extract-lora 2 --base OTHERS/nan", "conv_in.weight of nan holds values that are NaN or infinite"),
+        ("whole", "--extract-lora 2 --base OTHERS/infinite --format kohya", "conv_in.weight of infinite holds values"),
+        ("whole", "--extract-lora 2 --base OTHERS/quantised", "conv_in.weight of quantised is int8: quantised"),
+        ("whole", "--extract-lora 2 --base OTHERS/far --dtype float16", "not hold in float16: use --dtype bfloat16"),
         ("whole", "--extract-lora 2 --base OTHERS/empty", "holds no config.json"),
         ("whole", "--extract-lora 2 --base OTHERS/nowhere", "no such folder"),
         ("whole", "--evaluation OTHERS", "holds no summary.json of `diffpp-fast evaluate`"),
         ("whole", "--license-link https://x", "name it with --license, too"),
         ("whole", "--license Mine", "give --license-link URL, too"),
         ("whole", "--license other", "name the licence"),
+        ("whole", "--license Mine --license-link javascript:alert(1)", "an address begins with https:// or http://"),
+        ("whole", "--license Mi\vne --license-link https://x", "a licence's name is a line of text"),
         ("whole", "--public", "--public says something of --push"),
         ("whole", "--push emoji", "--push emoji: a repository's name is OWNER/NAME"),
         ("whole", "--push a/b/c", "a repository's name is OWNER/NAME"),
@@ -215,7 +237,7 @@ def test_what_is_refused_before_work(
     said: str,
 ) -> None:
     monkeypatch.setattr("diffpp_fast.training.export.publish", None)
-    arguments = [word.replace("OTHERS", str(others)) for word in options.split()]
+    arguments = [word.replace("OTHERS", str(others)) for word in options.split(" ")]
     assert main(["export", runs[run].output, "--out", str(tmp_path / "out"), *arguments]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -249,6 +271,18 @@ def test_formats_that_can_not_hold_a_networks_adapters(
         assert "from peft import PeftModel" in (tmp_path / "diffusers" / "README.md").read_text()
         names = load_file(tmp_path / "comfyui" / "comfyui.safetensors")
         assert "transformer.transformer_blocks.0.attn1.to_q.alpha" in names
+
+
+def test_what_alpha_takes_beyond_a_precision_is_refused(runs: dict[str, Config], tmp_path: Path) -> None:
+    """diffusers' files have alpha / rank, here 2, in B."""
+    trained = build_sampler(runs["lora"], CPU).trained
+    with torch.no_grad():
+        next(weight for name, weight in trained.parameters.items() if ".lora_B." in name).fill_(4e4)
+    exported = Exported(runs["lora"], trained)
+    half: Any = {"dtype": torch.float16}
+    with pytest.raises(CheckpointError, match=r"holds values up to 8e\+04, and float16 ends at 6\.55e\+04"):
+        export_lora(tmp_path / "out", runs["lora"], trained, LoraSource(exported, "diffusers"), **half)
+    export_lora(tmp_path / "out", runs["lora"], trained, LoraSource(exported, "kohya"), **half)
 
 
 def test_nothing_to_extract(runs: dict[str, Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,6 +346,21 @@ def test_the_code_of_a_card_draws_a_picture(runs: dict[str, Config], base: Path,
         assert scope["image"].size == (16, 16), options
 
 
+def test_a_card_quotes_whatever_names_hold(runs: dict[str, Config], tmp_path: Path) -> None:
+    """Markup, HTML and quotation marks in names stay what they are, and the card's code stays code."""
+    out, name = tmp_path / """a"b'`c`""", "[x](y) <b> | `z` \\ # *v*"
+    link = "https://example.org/l_(2)?a=b"
+    data, text = card_of(export(runs["lora"], out, "--format", "kohya", "--license", name, "--license-link", link))
+    assert (data["license_name"], data["license_link"]) == (name, link)
+    escaped = r"\[x\](y) \<b\> \| \`z\` \\ \# \*v\*"
+    assert f"[{escaped}](https://example.org/l_%282%29?a=b), as the person" in text
+    assert f"``{out.name}.safetensors`` is for kohya's" in text
+    (code,) = [part for part in text.split("```") if part.startswith("python\n")]
+    (call,) = [node for node in ast.walk(ast.parse(code.removeprefix("python\n"))) if isinstance(node, ast.keyword)
+               and node.arg == "weight_name"]  # fmt: skip
+    assert ast.literal_eval(call.value) == f"{out.name}.safetensors"
+
+
 def test_licences_and_a_base_on_the_hub_are_metadata(
     runs: dict[str, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +408,14 @@ def test_figures_of_an_evaluation_are_in_text_and_metadata(
     assert str(base.parent) not in (tmp_path / "out" / "README.md").read_text()
     assert main(["export", run, "--raw", "--out", str(tmp_path / "raw"), "--evaluation", str(scores)]) == 2
     assert "evaluate that one, or leave the option out" in capsys.readouterr().err
+    summary = json.loads((scores / "summary.json").read_text())
+    for damaged in ("[" * 100_000, *(json.dumps({**summary, key: None}) for key in ("prompts", "metrics", "models"))):
+        (scores / "summary.json").write_text(damaged)
+        assert main(["export", run, "--out", str(tmp_path / "damaged"), "--evaluation", str(scores)]) == 2
+        assert "it holds no summary.json of `diffpp-fast evaluate`" in capsys.readouterr().err
+    summary["models"][0]["scores"][name].pop("low")
+    (scores / "summary.json").write_text(json.dumps(summary))
+    assert main(["export", run, "--out", str(tmp_path / "damaged"), "--evaluation", str(scores)]) == 2
 
 
 def test_a_card_that_was_edited_is_not_replaced(
@@ -444,9 +501,9 @@ def test_an_upload_that_fails_leaves_the_export(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hub, "_commit", lambda lines: 1 / 0)
-    out = tmp_path / "out"
+    out = tmp_path / "an export"
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     assert main(["export", runs["whole"].output, "--out", str(out), "--push", "anna/emoji"]) == 2
     said = capsys.readouterr().err
-    assert f"The export is whole in {out}; to push it later: hf upload anna/emoji {out} ." in said
+    assert f"The export is whole in {out}; to push it later: hf upload anna/emoji '{out}' ." in said
     assert find_damage(out) is None

@@ -318,6 +318,14 @@ def test_a_folder_of_something_else_is_left(tmp_path: Path) -> None:
     assert b"holds something else" in refused.value.stderr and (tmp_path / "mine").exists()
 
 
+@pytest.mark.parametrize(("into", "name", "said"), [("k", "../x", "lower-case letters"), ("file", "x", "it is a file")])
+def test_a_name_or_place_that_is_none_is_refused(tmp_path: Path, into: str, name: str, said: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        make(tmp_path / into, name, "--compile", "none")
+    assert said in refused.value.stderr.decode() and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.slow
 def test_compiled(tmp_path: Path) -> None:
     """The library under another name, beside the package's own: a process that imports both."""

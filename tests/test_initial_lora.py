@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,11 @@ def rename(old: str, new: str) -> Edit:
     return edit
 
 
+def to_float8(tensors: dict[str, Tensor]) -> Tensor:
+    tensors[f"{FIRST}.lora_up.weight"] = tensors[f"{FIRST}.lora_up.weight"].to(torch.float8_e4m3fn)
+    return tensors[f"{FIRST}.lora_up.weight"]
+
+
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
@@ -187,6 +193,19 @@ def rename(old: str, new: str) -> Edit:
         (lambda d: d.update({f"{FIRST}.diff_b": torch.ones(8)}), "whole differences"),
         (lambda d: d.update({f"{FIRST}.alpha": torch.tensor(0.0)}), "alpha of conv_in is 0"),
         (lambda d: d[f"{FIRST}.lora_up.weight"].fill_(torch.nan), "NaN or infinite"),
+        (
+            lambda d: d.update({f"{FIRST}.alpha": torch.ones(2)}),
+            r"conv_in.alpha has the shape \[2\], and alpha is a",
+        ),
+        (lambda d: d.update({f"{FIRST}.lora_up.weight": torch.tensor(1.0)}), "another network: conv_in has factors"),
+        (lambda d: d.update({f"{FIRST}.lora_down.weight": torch.tensor(1.0)}), "factors of conv_in are empty"),
+        (lambda d: d.update({f"{FIRST}.lora_down.weight": torch.ones(0, 4, 3, 3)}), "conv_in are empty: its rank is 0"),
+        (
+            lambda d: d.update({f"{FIRST}.lora_up.weight": torch.ones(8, 2, dtype=torch.int8)}),
+            "float32 and int8",
+        ),
+        (lambda d: d.update({"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3)}), "two updates of conv_in"),
+        (lambda d: to_float8(d).fill_(torch.nan), "NaN or infinite"),
         (rename("mid_block", "middle"), "it is of another network.*UNet2DConditionModel does not have"),
         (rename("lora_unet_", "lora_unet_double_blocks_"), "it is of another network"),
         (lambda d: d.update({f"{FIRST}.lora_up.weight": torch.ones(9, 2)}), "another network: conv_in has factors"),
@@ -200,6 +219,36 @@ def test_files_that_are_no_lora_of_this_network_are_refused(edit: Edit, said: st
     save_file(tensors, file)
     with pytest.raises(ValueError, match=said):
         read(file, network)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        '{"unet.lora_alpha": null}',
+        '{"unet.lora_alpha": "4"}',
+        '{"unet.lora_alpha": NaN}',
+        '{"unet.lora_alpha": 4, "unet.alpha_pattern": ["conv_in"]}',
+        '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"conv_in": {}}}',
+        '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"(": 3}}',
+        "[" * 100_000,
+    ],
+)
+def test_settings_that_are_damaged_are_named(settings: str, tmp_path: Path) -> None:
+    network = tiny.unet()
+    file = write(tmp_path, "diffusers", network)
+    save_file(load_file(file), file, {"lora_adapter_metadata": settings})
+    with pytest.raises(ValueError, match=re.escape(f"{file}: the settings of its adapter are damaged")):
+        read(file, network)
+
+
+def test_eight_bits_are_read(tmp_path: Path) -> None:
+    network = tiny.unet()
+    file = write(tmp_path, "comfyui", network)
+    tensors = load_file(file)
+    to_float8(tensors)
+    save_file(tensors, file)
+    up = read(file, network).layers["conv_in"].up
+    assert torch.equal(up.flatten(), tensors[f"{FIRST}.lora_up.weight"].flatten())
 
 
 def test_an_alpha_that_no_file_says_is_given(tmp_path: Path) -> None:

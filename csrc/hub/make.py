@@ -6,6 +6,7 @@ kernel-builder takes them and, in its folder `build`, variants that `kernels.get
 
 import argparse
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -21,7 +22,11 @@ def main():
     parser.add_argument("--name", default="diffpp-fast", help="the package's, in lower case with dashes")
     parser.add_argument("--compile", choices=("none", "cpu", "cuda", "all"), default="all", help="libraries to build")
     arguments = parser.parse_args()
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", arguments.name):
+        parser.error(f"--name {arguments.name!r}: a package's name is of lower-case letters, digits and single dashes")
     folder = arguments.into.resolve()
+    if folder.exists() and not folder.is_dir():
+        parser.error(f"--into {folder}: it is a file")
     project.write(folder, arguments.name)
     for variant in variants.build(folder, arguments.name, chosen(arguments.compile)):
         size = sum(path.stat().st_size for path in variant.rglob("*") if path.is_file())

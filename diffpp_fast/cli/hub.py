@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,7 +97,7 @@ class HubRepository:
 
 
 def _command(name: str, folder: Path | None = None) -> str:
-    return f"hf upload {name} {folder or 'FOLDER'} ."
+    return f"hf upload {name} {'FOLDER' if folder is None else shlex.quote(str(folder))} ."
 
 
 def _first_line(error: BaseException) -> str:

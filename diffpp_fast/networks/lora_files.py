@@ -141,6 +141,7 @@ def read_lora(
     tensors = dict(read_tensors(file))
     settings = _settings(file)
     _refuse_others(tensors, settings)
+    _refuse_settings(file, settings.values)
     text = [name for name in tensors if TEXT.match(name)]
     parts = {name: tensor for name, tensor in tensors.items() if name not in set(text)}
     found, alphas = _group(parts, config, shapes)
@@ -245,9 +246,26 @@ def _object(file: Path, text: str) -> dict[str, Any]:
         content = json.loads(text)
         if isinstance(content, dict):
             return content
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     raise ValueError(f"{file}: the settings of its adapter are damaged")
+
+
+def _refuse_settings(file: Path, values: Mapping[str, Any]) -> None:
+    """Raise ValueError for alphas that are no numbers, and patterns that are none."""
+    patterns = values.get("alpha_pattern") or {}
+    alphas = [values.get("lora_alpha", 1), *(patterns.values() if isinstance(patterns, Mapping) else ["none"])]
+    try:
+        sound = all(isinstance(alpha, int | float) and math.isfinite(alpha) for alpha in alphas)
+        for pattern in patterns if sound else ():
+            re.compile(pattern)
+    except (re.error, OverflowError):
+        sound = False
+    if not sound:
+        raise ValueError(
+            f"{file}: the settings of its adapter are damaged: lora_alpha is {values.get('lora_alpha')!r} and "
+            f"alpha_pattern {patterns!r}"
+        )
 
 
 def _refuse_others(names: Iterable[str], settings: _Settings) -> None:
@@ -282,9 +300,13 @@ def _group(
         if layer is None or half is None:
             strange.append(name)
         elif half == 2:
+            if tensor.numel() != 1:
+                raise ValueError(f"{name} has the shape {list(tensor.shape)}, and alpha is a number")
             alphas[layer] = float(tensor)
+        elif half in halves.setdefault(layer, {}):
+            raise ValueError(f"it holds two updates of {layer}, {name} is of the second: give a file of one adapter")
         else:
-            halves.setdefault(layer, {})[half] = tensor
+            halves[layer][half] = tensor
             if module in dotted:
                 with_dots.add(layer)
     if strange and (len(strange) < len(tensors) or any(_split(name)[1] is not None for name in strange)):
@@ -320,6 +342,11 @@ def _split(name: str) -> tuple[str, int | None]:
 def _shaped(file: Path, layer: str, factors: _Factors, wanted: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """A and B in the shapes that the layer has; a convolution over single pixels may be stored as a matrix, and the
     other way about."""
+    if not all(part.is_floating_point() for part in factors[:2]):
+        kinds = " and ".join(str(part.dtype).removeprefix("torch.") for part in factors[:2])
+        raise ValueError(f"{file}: the factors of {layer} are {kinds}: quantised? Only floating-point ones are read")
+    if min((factors.down.shape or [0])[0], factors.up.numel()) == 0:
+        raise ValueError(f"{file}: the factors of {layer} are empty: its rank is 0")
     rank, ones = len(factors.down), [1] * (len(wanted) - 2)
     shapes = (rank, *wanted[1:]), (wanted[0], rank, *ones)
     for part, shape in zip(factors[:2], shapes, strict=True):

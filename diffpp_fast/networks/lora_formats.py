@@ -127,6 +127,12 @@ def names_of(layer: str, target: LoraTarget) -> list[str]:
     return sorted(names | {f"lora_unet_{plain}", f"lora_transformer_{plain}"})
 
 
+def factors_of_up(kind: LoraFormat, layers: Mapping[str, LowRank]) -> dict[str, float]:
+    """Return what each layer's B is multiplied by in a file of a format."""
+    common = None if kind == "diffusers" else _commonest(update.alpha for update in layers.values())
+    return {layer: update.alpha / (common or update.rank) for layer, update in layers.items()}
+
+
 def write_lora(
     folder: Path,
     kind: LoraFormat,
@@ -152,12 +158,13 @@ def write_lora(
         _write_diffusers(folder, layers, target, dtype)
         return
     ends = ("lora_down", "lora_up") if target.is_unet else ("lora_A", "lora_B")
+    factors = factors_of_up(kind, layers)
     names = {layer: _module_name(kind, layer, target) for layer in layers}
     alpha = _commonest(update.alpha for update in layers.values())
     tensors = {}
     for layer, update in layers.items():
         tensors[f"{names[layer]}.{ends[0]}.weight"] = _cast(update.down, dtype)
-        tensors[f"{names[layer]}.{ends[1]}.weight"] = _scaled(update.up, update.alpha / alpha, dtype)
+        tensors[f"{names[layer]}.{ends[1]}.weight"] = _scaled(update.up, factors[layer], dtype)
         tensors[f"{names[layer]}.alpha"] = torch.tensor(float(alpha))
     metadata = _kohya_metadata(layers, alpha, target, prediction_type) if target.is_unet else {}
     _save(folder / f"{name}.safetensors", tensors, metadata)
@@ -184,10 +191,11 @@ def _write_diffusers(
     folder: Path, layers: Mapping[str, LowRank], target: LoraTarget, dtype: torch.dtype | None
 ) -> None:
     prefix = f"{target.part}." if target.loadable else "base_model.model."
+    factors = factors_of_up("diffusers", layers)
     tensors = {}
     for layer, update in layers.items():
         tensors[f"{prefix}{layer}.lora_A.weight"] = _cast(update.down, dtype)
-        tensors[f"{prefix}{layer}.lora_B.weight"] = _scaled(update.up, update.alpha / update.rank, dtype)
+        tensors[f"{prefix}{layer}.lora_B.weight"] = _scaled(update.up, factors[layer], dtype)
     settings = peft_settings(layers)
     if not target.loadable:
         settings.save_pretrained(folder)

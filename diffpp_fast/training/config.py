@@ -533,7 +533,7 @@ class Distributed(Section):
     nvme_path: str | None = None
     #: Seconds without a sign of life after which a process counts as gone, and the others end with exit code 75; null:
     #: they wait for it for an hour.
-    peer_timeout: Annotated[float, Field(ge=1)] | None = 120.0
+    peer_timeout: Annotated[float, Field(ge=1, le=1e6)] | None = 120.0
 
     @property
     def needs_deepspeed(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from diffpp_fast.errors import CheckpointError, ConfigurationError
 from diffpp_fast.networks.loading import load_scheduler, read_config
-from diffpp_fast.networks.lora_formats import LoraFormat, LowRank, is_carried, refuse_format, write_lora
+from diffpp_fast.networks.lora_formats import LoraFormat, LowRank, factors_of_up, is_carried, refuse_format, write_lora
 from diffpp_fast.training.build import Sampler, Trained, build_sampler
 from diffpp_fast.training.build.agreement import naming
 from diffpp_fast.training.checkpoint import SavedGenerator, find_role, load_role, read_role, write_json
@@ -20,7 +20,7 @@ from diffpp_fast.training.exported import Exported, copy_parts, pipeline_files, 
 from diffpp_fast.training.extraction import Extraction, Extractor
 from diffpp_fast.training.inputs import warn_of_changed_inputs
 from diffpp_fast.training.model_card import NOTHING_SAID, CardFacts, write_card
-from diffpp_fast.training.output import CALL, added_files
+from diffpp_fast.training.output import CALL, added_files, is_run
 from diffpp_fast.training.publish import MANIFEST, publish
 from diffpp_fast.training.saved_config import load_saved_config, naming_moves
 from diffpp_fast.training.schedulers import generator_scheduler
@@ -106,7 +106,8 @@ class LoraSource:
         """Return the updates by layer, and what was lost where they are extracted."""
         if self.extractor is None:
             layers = self._exported.adapters()
-            refuse_overflow(layers, dtype)
+            factors = factors_of_up(self.kind, layers)
+            refuse_overflow(layers, dtype, factors)
             return layers, None
         extraction = self.extractor.run(dtype, progress)
         return extraction.layers, extraction
@@ -235,8 +236,14 @@ def warn_of_changed_base(weights: SavedGenerator, config: Config) -> None:
 def refuse_foreign_folder(folder: Path) -> None:
     """Raise CheckpointError for a folder that an export would replace and that holds what no export has written.
 
-    A folder inside of another export is refused, too: the next export into that one would remove it.
+    A folder inside of another export is refused, too: the next export into that one would remove it. So is one among
+    a run's checkpoints, which the run would take it for.
     """
+    among = next((parent for parent in folder.absolute().parents if _holds_checkpoints(parent)), None)
+    if among is not None:
+        raise CheckpointError(
+            f"{folder} lies in {among}, which is for a run's checkpoints: choose another --out FOLDER"
+        )
     outer = next((parent for parent in folder.absolute().parents if (parent / CALL).is_file()), None)
     if outer is not None:
         raise CheckpointError(f"{folder} lies in {outer}, an exported generator: choose another --out FOLDER")
@@ -251,6 +258,10 @@ def refuse_foreign_folder(folder: Path) -> None:
             f"{folder} holds {', '.join(added[:4])}{more}, which no export has written, and an export would remove: "
             "choose another --out FOLDER, or move it away"
         )
+
+
+def _holds_checkpoints(folder: Path) -> bool:
+    return folder.name == "checkpoints" and is_run(folder.parent)
 
 
 def _last_run() -> Path:

@@ -70,7 +70,9 @@ class Exported:
         with naming(self._stored.key, self._stored.path), torch.device("meta"):
             network: Any = build_network(read_config(self._configuration), self._configuration)
         self._network = network
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        tensors = network.state_dict()
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self._whole_numbers = {name for name, tensor in tensors.items() if not tensor.is_floating_point()}
         self._layers = layers_of(self._trained, "generator")
         self._refuse_others(str(generator) if isinstance(generator, SavedGenerator) else "the generator")
 
@@ -88,6 +90,10 @@ class Exported:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shapes of its tensors by name."""
         return self._shapes
+
+    def is_floating_point(self, name: str) -> bool:
+        """Return whether a tensor is not of whole numbers."""
+        return name not in self._whole_numbers
 
     @property
     def linear(self) -> list[str]:
@@ -185,11 +191,16 @@ class Exported:
             )
 
 
-def refuse_overflow(layers: Mapping[str, LowRank], dtype: torch.dtype | None) -> None:
-    """Raise CheckpointError for updates that a precision can't hold, or that are not finite in their own."""
+def refuse_overflow(layers: Mapping[str, LowRank], dtype: torch.dtype | None, factors: Mapping[str, float]) -> None:
+    """Raise CheckpointError for updates that a precision can't hold, or that are not finite in their own.
+
+    Args:
+        layers, dtype: of the file.
+        factors: of B, by layer.
+    """
     for layer, update in layers.items():
-        for part in (update.down, update.up):
-            _cast(layer, part, dtype)
+        _cast(layer, update.down, dtype)
+        _cast(layer, update.up.float() * factors[layer], dtype or update.up.dtype)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

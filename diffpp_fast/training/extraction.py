@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +14,10 @@ from diffpp_fast.errors import CheckpointError, ConfigurationError
 from diffpp_fast.networks.loading import exists, is_file, open_denoiser, read_config, split_hub_id
 from diffpp_fast.networks.lora_formats import LoraFormat, LowRank, is_carried
 from diffpp_fast.networks.low_rank import approximate, rank_of
-from diffpp_fast.tensor_files import shapes_of
+from diffpp_fast.tensor_files import first_not_finite, shapes_of
 from diffpp_fast.training.build.agreement import naming
 from diffpp_fast.training.exported import Exported
+from diffpp_fast.user_paths import real_path, user_path
 
 
 class LayerShare(NamedTuple):
@@ -112,9 +113,10 @@ class Extractor:
         self._exported, self._rank, self._kind = exported, rank, kind
         self._base = exported.begun if base is None else _open_base(base, exported)
         # Of a folder here the name alone: what is exported leaves this machine.
-        local = base is not None and exists(Path(base))
-        self._base_name = "what the generator began as" if base is None else Path(base).name if local else base
-        self._base_id = None if base is None or local else split_hub_id(base)[0]
+        here = None if base is None else real_path(user_path(base))
+        local = here is not None and exists(here)
+        self._base_name = "what the generator began as" if base is None else here.name if here and local else base
+        self._base_id = None if base is None or local or base.startswith("package:") else split_hub_id(base)[0]
         self._from_begun = base is None
         self._layers = [layer for layer in exported.linear if is_carried(kind, layer)]
         largest = max(self._layers, key=lambda layer: rank_of(exported.shapes[f"{layer}.weight"]))
@@ -134,7 +136,8 @@ class Extractor:
             dtype: of the updates; what is lost by it counts.
             progress: told of every layer.
 
-        Raises CheckpointError where no layer that the format carries has changed.
+        Raises CheckpointError where no layer that the format carries has changed, for weights that are not finite or
+        not floating-point, and for updates that the precision can't hold.
         """
         layers: dict[str, LowRank] = {}
         energies: dict[str, tuple[float, float]] = {}
@@ -144,6 +147,11 @@ class Extractor:
             if change.any():
                 layers[layer], *energy = approximate(change, self._rank, dtype)
                 energies[layer] = (energy[0], energy[1])
+                if not math.isfinite(energy[1]):
+                    raise CheckpointError(
+                        f"--extract-lora: {layer} has changed by up to {change.abs().max():.3g}, which its update does "
+                        f"not hold in {str(dtype or torch.float32).removeprefix('torch.')}: use --dtype bfloat16"
+                    )
             else:
                 unchanged += 1
             if progress is not None:
@@ -172,7 +180,19 @@ class Extractor:
         )
 
     def _change(self, name: str) -> Tensor:
-        return self._exported.weight(name).double() - self._base[name].double()
+        weight, base = self._exported.weight(name), self._base[name]
+        if base.is_floating_point() != self._exported.is_floating_point(name):
+            raise CheckpointError(
+                f"--extract-lora: {name} of {self._base_name} is {str(base.dtype).removeprefix('torch.')}: quantised "
+                "weights? Name the network that they were made from with --base"
+            )
+        base = base.double()
+        if first_not_finite({name: base}) is not None:
+            raise CheckpointError(
+                f"--extract-lora: {name} of {self._base_name} holds values that are NaN or infinite: is it damaged? "
+                "Name another with --base"
+            )
+        return weight.double() - base
 
     def _others(self) -> Iterator[tuple[str, float]]:
         """The squared norms of the changes of all tensors that no update carries, by name."""

@@ -1,6 +1,6 @@
 """The model card of an export: README.md with what the run knows of itself, and nothing else.
 
-Paths of this machine stay out of it: of a file or folder the name alone is told.
+Paths of this machine stay out of it: of a file or folder its name and that of the folder around it are told.
 """
 
 from __future__ import annotations
@@ -63,6 +63,10 @@ class Licence:
             )
         if self.name == "other" and self.link is None:
             raise ConfigurationError("--license other: name the licence, and give --license-link URL")
+        if self.link is not None and not re.fullmatch(r"https?://[^\s<>]+", self.link):
+            raise ConfigurationError(f"--license-link {self.link}: an address begins with https:// or http://")
+        if not self.name.strip() or not self.name.isprintable():
+            raise ConfigurationError("--license: a licence's name is a line of text")
 
     def metadata(self) -> dict[str, str]:
         if self.link is None:
@@ -118,7 +122,7 @@ def write_card(
     saved = generator if isinstance(generator, SavedGenerator) else None
     title = facts.title or Path(config.output).resolve().name
     sections = [
-        f"# {title}",
+        f"# {_text(title)}",
         _about(config, form, kind),
         _use(config, form, target, scheduler, kind, file, extraction),
         _training(config, saved),
@@ -137,21 +141,22 @@ def read_evaluation(folder: Path, generator: SavedGenerator) -> dict[str, Any]:
 
     Raises ConfigurationError for a folder without one, and for an evaluation of other generators.
     """
+    said = f"--evaluation {folder}: it holds no summary.json of `diffpp-fast evaluate`"
     try:
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         models = {str(model["origin"]): model for model in summary["models"]}
-        summary["prompts"]["count"], summary["seed"], summary["metrics"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigurationError(
-            f"--evaluation {folder}: it holds no summary.json of `diffpp-fast evaluate` ({type(error).__name__})"
-        ) from None
-    own = [model for origin, model in models.items() if _place(origin) == _place(str(generator))]
+        own = [model for origin, model in models.items() if _place(origin) == _place(str(generator))]
+        found = {**summary, "model": own[0] if own else None}
+        if own:
+            _figures(None, found)  # with all that it needs
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigurationError(f"{said} ({type(error).__name__})") from None
     if not own:
         raise ConfigurationError(
             f"--evaluation {folder}: it is of {', '.join(models)} and not of {generator}: evaluate that one, or leave "
             "the option out"
         )
-    return {**summary, "model": own[0]}
+    return found
 
 
 def _place(origin: str) -> tuple[str, ...]:
@@ -244,9 +249,9 @@ def _use(
         adapter = "FewStepGenerator"
     said = f"## Use\n\n{made}{', '.join(map(str, call.times))}, from noise times {scale}."
     if kind == "comfyui":
-        said += f" ComfyUI finds `{file}` in its folder `models/loras`."
+        said += f" ComfyUI finds {_literal(file)} in its folder `models/loras`."
     if kind == "kohya":
-        said += f" `{file}` is for kohya's sd-scripts and programs that read its files."
+        said += f" {_literal(file)} is for kohya's sd-scripts and programs that read its files."
     if scheduler is None:
         steps = "that step" if one else "these steps"
         return f"{said} No scheduler of diffusers makes {steps}: use `diffpp_fast.networks.{adapter}`."
@@ -287,26 +292,27 @@ def _put_in(form: Form, target: LoraTarget, kind: LoraFormat | None, file: str |
     if form == "lora" and not target.loadable:
         return [f"{part} = PeftModel.from_pretrained({part}, FOLDER)"]
     if form == "lora":
-        return ["pipeline.load_lora_weights(FOLDER" + ("" if kind == "diffusers" else f', weight_name="{file}"') + ")"]
+        name = "" if kind == "diffusers" else f", weight_name={json.dumps(file, ensure_ascii=False)}"
+        return [f"pipeline.load_lora_weights(FOLDER{name})"]
     return []
 
 
 def _training(config: Config, saved: SavedGenerator | None) -> str:
     training, method, rewards, lora = config.training, config.method, config.rewards, config.models.generator.lora
     record = {} if saved is None else read_record(saved.folder)
-    session = _session(saved)
+    session, prompts = _session(saved), _literal(Path(config.prompts.path).name)
     began, reference = stored_weights(config.models, "generator").path, config.models.reference.path
     rows = {
         "method": f"{METHOD_NAMES[method.name]} (`{method.name}`), guidance scale {method.guidance_scale:g}",
         "frozen reference": _named(reference),
         "began as": ("the reference" if began == reference else _named(began)) + _initial(config, record),
         "trained": "all weights" if lora is None else f"LoRA of rank {lora.rank}, alpha {lora.alpha or lora.rank:g}",
-        "data": f"{record.get('prompt_count', 'an unknown number of')} prompts of `{Path(config.prompts.path).name}`, "
-        f"no pictures; digest of their text: {record.get('prompts', 'unknown')}",
+        "data": f"{record.get('prompt_count', 'an unknown number of')} prompts of {prompts}, no pictures; "
+        f"digest of their text: {record.get('prompts', 'unknown')}",
         "reward": "none"
         if rewards.optimised is None
-        else f"`{_factory(rewards.optimised.factory)}`, scale {rewards.optimised.scale:g}",
-        "held-out reward": "none" if rewards.held_out is None else f"`{_factory(rewards.held_out.factory)}`",
+        else f"{_literal(_factory(rewards.optimised.factory))}, scale {rewards.optimised.scale:g}",
+        "held-out reward": "none" if rewards.held_out is None else _literal(_factory(rewards.held_out.factory)),
         "seed": str(config.seed),
         "updates of the generator": str(record.get("step", "unknown")),
         "samples per update": str(training.global_batch),
@@ -342,7 +348,9 @@ def _session(saved: SavedGenerator | None) -> dict[str, Any]:
 
 
 def _device(session: Mapping[str, Any]) -> str:
-    return f"{session['device']}, {session.get('processes', 1)} processes" if session.get("device") else "unknown"
+    processes = session.get("processes", 1)
+    count = "1 process" if processes == 1 else f"{processes} processes"
+    return f"{session['device']}, {count}" if session.get("device") else "unknown"
 
 
 def _code(session: Mapping[str, Any]) -> str:
@@ -365,7 +373,7 @@ def _figures(saved: SavedGenerator | None, evaluation: Mapping[str, Any] | None)
             for name, found in model["distances"].items()
         ]
         parts.append(
-            f"`diffpp-fast evaluate`: {prompts['count']} prompts of `{Path(prompts['from']).name}`, "
+            f"`diffpp-fast evaluate`: {prompts['count']} prompts of {_literal(Path(prompts['from']).name)}, "
             f"{evaluation['images_per_prompt']} pictures each, seed {evaluation['seed']}; 95 % intervals over prompts."
         )
         parts.append(_table(("metric", "mean", "better"), rows))
@@ -388,7 +396,7 @@ def _interval(score: Mapping[str, Any]) -> str:
 
 
 def _extraction(extraction: Extraction) -> str:
-    said = "\n".join(f"- {sentence}" for sentence in extraction.sentences())
+    said = "\n".join(f"- {_text(sentence)}" for sentence in extraction.sentences())
     return f"## Extraction\n\nThe LoRA was extracted from two whole networks by singular values:\n\n{said}"
 
 
@@ -399,7 +407,8 @@ def _licence(config: Config, licence: Licence | None) -> str:
     elif licence.link is None:
         said = f"`{licence.name}`, as the person who exported it says."
     else:
-        said = f"[{licence.name}]({licence.link}), as the person who exported it says."
+        link = licence.link.replace("(", "%28").replace(")", "%29")
+        said = f"[{_text(licence.name)}]({link}), as the person who exported it says."
     return (
         f"## Licence\n\n{said} The licences of the base ({base}), of the prompts and of the reward model may say what "
         "is allowed, too."
@@ -410,12 +419,25 @@ def _named(path: str) -> str:
     """A network for readers elsewhere."""
     if path.startswith("/"):
         name = "/".join(Path(path).parts[-2:])
-        return f"{'a file' if is_file(path) else 'a folder'} of the author's, `{name}`; its origin is unknown"
-    return f"`{path}`"
+        return f"{'a file' if is_file(path) else 'a folder'} of the author's, {_literal(name)}; its origin is unknown"
+    return _literal(path)
 
 
 def _factory(factory: str) -> str:
     return re.sub(r"^/.*/", "", factory)
+
+
+def _text(said: str) -> str:
+    """Words of others as one line of Markdown that is neither markup nor HTML."""
+    return re.sub(r"([\\`*\[\]<>#|])", r"\\\1", " ".join(said.split()))
+
+
+def _literal(name: object) -> str:
+    """A name as code, whatever is in it."""
+    line = " ".join(str(name).split())
+    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
+    space = " " if line[:1] == "`" or line[-1:] == "`" else ""
+    return f"{fence}{space}{line}{space}{fence}"
 
 
 def _table(head: tuple[str, ...], rows: Any) -> str:

@@ -74,7 +74,7 @@ def publish(
             raise
         raise CheckpointError(
             f"can't write {target}: {error}{_free_text(target)}. What was saved before is untouched: make room or "
-            "remove the cause, and go on with --resume latest"
+            "remove the cause, and start again; a run goes on with --resume latest"
         ) from error
 
 
