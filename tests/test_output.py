@@ -190,6 +190,8 @@ def test_an_export_replaces_exports_only(run: Path, capsys: pytest.CaptureFixtur
         refuse_foreign_folder(run / "generator" / "deeper")
     with pytest.raises(CheckpointError, match=r"step_000009 lies in .*, which is for a run's checkpoints"):
         refuse_foreign_folder(run / "checkpoints" / "step_000009")
+    (run.parent / "empty").mkdir()
+    assert main(["export", str(run), "--out", str(run.parent / "empty"), "--raw"]) == 0
     (run.parent / "link").symlink_to(run.parent / "nothing")
     with pytest.raises(CheckpointError, match="exists and is no exported generator"):
         refuse_foreign_folder(run.parent / "link")

@@ -247,7 +247,7 @@ def refuse_foreign_folder(folder: Path) -> None:
     outer = next((parent for parent in folder.absolute().parents if (parent / CALL).is_file()), None)
     if outer is not None:
         raise CheckpointError(f"{folder} lies in {outer}, an exported generator: choose another --out FOLDER")
-    if not folder.exists() and not folder.is_symlink():
+    if not folder.is_symlink() and (not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))):
         return
     if folder.is_symlink() or not (folder / CALL).is_file():
         raise CheckpointError(f"{folder} exists and is no exported generator: choose another --out FOLDER")
