@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from diffpp_fast.networks.conditioning import TEXT
-from diffpp_fast.networks.families.base import GUIDANCE, EncoderKind, Family, FamilyText, Inputs, device_of, times_of
+from diffpp_fast.networks.families.base import GUIDANCE, EncoderKind, Family, FamilyText, Inputs, times_of
+from diffpp_fast.networks.families.chat import ChatText
 from diffpp_fast.networks.families.flux import refuse_more
 from diffpp_fast.networks.families.packing import places
-from diffpp_fast.networks.tokens import tokenize
 
 TIMES = 1000
 #: The layers whose hidden states stand side by side.
@@ -48,7 +48,7 @@ class Flux2Klein(Family):
         )
 
     def text(self, models: Sequence[tuple[nn.Module, Any, int] | None], facts: Mapping[str, Any]) -> FamilyText:
-        return Flux2Text([each for each in models if each is not None])
+        return _Text([each for each in models if each is not None])
 
     def text_widths(self, configs: Sequence[Any | None], facts: Mapping[str, Any]) -> tuple[int, int | None]:
         (config,) = configs
@@ -73,30 +73,11 @@ class Flux2Klein(Family):
         return tokens.transpose(1, 2).unflatten(2, (height, width))
 
 
-class Flux2Text(FamilyText):
-    """Hidden states of some layers of a language model that reads the prompt as a chat, side by side."""
+class _Text(ChatText):
+    """Hidden states after some layers, side by side."""
 
-    def __init__(self, models: Sequence[tuple[nn.Module, Any, int]]) -> None:
-        super().__init__(models)
-        if not getattr(self.tokenizers[0], "chat_template", None):
-            raise ValueError(f"its tokenizer, a {type(self.tokenizers[0]).__name__}, has no chat template")
+    thinks = False
 
     def encode(self, prompts: list[str], *, empty: bool = False) -> dict[str, Any]:
-        (model,), (tokenizer,), (length,) = self.models, self.tokenizers, self.lengths
-        chats = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,
-            )
-            for prompt in prompts
-        ]
-        tokens = tokenize(tokenizer, chats, length).to(device_of(model))
-        output = model(
-            input_ids=tokens["input_ids"],
-            attention_mask=tokens["attention_mask"],
-            output_hidden_states=True,
-            use_cache=False,
-        )
-        return {TEXT: torch.cat([output.hidden_states[layer].float() for layer in LAYERS], dim=-1)}
+        states, _ = self.read(prompts)
+        return {TEXT: torch.cat([states[layer].float() for layer in LAYERS], dim=-1)}

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from diffpp_fast.networks.conditioning import TEXT, TEXT_MASK
 from diffpp_fast.networks.families.base import EncoderKind, Family, FamilyText, Inputs, device_of, times_of
+from diffpp_fast.networks.families.chat import in_front
 from diffpp_fast.networks.families.packing import PATCH, pack, unpack
-from diffpp_fast.networks.families.z_image import in_front
 from diffpp_fast.networks.tokens import tokenize
 
 TIMES = 1000

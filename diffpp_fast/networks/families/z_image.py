@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from diffpp_fast.networks.conditioning import TEXT, TEXT_MASK
-from diffpp_fast.networks.families.base import EncoderKind, Family, FamilyText, Inputs, device_of
-from diffpp_fast.networks.tokens import tokenize
+from diffpp_fast.networks.families.base import EncoderKind, Family, FamilyText, Inputs
+from diffpp_fast.networks.families.chat import ChatText, in_front
 
 #: Text and picture are each filled up to a multiple of so many tokens, with learned ones that are attended to.
 LOT = 32
@@ -66,7 +66,7 @@ class ZImage(Family):
         places, length = facts["axes_lens"][0], parts[0][2]
         if length + -length % LOT + 1 >= places:
             raise ValueError(f"max_length is {length}, and the network has places for fewer than {places} tokens")
-        return ChatText(parts)
+        return _Text(parts)
 
     def text_widths(self, configs: Sequence[Any | None], facts: Mapping[str, Any]) -> tuple[int, int | None]:
         (config,) = configs
@@ -84,37 +84,14 @@ class ZImage(Family):
         return -prediction
 
 
-class ChatText(FamilyText):
-    """Hidden states before the last layer of a language model that reads the prompt as a chat, and their mask."""
+class _Text(ChatText):
+    """Hidden states before the last layer, and their mask."""
 
-    def __init__(self, models: Sequence[tuple[nn.Module, Any, int]]) -> None:
-        super().__init__(models)
-        if not getattr(self.tokenizers[0], "chat_template", None):
-            raise ValueError(f"its tokenizer, a {type(self.tokenizers[0]).__name__}, has no chat template")
+    thinks = True
 
     def encode(self, prompts: list[str], *, empty: bool = False) -> dict[str, Any]:
-        (model,), (tokenizer,), (length,) = self.models, self.tokenizers, self.lengths
-        chats = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=True,
-            )
-            for prompt in prompts
-        ]
-        tokens = tokenize(tokenizer, chats, length).to(device_of(model))
-        mask = tokens["attention_mask"]
-        output = model(input_ids=tokens["input_ids"], attention_mask=mask, output_hidden_states=True, use_cache=False)
-        return in_front(output.hidden_states[-2].float(), mask)
-
-
-def in_front(hidden: Tensor, mask: Tensor) -> dict[str, Any]:
-    """Return hidden states [B, N, C] and their mask [B, N], tokens before padding, which is zeros."""
-    order = mask.argsort(dim=1, descending=True, stable=True)
-    mask = mask.gather(1, order)
-    hidden = hidden.gather(1, order[:, :, None].expand_as(hidden))
-    return {TEXT: torch.where(mask[:, :, None].bool(), hidden, 0.0), TEXT_MASK: mask}
+        states, mask = self.read(prompts)
+        return in_front(states[-2].float(), mask)
 
 
 class _Batched(nn.Module):

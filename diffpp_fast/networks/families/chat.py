@@ -1,0 +1,55 @@
+"""Text encoders that are language models, to which a prompt is a user's message in a chat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffpp_fast.networks.conditioning import TEXT, TEXT_MASK
+from diffpp_fast.networks.families.base import FamilyText, device_of
+from diffpp_fast.networks.tokens import tokenize
+
+
+class ChatText(FamilyText):
+    """The base of families' text from one language model and its tokenizer's chat template.
+
+    Attributes:
+        thinks: what the template is told of `enable_thinking`.
+
+    Raises ValueError for a tokenizer without a template.
+    """
+
+    thinks: bool
+
+    def __init__(self, models: Sequence[tuple[nn.Module, Any, int]]) -> None:
+        super().__init__(models)
+        if not getattr(self.tokenizers[0], "chat_template", None):
+            raise ValueError(f"its tokenizer, a {type(self.tokenizers[0]).__name__}, has no chat template")
+
+    def read(self, prompts: list[str]) -> tuple[Sequence[Tensor], Tensor]:
+        """B prompts -> hidden states [B, N, C] after the embedding and after each layer, and their mask [B, N]."""
+        (model,), (tokenizer,), (length,) = self.models, self.tokenizers, self.lengths
+        chats = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=self.thinks,
+            )
+            for prompt in prompts
+        ]
+        tokens = tokenize(tokenizer, chats, length).to(device_of(model))
+        mask = tokens["attention_mask"]
+        output = model(input_ids=tokens["input_ids"], attention_mask=mask, output_hidden_states=True, use_cache=False)
+        return output.hidden_states, mask
+
+
+def in_front(hidden: Tensor, mask: Tensor) -> dict[str, Any]:
+    """Return hidden states [B, N, C] and their mask [B, N], tokens before padding, which is zeros."""
+    order = mask.argsort(dim=1, descending=True, stable=True)
+    mask = mask.gather(1, order)
+    hidden = hidden.gather(1, order[:, :, None].expand_as(hidden))
+    return {TEXT: torch.where(mask[:, :, None].bool(), hidden, 0.0), TEXT_MASK: mask}
