@@ -48,7 +48,7 @@ class Flux2Klein(Family):
         )
 
     def text(self, models: Sequence[tuple[nn.Module, Any, int] | None], facts: Mapping[str, Any]) -> FamilyText:
-        return _Text([each for each in models if each is not None])
+        return Flux2Text([each for each in models if each is not None])
 
     def text_widths(self, configs: Sequence[Any | None], facts: Mapping[str, Any]) -> tuple[int, int | None]:
         (config,) = configs
@@ -73,7 +73,7 @@ class Flux2Klein(Family):
         return tokens.transpose(1, 2).unflatten(2, (height, width))
 
 
-class _Text(ChatText):
+class Flux2Text(ChatText):
     """Hidden states after some layers, side by side."""
 
     thinks = False

@@ -66,7 +66,7 @@ class ZImage(Family):
         places, length = facts["axes_lens"][0], parts[0][2]
         if length + -length % LOT + 1 >= places:
             raise ValueError(f"max_length is {length}, and the network has places for fewer than {places} tokens")
-        return _Text(parts)
+        return ZImageText(parts)
 
     def text_widths(self, configs: Sequence[Any | None], facts: Mapping[str, Any]) -> tuple[int, int | None]:
         (config,) = configs
@@ -84,7 +84,7 @@ class ZImage(Family):
         return -prediction
 
 
-class _Text(ChatText):
+class ZImageText(ChatText):
     """Hidden states before the last layer, and their mask."""
 
     thinks = True
