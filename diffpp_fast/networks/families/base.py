@@ -143,7 +143,7 @@ class Family(ABC):
         return shapes
 
 
-class FamilyText(nn.Module):
+class FamilyText(nn.Module, ABC):
     """A family's frozen text encoders: prompts -> `Conditioning`.
 
     Args:
@@ -162,6 +162,7 @@ class FamilyText(nn.Module):
         self.negative_prompt: str | None = None
         self.zero_empty = False
 
+    @abstractmethod
     def encode(self, prompts: list[str], *, empty: bool = False) -> dict[str, Any]:
         """Return tensors [B, ...] by the names of the network's arguments, float32 but for masks.
 
@@ -169,7 +170,6 @@ class FamilyText(nn.Module):
             prompts: B of them.
             empty: they are what guidance leads away from, for families that encode it in another way.
         """
-        raise NotImplementedError
 
     def ids(self, number: int, prompts: list[str]) -> Tensor:
         """Return the tokens of prompts for the encoder of this number, where that is."""
