@@ -110,9 +110,8 @@ def test_a_run_with_embeddings_ends_with_the_same_weights_and_loads_no_encoder(
     assert main(["sample", *arguments]) == 0
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion_xl", "pixart"])
-def test_whatever_a_familys_conditioning_holds_is_kept(tmp_path: Path, family: str) -> None:
-    file = tiny.write_base(tmp_path, family)
+def test_whatever_a_familys_conditioning_holds_is_kept(tmp_path: Path) -> None:
+    file = tiny.write_base(tmp_path, "stable_diffusion_xl")
     quiet = ("training.grid_every=null", *QUIET)
     assert main(["embed", str(file), f"--out={tmp_path / 'embeddings'}", *quiet]) == 0
     config = cached(file)
@@ -120,11 +119,10 @@ def test_whatever_a_familys_conditioning_holds_is_kept(tmp_path: Path, family: s
     assert_equal(cache(tiny.PROMPTS).tensors, encoder(tiny.PROMPTS).tensors)
     assert_equal(cache.null().tensors, encoder.null().tensors)
     assert TextFacts.of(cache.null()) == facts
-    if family == "stable_diffusion_xl":
-        with pytest.raises(ConfigurationError, match=r"models\.size_conditions\.crop"):
-            cache_of(cached(file, "models.size_conditions.crop=[8, 8]"))
-        with pytest.raises(ConfigurationError, match=r"models\.empty_prompt"):
-            cache_of(cached(file, "models.empty_prompt=encoded"))
+    with pytest.raises(ConfigurationError, match=r"models\.size_conditions\.crop"):
+        cache_of(cached(file, "models.size_conditions.crop=[8, 8]"))
+    with pytest.raises(ConfigurationError, match=r"models\.empty_prompt"):
+        cache_of(cached(file, "models.empty_prompt=encoded"))
 
 
 @pytest.mark.parametrize(

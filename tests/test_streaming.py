@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import tiny_flux
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -16,6 +17,9 @@ from diffpp_fast.cli.main import main
 from diffpp_fast.networks.streaming import in_step, load_streamed, repeated_blocks, streaming
 from diffpp_fast.networks.text import load_text_model
 from diffpp_fast.tensor_files import StoredTensors
+from diffpp_fast.training import Trainer, load_config
+from diffpp_fast.training.build import text
+from diffpp_fast.training.checkpoint import read_tensors
 
 
 def seeded(build: Callable[[], Any]) -> nn.Module:
@@ -136,18 +140,65 @@ def test_weights_that_are_not_the_encoders_are_named(fault: str, tmp_path: Path)
     assert name in str(error.value)
 
 
-@pytest.mark.parametrize("family", ["pixart", pytest.param("stable_diffusion_xl", marks=pytest.mark.slow)])
-def test_embeddings_are_those_of_the_whole_encoder(
-    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = tiny.write_base(tmp_path, family)
+#: Every family, and what its tiny pipeline needs said; those without "slow" have encoders of all kinds among them.
+FAMILIES: dict[str, list[str]] = {
+    "pixart": [],
+    "stable_diffusion_3": [],
+    "qwen_image": [],
+    "stable_diffusion": [],
+    "stable_diffusion_xl": [],
+    "z_image": [f"models.latent_shape={list(tiny.LATENT)}"],
+    "sana": [],
+    "flux": [],
+    "flux_2": [],
+}
+QUICK = ("pixart", "stable_diffusion_3", "qwen_image")
+
+
+def write_family(folder: Path, family: str) -> Path:
+    return (tiny_flux if family in tiny_flux.LATENTS else tiny).write_base(folder, family)
+
+
+def assert_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == other[name].dtype and torch.equal(value, other[name]), name
+        else:
+            assert_equal(value, other[name])
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(each, marks=[] if each in QUICK else pytest.mark.slow) for each in FAMILIES]
+)
+def test_embeddings_are_those_of_the_whole_encoder(family: str, tmp_path: Path) -> None:
+    file, settings = write_family(tmp_path, family), FAMILIES[family]
     for name, options in (("whole", []), ("streamed", ["--stream"])):
-        assert main(["embed", str(config), "--out", str(tmp_path / name), "--batch", "2", *options]) == 0
+        assert main(["embed", str(file), "--out", str(tmp_path / name), "--batch", "2", *options, *settings]) == 0
     files = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))
     assert len(files) >= 2
     for name in files:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes()
     # Begun in one way, they are gone on with in the other.
     (tmp_path / "streamed" / files[0]).unlink()
-    assert main(["embed", str(config), "--out", str(tmp_path / "streamed"), "--batch", "2"]) == 0
+    assert main(["embed", str(file), "--out", str(tmp_path / "streamed"), "--batch", "2", *settings]) == 0
     assert (tmp_path / "whole" / files[0]).read_bytes() == (tmp_path / "streamed" / files[0]).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_on_streamed_embeddings_is_the_run_with_its_encoders(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, folder = write_family(tmp_path, family), tmp_path / "embeddings"
+    quiet = ["training.grid_every=null", "training.steps=2", *FAMILIES[family]]
+    assert main(["embed", str(file), "--out", str(folder), "--stream", *quiet]) == 0
+    Trainer(load_config(file, [*quiet, f"output={tmp_path / 'encoded'}"])).run()
+    # The encoders are not even there for the run, but for the digests of their files.
+    monkeypatch.setattr(text, "load_text", lambda models: pytest.fail("the text encoder was loaded"))
+    Trainer(load_config(file, [*quiet, f"output={tmp_path / 'embedded'}", f"prompts.embeddings={folder}"])).run()
+    one, other = (tmp_path / run / "checkpoints" / "step_000002" for run in ("encoded", "embedded"))
+    files = sorted(path.name for path in one.glob("*.safetensors"))
+    assert len(files) >= 4
+    for name in files:
+        assert_equal(read_tensors(one / name), read_tensors(other / name))

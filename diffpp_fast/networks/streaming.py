@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -91,13 +91,14 @@ def stream(model: nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype) -
 
     Raises ValueError for weights that are missing, misshapen or not finite, and for a model without repeated blocks.
     """
-    blocks = repeated_blocks(model)
+    _forget_other_towers(model, dtype)
+    blocks = [block for block in repeated_blocks(model) if any(each.is_meta for each in block.parameters())]
     if not blocks:
         raise ValueError(f"a {type(model).__name__} has no repeated blocks: it can't be streamed")
     places = _places(model, stored)
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     for name, parameter in list(model.named_parameters()):
-        if id(parameter) not in inside:
+        if parameter.is_meta and id(parameter) not in inside:
             value = nn.Parameter(_read(stored, places[name], dtype), requires_grad=False)
             _replace(model, parameter, value)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -252,7 +253,7 @@ class _Turn:
 
 
 def _places(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, str]:
-    """The names in the files of all parameters; tied ones have several names, of which the files have one."""
+    """The names in the files of all parameters on meta; tied ones have several names, of which the files have one."""
     shapes = shapes_of(stored)
     known = [name for name in shapes if not OTHER_TOWERS.search(name)]
     ends: dict[str, list[str]] = {}
@@ -263,9 +264,16 @@ def _places(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, str]:
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
+    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.is_meta}
+    found = {
+        name: next((place for alias in aliases[id(parameter)] if (place := _place(alias, shapes, ends))), None)
+        for name, parameter in wanted.items()
+    }
+    if not any(found.values()):
+        found |= _moved(wanted, ends)
     places, missing = {}, []
-    for name, parameter in model.named_parameters():
-        place = next((found for alias in aliases[id(parameter)] if (found := _place(alias, shapes, ends))), None)
+    for name, parameter in wanted.items():
+        place = found[name]
         if place is None:
             missing.append(name)
         elif shapes[place] != tuple(parameter.shape):
@@ -290,6 +298,27 @@ def _place(name: str, shapes: Mapping[str, Any], ends: Mapping[str, Sequence[str
         if len(found) > 1:
             raise ValueError(f"{name} may be {' or '.join(sorted(found)[:3])} of the file: it can't be streamed")
     return None
+
+
+def _moved(names: Iterable[str], ends: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The file's names where all have another beginning there, as "model." for "language_model."; {} if not."""
+    beginnings: set[tuple[str, str]] | None = None
+    for name in names:
+        parts = name.split(".")
+        tails = [".".join(parts[start:]) for start in range(1, len(parts))]
+        pairs = {(name.removesuffix(end), place.removesuffix(end)) for end in tails for place in ends.get(end, ())}
+        beginnings = pairs if beginnings is None else beginnings & pairs
+    if beginnings is None or len(beginnings) != 1:
+        return {}
+    ((ours, theirs),) = beginnings
+    return {name: theirs + name.removeprefix(ours) for name in names}
+
+
+def _forget_other_towers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Empty the parameters that a prompt does not pass, as those that see pictures."""
+    for name, parameter in list(model.named_parameters()):
+        if OTHER_TOWERS.search(name):
+            _replace(model, parameter, nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
 
 
 def _read(stored: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
