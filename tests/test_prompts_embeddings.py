@@ -6,6 +6,9 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -334,7 +337,7 @@ def test_writing_goes_on_where_it_was_stopped(tmp_path: Path, writer: Callable[.
     assert sum(name.startswith("shard") for name in before) == 2
     with pytest.raises(ConfigurationError, match="4 of 6 shards are missing"):
         whole(folder)
-    (folder / ".shard-00002-of-00006.safetensors.partial").write_bytes(b"killed in the middle")
+    (folder / ".shard-00002-of-00006.safetensors.0.partial").write_bytes(b"killed in the middle")
     os.truncate(folder / "shard-00001-of-00006.safetensors", 40)
     encoder = Encoder()
     assert list(writer(encoder, batch=1).write()) == [4, 4, 4, 4, 3]
@@ -356,7 +359,7 @@ def test_processes_split_the_shards_and_need_nothing_of_each_other(
     calls = [call for encoder in encoders for call in encoder.calls[1:]]
     assert sorted(calls) == sorted([tuple(PROMPTS[start : start + 4]) for start in range(0, 23, 4)] + [("extra",)])
     assert_equal(whole(folder)([*PROMPTS, "extra"]).tensors, Encoder()([*PROMPTS, "extra"]).tensors)
-    list(writer(Encoder(), "alone").write(["extra"]))
+    list(writer(Encoder(), "alone", batch=4).write(["extra"]))
     assert sorted(state(folder)) == sorted(state(tmp_path / "alone"))
     for file in folder.iterdir():
         assert file.read_bytes() == (tmp_path / "alone" / file.name).read_bytes(), file.name
@@ -417,3 +420,84 @@ def test_half_a_launch_is_refused(
     monkeypatch.delenv("RANK", raising=False)
     assert main(["embed", str(project), f"--out={tmp_path}"]) == 2
     assert "WORLD_SIZE is set, but not RANK" in capsys.readouterr().err
+
+
+def test_shards_in_each_others_places_are_named_and_written_anew(
+    tmp_path: Path, writer: Callable[..., embed.EmbeddingWriter], source: PromptSource
+) -> None:
+    folder = tmp_path / "embeddings"
+    list(writer(Encoder()).write())
+    sound = {path.name: path.read_bytes() for path in folder.iterdir()}
+    first, second, last = (folder / f"shard-0000{number}-of-00006.safetensors" for number in (0, 1, 5))
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    for victim, other, said in ((second, first, "other prompts than its name"), (first, last, "3 rows in place of 4")):
+        shutil.copy(other, victim)
+        with pytest.raises(ConfigurationError, match=rf"{victim.name} h.*{said}.*Remove it, and `diffpp-fast embed`"):
+            EmbeddingCache(folder, manifest, CPU, source)
+        again = writer(Encoder())
+        assert again.missing == [*again.damaged] and said in again.damaged[again.missing[0]]
+        list(again.write())
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == sound
+
+
+def test_all_that_is_there_is_read_where_it_is_asked_for(
+    tmp_path: Path, writer: Callable[..., embed.EmbeddingWriter]
+) -> None:
+    list(writer(Encoder(), batch=2).write())
+    path = tmp_path / "embeddings" / "shard-00003-of-00006.safetensors"
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    assert not writer(Encoder()).missing
+    again = writer(Encoder(), check=True)
+    assert again.missing == [3] and "its checksum has changed" in again.damaged[3]
+    assert again.batch == 2, "as the folder was begun"
+    list(again.write())
+    assert path.read_bytes() == sound
+
+
+#: A process that writes embeddings into a folder, slowly, with the project's own encoder.
+SLOW = """
+import sys, time
+from diffpp_fast.cli.main import main
+from diffpp_fast.training.prompts import embed, embeddings
+embed.SHARD_ROWS = 2
+save = embeddings.save_file
+def slow(tensors, path, about):
+    save(tensors, path, about)
+    whole = path.read_bytes()
+    with path.open("wb") as file:
+        for start in range(0, len(whole), 64):
+            file.write(whole[start : start + 64])
+            file.flush()
+            time.sleep(0.002)
+embeddings.save_file = slow
+sys.exit(main(["embed", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_to_the_same_shards(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed, "SHARD_ROWS", 2)
+    write_text(tmp_path / "prompts.txt", [f"a red {word}" for word in ("apple", "frog", "whale", "sun", "cat")] * 4)
+    arguments = [str(project), *QUIET, f"prompts.path={tmp_path / 'prompts.txt'}"]
+    assert main(["embed", *arguments, f"--out={tmp_path / 'whole'}", "--batch=2"]) == 0
+    sound = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    folder, draw, partial = tmp_path / "killed", random.Random(0), 0
+    for _ in range(4):
+        command = [sys.executable, "-u", "-c", SLOW, *arguments, f"--out={folder}", "--batch=2"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            while "are there already" not in process.stdout.readline():
+                assert process.poll() is None
+            time.sleep(draw.uniform(0.0, 0.5))
+            process.kill()
+        partial += any(folder.glob("*.partial"))
+        for path in folder.glob("*.safetensors"):
+            assert path.read_bytes() == sound[path.name], "never a part of one"
+    assert partial, "it was killed while it wrote"
+    # The batch is known to the folder.
+    assert main(["embed", *arguments, f"--out={folder}"]) == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == sound

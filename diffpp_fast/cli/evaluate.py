@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     from diffpp_fast.training.lock import FolderLock
 
     refuse_used_folder(arguments.output)
-    with FolderLock(arguments.output):
+    with FolderLock(arguments.output, unlock=None, other="--output FOLDER"):
         refuse_used_folder(arguments.output)
         return _evaluate(arguments)
 

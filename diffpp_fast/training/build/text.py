@@ -214,7 +214,7 @@ def open_embeddings(config: Config, prompts: PromptSource, device: torch.device)
     if manifest is None:
         raise ConfigurationError(f"prompts.embeddings: no embeddings in {folder}: write them with `diffpp-fast embed`")
     refuse_other_cache(folder, manifest, embedding_facts(config, prompts, manifest["seen"]))
-    cache = EmbeddingCache(folder, manifest, device)
+    cache = EmbeddingCache(folder, manifest, device, prompts)
     for key, prompt in _prompts_besides(config):
         if not cache.holds(prompt):
             raise ConfigurationError(

@@ -15,9 +15,9 @@ import hashlib
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks import Conditioning
 from diffpp_fast.training.durable import allow, move, open_tensors, sync
 from diffpp_fast.training.prompts.encoder import concatenate
+from diffpp_fast.training.prompts.source import PromptSource
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,19 @@ MANIFEST, NULL, EXTRA = "manifest.json", "null.safetensors", "extra.safetensors"
 KEYS, SUMS, PREFIX = "keys", "checksums", "conditioning/"
 #: The entry of a file's metadata: which cache it belongs to, and the dtypes that its tensors had.
 ABOUT = "embeddings"
+#: The end of a file's name while it is written.
+PARTIAL = ".partial"
+#: For a file that can't be used.
+REMEDY = "Remove it, and `diffpp-fast embed` writes it again"
 #: Tensors that one of these holds without loss are stored in it: encoders of half precision give float32, too.
 NARROW = (torch.bfloat16, torch.float16)
+
+
+class RowEnds(NamedTuple):
+    """How many rows a shard has, and the keys of its first and its last one, int64 [2, 2]."""
+
+    count: int
+    keys: np.ndarray
 
 
 class EmbeddingCache:
@@ -49,31 +61,44 @@ class EmbeddingCache:
         folder: of a complete cache.
         manifest: its.
         device: where the conditioning goes.
+        prompts: of which it was made, to compare shards with; None: they are not compared.
 
     Attributes:
         digest: of all that it holds, made of the checksums; None where an earlier version wrote files without.
 
-    Raises ConfigurationError for a cache that isn't complete.
+    Raises ConfigurationError for a cache that isn't complete, and for a file that is damaged or has no place in it.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, manifest: dict[str, Any], device: torch.device, prompts: PromptSource | None = None
+    ) -> None:
         self.folder = folder
         self.device = device
         count = manifest["shards"]
         shards = [folder / shard_name(number, count) for number in range(count)]
-        missing = [path for path in shards if not path.is_file()]
+        missing = [path.name for path in shards if not path.is_file()]
         if missing or not (folder / NULL).is_file():
+            said = f"{len(missing)} of {count} shards are missing in {folder}, {missing[0]} first" if missing else ""
             raise ConfigurationError(
-                f"prompts.embeddings: {len(missing)} of {count} shards are missing in {folder}: "
+                f"prompts.embeddings: {said or f'{folder / NULL} is missing'}: "
                 "run `diffpp-fast embed` again, which goes on where it stopped"
             )
         self._files = [*shards, *([folder / EXTRA] if (folder / EXTRA).is_file() else [])]
         keys, digest, unchecked = [], hashlib.sha256(), []
-        for path in [*self._files, folder / NULL]:
+        ends = None if prompts is None else ends_of(manifest, prompts)
+        form: dict[str, Any] = {}
+        for number, path in enumerate([*self._files, folder / NULL]):
             with EmbeddingRows(path) as rows:
                 if rows.identity != identity(manifest):
-                    raise ConfigurationError(f"prompts.embeddings: {path} belongs to another cache: remove it")
+                    raise ConfigurationError(
+                        f"prompts.embeddings: {path} belongs to another cache: it was made by another encoder or of "
+                        f"other prompts. {REMEDY}"
+                    )
                 keys.append(rows.keys())
+                if number < count:
+                    form = form or rows.form()
+                    if ends is not None:
+                        rows.refuse_other_rows(keys[-1], ends[number], form)
                 digest.update(keys[-1].tobytes())
                 if rows.is_checked:
                     digest.update(rows.checksums().tobytes())
@@ -167,7 +192,13 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     _publish(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def write_rows(path: Path, conditioning: Conditioning, identity: str) -> None:
+def remove_partial_files(folder: Path, rank: int) -> None:
+    """Remove what a killed process of this rank has begun to write."""
+    for path in folder.glob(f".*.{rank}{PARTIAL}"):
+        path.unlink(missing_ok=True)
+
+
+def write_rows(path: Path, conditioning: Conditioning, identity: str, rank: int = 0) -> None:
     """B prompts' conditioning, in one rename, when every byte is on the disk."""
     keys, stored, dtypes = keys_of(conditioning.prompts), {}, {}
     for name, tensor in _flat(conditioning.tensors):
@@ -181,12 +212,23 @@ def write_rows(path: Path, conditioning: Conditioning, identity: str) -> None:
     tensors |= {KEYS: torch.from_numpy(keys.copy()), SUMS: torch.tensor(sums, dtype=torch.int64)}
     # In one entry, for several would come in any order: the same embeddings are the same file.
     about = json.dumps({"identity": identity, "dtypes": dtypes})
-    _publish(path, lambda partial: save_file(tensors, partial, {ABOUT: about}))
+    _publish(path, lambda partial: save_file(tensors, partial, {ABOUT: about}), rank)
 
 
 def stored_bytes(conditioning: Conditioning) -> int:
     """Return the bytes that these prompts take on the disk."""
     return sum(_narrowed(tensor).nbytes for _, tensor in _flat(conditioning.tensors))
+
+
+def ends_of(manifest: Mapping[str, Any], prompts: PromptSource, shards: Iterable[int] | None = None) -> list[RowEnds]:
+    """Return how many rows each shard has, and the keys of the first and the last; of all of them, or of `shards`."""
+    starts = [number * manifest["rows"] for number in (range(manifest["shards"]) if shards is None else shards)]
+    lasts = [min(start + manifest["rows"], len(prompts)) - 1 for start in starts]
+    keys = keys_of(prompts[[place for pair in zip(starts, lasts, strict=True) for place in pair]])
+    return [
+        RowEnds(last - start + 1, keys[2 * number : 2 * number + 2])
+        for number, (start, last) in enumerate(zip(starts, lasts, strict=True))
+    ]
 
 
 class EmbeddingRows:
@@ -201,8 +243,11 @@ class EmbeddingRows:
             about = json.loads((self._file.metadata() or {})[ABOUT])
             self.identity: str = about["identity"]
             self._dtypes: dict[str, str] = about["dtypes"]
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise ConfigurationError(f"prompts.embeddings: {self.path} is damaged: {error}") from None
+            strange = {KEYS, SUMS, *(PREFIX + name for name in self._dtypes)} ^ {*self._file.keys()}
+            if strange - {SUMS}:
+                raise ValueError(f"it has or lacks {min(strange)}")
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise ConfigurationError(f"prompts.embeddings: {self.path} is damaged: {error}. {REMEDY}") from None
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -221,6 +266,35 @@ class EmbeddingRows:
         """int64 [N]"""
         return self._slice(SUMS, slice(None)).numpy()
 
+    def form(self) -> dict[str, Any]:
+        """Return dtype and shape of a row's tensors, as the encoder gave them."""
+        return {
+            name: (dtype, self._file.get_slice(PREFIX + name).get_shape()[1:]) for name, dtype in self._dtypes.items()
+        }
+
+    def refuse_other_rows(self, keys: np.ndarray, ends: RowEnds, form: Mapping[str, Any] | None = None) -> None:
+        """Raise ConfigurationError where these are not the prompts, or tensors, that the file should hold.
+
+        Args:
+            keys: of all rows, int64 [N, 2].
+            ends: of the file that should lie here.
+            form: of the rows of other files; None: any.
+        """
+        if len(keys) != ends.count:
+            said = f"has {len(keys)} rows in place of {ends.count}"
+        elif not np.array_equal(keys[[0, -1]], ends.keys):
+            said = "holds other prompts than its name says"
+        elif form is not None and (mine := self.form()) != form:
+            said = f"has rows of {mine}, others of {form}"
+        else:
+            return
+        raise ConfigurationError(f"prompts.embeddings: {self.path} {said}. {REMEDY}")
+
+    def check(self) -> None:
+        """Read all rows; raise ConfigurationError where one is not what was written."""
+        for row in range(len(self.keys())):
+            self.read(row, torch.device("cpu"))
+
     def read(self, row: int, device: torch.device) -> dict[str, Any]:
         """Return the tensors of one prompt's conditioning, [1, ...] each, as the encoder gave them.
 
@@ -232,8 +306,7 @@ class EmbeddingRows:
             self._slice(KEYS, place).numpy(), self._dtypes, stored
         ):
             raise ConfigurationError(
-                f"prompts.embeddings: row {row} of {self.path} is damaged: its checksum has changed. Remove that file, "
-                "and `diffpp-fast embed` writes it again"
+                f"prompts.embeddings: row {row} of {self.path} is damaged: its checksum has changed. {REMEDY}"
             )
         tensors: dict[str, Any] = {}
         for name, dtype in self._dtypes.items():
@@ -249,7 +322,7 @@ class EmbeddingRows:
             # A copy: a slice maps the file and dies with it.
             rows_of_it: torch.Tensor = self._file.get_slice(name)[rows].clone()
         except SafetensorError as error:
-            raise ConfigurationError(f"prompts.embeddings: {self.path} is damaged: {error}") from None
+            raise ConfigurationError(f"prompts.embeddings: {self.path} is damaged: {error}. {REMEDY}") from None
         return rows_of_it
 
 
@@ -279,9 +352,9 @@ def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _publish(path: Path, write: Any) -> None:
-    """Writes a file beside its place, brings it to the disk and renames it."""
-    partial = path.with_name(f".{path.name}.partial")
+def _publish(path: Path, write: Any, rank: int = 0) -> None:
+    """Writes a file beside its place, by a name that no process of another rank has, and renames it on the disk."""
+    partial = path.with_name(f".{path.name}.{rank}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
@@ -292,4 +365,6 @@ def _publish(path: Path, write: Any) -> None:
         sync(path.parent)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        raise ConfigurationError(f"can't write {path}: {error}. Shards that are complete stay.") from None
+        raise ConfigurationError(
+            f"can't write {path}: {error}. Shards that are complete stay: clear that away and start again"
+        ) from None
