@@ -14,12 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffpp_fast.cli.main import main
+from diffpp_fast.networks.quantization import is_quantized
+from diffpp_fast.networks.quantized_text import saved_bytes
 from diffpp_fast.networks.streaming import in_step, load_streamed, repeated_blocks, streaming
 from diffpp_fast.networks.text import load_text_model
 from diffpp_fast.tensor_files import StoredTensors
-from diffpp_fast.training import Trainer, load_config
+from diffpp_fast.training import ConfigurationError, Trainer, load_config
 from diffpp_fast.training.build import text
 from diffpp_fast.training.checkpoint import read_tensors
+from diffpp_fast.training.prompts import open_prompts
 
 
 def seeded(build: Callable[[], Any]) -> nn.Module:
@@ -183,6 +186,89 @@ def test_embeddings_are_those_of_the_whole_encoder(family: str, tmp_path: Path) 
     (tmp_path / "streamed" / files[0]).unlink()
     assert main(["embed", str(file), "--out", str(tmp_path / "streamed"), "--batch", "2", *settings]) == 0
     assert (tmp_path / "whole" / files[0]).read_bytes() == (tmp_path / "streamed" / files[0]).read_bytes()
+
+
+def wide(kind: str) -> Any:
+    """Encoders whose layers are large enough."""
+    from transformers import CLIPTextConfig, CLIPTextModel, Qwen3Config, Qwen3Model, T5Config, T5EncoderModel
+
+    if kind == "t5":
+        settings = {"vocab_size": 30, "d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 2, "num_heads": 2}
+        return T5EncoderModel(T5Config(**settings, feed_forward_proj="gated-gelu"))
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    if kind == "qwen3":
+        return Qwen3Model(Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=2, head_dim=32))
+    return CLIPTextModel(CLIPTextConfig(**sizes, num_attention_heads=2))
+
+
+#: By encoder and kind of its weights: the largest relative error of its hidden states.
+ERRORS = {
+    ("clip", "int8"): 0.05,
+    ("clip", "nf4"): 0.4,
+    ("clip", "float8"): 0.1,
+    ("qwen3", "float8"): 0.06,
+    ("t5", "float8"): 0.06,
+    ("t5", "nf4"): 0.2,
+}
+
+
+@pytest.mark.parametrize(("kind", "quantization"), ERRORS)
+def test_weights_in_fewer_bits_are_the_same_whole_and_streamed(kind: str, quantization: str, tmp_path: Path) -> None:
+    if quantization != "float8":
+        pytest.importorskip("bitsandbytes", reason="int8 and nf4 are bitsandbytes'")
+    model: Any = seeded(lambda: wide(kind))
+    loader = type(model).__name__
+    model.save_pretrained(tmp_path)
+    whole = load_text_model(str(tmp_path), quantization=quantization, loader=loader)
+    with streaming():
+        streamed = load_text_model(str(tmp_path), quantization=quantization, loader=loader)
+    ids = torch.arange(3, 21).reshape(2, 9)
+    found, again, exact = outputs_of(whole, ids), outputs_of(streamed, ids), outputs_of(model, ids)
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    error = float((found[-1] - exact[-1]).norm() / exact[-1].norm())
+    assert 1e-4 < error < ERRORS[kind, quantization]
+    few = [name for name, layer in whole.named_modules() if is_quantized(layer)]
+    assert len(few) == {"t5": 6, "clip": 6, "qwen3": 7}[kind] * 2
+    assert not any(name.endswith(".wo") for name in few)
+    assert not any(is_quantized(layer) for layer in streamed.modules()), "nothing stays"
+    before, after = (sum(map(block_bytes, repeated_blocks(each))) for each in (model, whole))
+    # bitsandbytes describes what it has stored.
+    assert 0 <= after - before + saved_bytes(repeated_blocks(model), quantization, 4) <= 100 * len(few)
+
+
+def block_bytes(block: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in block.state_dict().values())
+
+
+def test_weights_that_break_in_fewer_bits_are_refused(tmp_path: Path) -> None:
+    seeded(t5).save_pretrained(tmp_path)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"is a t5, which overflows in float16, and int8 takes inputs through it"):
+        load_text_model(str(tmp_path), quantization="int8")
+    with pytest.raises(ValueError, match=r"has no linear layer of 4096 weights and more for float8"):
+        load_text_model(str(tmp_path), quantization="float8")
+    seeded(tiny.clip).save_pretrained(tmp_path / "clip")  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"is in float16, in which sums over float8's numbers overflow"):
+        load_text_model(str(tmp_path / "clip"), torch.float16, quantization="float8")
+
+
+def test_embeddings_of_an_encoder_in_fewer_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import T5Config, T5EncoderModel
+
+    file, wanted = tiny.write_base(tmp_path, "pixart"), "models.text_encoder.quantization=float8"
+    settings = {"vocab_size": 30, "d_model": tiny.TEXT_WIDTH, "d_kv": 128, "d_ff": 256, "num_layers": 2, "num_heads": 2}
+    encoder: Any = seeded(lambda: T5EncoderModel(T5Config(**settings)))
+    encoder.save_pretrained(tmp_path / "base" / "text_encoder")
+    for name, options in (("as it is", []), ("whole", [wanted]), ("streamed", [wanted, "--stream"])):
+        assert main(["embed", str(file), "--out", str(tmp_path / name), *options]) == 0
+    files = ["null.safetensors", "shard-00000-of-00001.safetensors"]
+    exact, whole, streamed = ([(tmp_path / name / each).read_bytes() for each in files] for name in
+                              ("as it is", "whole", "streamed"))  # fmt: skip
+    assert whole == streamed != exact
+    config = load_config(file, [f"prompts.embeddings={tmp_path / 'whole'}"])
+    with pytest.raises(ConfigurationError, match=r"made from other inputs: models\.text_encoder\.quantization"):
+        text.open_embeddings(config, open_prompts(config.prompts), torch.device("cpu"))
+    assert main(["embed", str(file), "--out", str(tmp_path / "no"), wanted.replace("float8", "int8")]) == 2
+    assert "int8 takes inputs through it: use quantization float8 or nf4" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -137,8 +137,9 @@ def _load_encoder(
 ) -> tuple[nn.Module, Any]:
     with naming(key, section.path):
         model = load_text_model(
-            section.path, _dtype(section), projection=projection, variant=section.variant, loader=loader
-        )
+            section.path, _dtype(section), projection=projection, variant=section.variant, loader=loader,
+            quantization=section.quantization,
+        )  # fmt: skip
     where = section.tokenizer or section.path
     with naming(key if section.tokenizer is None else f"{key}.tokenizer", where):
         return model, load_tokenizer(where, model)
