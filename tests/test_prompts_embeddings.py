@@ -19,7 +19,8 @@ import torch
 from prompt_files import opened, write_csv, write_text
 
 from diffpp_fast.cli.main import main
-from diffpp_fast.networks import Conditioning
+from diffpp_fast.evaluation.pictures import read_picture
+from diffpp_fast.networks import Conditioning, streaming
 from diffpp_fast.training import Config, ConfigurationError, Trainer, load_config
 from diffpp_fast.training.build import text
 from diffpp_fast.training.build.text import TextFacts, load_text, open_embeddings
@@ -396,19 +397,22 @@ def test_a_shard_of_another_cache_is_refused(tmp_path: Path, writer: Callable[..
         whole(tmp_path / "embeddings")
 
 
-def test_launched_processes_write_one_cache(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("launched", [True, False])
+def test_processes_write_one_cache(
+    launched: bool, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(embed, "SHARD_ROWS", 2)
-    monkeypatch.setenv("WORLD_SIZE", "2")
     folder, said = tmp_path / "embeddings", []
-    for rank in ("1", "0"):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        assert main(["embed", str(project), f"--out={folder}", *QUIET]) == 0
+    for rank in (1, 0):
+        if launched:
+            for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}.items():
+                monkeypatch.setenv(name, str(value))
+        part = [] if launched else [f"--shard={rank + 1}/2"]
+        assert main(["embed", str(project), f"--out={folder}", *part, *QUIET]) == 0
         said.append(capsys.readouterr().out)
     assert "process 1 of 2: 5 prompts; 0 of 1 shards" in said[0]
     assert "process 0 of 2: 5 prompts; 0 of 2 shards" in said[1]
+    assert "2 shards are left to other processes" in said[0] and "Train with" in said[1]
     cache = cache_of(load_config(project, [*QUIET, f"prompts.embeddings={folder}"]))
     assert_equal(cache(tiny.PROMPTS).tensors, cache_of(cached(project))(tiny.PROMPTS).tensors)
 
@@ -501,3 +505,37 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_shards(
     # The batch is known to the folder.
     assert main(["embed", *arguments, f"--out={folder}"]) == 0
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == sound
+
+
+def test_samples_and_scores_do_without_the_whole_encoder(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, pictures = project.parent / "embeddings", {}
+    loaded: list[bool] = []
+    load = text.load_text
+
+    def noted(models: Any) -> Any:
+        loaded.append(streaming.is_asked_for())
+        return load(models)
+
+    monkeypatch.setattr(text, "load_text", noted)
+    for name, options in (("whole", []), ("streamed", ["--stream"]), ("embedded", [f"--embeddings={folder}"])):
+        out = tmp_path / f"{name}.png"
+        assert main(["sample", *GRID, "--run", str(project), "--count=2", f"--out={out}", *options]) == 0
+        pictures[name] = read_picture(out).int()
+    assert loaded == [False, True]
+    assert torch.equal(pictures["streamed"], pictures["embedded"]), "prompts are encoded together"
+    # Whole, each is encoded with the pictures that are drawn with it.
+    assert (pictures["whole"] - pictures["embedded"]).abs().max() <= 1
+    assert main(["sample", "a blue frog", "--run", str(project), f"--embeddings={folder}"]) == 2
+    assert "holds no embedding of 'a blue frog'" in capsys.readouterr().err
+    with pytest.raises(ConfigurationError, match=r"made from other inputs: models\.negative_prompt"):
+        text.embeddings_by(load_config(project, ["models.negative_prompt=no"]), folder, CPU)
+    write_text(tmp_path / "prompts.txt", GRID)
+    scores = []
+    for name, options in (("streamed", ["--stream"]), ("embedded", [f"--embeddings={folder}"])):
+        arguments = [str(project), f"--prompts={tmp_path / 'prompts.txt'}", f"--output={tmp_path / name}", *options]
+        metric = f"{project.parent / 'rewards.py'}:Brightness"
+        assert main(["evaluate", *arguments, f"--metrics={metric}", "--no-images"]) == 0
+        scores.append((tmp_path / name / "pictures.csv").read_text())
+    assert scores[0] == scores[1] and len(loaded) == 3

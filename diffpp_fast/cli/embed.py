@@ -107,5 +107,9 @@ def run(arguments: argparse.Namespace) -> int:
             written += count
             speed = written / (time.monotonic() - start)
             say(f"{who}shard {kept + number} of {len(writer.shards)}, {speed:.0f} prompts/s")
-    say(f"{who}done. Train with prompts.embeddings={folder}")
+    left = writer.left()
+    say(
+        f"{who}done. "
+        + (f"{left} shards are left to other processes" if left else f"Train with prompts.embeddings={folder}")
+    )
     return 0

@@ -109,6 +109,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         batch=arguments.batch,
         device=device,
         keep_images=arguments.images,
+        stream=arguments.stream,
+        embeddings=arguments.embeddings,
     )
     judge = Scores(wanted, device) if wanted else None
     reference = _distances(distances, arguments, device) if distances else None

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpp_fast.few_bits import SMALLEST
+from diffpp_fast.networks.conditioning import Conditioning
 from diffpp_fast.networks.quantization import quantized_layer
 from diffpp_fast.networks.quantized_text import few_bit_layers
 from diffpp_fast.tensor_files import first_not_finite, shapes_of
@@ -176,6 +177,23 @@ def in_step(calls: Sequence[Callable[[], T]]) -> list[T]:
         for each in threads:
             each.give_up()
     return [each.result() for each in threads]
+
+
+def encode_in_step(
+    encode: Callable[[Sequence[str]], Conditioning], prompts: Sequence[str], *, batch: int = 16, at_once: int = 256
+) -> Iterator[Conditioning]:
+    """Yield the conditioning of prompts on the CPU, batch by batch, by encoders that may be streamed.
+
+    Args:
+        encode: B prompts -> their conditioning.
+        prompts: any number of them.
+        batch: prompts that are encoded together.
+        at_once: prompts for which blocks are read once; so many encodings are in memory.
+    """
+    for start in range(0, len(prompts), at_once):
+        part = prompts[start : start + at_once]
+        batches = [part[first : first + batch] for first in range(0, len(part), batch)]
+        yield from in_step([lambda texts=texts: encode(texts).to("cpu") for texts in batches])  # type: ignore[misc]
 
 
 class _StreamedBlock:

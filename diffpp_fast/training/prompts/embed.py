@@ -137,6 +137,10 @@ class EmbeddingWriter:
             write_rows(self._path(number), self._encode(prompts), self.identity, self.rank)
             yield len(prompts)
 
+    def left(self) -> int:
+        """Return how many shards are not there, of all processes."""
+        return sum(not self._path(number).is_file() for number in range(self.manifest["shards"]))
+
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         batches = [prompts[start : start + self.batch] for start in range(0, len(prompts), self.batch)]
         parts = self.run_all([partial(self._encode_batch, batch) for batch in batches])

@@ -48,7 +48,7 @@ NARROW = (torch.bfloat16, torch.float16)
 class RowEnds(NamedTuple):
     """How many rows a shard has, and the keys of its first and its last one, int64 [2, 2]."""
 
-    count: int
+    rows: int
     keys: np.ndarray
 
 
@@ -280,8 +280,8 @@ class EmbeddingRows:
             ends: of the file that should lie here.
             form: of the rows of other files; None: any.
         """
-        if len(keys) != ends.count:
-            said = f"has {len(keys)} rows in place of {ends.count}"
+        if len(keys) != ends.rows:
+            said = f"has {len(keys)} rows in place of {ends.rows}"
         elif not np.array_equal(keys[[0, -1]], ends.keys):
             said = "holds other prompts than its name says"
         elif form is not None and (mine := self.form()) != form:
