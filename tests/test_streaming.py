@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffpp_fast.cli.main import main
+from diffpp_fast.networks.families import FAMILIES as FAMILIES_OF_NETWORKS
 from diffpp_fast.networks.quantization import is_quantized
 from diffpp_fast.networks.quantized_text import saved_bytes
 from diffpp_fast.networks.streaming import in_step, load_streamed, repeated_blocks, streaming
@@ -288,3 +289,30 @@ def test_a_run_on_streamed_embeddings_is_the_run_with_its_encoders(
     assert len(files) >= 4
     for name in files:
         assert_equal(read_tensors(one / name), read_tensors(other / name))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", ["z_image", "qwen_image"])
+def test_padding_behind_all_prompts_is_not_encoded(family: str, side: str) -> None:
+    pipeline = (tiny_flux if family in tiny_flux.LATENTS else tiny).pipeline(family)
+    model, tokenizer = pipeline.text_encoder, pipeline.tokenizer
+    model = getattr(model, "model", model)
+    tokenizer.padding_side = side
+    (known,) = (each for each in FAMILIES_OF_NETWORKS if type(each).__module__.endswith(family))
+    encoder = known.text([(model, tokenizer, 288)], {"axes_lens": [512]})
+    seen: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, inputs, named: seen.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    prompts = ["a red sun", "a green frog and a yellow sun"]
+    both = encoder(prompts).tensors
+    length = both["encoder_attention_mask"].shape[1]
+    assert length == 288 and both["encoder_hidden_states"].shape[1] == 288
+    assert (seen[0] < 288) == (side == "right")
+    # Of one length they stand beside each other as they would alone, and padding is zeros.
+    for place, prompt in enumerate(prompts):
+        alone = encoder([prompt]).tensors
+        assert torch.equal(both["encoder_attention_mask"][place], alone["encoder_attention_mask"][0])
+        torch.testing.assert_close(both["encoder_hidden_states"][place], alone["encoder_hidden_states"][0])
+        kept = int(alone["encoder_attention_mask"].sum())
+        assert 0 < kept < 288 and not both["encoder_hidden_states"][place, kept:].any()
