@@ -539,3 +539,44 @@ def test_samples_and_scores_do_without_the_whole_encoder(
         assert main(["evaluate", *arguments, f"--metrics={metric}", "--no-images"]) == 0
         scores.append((tmp_path / name / "pictures.csv").read_text())
     assert scores[0] == scores[1] and len(loaded) == 3
+
+
+def test_padding_of_zeros_is_not_stored(tmp_path: Path, source: PromptSource) -> None:
+    """Rows of any number of tokens, none among them, and of a -0 behind the last one."""
+
+    def encode(prompts: Sequence[str]) -> Conditioning:
+        states, zero = torch.zeros(len(prompts), 40, 8), torch.tensor(-0.0)
+        for place, prompt in enumerate(prompts):
+            length = sum(prompt.encode()) % 7
+            states[place, :length] = torch.arange(1.0, 9.0) * (place + 1) / 3
+            states[place, length] = zero
+        return Conditioning(tuple(prompts), {"text": states, "mask": (states[..., 0] != 0).long()})
+
+    facts = {"encoder": {}, "prompts": {"sha256": source.digest(), "count": len(source)}, "seen": {}}
+    made = embed.EmbeddingWriter(tmp_path / "e", facts, source, encode, Conditioning(("",), {
+        "text": torch.zeros(1, 40, 8), "mask": torch.zeros(1, 40).long()}))  # fmt: skip
+    assert list(made.write()) == [4, 4, 4, 4, 4, 3]
+    cache, manifest = whole(tmp_path / "e"), read_manifest(tmp_path / "e")
+    assert manifest is not None
+    EmbeddingCache(tmp_path / "e", manifest, CPU, source)
+    for first in range(0, len(PROMPTS), 4):
+        part = PROMPTS[first : first + 4]
+        for name, tensor in encode(part).tensors.items():
+            found = cache(part).tensors[name]
+            assert found.dtype == tensor.dtype and torch.equal(found, tensor)
+            if name == "text":
+                assert torch.equal(found.view(torch.int32), tensor.view(torch.int32)), "to the bit"
+    assert not cache.null().tensors["text"].any() and cache.null().tensors["text"].shape == (1, 40, 8)
+    path = tmp_path / "e" / "shard-00000-of-00006.safetensors"
+    assert path.stat().st_size < 4 * 40 * 8 * 4 // 2
+    sound = path.read_bytes()
+    found_out = 0
+    for bit in random.Random(1).sample(range(8 * len(sound)), 60):
+        damaged = bytearray(sound)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            assert_equal(whole(tmp_path / "e")(PROMPTS[:4]).tensors, encode(PROMPTS[:4]).tensors)
+        except ConfigurationError:
+            found_out += 1
+    assert found_out > 40

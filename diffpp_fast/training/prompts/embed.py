@@ -91,13 +91,13 @@ class EmbeddingWriter:
         self.null = null
         self.rank = rank
         self.check = check
-        self._prompt_bytes = stored_bytes(encode(prompts[[0]]))
+        in_memory, self._prompt_bytes = stored_bytes(encode(prompts[[0]]))
         manifest = read_manifest(folder)
         begun = manifest is not None
         self.batch = batch or (manifest or {}).get("batch", BATCH)
         batch = self.batch
         if manifest is None:
-            rows = max(1, min(SHARD_BYTES // self._prompt_bytes, SHARD_ROWS))
+            rows = max(1, min(SHARD_BYTES // in_memory, SHARD_ROWS))
             # Whole batches, so that prompts have the neighbours that they have in a run.
             rows -= rows % batch if rows > batch else 0
             manifest = {**facts, "rows": rows, "shards": -(-len(prompts) // rows), "batch": batch}

@@ -6,7 +6,8 @@
     shard-00000-of-00012.safetensors     those of the prompts, in their order
 
 A row has a key made of the prompt's text, by which it is found, all tensors of its conditioning, and a checksum of them
-that is compared whenever the row is read. Files of earlier versions have no checksums.
+that is compared whenever the row is read. Files of earlier versions have no checksums. Where padding is zeros, a row is
+stored without it, behind the row before.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ logger = logging.getLogger(__name__)
 MANIFEST, NULL, EXTRA = "manifest.json", "null.safetensors", "extra.safetensors"
 #: Tensors of keys and checksums in every file; those of a conditioning have their path as a name, after the prefix.
 KEYS, SUMS, PREFIX = "keys", "checksums", "conditioning/"
+#: Tokens of each row, of tensors without their padding.
+LENGTHS = "lengths/"
+#: Padding is left out where it is more than this share of a tensor.
+PADDED = 0.1
 #: The entry of a file's metadata: which cache it belongs to, and the dtypes that its tensors had.
 ABOUT = "embeddings"
 #: The end of a file's name while it is written.
@@ -200,24 +205,33 @@ def remove_partial_files(folder: Path, rank: int) -> None:
 
 def write_rows(path: Path, conditioning: Conditioning, identity: str, rank: int = 0) -> None:
     """B prompts' conditioning, in one rename, when every byte is on the disk."""
-    keys, stored, dtypes = keys_of(conditioning.prompts), {}, {}
+    keys, tensors, dtypes = keys_of(conditioning.prompts), {}, {}
+    rows: list[dict[str, torch.Tensor]] = [{} for _ in keys]
+    padded: dict[str, int] = {}
     for name, tensor in _flat(conditioning.tensors):
-        stored[name] = _narrowed(tensor.cpu()).contiguous()
+        stored = _narrowed(tensor.cpu()).contiguous()
         dtypes[name] = str(tensor.dtype).removeprefix("torch.")
-    sums = [
-        _checksum(keys[row], dtypes, {name: tensor[row : row + 1] for name, tensor in stored.items()})
-        for row in range(len(keys))
-    ]
-    tensors = {PREFIX + name: tensor for name, tensor in stored.items()}
+        lengths = _lengths(stored)
+        for row, place in zip(rows, range(len(stored)), strict=True):
+            row[name] = stored[place : place + 1] if lengths is None else stored[place : place + 1, : lengths[place]]
+        if lengths is None:
+            tensors[PREFIX + name] = stored
+        else:
+            padded[name] = stored.shape[1]
+            tensors[PREFIX + name] = torch.cat([row[name][0] for row in rows])
+            tensors[LENGTHS + name] = torch.tensor(lengths, dtype=torch.int64)
+    sums = [_checksum(key, dtypes, row) for key, row in zip(keys, rows, strict=True)]
     tensors |= {KEYS: torch.from_numpy(keys.copy()), SUMS: torch.tensor(sums, dtype=torch.int64)}
     # In one entry, for several would come in any order: the same embeddings are the same file.
-    about = json.dumps({"identity": identity, "dtypes": dtypes})
+    about = json.dumps({"identity": identity, "dtypes": dtypes} | ({"padded": padded} if padded else {}))
     _publish(path, lambda partial: save_file(tensors, partial, {ABOUT: about}), rank)
 
 
-def stored_bytes(conditioning: Conditioning) -> int:
-    """Return the bytes that these prompts take on the disk."""
-    return sum(_narrowed(tensor).nbytes for _, tensor in _flat(conditioning.tensors))
+def stored_bytes(conditioning: Conditioning) -> tuple[int, int]:
+    """Return the bytes that one prompt takes: with padding, and on the disk."""
+    stored = [_narrowed(tensor) for _, tensor in _flat(conditioning.tensors)]
+    kept = [tensor if (lengths := _lengths(tensor)) is None else tensor[:, : lengths[0]] for tensor in stored]
+    return sum(tensor.nbytes for tensor in stored), sum(tensor.nbytes for tensor in kept)
 
 
 def ends_of(manifest: Mapping[str, Any], prompts: PromptSource, shards: Iterable[int] | None = None) -> list[RowEnds]:
@@ -243,7 +257,11 @@ class EmbeddingRows:
             about = json.loads((self._file.metadata() or {})[ABOUT])
             self.identity: str = about["identity"]
             self._dtypes: dict[str, str] = about["dtypes"]
-            strange = {KEYS, SUMS, *(PREFIX + name for name in self._dtypes)} ^ {*self._file.keys()}
+            #: Tokens of a row with its padding, by the names of tensors that are stored without.
+            self._padded: dict[str, int] = about.get("padded", {})
+            self._ends: dict[str, list[int]] = {}
+            names = {*(PREFIX + name for name in self._dtypes), *(LENGTHS + name for name in self._padded)}
+            strange = {KEYS, SUMS, *names} ^ {*self._file.keys()}
             if strange - {SUMS}:
                 raise ValueError(f"it has or lacks {min(strange)}")
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
@@ -268,9 +286,9 @@ class EmbeddingRows:
 
     def form(self) -> dict[str, Any]:
         """Return dtype and shape of a row's tensors, as the encoder gave them."""
-        return {
-            name: (dtype, self._file.get_slice(PREFIX + name).get_shape()[1:]) for name, dtype in self._dtypes.items()
-        }
+        shapes = {name: self._file.get_slice(PREFIX + name).get_shape() for name in self._dtypes}
+        tokens = {name: [self._padded[name]] if name in self._padded else [] for name in shapes}
+        return {name: (self._dtypes[name], [*tokens[name], *shape[1:]]) for name, shape in shapes.items()}
 
     def refuse_other_rows(self, keys: np.ndarray, ends: RowEnds, form: Mapping[str, Any] | None = None) -> None:
         """Raise ConfigurationError where these are not the prompts, or tensors, that the file should hold.
@@ -301,7 +319,10 @@ class EmbeddingRows:
         Raises ConfigurationError where they are not what was written.
         """
         place = slice(row, row + 1)
-        stored = {name: self._slice(PREFIX + name, place) for name in self._dtypes}
+        stored = {
+            name: self._tokens(name, row) if name in self._padded else self._slice(PREFIX + name, place)
+            for name in self._dtypes
+        }
         if self.is_checked and int(self._slice(SUMS, place)) != _checksum(
             self._slice(KEYS, place).numpy(), self._dtypes, stored
         ):
@@ -314,8 +335,22 @@ class EmbeddingRows:
             inner = tensors
             for section in sections:
                 inner = inner.setdefault(section, {})
-            inner[last] = stored[name].to(device).to(getattr(torch, dtype))
+            inner[last] = self._with_padding(name, stored[name]).to(device).to(getattr(torch, dtype))
         return tensors
+
+    def _tokens(self, name: str, row: int) -> torch.Tensor:
+        """A row of a tensor that is stored without padding."""
+        if name not in self._ends:
+            self._ends[name] = [0, *self._slice(LENGTHS + name, slice(None)).cumsum(0).tolist()]
+        start, end = self._ends[name][row : row + 2]
+        return self._slice(PREFIX + name, slice(start, end))[None]
+
+    def _with_padding(self, name: str, row: torch.Tensor) -> torch.Tensor:
+        if name not in self._padded:
+            return row
+        whole = row.new_zeros(1, self._padded[name], *row.shape[2:])
+        whole[:, : row.shape[1]] = row
+        return whole
 
     def _slice(self, name: str, rows: slice) -> torch.Tensor:
         try:
@@ -341,6 +376,19 @@ def _flat(tensors: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, t
             yield from _flat(value, f"{prefix}{name}/")
         else:
             yield prefix + name, value
+
+
+def _lengths(tensor: torch.Tensor) -> list[int] | None:
+    """Tokens up to the last one that is not all zeros, of each row [L, ...]; None where there is little behind them."""
+    if tensor.dim() < 3 or not tensor.is_floating_point() or not tensor.numel():
+        return None
+    # As integers, for -0 is no padding.
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+    lengths = []
+    for row in tensor:
+        used = row.contiguous().flatten(1).view(bits).any(1).nonzero()
+        lengths.append(int(used[-1]) + 1 if len(used) else 0)
+    return lengths if sum(lengths) < (1 - PADDED) * tensor.shape[0] * tensor.shape[1] else None
 
 
 def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
