@@ -273,6 +273,32 @@ def test_embeddings_of_an_encoder_in_fewer_bits(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["int8", "nf4", "float8"])
+def test_a_run_with_an_encoder_in_fewer_bits_is_resumed(quantization: str, tmp_path: Path) -> None:
+    """In the run as from the disk, and its digest is the same at every start."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    if quantization != "float8":
+        pytest.importorskip("bitsandbytes", reason="int8 and nf4 are bitsandbytes'")
+    file = tiny.write_base(tmp_path, "stable_diffusion")
+    sizes = {"vocab_size": 54, "hidden_size": tiny.TEXT_WIDTH, "intermediate_size": 256, "num_hidden_layers": 2}
+    tokens = {"bos_token_id": 52, "eos_token_id": 53}
+    encoder: Any = seeded(lambda: CLIPTextModel(CLIPTextConfig(**sizes, **tokens, num_attention_heads=2)))
+    encoder.save_pretrained(tmp_path / "base" / "text_encoder")
+    settings = ["training.grid_every=null", f"models.text_encoder.quantization={quantization}"]
+    for steps in (1, 2):
+        config = load_config(file, [*settings, f"training.steps={steps}", f"output={tmp_path / 'encoded'}"])
+        Trainer(config, resume=None if steps == 1 else "latest").run()
+    folder = tmp_path / "embeddings"
+    assert main(["embed", str(file), "--out", str(folder), *settings]) == 0
+    more = [*settings, "training.steps=2", f"output={tmp_path / 'embedded'}", f"prompts.embeddings={folder}"]
+    Trainer(load_config(file, more)).run()
+    one, other = (tmp_path / run / "checkpoints" / "step_000002" for run in ("encoded", "embedded"))
+    for name in sorted(path.name for path in one.glob("*.safetensors")):
+        assert_equal(read_tensors(one / name), read_tensors(other / name))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_on_streamed_embeddings_is_the_run_with_its_encoders(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,6 +20,7 @@ them and doesn't load the encoder.
 
   diffpp-fast embed align.yaml --out embeddings
   torchrun --nproc-per-node 8 -m diffpp_fast embed align.yaml --out embeddings
+  diffpp-fast embed align.yaml --out embeddings --shard 3/8
   diffpp-fast train align.yaml prompts.embeddings=embeddings
 
 Started again it goes on where it was stopped: shards that are complete stay.

@@ -186,9 +186,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise ConfigurationError(f"prompts.embeddings: can't read {folder / MANIFEST}: {error.strerror}") from None
     except (ValueError, AttributeError) as error:
-        raise ConfigurationError(f"prompts.embeddings: {folder / MANIFEST} is damaged: {error}") from None
+        raise ConfigurationError(f"prompts.embeddings: {folder / MANIFEST} is damaged: {error}. {REMEDY}") from None
     if missing:
-        raise ConfigurationError(f"prompts.embeddings: {folder / MANIFEST} is damaged: it has no {min(missing)}")
+        raise ConfigurationError(
+            f"prompts.embeddings: {folder / MANIFEST} is damaged: it has no {min(missing)}. {REMEDY}"
+        )
     return manifest
 
 
