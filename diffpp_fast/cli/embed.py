@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
         for number, count in enumerate(writer.write(extra_prompts(config)), 1):
             written += count
             speed = written / (time.monotonic() - start)
-            say(f"{who}shard {kept + number} of {len(writer.shards)}, {speed:.0f} prompts/s")
+            say(f"{who}shard {kept + number} of {len(writer.shards)}, {speed:.{0 if speed >= 10 else 2}f} prompts/s")
     left = writer.left()
     say(
         f"{who}done. "
