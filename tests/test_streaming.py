@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -274,8 +275,10 @@ def test_embeddings_of_an_encoder_in_fewer_bits(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["int8", "nf4", "float8"])
-def test_a_run_with_an_encoder_in_fewer_bits_is_resumed(quantization: str, tmp_path: Path) -> None:
-    """In the run as from the disk, and its digest is the same at every start."""
+def test_a_run_with_an_encoder_in_fewer_bits_is_resumed(
+    quantization: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the run as from the disk, its digest is the same at every start, and plans count its bytes."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     if quantization != "float8":
@@ -296,6 +299,12 @@ def test_a_run_with_an_encoder_in_fewer_bits_is_resumed(quantization: str, tmp_p
     one, other = (tmp_path / run / "checkpoints" / "step_000002" for run in ("encoded", "embedded"))
     for name in sorted(path.name for path in one.glob("*.safetensors")):
         assert_equal(read_tensors(one / name), read_tensors(other / name))
+    planned = []
+    for kind in ("null", quantization):
+        capsys.readouterr()
+        assert main(["plan", str(file), "--json", f"models.text_encoder.quantization={kind}"]) == 0
+        planned.append(json.loads(capsys.readouterr().out)["memory"]["roles"]["text encoder"]["weights"])
+    assert planned[0] - planned[1] == saved_bytes(repeated_blocks(encoder), quantization, 4) > 0
 
 
 @pytest.mark.slow
