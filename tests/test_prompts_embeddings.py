@@ -580,3 +580,19 @@ def test_padding_of_zeros_is_not_stored(tmp_path: Path, source: PromptSource) ->
         except ConfigurationError:
             found_out += 1
     assert found_out > 40
+
+
+def test_a_shard_passes_an_encoder_in_parts(
+    writer: Callable[..., embed.EmbeddingWriter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states of so many prompts are in memory, and no more."""
+    together: list[int] = []
+
+    def run_all(calls: Sequence[Callable[[], Conditioning]]) -> list[Conditioning]:
+        found = [call() for call in calls]
+        together.append(sum(map(len, found)))
+        return found
+
+    monkeypatch.setattr(embed, "AT_ONCE", 2)
+    assert sum(writer(Encoder(), batch=1, run_all=run_all).write()) == len(PROMPTS) == sum(together)
+    assert max(together) == 2

@@ -55,7 +55,7 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--stream",
         action="store_true",
-        help="keep one block of a text encoder in memory at a time, and read them for each shard anew",
+        help="keep one block of a text encoder in memory at a time, and read all of them for every 64 prompts",
     )
 
 

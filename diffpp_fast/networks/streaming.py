@@ -180,7 +180,7 @@ def in_step(calls: Sequence[Callable[[], T]]) -> list[T]:
 
 
 def encode_in_step(
-    encode: Callable[[Sequence[str]], Conditioning], prompts: Sequence[str], *, batch: int = 16, at_once: int = 256
+    encode: Callable[[Sequence[str]], Conditioning], prompts: Sequence[str], *, batch: int = 16, at_once: int = 64
 ) -> Iterator[Conditioning]:
     """Yield the conditioning of prompts on the CPU, batch by batch, by encoders that may be streamed.
 

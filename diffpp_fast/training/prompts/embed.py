@@ -32,6 +32,8 @@ from diffpp_fast.training.prompts.source import PromptSource
 
 #: Bytes that a shard is meant to have, and the most rows in it. An interrupted process loses one shard.
 SHARD_BYTES, SHARD_ROWS = 256 * 2**20, 1 << 14
+#: Prompts for which a streamed encoder's blocks are read: their hidden states are in memory, for T5-XXL 14 MB each.
+AT_ONCE = 64
 #: Files in an encoder's or a tokenizer's folder on which its embeddings depend.
 FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 #: Keys of a text encoder's section that name such folders.
@@ -65,7 +67,7 @@ class EmbeddingWriter:
             folder was begun; a new one as a run that encodes its prompts itself does it, as long as it keeps them.
         rank, size: of this process, and how many there are.
         check: read all rows of the shards that are there, and write those anew that are damaged.
-        run_all: calls the encoder for all batches of a shard: one by one, or `networks.streaming.in_step`.
+        run_all: calls the encoder for several batches of a shard: one by one, or `networks.streaming.in_step`.
 
     Raises ConfigurationError for a folder with other embeddings, and where the disk is too small.
     """
@@ -143,7 +145,8 @@ class EmbeddingWriter:
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         batches = [prompts[start : start + self.batch] for start in range(0, len(prompts), self.batch)]
-        parts = self.run_all([partial(self._encode_batch, batch) for batch in batches])
+        calls, step = [partial(self._encode_batch, batch) for batch in batches], max(1, AT_ONCE // self.batch)
+        parts = [part for start in range(0, len(calls), step) for part in self.run_all(calls[start : start + step])]
         return Conditioning(tuple(prompts), concatenate([part.tensors for part in parts]))
 
     def _encode_batch(self, prompts: Sequence[str]) -> Conditioning:
