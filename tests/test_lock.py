@@ -100,6 +100,8 @@ def test_another_machine_s_lock_is_left_to_the_user(tmp_path: Path, caplog: pyte
     said = rf"process 4242 on node7 \(`diffpp-fast train x.yaml`, since {other['began'][:10]}.*can't be told.*--unlock"
     with pytest.raises(ConfigurationError, match=said):
         FolderLock(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"choose another --out FOLDER\. If it is gone, remove .*\.lock$"):
+        FolderLock(tmp_path, unlock=None, other="--out FOLDER")
     assert json.loads((tmp_path / LOCK).read_text()) == other
     with caplog.at_level(logging.WARNING):
         held = FolderLock(tmp_path, unlock=True)
