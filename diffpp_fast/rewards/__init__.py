@@ -14,6 +14,7 @@ from diffpp_fast.rewards.factories import (
     mixture,
     mps,
     pickscore,
+    vqascore,
 )
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "mps",
     "pickscore",
     "score",
+    "vqascore",
 ]

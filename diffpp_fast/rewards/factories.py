@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.few_bits import need_bitsandbytes, quantize_linears
@@ -23,9 +24,11 @@ from diffpp_fast.rewards.text import (
     load_bert_tokenizer,
     load_clip_tokenizer,
     load_qwen_tokenizer,
+    load_t5_tokenizer,
     need_ftfy,
 )
 from diffpp_fast.rewards.user_code import call_factory
+from diffpp_fast.rewards.vqascore_model import VQAScore, load_vqascore
 from diffpp_fast.user_paths import real_path
 
 CLIP_L_14 = "openai/clip-vit-large-patch14"
@@ -246,22 +249,53 @@ def hpsv3(
     The rest is as for `pickscore`.
     """
     what, dtype = "hpsv3", _dtype(dtype)
-    if length < 1:
-        raise ConfigurationError(f"hpsv3: length must be at least 1, got {length}")
-    if quantization not in (None, "nf4", "int8"):
-        raise ConfigurationError(f"hpsv3: quantization must be nf4, int8 or null, got {quantization!r}")
-    if quantization is not None:
-        try:
-            need_bitsandbytes(quantization)
-        except ValueError as error:
-            raise ConfigurationError(f"hpsv3: {error}") from None
+    _refuse_large(what, length, quantization)
     words = load_qwen_tokenizer(tokenizer)
     model, head = load_hpsv3(locate(path, ("HPSv3.safetensors",), what), what, dtype)
     network = Qwen2VL(model, checkpoint)
     reward = HPSv3(network, head, words, clamp=clamp, length=length)
-    if quantization is not None:
-        for blocks in (network.visual.blocks, network.language_model.layers):
-            quantize_linears(blocks, quantization, device)
+    _quantize((network.visual.blocks, network.language_model.layers), quantization, device)
+    return _placed(reward, device)
+
+
+def vqascore(
+    path: str = "zhiqiulin/clip-flant5-xxl",
+    *,
+    tokenizer: str = "google/flan-t5-xxl",
+    length: int = 128,
+    quantization: str | None = None,
+    device: Device = None,
+    dtype: Dtype = "bfloat16",
+    clamp: str = "hard",
+    checkpoint: bool = True,
+) -> VQAScore:
+    """VQAScore (arXiv 2404.01291) of CLIP-FlanT5: how likely "Yes" is where it is asked whether the image shows the
+    prompt; in [0, 1], more is better.
+
+    It is the geometric mean of the probabilities of "Yes" and of the end after it, as in the official code.
+    Source: clip_t5_model.py, mm_utils.py and clip_t5 of linzhiqiu/t2v_metrics before 3.1.
+
+    Args:
+        path: hub id (`zhiqiulin/clip-flant5-xl` has fewer parameters), a folder with pytorch_model.bin.index.json and
+            the files that it lists, or one file; of pickles the tensors alone are read. T5's sizes are those of the
+            file.
+        tokenizer: hub id or folder of T5's; those of XL and XXL are alike.
+        length: tokens of a prompt; a longer one loses its end. The official code cuts at 2048 with all around it.
+        quantization: "nf4" or "int8": how the blocks' linear layers are stored, T5's `wo` among them; None: in `dtype`.
+        dtype: "float16", which T5's activations leave, is refused.
+        checkpoint: keep one tensor per block for the backward pass, and compute the blocks again in it.
+
+    The rest is as for `pickscore`.
+    """
+    what, dtype = "vqascore", _dtype(dtype)
+    if dtype == torch.float16:
+        raise ConfigurationError(f"{what}: T5's activations leave float16's range: give bfloat16 or float32 as dtype")
+    _refuse_large(what, length, quantization)
+    words = load_t5_tokenizer(tokenizer)
+    network = load_vqascore(path, what, dtype, checkpoint)
+    preprocessing = Preprocessing(network.vision.config.image_size, clamp=clamp)
+    reward = VQAScore(network, words, preprocessing, length=length)
+    _quantize(network.blocks(), quantization, device)
     return _placed(reward, device)
 
 
@@ -343,6 +377,7 @@ FACTORIES: dict[str, Callable[..., Reward]] = {
     "aesthetic": aesthetic,
     "mps": mps,
     "hpsv3": hpsv3,
+    "vqascore": vqascore,
     "mixture": mixture,
 }
 
@@ -365,6 +400,25 @@ def _dtype(dtype: Dtype) -> torch.dtype:
     if known is None or known not in _DTYPES.values():
         raise ConfigurationError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     return known
+
+
+def _refuse_large(what: str, length: int, quantization: str | None) -> None:
+    """Raise ConfigurationError for what a large reward can't do, before its weights are read."""
+    if length < 1:
+        raise ConfigurationError(f"{what}: length must be at least 1, got {length}")
+    if quantization not in (None, "nf4", "int8"):
+        raise ConfigurationError(f"{what}: quantization must be nf4, int8 or null, got {quantization!r}")
+    if quantization is not None:
+        try:
+            need_bitsandbytes(quantization)
+        except ValueError as error:
+            raise ConfigurationError(f"{what}: {error}") from None
+
+
+def _quantize(lists: Iterable[nn.Module], quantization: str | None, device: Device) -> None:
+    if quantization is not None:
+        for blocks in lists:
+            quantize_linears(blocks, quantization, device)
 
 
 def _placed(reward: Any, device: Device) -> Any:

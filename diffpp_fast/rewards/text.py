@@ -226,10 +226,17 @@ def load_qwen_tokenizer(path: str | Path) -> Any:
     return _from_pretrained(Qwen2Tokenizer, path)
 
 
+def load_t5_tokenizer(path: str | Path) -> Any:
+    """T5's tokenizer from a hub id or a folder."""
+    from transformers import T5Tokenizer
+
+    return _from_pretrained(T5Tokenizer, path)
+
+
 def _from_pretrained(kind: Any, path: str | Path) -> Any:
     try:
         tokenizer = kind.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigurationError(f"tokenizer: {path} gives no {kind.__name__}: {reason}") from error
     if len(tokenizer) < FEWEST_TOKENS:
