@@ -168,7 +168,7 @@ def cross_shapes(width: int) -> Shapes:
 
 
 def clip_t5_state(clip: State, t5: State) -> State:
-    """What CLIP-FlanT5's authors saved: CLIP's image tower, the projector and T5, in one state dict."""
+    """The state dict that CLIP-FlanT5's authors saved: CLIP's image tower, the projector and T5."""
     vision = {
         f"vision_tower.vision_tower.{name}": value
         for name, value in transformers_clip_state(clip).items()

@@ -255,23 +255,23 @@ def test_what_does_not_fit_is_refused_by_name(load: Callable[..., HPSv3], monkey
         load()
 
 
-@pytest.mark.slow
-def test_four_bits_store_the_blocks_and_pass_the_gradient(load: Callable[..., HPSv3]) -> None:
+def test_four_bits_of_a_configuration_store_the_blocks_and_pass_the_gradient(
+    load: Callable[..., HPSv3], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("bitsandbytes")
-    wide = {key: dict(value) for key, value in SIZES.items()}
-    wide["text_config"] |= {"hidden_size": 64, "intermediate_size": 128}
-    model, head = network(
-        sizes={**wide, "vision_config": {**wide["vision_config"], "embed_dim": 64, "hidden_size": 64}}
-    )
-    from diffpp_fast.few_bits import linears_of, quantize_linears
+    from diffpp_fast import few_bits
 
-    reward = HPSv3(Qwen2VL(model, True), head, tokenizer(), squares=16)
+    monkeypatch.setattr(few_bits, "SMALLEST", 1024)
+    whole = load(dtype="float32")
+    arguments = {"path": "./HPSv3.safetensors", "quantization": "nf4", "dtype": "float32"}
+    mixture = rewards.mixture({"hpsv3": {"weight": 0.5, "arguments": arguments}}, folder=str(tmp_path))
+    stored: Any = mixture["hpsv3"]
+    for network in (whole.network, stored.network):
+        lists = network.visual.blocks, network.language_model.layers
+        assert [bool(few_bits.linears_of(blocks)) for blocks in lists] == [network is whole.network] * 2
+    whole.pixels = stored.pixels = make().pixels
     images = decoded(pictures()).float().requires_grad_()
-    before = reward(images, PROMPTS).detach()
-    blocks = reward.network.language_model.layers
-    meant = len(linears_of(blocks))
-    assert quantize_linears(blocks, "nf4") == meant > 0 and not linears_of(blocks)
-    values = reward(images, PROMPTS)
+    values = mixture(images, PROMPTS)
     values.sum().backward()
-    assert 0 < (values - before).abs().max() < 1.0
+    assert 0 < (2 * values - whole(images, PROMPTS)).abs().max() < 1.0
     assert images.grad is not None and images.grad.norm() > 0

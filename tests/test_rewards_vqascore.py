@@ -134,10 +134,11 @@ def test_four_bits_store_all_blocks_and_pass_the_gradient(load: Callable[..., VQ
         assert linears_of(before) and not linears_of(blocks)
     from bitsandbytes.functional import dequantize_4bit
 
-    layers = {name: layer for name, layer in stored.named_modules() if hasattr(layer, "quantized_as")}
+    layers: dict[str, Any] = {name: each for name, each in stored.named_modules() if hasattr(each, "quantized_as")}
     assert "network.t5.encoder.block.0.layer.1.DenseReluDense.wo" in layers
     for name, layer in layers.items():
-        whole.get_submodule(name).weight.copy_(dequantize_4bit(layer.weight, layer.weight.quant_state))
+        linear: Any = whole.get_submodule(name)
+        linear.weight.copy_(dequantize_4bit(layer.weight, layer.weight.quant_state))
     found = []
     for reward in (whole, stored):
         images = IMAGES.clone().requires_grad_()

@@ -105,7 +105,7 @@ class FlanT5(nn.Module):
         return attended
 
     def _table(self, stack: Any, length: int, both_ways: bool) -> Tensor:
-        """What is added to the attention's logits, [1, heads, L, L]."""
+        """Numbers that are added to the attention's logits, [1, heads, L, L]."""
         weights = stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight
         place = torch.arange(length, device=weights.device)
         found = buckets(place - place[:, None], len(weights), self.farthest, both_ways)

@@ -70,8 +70,8 @@ def recompute(layers: Iterable[nn.Module]) -> None:
 
 
 def run_block(block: Callable[..., Tensor], *inputs: Any, checkpoint: bool) -> Tensor:
-    """What a function of a block gives for these inputs; with `checkpoint` it keeps them alone for the backward pass,
-    and is called once more in it."""
+    """Call a function of a block; with `checkpoint` autograd keeps its inputs alone, and calls it again in the backward
+    pass."""
     if not (checkpoint and torch.is_grad_enabled()) or transforms.active():
         return block(*inputs)
     # No block draws random numbers.
@@ -80,8 +80,7 @@ def run_block(block: Callable[..., Tensor], *inputs: Any, checkpoint: bool) -> T
 
 
 def rms_normed(norm: Any, x: Tensor) -> Tensor:
-    """What a T5's or Qwen2's norm gives; transformers' own keeps copies in float32, of which the backward pass needs
-    none."""
+    """Apply a T5's or Qwen2's norm; transformers' own keeps copies in float32, needlessly for the backward pass."""
     return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
