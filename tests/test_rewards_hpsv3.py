@@ -243,7 +243,7 @@ def test_low_precision_keeps_the_head_in_float32(load: Callable[..., HPSv3]) -> 
 def test_what_does_not_fit_is_refused_by_name(load: Callable[..., HPSv3], monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, said in (
         ({"quantization": "int4"}, "quantization must be nf4, int8 or null"),
-        ({"length": 0}, "length must be at least 1"),
+        ({"length": "3"}, "length must be an integer of at least 1, got '3'"),
         ({"dtype": "int8"}, "dtype must be one of"),
     ):
         with pytest.raises(ConfigurationError, match=said):

@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_refused_by_name(folder: Path, load: Callable[..., 
     for arguments, said in (
         ({"dtype": "float16"}, "T5's activations leave float16's range"),
         ({"quantization": "int4"}, "quantization must be nf4, int8 or null"),
-        ({"length": 0}, "length must be at least 1"),
+        ({"length": 0}, "length must be an integer of at least 1, got 0"),
         ({"tokenizer": str(words / "nowhere")}, "gives no T5Tokenizer"),
     ):
         with pytest.raises(ConfigurationError, match=said):

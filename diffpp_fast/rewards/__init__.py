@@ -16,6 +16,7 @@ from diffpp_fast.rewards.factories import (
     pickscore,
     vqascore,
 )
+from diffpp_fast.rewards.text import PromptCache
 
 __all__ = [
     "Clip",
@@ -24,6 +25,7 @@ __all__ = [
     "Mixture",
     "Normalized",
     "Preprocessing",
+    "PromptCache",
     "Reward",
     "Scorer",
     "aesthetic",

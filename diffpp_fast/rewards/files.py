@@ -37,6 +37,8 @@ def locate(path: str | Path, names: Sequence[str], what: str) -> Path:
 
     Raises ConfigurationError, naming `what`, where there is none.
     """
+    if not isinstance(path, str | Path):
+        raise ConfigurationError(f"{what}: path must be text, got {path!r}")
     local = Path(path).expanduser()
     if local.is_file():
         return local
