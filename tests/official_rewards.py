@@ -451,8 +451,9 @@ def _t5_stack(state: State, stack: str, sizes: T5Sizes, x: Tensor, memory: Tenso
         return torch.einsum("hij,jhd->ihd", weights, v).flatten(1) @ state[f"{name}.o.weight"].T
 
     table = state[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
-    rows = [[_t5_bucket(j - i, memory is None) for j in range(len(x))] for i in range(len(x))]
-    position = table[torch.tensor(rows)].permute(2, 0, 1)
+    places = torch.arange(len(x))
+    by_distance = torch.tensor([_t5_bucket(away, memory is None) for away in range(1 - len(x), len(x))])
+    position = table[by_distance[places - places[:, None] + len(x) - 1]].permute(2, 0, 1)
     if memory is not None:
         position = position + torch.full(position.shape[1:], -torch.inf, dtype=x.dtype).triu(1)
     for layer in range(sizes.layers):

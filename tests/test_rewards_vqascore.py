@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import official_rewards as official
@@ -54,25 +56,30 @@ def load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., VQAScor
     return made
 
 
-def test_true_sizes_have_the_official_keys_and_numbers_of_parameters() -> None:
-    """Flan-T5 has 2,849,757,184 and 11,135,332,352; one layer of the image tower is not read."""
-    for name, sizes, parameters in (
+@pytest.mark.parametrize(
+    ("name", "sizes", "parameters"),
+    [
         ("xl", official.FLAN_T5_XL, 2_849_757_184),
         ("xxl", official.FLAN_T5_XXL, 11_135_332_352),
-    ):
-        shapes = official.t5_shapes(sizes, official.VIT_L_14_336.vision)
-        assert known_sizes(name).items() <= sizes_of(shapes).items()
-        with torch.device("meta"):
-            whole: Any = build_vqascore(known_sizes(name))
-            vision = official.clip_shapes(official.VIT_L_14_336)
-            state = official.clip_t5_state(
-                {key: torch.empty(shape) for key, shape in vision.items()},
-                {key: torch.empty(shape) for key, shape in shapes.items()},
-            )
-        assert sum(weight.numel() for weight in whole["t5"].parameters()) == parameters
-        spare = (r"embed_tokens\.weight$", r".*vision_model\.encoder\.layers\.23\.")
-        files.fit(whole, state, Path("here"), "vqascore", source=_source, spare=spare)
-        assert whole["vision"].config.image_size == VIT_L_14_336["image_size"]
+    ],
+)
+def test_true_sizes_have_the_official_keys_and_numbers_of_parameters(
+    name: str, sizes: official.T5Sizes, parameters: int
+) -> None:
+    """The last layer of the image tower is not read."""
+    shapes = official.t5_shapes(sizes, official.VIT_L_14_336.vision)
+    assert known_sizes(name).items() <= sizes_of(shapes).items()
+    with torch.device("meta"):
+        whole: Any = build_vqascore(known_sizes(name))
+        vision = official.clip_shapes(official.VIT_L_14_336)
+        state = official.clip_t5_state(
+            {key: torch.empty(shape) for key, shape in vision.items()},
+            {key: torch.empty(shape) for key, shape in shapes.items()},
+        )
+    assert sum(weight.numel() for weight in whole["t5"].parameters()) == parameters
+    spare = (r"embed_tokens\.weight$", r".*vision_model\.encoder\.layers\.23\.")
+    files.fit(whole, state, Path("here"), "vqascore", source=_source, spare=spare)
+    assert whole["vision"].config.image_size == VIT_L_14_336["image_size"]
 
 
 def test_positions_are_those_of_transformers() -> None:
@@ -146,6 +153,32 @@ def test_four_bits_store_all_blocks_and_pass_the_gradient(load: Callable[..., VQ
         found.append((scores, *torch.autograd.grad(scores.log().sum(), images)))
     for expected, values in zip(*found, strict=True):
         torch.testing.assert_close(values, expected, rtol=1e-3, atol=1e-4 * float(expected.detach().abs().max()))
+
+
+@pytest.mark.parametrize("parts", [True, False], ids=["an index", "one file"])
+def test_a_repository_of_the_hub_has_an_index_or_one_file(
+    parts: bool, folder: Path, load: Callable[..., VQAScore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    if not parts:
+        (folder / INDEX).unlink()
+        torch.save(STATE, folder / "pytorch_model.bin")
+    asked = []
+
+    def download(repository: str, name: str) -> str:
+        asked.append(name)
+        if not (folder / name).is_file():
+            raise RemoteEntryNotFoundError(name, response=Mock())
+        # One by one, as the hub's cache would have them beside each other.
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        return str(shutil.copy(str(folder / name), str(tmp_path / "cache")))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    reward = load(path="zhiqiulin/clip-flant5-xl")
+    torch.testing.assert_close(reward.network.t5.lm_head.weight, STATE["lm_head.weight"])
+    parted = {f"pytorch_model-0000{part}-of-00003.bin" for part in (1, 2, 3)}
+    assert set(asked) == {INDEX} | (parted if parts else {"pytorch_model.bin"})
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
