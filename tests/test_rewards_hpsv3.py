@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from test_rewards_networks import NothingFromTheHost
 from torch import Tensor
 
 from diffpp_fast import rewards
@@ -185,6 +186,13 @@ def test_a_prompts_score_does_not_depend_on_its_neighbours_and_long_ones_lose_th
     first = reward(images, held)
     held.set(PROMPTS)
     assert not torch.equal(first, reward(images, held))
+
+
+def test_a_step_copies_nothing_from_or_to_the_host() -> None:
+    reward, images = make(torch.float32), decoded(pictures(56, 84)).float()
+    reward(images, PROMPTS)
+    with NothingFromTheHost():
+        reward(images, PROMPTS)
 
 
 def test_the_official_instruction_is_around_the_prompt() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from diffpp_fast import ops, rewards
 from diffpp_fast.rewards import clip_model, factories, files, scores
@@ -341,6 +342,23 @@ def test_formats_hold_the_same_network(tmp_path: Path) -> None:
         for key, value in official.transformers_clip_state(STATE).items():
             assert state[key].dtype == torch.float32
             torch.testing.assert_close(state[key], value, rtol=tolerance, atol=tolerance)
+
+
+class NothingFromTheHost(TorchFunctionMode):
+    """Refuses what a CUDA graph can't record: tensors made of the host's numbers, and numbers of tensors."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        refused = torch.tensor, torch.as_tensor, Tensor.new_tensor, Tensor.item, Tensor.tolist, Tensor.__bool__
+        assert function not in refused, f"{function} in a captured step"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_copies_nothing_from_or_to_the_host(name: str, load: Callable[..., rewards.Reward]) -> None:
+    reward, images = load(name, checkpoint=True), IMAGES.float().requires_grad_()
+    reward(images, PROMPTS)
+    with NothingFromTheHost():
+        torch.autograd.grad(reward(images, PROMPTS).sum(), images)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -72,6 +72,11 @@ class Preprocessing:
         return ops.reward_pixels(images, **vars(self), dtype=dtype)
 
 
+def per_channel(values: Sequence[float], images: Tensor) -> Tensor:
+    """Numbers for the channels of images, [1, C, 1, 1], made on their device: a captured step copies nothing there."""
+    return torch.cat([images.new_full((1, 1, 1, 1), value) for value in values], 1)
+
+
 class ImageBatch:
     """A batch of images, and what has been computed from it: rewards that need the same thing share it.
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffpp_fast.precision import widen
-from diffpp_fast.rewards.base import CLIP_MEAN, CLIP_STD, ImageBatch, Preprocessing
+from diffpp_fast.rewards.base import CLIP_MEAN, CLIP_STD, ImageBatch, Preprocessing, per_channel
 from diffpp_fast.rewards.towers import rms_normed, run_block
 
 #: Qwen2-VL 7B (config.json of Qwen/Qwen2-VL-7B-Instruct); the vocabulary is that of the file of weights.
@@ -73,7 +73,7 @@ def resized(batch: ImageBatch, size: tuple[int, int], clamp: str, dtype: torch.d
         inside = unit.clamp(0.0, 1.0)
         unit = {"hard": inside, "straight_through": unit + (inside - unit).detach(), "none": unit}[clamp]
         new = F.interpolate(unit, size, mode="bicubic", antialias=True)
-        mean, std = (new.new_tensor(values).view(-1, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        mean, std = (per_channel(values, new) for values in (CLIP_MEAN, CLIP_STD))
         return ((new - mean) / std).to(dtype)
 
     return batch.once(("stretch", size, clamp, dtype), stretch)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.precision import widen
-from diffpp_fast.rewards.base import ImageBatch, Preprocessing, Reward
+from diffpp_fast.rewards.base import ImageBatch, Preprocessing, Reward, per_channel
 from diffpp_fast.rewards.files import fit, read_parts
 from diffpp_fast.rewards.flan_t5 import PAD, FlanT5, sizes_of
 from diffpp_fast.rewards.text import CutReport, PromptCache
@@ -96,6 +96,8 @@ class VQAScore(Reward):
     """
 
     name = "vqascore"
+    before: Tensor
+    answer: Tensor
 
     def __init__(
         self,
@@ -109,7 +111,10 @@ class VQAScore(Reward):
         super().__init__()
         self.network, self.tokenizer, self.preprocessing = network, tokenizer, preprocessing
         self._refuse_tokenizer()
-        self.before, self.answer = self._ids(BEFORE), self._ids(ANSWER)
+        # On the weights' device: a captured step copies nothing there.
+        for part, text in (("before", BEFORE), ("answer", ANSWER)):
+            ids = torch.tensor([self._ids(text)], device=network.t5.shared.weight.device)
+            self.register_buffer(part, ids, persistent=False)
         #: Of the question.
         self.length = len(self._ids(QUESTION.format(""))) + length
         self.report = CutReport(self.name, f"{length} tokens")
@@ -119,7 +124,7 @@ class VQAScore(Reward):
     def score(self, batch: ImageBatch, prompts: tuple[str, ...]) -> Tensor:
         image = self.network.image_tokens(self._pixels(batch))
         rows = self.cache(prompts, self._rows)
-        before, answer = (rows.new_tensor(ids).expand(len(batch), -1) for ids in (self.before, self.answer))
+        before, answer = (ids.expand(len(batch), -1) for ids in (self.before, self.answer))
         likely: Tensor = self.network(image, before, rows, answer)
         return likely.exp()
 
@@ -182,7 +187,7 @@ def squared(images: Tensor, mean: Sequence[float]) -> Tensor:
     """Images [B, 3, H, W] in [-1, 1], centred on squares of the mean colour, of which 255 levels are left."""
     height, width = images.shape[2:]
     side, images = max(height, width), widen(images)
-    colour = images.new_tensor([int(255 * value) / 127.5 - 1 for value in mean])[None, :, None, None]
+    colour = per_channel([int(255 * value) / 127.5 - 1 for value in mean], images)
     axis, rest = (2, side - height) if height < width else (3, side - width)
     bars = []
     for thickness in (rest // 2, rest - rest // 2):
