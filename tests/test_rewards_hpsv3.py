@@ -188,6 +188,7 @@ def test_a_prompts_score_does_not_depend_on_its_neighbours_and_long_ones_lose_th
     assert not torch.equal(first, reward(images, held))
 
 
+@pytest.mark.usefixtures("short")
 def test_a_step_copies_nothing_from_or_to_the_host() -> None:
     reward, images = make(torch.float32), decoded(pictures(56, 84)).float()
     reward(images, PROMPTS)
