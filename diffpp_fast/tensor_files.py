@@ -143,6 +143,20 @@ def read_tensors(path: Path, state_dict: str | None = None) -> Mapping[str, Tens
     return Renamed(tensors, _plain_names({name: name for name in tensors}))
 
 
+def read_index(path: Path) -> dict[str, str]:
+    """Return which file beside an index in JSON holds a tensor, by the tensor's name.
+
+    Raises ValueError, naming the index, for one that is damaged or names files elsewhere.
+    """
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not listed or not all(isinstance(name, str) and Path(name).name == name for name in listed.values()):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{path} is damaged: it should map names of tensors to files beside it") from None
+    return dict(listed)
+
+
 def metadata_of(path: Path) -> dict[str, str]:
     """Return the metadata of a .safetensors file; {} where it has none. Raises ValueError for one that is damaged."""
     _places(path)

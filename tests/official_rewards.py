@@ -1,12 +1,14 @@
 """Reward models as their authors wrote them: keys and shapes of their files, and their scores in float64.
 
 Written from openai/CLIP clip/model.py, open_clip model_configs/ViT-H-14.json, salesforce/BLIP models/vit.py and med.py,
-THUDM/ImageReward ImageReward.py, christophschuhmann/improved-aesthetic-predictor simple_inference.py and
-Kwai-Kolors/MPS trainer/models/clip_model.py and cross_modeling.py.
+THUDM/ImageReward ImageReward.py, christophschuhmann/improved-aesthetic-predictor simple_inference.py,
+Kwai-Kolors/MPS trainer/models/clip_model.py and cross_modeling.py, linzhiqiu/t2v_metrics clip_t5_model.py, mm_utils.py
+and clip_t5, and transformers modeling_t5.py.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -16,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: Of OpenAI's CLIP.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 Shapes = dict[str, tuple[int, ...]]
 State = dict[str, Tensor]
 
@@ -36,6 +40,15 @@ class ClipSizes(NamedTuple):
     features: int
 
 
+class T5Sizes(NamedTuple):
+    width: int
+    wide: int
+    heads: int
+    head: int
+    layers: int
+    vocabulary: int
+
+
 VIT_H_14 = ClipSizes(Tower(1280, 32, 16, 14, 224), Tower(1024, 24, 16, vocabulary=49408, length=77), 1024)
 VIT_L_14 = ClipSizes(Tower(1024, 24, 16, 14, 224), Tower(768, 12, 12, vocabulary=49408, length=77), 768)
 #: Of a CLIP that runs in milliseconds; the vocabulary is that of `write_clip_tokenizer`.
@@ -43,6 +56,12 @@ SMALL_CLIP = ClipSizes(Tower(48, 3, 4, 8, 32), Tower(32, 2, 4, vocabulary=518, l
 
 BLIP_L = (Tower(1024, 24, 16, 16, 224), Tower(768, 12, 12, vocabulary=30524, length=512))
 SMALL_BLIP = (Tower(48, 3, 4, 8, 32), Tower(32, 2, 4, vocabulary=14, length=40))
+
+VIT_L_14_336 = VIT_L_14._replace(vision=Tower(1024, 24, 16, 14, 336))
+FLAN_T5_XL = T5Sizes(2048, 5120, 32, 64, 24, 32128)
+FLAN_T5_XXL = T5Sizes(4096, 10240, 64, 64, 24, 32128)
+#: The vocabulary has room for more than that of `write_t5_tokenizer`, as T5's has.
+SMALL_T5 = T5Sizes(32, 48, 4, 6, 2, 112)
 
 
 # -- keys and shapes ---------------------------------------------------------------------------------------------------
@@ -145,6 +164,46 @@ def cross_shapes(width: int) -> Shapes:
             f"{block}.attn_out.weight": (width, 1024),
             f"{block}.ff_out.1.weight": (width, 4 * width),
         }
+    return shapes
+
+
+def clip_t5_state(clip: State, t5: State) -> State:
+    """The state dict that CLIP-FlanT5's authors saved: CLIP's image tower, the projector and T5."""
+    vision = {
+        f"vision_tower.vision_tower.{name}": value
+        for name, value in transformers_clip_state(clip).items()
+        if name.startswith("vision_model.")
+    }
+    # The same tensor by the names of all that hold it.
+    tied = {f"{holder}embed_tokens.weight": t5["shared.weight"] for holder in ("", "encoder.", "decoder.")}
+    return vision | t5 | tied
+
+
+def t5_shapes(sizes: T5Sizes, vision: Tower) -> Shapes:
+    """Return the shapes of an untied T5 with gated feedforward parts, and of a projector of two layers."""
+    width, inner = sizes.width, sizes.heads * sizes.head
+    shapes: Shapes = {
+        "shared.weight": (sizes.vocabulary, width),
+        "lm_head.weight": (sizes.vocabulary, width),
+        **_linear("mm_projector.0", vision.width, width),
+        **_linear("mm_projector.2", width, width),
+    }
+    for stack, attentions in (("encoder", ("SelfAttention",)), ("decoder", ("SelfAttention", "EncDecAttention"))):
+        shapes[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (32, sizes.heads)
+        shapes[f"{stack}.final_layer_norm.weight"] = (width,)
+        for layer in range(sizes.layers):
+            block = f"{stack}.block.{layer}.layer"
+            for place, attention in enumerate(attentions):
+                shapes |= {f"{block}.{place}.{attention}.{letter}.weight": (inner, width) for letter in "qkv"}
+                shapes[f"{block}.{place}.{attention}.o.weight"] = (width, inner)
+                shapes[f"{block}.{place}.layer_norm.weight"] = (width,)
+            last = f"{block}.{len(attentions)}"
+            shapes |= {
+                f"{last}.DenseReluDense.wi_0.weight": (sizes.wide, width),
+                f"{last}.DenseReluDense.wi_1.weight": (sizes.wide, width),
+                f"{last}.DenseReluDense.wo.weight": (width, sizes.wide),
+                f"{last}.layer_norm.weight": (width,),
+            }
     return shapes
 
 
@@ -336,6 +395,92 @@ def _cross_layer(state: State, name: str, image: Tensor, text: Tensor, mask: Ten
     return image + out + gated(wide) @ state[f"{block}.ff_out.1.weight"].T
 
 
+def vqascore_pixels(images: Tensor, size: int) -> Tensor:
+    """Pixels of images in [-1, 1]: on squares of the mean colour in whole levels, resized and normalised."""
+    mean, std = (torch.tensor(values, dtype=images.dtype).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    height, width = images.shape[2:]
+    side = max(height, width)
+    canvas = ((255 * mean).floor() / 255).expand(len(images), 3, side, side).clone()
+    top, left = (side - height) // 2, (side - width) // 2
+    canvas[:, :, top : top + height, left : left + width] = (images / 2 + 0.5).clamp(0, 1)
+    return (F.interpolate(canvas, (size, size), mode="bicubic", antialias=True) - mean) / std
+
+
+def vqascore(
+    clip: State,
+    vision: ClipSizes,
+    t5: State,
+    sizes: T5Sizes,
+    pixels: Tensor,
+    questions: list[list[int]],
+    answer: list[int],
+) -> Tensor:
+    """exp of minus the answer's mean cross entropy, for each image by itself; -200 in a question is the image."""
+    tower = vision.vision
+    scores = []
+    for picture, question in zip(pixels, questions, strict=True):
+        weights = clip["visual.conv1.weight"]
+        x = F.conv2d(picture[None].double(), weights, stride=tower.patch).flatten(2).transpose(1, 2)
+        x = torch.cat((clip["visual.class_embedding"].expand(1, 1, -1), x), 1) + clip["visual.positional_embedding"]
+        x = _norm(x, clip, "visual.ln_pre", 1e-5)
+        # The hidden state before the last layer.
+        short = tower._replace(layers=tower.layers - 1)
+        x = _clip_tower(x, clip, "visual.transformer", short, True, None)[:, 1:]
+        image = _affine_map(_gelu(_affine_map(x, t5, "mm_projector.0")), t5, "mm_projector.2")[0]
+        place = question.index(-200)
+        before, after = (torch.tensor(ids) for ids in (question[:place], question[place + 1 :]))
+        embedded = torch.cat((t5["shared.weight"][before], image, t5["shared.weight"][after]))
+        memory = _t5_stack(t5, "encoder", sizes, embedded, None)
+        hidden = _t5_stack(t5, "decoder", sizes, t5["shared.weight"][torch.tensor([0, *answer[:-1]])], memory)
+        scores.append((-F.cross_entropy(hidden @ t5["lm_head.weight"].T, torch.tensor(answer))).exp())
+    return torch.stack(scores)
+
+
+def _t5_stack(state: State, stack: str, sizes: T5Sizes, x: Tensor, memory: Tensor | None) -> Tensor:
+    """x [L, D] -> [L, D]; the decoder's, which attends to `memory`, is causal."""
+
+    def normed(x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * state[f"{name}.weight"]
+
+    def attend(x: Tensor, source: Tensor, name: str, added: Tensor | float) -> Tensor:
+        q, k, v = (
+            (states @ state[f"{name}.{letter}.weight"].T).unflatten(1, (sizes.heads, -1))
+            for letter, states in (("q", x), ("k", source), ("v", source))
+        )
+        weights = (torch.einsum("ihd,jhd->hij", q, k) + added).softmax(2)
+        return torch.einsum("hij,jhd->ihd", weights, v).flatten(1) @ state[f"{name}.o.weight"].T
+
+    table = state[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+    places = torch.arange(len(x))
+    by_distance = torch.tensor([_t5_bucket(away, memory is None) for away in range(1 - len(x), len(x))])
+    position = table[by_distance[places - places[:, None] + len(x) - 1]].permute(2, 0, 1)
+    if memory is not None:
+        position = position + torch.full(position.shape[1:], -torch.inf, dtype=x.dtype).triu(1)
+    for layer in range(sizes.layers):
+        part = f"{stack}.block.{layer}.layer"
+        y = normed(x, f"{part}.0.layer_norm")
+        x = x + attend(y, y, f"{part}.0.SelfAttention", position)
+        last = 1
+        if memory is not None:
+            x = x + attend(normed(x, f"{part}.1.layer_norm"), memory, f"{part}.1.EncDecAttention", 0.0)
+            last = 2
+        y = normed(x, f"{part}.{last}.layer_norm")
+        gate, value = (y @ state[f"{part}.{last}.DenseReluDense.wi_{n}.weight"].T for n in (0, 1))
+        gate = 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+        x = x + (gate * value) @ state[f"{part}.{last}.DenseReluDense.wo.weight"].T
+    return normed(x, f"{stack}.final_layer_norm")
+
+
+def _t5_bucket(distance: int, both_ways: bool) -> int:
+    """The row of T5's table of 32 for a token that lies so far behind the one that attends to it."""
+    first, rows = (16 if distance > 0 else 0, 16) if both_ways else (0, 32)
+    away = abs(distance) if both_ways else max(-distance, 0)
+    if away < rows // 2:
+        return first + away
+    farther = math.log(away / (rows // 2)) / math.log(128 / (rows // 2)) * (rows // 2)
+    return first + min(rows // 2 + int(farther), rows - 1)
+
+
 def head_score(state: State, features: Tensor, prefix: str = "") -> Tensor:
     for place in (0, 2, 4, 6, 7):
         features = _affine_map(features, state, f"{prefix}layers.{place}")
@@ -393,6 +538,35 @@ def write_bert_vocabulary(folder: Path) -> Path:
     path = folder / "vocab.txt"
     path.write_text("\n".join(WORDS[:12]) + "\n")
     return path
+
+
+def write_t5_tokenizer(folder: Path) -> Path:
+    """T5's tokenizer with a token for each printable letter, and for "Yes": 100 tokens."""
+    from transformers import T5Tokenizer
+
+    letters = ["<pad>", "</s>", "<unk>", "\u2581", "\u2581Yes", *map(chr, range(ord("!"), ord("~") + 1))]
+    vocabulary = [(letter, 0.0 if len(letter) > 3 else -1.0) for letter in letters]
+    T5Tokenizer(vocab=vocabulary, extra_ids=1).save_pretrained(folder)
+    return folder
+
+
+def t5_ids(text: str) -> list[int]:
+    """Tokens by that vocabulary: of each word its beginning and its letters, and the end."""
+    words = ([4] if word == "Yes" else [3, *(5 + ord(letter) - ord("!") for letter in word)] for word in text.split())
+    return [*(number for word in words for number in word), 1]
+
+
+def write_clip_t5(folder: Path, state: State, parts: int = 3) -> Path:
+    """Pickles of tensors, and the index that says which of them holds what."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"pytorch_model-{part + 1:05}-of-{parts:05}.bin" for part in range(parts)]
+    held = {name: names[place % parts] for place, name in enumerate(state)}
+    for file in names:
+        torch.save({name: value for name, value in state.items() if held[name] == file}, folder / file)
+    size = sum(value.nbytes for value in state.values())
+    index = {"metadata": {"total_size": size}, "weight_map": held}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return folder
 
 
 def transformer_sizes(tower: Tower) -> dict[str, int]:

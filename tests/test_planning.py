@@ -559,24 +559,34 @@ def test_rewards_of_the_package_are_known(project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_hpsv3_counts_in_its_own_precision_and_in_four_bits(project: Path) -> None:
-    """Qwen2-VL 7B in bfloat16 by default, whatever the others of a mixture are in."""
+@pytest.mark.parametrize(
+    ("name", "path", "parameters"),
+    [
+        ("hpsv3", "", 7_746_378_240),
+        ("vqascore", "path: clip-flant5-xl, ", 3_146_963_968),
+        ("vqascore", "", 11_447_223_296),
+    ],
+)
+def test_large_rewards_count_in_their_own_precision_and_in_four_bits(
+    name: str, path: str, parameters: int, project: Path
+) -> None:
+    """bfloat16 by default, whatever the others of a mixture are in."""
     sizes = {}
     for kind in ("null", "nf4"):
-        qwen_2 = f"{{weight: 1, arguments: {{quantization: {kind}}}}}"
+        large = f"{{weight: 1, arguments: {{{path}quantization: {kind}}}}}"
         overrides = [
             "rewards.optimised.factory=diffpp_fast.rewards:mixture",
-            f"rewards.optimised.arguments={{rewards: {{mps: {{weight: 1}}, hpsv3: {qwen_2}}}}}",
+            f"rewards.optimised.arguments={{rewards: {{mps: {{weight: 1}}, {name}: {large}}}}}",
         ]
         reward = load_config(project, overrides).rewards.optimised
         assert reward is not None
         towers = towers_of(reward)
-        assert (towers.names, towers.dtype, towers.unknown) == (("mps", "hpsv3"), torch.float32, ())
+        assert (towers.names, towers.dtype, towers.unknown) == (("mps", name), torch.float32, ())
         sizes[kind] = Scorer(towers).weight_bytes()
-    mps, qwen = 4 * 1_104_606_720, 7_746_378_240
-    assert sizes["null"] == mps + 2 * qwen
-    # Half a byte a weight and a scale per 64; embedding, merger, norms and biases stay.
-    assert 0.5 * qwen < sizes["nf4"] - mps < 0.7 * qwen
+    mps = 4 * 1_104_606_720
+    assert sizes["null"] == mps + 2 * parameters
+    # Half a byte a weight and a scale per 64; embeddings, merger, norms and biases stay.
+    assert 0.5 * parameters < sizes["nf4"] - mps < 0.7 * parameters
 
 
 def test_a_plan_says_that_it_is_for_a_gpu(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,7 @@ def folder(tmp_path: Path) -> Path:
         (IMAGES, PROMPTS[:1], ValueError, "2 images need 2 prompts, got 1"),
         (IMAGES, "a cat", TypeError, "got a single string"),
         (IMAGES, ("a cat", 3), TypeError, "prompts must be strings, got int"),
+        (IMAGES, ("a cat", "a\ud800"), ValueError, "half of a surrogate pair in 'a.ud800'"),
     ],
 )
 def test_bad_images_and_prompts(images: Any, prompts: Any, error: type, message: str, folder: Path) -> None:

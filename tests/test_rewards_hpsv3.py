@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from test_rewards_networks import NothingFromTheHost
 from torch import Tensor
 
 from diffpp_fast import rewards
@@ -187,6 +188,14 @@ def test_a_prompts_score_does_not_depend_on_its_neighbours_and_long_ones_lose_th
     assert not torch.equal(first, reward(images, held))
 
 
+@pytest.mark.usefixtures("short")
+def test_a_step_copies_nothing_from_or_to_the_host() -> None:
+    reward, images = make(torch.float32), decoded(pictures(56, 84)).float()
+    reward(images, PROMPTS)
+    with NothingFromTheHost():
+        reward(images, PROMPTS)
+
+
 def test_the_official_instruction_is_around_the_prompt() -> None:
     assert BEFORE.endswith("<|im_start|>user\n<|vision_start|>") and ENDING.endswith(": <|Reward|>")
     assert AFTER.startswith("<|vision_end|>\nYou are tasked with") and AFTER.endswith("description.\nTextual prompt - ")
@@ -243,7 +252,7 @@ def test_low_precision_keeps_the_head_in_float32(load: Callable[..., HPSv3]) -> 
 def test_what_does_not_fit_is_refused_by_name(load: Callable[..., HPSv3], monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, said in (
         ({"quantization": "int4"}, "quantization must be nf4, int8 or null"),
-        ({"length": 0}, "length must be at least 1"),
+        ({"length": "3"}, "length must be an integer of at least 1, got '3'"),
         ({"dtype": "int8"}, "dtype must be one of"),
     ):
         with pytest.raises(ConfigurationError, match=said):
@@ -255,23 +264,23 @@ def test_what_does_not_fit_is_refused_by_name(load: Callable[..., HPSv3], monkey
         load()
 
 
-@pytest.mark.slow
-def test_four_bits_store_the_blocks_and_pass_the_gradient(load: Callable[..., HPSv3]) -> None:
+def test_four_bits_of_a_configuration_store_the_blocks_and_pass_the_gradient(
+    load: Callable[..., HPSv3], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("bitsandbytes")
-    wide = {key: dict(value) for key, value in SIZES.items()}
-    wide["text_config"] |= {"hidden_size": 64, "intermediate_size": 128}
-    model, head = network(
-        sizes={**wide, "vision_config": {**wide["vision_config"], "embed_dim": 64, "hidden_size": 64}}
-    )
-    from diffpp_fast.few_bits import linears_of, quantize_linears
+    from diffpp_fast import few_bits
 
-    reward = HPSv3(Qwen2VL(model, True), head, tokenizer(), squares=16)
+    monkeypatch.setattr(few_bits, "SMALLEST", 1024)
+    whole = load(dtype="float32")
+    arguments = {"path": "./HPSv3.safetensors", "quantization": "nf4", "dtype": "float32"}
+    mixture = rewards.mixture({"hpsv3": {"weight": 0.5, "arguments": arguments}}, folder=str(tmp_path))
+    stored: Any = mixture["hpsv3"]
+    for network in (whole.network, stored.network):
+        lists = network.visual.blocks, network.language_model.layers
+        assert [bool(few_bits.linears_of(blocks)) for blocks in lists] == [network is whole.network] * 2
+    whole.pixels = stored.pixels = make().pixels
     images = decoded(pictures()).float().requires_grad_()
-    before = reward(images, PROMPTS).detach()
-    blocks = reward.network.language_model.layers
-    meant = len(linears_of(blocks))
-    assert quantize_linears(blocks, "nf4") == meant > 0 and not linears_of(blocks)
-    values = reward(images, PROMPTS)
+    values = mixture(images, PROMPTS)
     values.sum().backward()
-    assert 0 < (values - before).abs().max() < 1.0
+    assert 0 < (2 * values - whole(images, PROMPTS)).abs().max() < 1.0
     assert images.grad is not None and images.grad.norm() > 0

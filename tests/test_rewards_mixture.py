@@ -161,6 +161,9 @@ def test_impossible_mixtures_are_refused() -> None:
         Mixture({"red": (3, 1.0)})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="margin must be finite"):
         Margin(red, float("inf"))
+    tensor = Mixture({"wave": (lambda images, prompts: torch.fft.fft(images).mean((1, 2, 3)), 1.0)})
+    with pytest.raises(TypeError, match=r"must give real numbers, got torch.complex64"):
+        tensor(IMAGES, PROMPTS)
     wrong = Mixture({"wrong": (lambda images, prompts: images.mean((1, 2, 3))[:, None], 1.0)})
     with pytest.raises(ValueError, match=r"one number per image, shape \[2\], got shape \[2, 1\]"):
         wrong(IMAGES, PROMPTS)
@@ -224,6 +227,13 @@ def test_mixture_from_a_configuration(folder: Path) -> None:
     assert not any(part.requires_grad for part in output.parts.values())
 
 
+def test_a_mixture_in_a_mixture_finds_its_files_in_the_same_folder(folder: Path) -> None:
+    inner = {"clip": {"weight": 3.0, "arguments": {"path": "./clip"}}}
+    outer = {"both": {"weight": -2.0, "reward": "mixture", "arguments": {"rewards": inner}}}
+    values = rewards.mixture(outer, folder=str(folder))(IMAGES, PROMPTS)
+    torch.testing.assert_close(values, -6 * rewards.clip(str(folder / "clip"))(IMAGES, PROMPTS))
+
+
 def test_a_run_trains_on_a_mixture(folder: Path, tmp_path: Path) -> None:
     arguments = {"folder": str(folder), "rewards": {name: entries()[name] for name in ("aesthetic", "clip")}}
     path = tiny.write(tmp_path)
@@ -270,6 +280,20 @@ def test_a_single_reward_from_a_configuration(name: str, folder: Path) -> None:
         ({"mine": {"weight": 1.0, "reward": "torch:nothing"}}, "torch has no function nothing"),
         ({"clip": {"weight": 1.0, "arguments": {"path": "./clip", "color": 1}}}, "color"),
         ({"clip": {"weight": float("nan"), "arguments": {"path": "./clip"}}}, "weight of clip must be finite"),
+        ({"clip": {"weight": "2"}}, "weight of clip must be a number, got str '2'"),
+        ({"clip": {"weight": True}}, "weight of clip must be a number, got bool True"),
+        ({"clip": {"weight": 10**400}}, "weight of clip must be finite"),
+        ({"clip": {"weight": 1, "normalize": [0, "1"]}}, "the std of normalize of clip must be a number, got str '1'"),
+        (
+            {"clip": {"weight": 1, "normalize": [None, 1]}},
+            "the mean of normalize of clip must be a number",
+        ),
+        ({"clip": {"weight": 1, "margin": [1]}}, r"margin of clip must be a number, got list \[1\]"),
+        ({"clip": {"weight": 1, "reward": ["clip"]}}, r"reward of clip must be text, got \['clip'\]"),
+        ({"clip": {"weight": 1, "arguments": {"path": ["clip"]}}}, r"clip: path must be text, got \['clip'\]"),
+        ({"clip": {"weight": 1, "arguments": {"path": "./clip", "clamp": "soft"}}}, "clamp must be one of hard, str"),
+        ({1: {"weight": 1}}, "the name of a reward must be text, got 1"),
+        ({"total": {"weight": 1, "reward": "clip", "arguments": {"path": "./clip"}}}, "can't be total"),
         ({}, "must map names"),
     ],
 )

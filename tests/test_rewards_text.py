@@ -121,6 +121,8 @@ def test_the_cache_encodes_each_prompt_once_and_forgets_the_oldest() -> None:
 
 def test_a_batch_may_be_larger_than_the_cache_and_than_a_chunk() -> None:
     encode = Encoder()
+    with pytest.raises(ValueError, match="gave 1 rows for 2 prompts"):
+        text.PromptCache(3)(("a", "b"), lambda prompts: torch.zeros(1, 2))
     cache = text.PromptCache(5)
     prompts = ["p" * length for length in range(300)]
     assert cache(prompts, encode)[:, 0].tolist() == list(range(300))

@@ -81,7 +81,7 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     add(
         "--reward",
         metavar="NAME,...",
-        help="pickscore, hpsv2.1, hpsv3, mps, imagereward, clip, aesthetic (hpsv2.1), none",
+        help="pickscore, hpsv2.1, hpsv3, vqascore, mps, imagereward, clip, aesthetic (hpsv2.1), none",
     )
     add("--checkpointing", action="store_true", default=None, help="compute blocks again in the backward pass")
     add("--decoder-checkpoint", action="store_true", default=None, help="compute the decode again, too")

@@ -153,7 +153,7 @@ def _write_grid(
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     from diffpp_fast.evaluation.prompts import read_prompts
-    from diffpp_fast.training.prompts.source import is_unicode
+    from diffpp_fast.terminal import is_unicode
 
     if bool(arguments.prompts) == (arguments.prompt_file is not None):
         raise ConfigurationError("sample what? Give prompts, or a file of them with --prompts FILE, and not both")

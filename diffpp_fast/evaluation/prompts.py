@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.terminal import is_unicode
 from diffpp_fast.training.config import Prompts
 from diffpp_fast.training.prompts import open_prompts
-from diffpp_fast.training.prompts.source import is_unicode, one_line
+from diffpp_fast.training.prompts.source import one_line
 
 #: Files of the HPSv2 benchmark, one list of prompts for each style.
 HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")

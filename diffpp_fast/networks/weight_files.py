@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from diffpp_fast.networks.foreign import FILES, describe
-from diffpp_fast.tensor_files import StoredTensors
+from diffpp_fast.tensor_files import StoredTensors, read_index
 
 #: What diffusers and transformers call a network's weights.
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
@@ -43,7 +42,7 @@ def open_weights(folder: Path, stem: str, variant: str | None, loader: str) -> S
         return StoredTensors([single])
     if not index.is_file():
         raise FileNotFoundError(f"{folder} {_explain(folder, stem, variant, loader)}")
-    listed = _read_index(index)
+    listed = read_index(index)
     missing = sorted({name for name in listed.values() if not (folder / name).is_file()})
     if missing:
         raise FileNotFoundError(f"{index} lists {', '.join(missing)}, which {_is_or_are(missing)} not there")
@@ -79,16 +78,6 @@ def _single(stem: str, variant: str | None) -> str:
 
 def _index(stem: str, variant: str | None) -> str:
     return f"{_dotted(f'{stem}.safetensors.index', variant)}.json"
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not listed or not all(isinstance(name, str) and Path(name).name == name for name in listed.values()):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{path} is damaged: it should map names of tensors to files beside it") from None
-    return dict(listed)
 
 
 def _explain(folder: Path, stem: str, variant: str | None, loader: str) -> str:

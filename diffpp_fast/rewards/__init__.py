@@ -14,7 +14,9 @@ from diffpp_fast.rewards.factories import (
     mixture,
     mps,
     pickscore,
+    vqascore,
 )
+from diffpp_fast.rewards.text import PromptCache
 
 __all__ = [
     "Clip",
@@ -23,6 +25,7 @@ __all__ = [
     "Mixture",
     "Normalized",
     "Preprocessing",
+    "PromptCache",
     "Reward",
     "Scorer",
     "aesthetic",
@@ -36,4 +39,5 @@ __all__ = [
     "mps",
     "pickscore",
     "score",
+    "vqascore",
 ]

@@ -16,6 +16,7 @@ from diffpp_fast import ops
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.precision import widen
 from diffpp_fast.rewards.text import HeldPrompts
+from diffpp_fast.terminal import is_unicode
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,11 @@ class Preprocessing:
     def __call__(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> [B, 3, size, size] in `dtype`."""
         return ops.reward_pixels(images, **vars(self), dtype=dtype)
+
+
+def per_channel(values: Sequence[float], images: Tensor) -> Tensor:
+    """Numbers for the channels of images, [1, C, 1, 1], made on their device: a captured step copies nothing there."""
+    return torch.cat([images.new_full((1, 1, 1, 1), value) for value in values], 1)
 
 
 class ImageBatch:
@@ -182,6 +188,8 @@ class CallableReward(Reward):
         if not isinstance(values, Tensor) or values.shape != (len(batch),):
             got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"{self.name} must give one number per image, shape [{len(batch)}], got {got}")
+        if values.is_complex():
+            raise TypeError(f"{self.name} must give real numbers, got {values.dtype}")
         return widen(values.to(batch.images.device, copy=True))
 
 
@@ -199,6 +207,8 @@ def check_prompts(prompts: Sequence[str], count: int) -> tuple[str, ...]:
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise TypeError(f"prompts must be strings, got {type(prompt).__name__}")
+            if not prompt.isascii() and not is_unicode(prompt):
+                raise ValueError(f"prompts must be text, got half of a surrogate pair in {prompt[:60]!r}")
     if len(prompts) != count:
         raise ValueError(f"{count} images need {count} prompts, got {len(prompts)}")
     checked: Any = prompts

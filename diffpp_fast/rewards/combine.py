@@ -89,7 +89,7 @@ class Mixture(Reward):
         rewards: name -> (reward, weight). Any (images, prompts) -> [B] is a reward. One of weight 0 is evaluated for
             the log, without gradient.
 
-    Raises ValueError where there is no reward, a weight is not finite, or a name holds a dot or a slash.
+    Raises ValueError where there is no reward, a weight is not finite, or a name is "total" or holds a dot or a slash.
     """
 
     name = "mixture"
@@ -101,8 +101,8 @@ class Mixture(Reward):
         for name, (_, weight) in rewards.items():
             if not math.isfinite(weight):
                 raise ValueError(f"the weight of {name} must be finite, got {weight}")
-            if not name or "." in name or "/" in name:
-                raise ValueError(f"the name of a reward can't be empty or hold a dot or a slash, got {name!r}")
+            if not name or "." in name or "/" in name or name == "total":
+                raise ValueError(f"the name of a reward can't be total, empty or hold a dot or a slash, got {name!r}")
         # A prefix, for a ModuleDict refuses names such as "type" that are attributes of its own.
         self._rewards = nn.ModuleDict({f"reward_{name}": as_reward(reward) for name, (reward, _) in rewards.items()})
         self.weights = {name: float(weight) for name, (_, weight) in rewards.items()}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from diffpp_fast.arguments import number
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.few_bits import need_bitsandbytes, quantize_linears
+from diffpp_fast.ops.reward_pixels import CLAMPS
 from diffpp_fast.rewards.base import Preprocessing, Reward, Scorer
 from diffpp_fast.rewards.clip_model import Clip, load_open_clip, load_transformers_clip
 from diffpp_fast.rewards.combine import Margin, Mixture, Normalized
@@ -23,9 +26,11 @@ from diffpp_fast.rewards.text import (
     load_bert_tokenizer,
     load_clip_tokenizer,
     load_qwen_tokenizer,
+    load_t5_tokenizer,
     need_ftfy,
 )
 from diffpp_fast.rewards.user_code import call_factory
+from diffpp_fast.rewards.vqascore_model import FILES, VQAScore, load_vqascore
 from diffpp_fast.user_paths import real_path
 
 CLIP_L_14 = "openai/clip-vit-large-patch14"
@@ -60,7 +65,7 @@ def pickscore(
 
     Raises ConfigurationError, naming the file, where something is missing or does not fit.
     """
-    what, dtype = "pickscore", _dtype(dtype)
+    what, dtype = "pickscore", _options(dtype, clamp)
     model, scale = load_transformers_clip(path, what, dtype)
     towers = Clip(model, load_clip_tokenizer(tokenizer or path), scale=scale, name=what, checkpoint=checkpoint)
     return _placed(CosineReward(towers, scale, Preprocessing(towers.image_size, clamp=clamp), what), device)
@@ -91,7 +96,7 @@ def hpsv2(
 
     The rest is as for `pickscore`.
     """
-    what, dtype = f"hpsv{version}", _dtype(dtype)
+    what, dtype = f"hpsv{version}", _options(dtype, clamp)
     if version not in _HPS_FILES:
         raise ConfigurationError(f"hpsv2: version must be 2.0 or 2.1, got {version!r}")
     need_ftfy(what)
@@ -121,6 +126,7 @@ def clip(
 
     The rest is as for `pickscore`; with a `Clip` only `clamp` is read.
     """
+    dtype = _options(dtype, clamp)
     towers = (
         path if isinstance(path, Clip) else load_clip(path, tokenizer=tokenizer, dtype=dtype, checkpoint=checkpoint)
     )
@@ -147,7 +153,7 @@ def aesthetic(
 
     The rest is as for `pickscore`.
     """
-    what, dtype = "aesthetic", _dtype(dtype)
+    what, dtype = "aesthetic", _options(dtype, clamp)
     file = locate(path, ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth", "model.safetensors"), what)
     head = load_head(file, what, dtype)
     towers = clip if isinstance(clip, Clip) else load_clip(clip, dtype=dtype, checkpoint=checkpoint, text=False)
@@ -177,7 +183,7 @@ def imagereward(
 
     The rest is as for `pickscore`.
     """
-    what, dtype = "imagereward", _dtype(dtype)
+    what, dtype = "imagereward", _options(dtype, clamp)
     vision, text, head = load_imagereward(locate(path, ("ImageReward.pt",), what), what, dtype)
     preprocessing = Preprocessing(vision.config.image_size, clamp=clamp)
     words = load_bert_tokenizer(tokenizer)
@@ -206,7 +212,7 @@ def mps(
 
     The rest is as for `pickscore`.
     """
-    what, dtype = "mps", _dtype(dtype)
+    what, dtype = "mps", _options(dtype, clamp)
     file = locate(path, ("MPS_overall_checkpoint.safetensors", "model.safetensors"), what)
     model, cross, scale = load_mps(file, what, dtype)
     preprocessing = Preprocessing(model.config.vision_config.image_size, clamp=clamp)
@@ -245,23 +251,56 @@ def hpsv3(
 
     The rest is as for `pickscore`.
     """
-    what, dtype = "hpsv3", _dtype(dtype)
-    if length < 1:
-        raise ConfigurationError(f"hpsv3: length must be at least 1, got {length}")
-    if quantization not in (None, "nf4", "int8"):
-        raise ConfigurationError(f"hpsv3: quantization must be nf4, int8 or null, got {quantization!r}")
-    if quantization is not None:
-        try:
-            need_bitsandbytes(quantization)
-        except ValueError as error:
-            raise ConfigurationError(f"hpsv3: {error}") from None
+    what, dtype = "hpsv3", _options(dtype, clamp)
+    _refuse_large(what, length, quantization)
+    file = locate(path, ("HPSv3.safetensors",), what)
     words = load_qwen_tokenizer(tokenizer)
-    model, head = load_hpsv3(locate(path, ("HPSv3.safetensors",), what), what, dtype)
+    model, head = load_hpsv3(file, what, dtype)
     network = Qwen2VL(model, checkpoint)
     reward = HPSv3(network, head, words, clamp=clamp, length=length)
-    if quantization is not None:
-        for blocks in (network.visual.blocks, network.language_model.layers):
-            quantize_linears(blocks, quantization, device)
+    _quantize((network.visual.blocks, network.language_model.layers), quantization, device)
+    return _placed(reward, device)
+
+
+def vqascore(
+    path: str = "zhiqiulin/clip-flant5-xxl",
+    *,
+    tokenizer: str = "google/flan-t5-xxl",
+    length: int = 128,
+    quantization: str | None = None,
+    device: Device = None,
+    dtype: Dtype = "bfloat16",
+    clamp: str = "hard",
+    checkpoint: bool = True,
+) -> VQAScore:
+    """VQAScore (arXiv 2404.01291) of CLIP-FlanT5: how likely "Yes" is where it is asked whether the image shows the
+    prompt; in [0, 1], more is better.
+
+    It is the geometric mean of the probabilities of "Yes" and of the end after it, as in the official code.
+    Source: clip_t5_model.py, mm_utils.py and clip_t5 of linzhiqiu/t2v_metrics before 3.1.
+
+    Args:
+        path: hub id (`zhiqiulin/clip-flant5-xl` has fewer parameters), a folder with pytorch_model.bin.index.json and
+            the files that it lists, or one file; of pickles the tensors alone are read. T5's sizes are those of the
+            file.
+        tokenizer: hub id or folder of T5's; those of XL and XXL are alike.
+        length: tokens of a prompt; a longer one loses its end. The official code cuts at 2048 with all around it.
+        quantization: "nf4" or "int8": how the blocks' linear layers are stored, T5's `wo` among them; None: in `dtype`.
+        dtype: "float16", which T5's activations leave, is refused.
+        checkpoint: keep one tensor per block for the backward pass, and compute the blocks again in it.
+
+    The rest is as for `pickscore`.
+    """
+    what, dtype = "vqascore", _options(dtype, clamp)
+    if dtype == torch.float16:
+        raise ConfigurationError(f"{what}: T5's activations leave float16's range: give bfloat16 or float32 as dtype")
+    _refuse_large(what, length, quantization)
+    locate(path, FILES, what)  # what is missing is said before the tokenizer is fetched
+    words = load_t5_tokenizer(tokenizer)
+    network = load_vqascore(path, what, dtype, checkpoint)
+    preprocessing = Preprocessing(network.vision.config.image_size, clamp=clamp)
+    reward = VQAScore(network, words, preprocessing, length=length)
+    _quantize(network.blocks(), quantization, device)
     return _placed(reward, device)
 
 
@@ -283,7 +322,7 @@ def load_clip(
     """
     if text:
         need_ftfy("clip")
-    model, scale = load_transformers_clip(path, "clip", _dtype(dtype), text=text)
+    model, scale = load_transformers_clip(path, "clip", _options(dtype), text=text)
     words = load_clip_tokenizer(tokenizer or path) if text else None
     return Clip(model, words, scale=scale, clean=clean_like_clip, checkpoint=checkpoint)
 
@@ -295,7 +334,7 @@ def mixture(rewards: Mapping[str, Mapping[str, Any]], *, folder: str = ".", devi
         rewards: name -> {weight, reward, arguments, normalize: [mean, std], margin}. `weight` is required. `reward` is
             a name that `load` knows, by default the key itself, or `file.py:name` or `module:name` of a factory. Text
             in `arguments` that begins with ./ or ../ is a path. `normalize` comes before `margin`.
-        folder: what such paths are relative to.
+        folder: what such paths are relative to, also those of a mixture among the rewards.
         device: where the rewards are put; None: the CPU.
 
     Rewards "clip" (by `path`) and "aesthetic" (by `clip`) with the same CLIP, dtype and recomputation share its towers.
@@ -323,6 +362,8 @@ def mixture(rewards: Mapping[str, Mapping[str, Any]], *, folder: str = ".", devi
             entry, given = entries[name], arguments[name]
             if kind in _CLIP_ARGUMENT:
                 given[_CLIP_ARGUMENT[kind]] = _load_once(kind, given, texts, towers)
+            if kind == "mixture":
+                given.setdefault("folder", folder)
             part = _make(name, kind, given, Path(folder))
             if entry.get("normalize") is not None:
                 part = Normalized(part, *entry["normalize"])
@@ -343,6 +384,7 @@ FACTORIES: dict[str, Callable[..., Reward]] = {
     "aesthetic": aesthetic,
     "mps": mps,
     "hpsv3": hpsv3,
+    "vqascore": vqascore,
     "mixture": mixture,
 }
 
@@ -360,11 +402,33 @@ def load(name: str, **arguments: Any) -> Reward:
     return FACTORIES[name](**arguments)
 
 
-def _dtype(dtype: Dtype) -> torch.dtype:
+def _options(dtype: Dtype, clamp: str = "hard") -> torch.dtype:
+    """The dtype of these names; raises ConfigurationError for others before any weights are read."""
+    if clamp not in CLAMPS:
+        raise ConfigurationError(f"clamp must be one of {', '.join(CLAMPS)}, got {clamp!r}")
     known = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if known is None or known not in _DTYPES.values():
         raise ConfigurationError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     return known
+
+
+def _refuse_large(what: str, length: int, quantization: str | None) -> None:
+    """Raise ConfigurationError for what a large reward can't do, before its weights are read."""
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ConfigurationError(f"{what}: length must be an integer of at least 1, got {length!r}")
+    if quantization not in (None, "nf4", "int8"):
+        raise ConfigurationError(f"{what}: quantization must be nf4, int8 or null, got {quantization!r}")
+    if quantization is not None:
+        try:
+            need_bitsandbytes(quantization)
+        except ValueError as error:
+            raise ConfigurationError(f"{what}: {error}") from None
+
+
+def _quantize(lists: Iterable[nn.Module], quantization: str | None, device: Device) -> None:
+    if quantization is not None:
+        for blocks in lists:
+            quantize_linears(blocks, quantization, device)
 
 
 def _placed(reward: Any, device: Device) -> Any:
@@ -373,15 +437,27 @@ def _placed(reward: Any, device: Device) -> Any:
 
 def _entry(name: str, entry: Any) -> Mapping[str, Any]:
     known = {"weight", "reward", "arguments", "normalize", "margin"}
+    if not isinstance(name, str):
+        raise ConfigurationError(f"mixture: the name of a reward must be text, got {name!r}")
     if not isinstance(entry, Mapping) or "weight" not in entry or set(entry) - known:
         raise ConfigurationError(
             f"mixture: {name} must have weight and may have {', '.join(sorted(known - {'weight'}))}"
         )
+    if not isinstance(entry.get("reward", name), str):
+        raise ConfigurationError(f"mixture: reward of {name} must be text, got {entry['reward']!r}")
     if not isinstance(entry.get("arguments") or {}, Mapping):
         raise ConfigurationError(f"mixture: the arguments of {name} must be a mapping")
     normalize = entry.get("normalize")
     if normalize is not None and (not isinstance(normalize, list | tuple) or len(normalize) != 2):
         raise ConfigurationError(f"mixture: normalize of {name} must be [mean, std], got {normalize!r}")
+    given = {"weight": entry["weight"], "margin": entry.get("margin")}
+    given |= dict(zip(("the mean of normalize", "the std of normalize"), normalize or (), strict=False))
+    for what, value in given.items():
+        try:
+            if value is not None or what != "margin":
+                number("mixture", f"{what} of {name}", value)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(str(error)) from None
     return entry
 
 
@@ -397,7 +473,10 @@ _CLIP_ARGUMENT = {"clip": "path", "aesthetic": "clip"}
 def _towers(kind: str, arguments: Mapping[str, Any]) -> Hashable:
     """Return what tells the towers of one CLIP from those of another."""
     options = (str(arguments.get("dtype", "float32")), bool(arguments.get("checkpoint", False)))
-    return arguments.get(_CLIP_ARGUMENT[kind], CLIP_L_14), *options
+    place = arguments.get(_CLIP_ARGUMENT[kind], CLIP_L_14)
+    if not isinstance(place, str | Path | Clip):
+        raise ConfigurationError(f"{kind}: {_CLIP_ARGUMENT[kind]} must be text, got {place!r}")
+    return place, *options
 
 
 def _load_once(

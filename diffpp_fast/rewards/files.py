@@ -22,6 +22,8 @@ _KINDS = (
     (r"visual\.(conv1|transformer|trunk)", "CLIP in OpenAI's or open_clip's format"),
     (r"vision_model\.", "CLIP or BLIP in transformers' format"),
     (r"text_model\.", "a text encoder in transformers' format"),
+    (r"mm_projector\.", "a LLaVA or a CLIP-T5"),
+    (r"(encoder|decoder)\.block\.", "a T5 in transformers' format"),
     (r"layers\.[0-9]+\.weight$", "an MLP such as the aesthetic predictor's"),
     (r"(decoder|encoder)\.(up|down)_blocks\.", "a diffusers autoencoder"),
     (r"(down|up|mid)_blocks?\.", "a diffusers UNet"),
@@ -31,10 +33,12 @@ _KINDS = (
 
 
 def locate(path: str | Path, names: Sequence[str], what: str) -> Path:
-    """A file that is given itself, or one of `names` in a folder, or the first of them in a repository of the hub.
+    """A file that is given itself, or the first of `names` that a folder or a repository of the hub holds.
 
     Raises ConfigurationError, naming `what`, where there is none.
     """
+    if not isinstance(path, str | Path):
+        raise ConfigurationError(f"{what}: path must be text, got {path!r}")
     local = Path(path).expanduser()
     if local.is_file():
         return local
@@ -46,16 +50,20 @@ def locate(path: str | Path, names: Sequence[str], what: str) -> Path:
         return found
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
         raise ConfigurationError(f"{what}: no such file or folder: {local}")
-    return _download(str(path), names[0], what)
+    return _download(str(path), names, what)
 
 
-def _download(repository: str, name: str, what: str) -> Path:
+def _download(repository: str, names: Sequence[str], what: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    name, *others = names
     try:
         return Path(hf_hub_download(repository, name))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        # The repository is there, and has no such file.
+        if others and isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return _download(repository, others, what)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         command = f"hf download {repository}" + ("" if name == "config.json" else f" {name}")
         raise ConfigurationError(
@@ -73,6 +81,35 @@ def read_tensors(path: Path, what: str) -> Mapping[str, Tensor]:
         return tensor_files.read_tensors(path)
     except ValueError as error:
         raise ConfigurationError(f"{what}: {error}") from error
+
+
+def read_parts(path: str | Path, names: Sequence[str], what: str) -> tuple[Path, Mapping[str, Tensor]]:
+    """A file of weights, or an index of several, located like any, and its tensors.
+
+    Raises ConfigurationError, naming `what`, where one is missing, can't be read, or is not what the index says.
+    """
+    file = locate(path, names, what)
+    if not file.name.endswith(".index.json"):
+        return file, read_tensors(file, what)
+    try:
+        listed = tensor_files.read_index(file)
+    except ValueError as error:
+        raise ConfigurationError(f"{what}: {error}") from error
+    # Beside a local index, or downloaded one by one.
+    place = file.parent if Path(path).expanduser().exists() else path
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(listed.values())):
+        part = read_tensors(locate(place, (name,), what), what)
+        wrong = next((key for key in part if listed.get(key) != name), None)
+        if wrong is not None:
+            raise ConfigurationError(f"{what}: {file} is not that of the files beside it: {name} holds {wrong} besides")
+        tensors.update(part)
+    lost = sorted(listed.keys() - tensors.keys())
+    if lost:
+        raise ConfigurationError(
+            f"{what}: {file} is not that of the files beside it: {listed[lost[0]]} does not hold {lost[0]}"
+        )
+    return file, tensors
 
 
 def unchanged(key: str) -> tuple[str, Callable[[Tensor], Tensor]]:

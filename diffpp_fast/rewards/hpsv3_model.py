@@ -87,6 +87,7 @@ class HPSv3(Reward):
     """
 
     name = "hpsv3"
+    before: Tensor
 
     def __init__(
         self,
@@ -104,7 +105,9 @@ class HPSv3(Reward):
         self._refuse_tokenizer(network)
         tokenizer.add_special_tokens({"additional_special_tokens": [TOKEN]})
         self.token: int = tokenizer.convert_tokens_to_ids(TOKEN)
-        self.before = self._ids(BEFORE)
+        # On the weights' device: a captured step copies nothing there.
+        device = network.language_model.norm.weight.device
+        self.register_buffer("before", torch.tensor([self._ids(BEFORE)], device=device), persistent=False)
         self.ending = self._ids(ENDING)
         #: Of what comes after the image.
         self.length = len(self._ids(AFTER + ENDING)) + length
@@ -119,7 +122,7 @@ class HPSv3(Reward):
         size = smart_size(height, width, self.factor, self.pixels, self.pixels)
         image = self.network.image_tokens(resized(batch, size, self.clamp, self.network.dtype))
         rows = self.cache(prompts, self._rows)
-        before = self.network.embed(rows.new_tensor(self.before).expand(len(batch), -1))
+        before = self.network.embed(self.before.expand(len(batch), -1))
         after = self.network.embed(rows[:, :-1])
         place = rows[:, -1] + before.shape[1] + image.shape[1]
         hidden = self.network(torch.cat((before, image, after), 1), place)

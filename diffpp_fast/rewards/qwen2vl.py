@@ -13,11 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recomputed
 
-from diffpp_fast import transforms
 from diffpp_fast.precision import widen
-from diffpp_fast.rewards.base import CLIP_MEAN, CLIP_STD, ImageBatch, Preprocessing
+from diffpp_fast.rewards.base import CLIP_MEAN, CLIP_STD, ImageBatch, Preprocessing, per_channel
+from diffpp_fast.rewards.towers import rms_normed, run_block
 
 #: Qwen2-VL 7B (config.json of Qwen/Qwen2-VL-7B-Instruct); the vocabulary is that of the file of weights.
 QWEN2_VL_7B: dict[str, Any] = {
@@ -74,7 +73,7 @@ def resized(batch: ImageBatch, size: tuple[int, int], clamp: str, dtype: torch.d
         inside = unit.clamp(0.0, 1.0)
         unit = {"hard": inside, "straight_through": unit + (inside - unit).detach(), "none": unit}[clamp]
         new = F.interpolate(unit, size, mode="bicubic", antialias=True)
-        mean, std = (new.new_tensor(values).view(-1, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        mean, std = (per_channel(values, new) for values in (CLIP_MEAN, CLIP_STD))
         return ((new - mean) / std).to(dtype)
 
     return batch.once(("stretch", size, clamp, dtype), stretch)
@@ -119,7 +118,7 @@ class Qwen2VL(nn.Module):
         x = F.linear(self._patches(pixels), weight.flatten(1))
         cos, sin = self._table(("vision", rows, columns), x.device)
         for block in self.visual.blocks:
-            x = self._run(self._vision_block, block, x, cos, sin)
+            x = run_block(self._vision_block, block, x, cos, sin, checkpoint=self.checkpoint)
         merger = self.visual.merger
         merged: Tensor = merger.mlp(merger.ln_q(x).unflatten(1, (-1, self.merge**2)).flatten(2))
         return merged
@@ -131,9 +130,9 @@ class Qwen2VL(nn.Module):
         """
         cos, sin = (table.to(x.dtype) for table in self._table(("text", x.shape[1]), x.device))
         for layer in self.language_model.layers:
-            x = self._run(self._text_layer, layer, x, cos, sin)
+            x = run_block(self._text_layer, layer, x, cos, sin, checkpoint=self.checkpoint)
         taken = x.gather(1, place[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
-        return _normed(self.language_model.norm, taken)
+        return rms_normed(self.language_model.norm, taken)
 
     def _patches(self, pixels: Tensor) -> Tensor:
         """[B, N, 3 * frames * patch * patch]: blocks of merge x merge patches one after the other, an image as frames
@@ -144,12 +143,6 @@ class Qwen2VL(nn.Module):
         x = x.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(1, 4)
         return x[:, :, :, None].expand(-1, -1, -1, self.frames, -1, -1).flatten(2)
 
-    def _run(self, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        if not (self.checkpoint and torch.is_grad_enabled()) or transforms.active():
-            return block(*inputs)
-        result: Tensor = recomputed(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return result
-
     def _vision_block(self, block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         attention = block.attn
         q, k, v = attention.qkv(block.norm1(x)).unflatten(2, (3, self.vision_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -159,7 +152,7 @@ class Qwen2VL(nn.Module):
         return output
 
     def _text_layer(self, layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        attention, normed = layer.self_attn, _normed(layer.input_layernorm, x)
+        attention, normed = layer.self_attn, rms_normed(layer.input_layernorm, x)
         q = attention.q_proj(normed).unflatten(2, (self.heads, -1)).transpose(1, 2)
         k = attention.k_proj(normed).unflatten(2, (self.key_heads, -1)).transpose(1, 2)
         v = attention.v_proj(normed).unflatten(2, (self.key_heads, -1)).transpose(1, 2)
@@ -167,7 +160,7 @@ class Qwen2VL(nn.Module):
         k, v = (part.repeat_interleave(self.heads // self.key_heads, 1) for part in (k, v))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + attention.o_proj(attended.transpose(1, 2).flatten(2))
-        output: Tensor = x + layer.mlp(_normed(layer.post_attention_layernorm, x))
+        output: Tensor = x + layer.mlp(rms_normed(layer.post_attention_layernorm, x))
         return output
 
     def _table(self, key: tuple[Any, ...], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -196,11 +189,6 @@ class Qwen2VL(nn.Module):
 
 def _frequencies(theta: float, width: int, device: torch.device) -> Tensor:
     return theta ** (-torch.arange(0, width, 2, device=device) / width)
-
-
-def _normed(norm: Any, x: Tensor) -> Tensor:
-    """transformers' own keeps copies in float32, of which the backward pass needs none."""
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -85,7 +85,11 @@ class PromptTokenizer:
 
 
 class PromptCache:
-    """The results of an encoder for the prompts asked for last, `capacity` of them."""
+    """The results of an encoder for the prompts asked for last, also in steps that are captured as CUDA graphs.
+
+    Args:
+        capacity: prompts whose results are kept.
+    """
 
     #: Prompts that are encoded at a time.
     CHUNK = 128
@@ -98,7 +102,10 @@ class PromptCache:
         return len(self._known)
 
     def __call__(self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Tensor]) -> Tensor:
-        """B prompts -> [B, ...], without gradient; `encode` gives it for those that are not known."""
+        """B prompts -> [B, ...], without gradient; `encode` gives it for those that are not known, some at a time.
+
+        Raises ValueError where `encode` does not give one row per prompt.
+        """
         if isinstance(prompts, HeldPrompts):
             return prompts.look_up(self, encode)
         rows = {prompt: self._known.get(prompt) for prompt in prompts}
@@ -106,8 +113,11 @@ class PromptCache:
         with torch.no_grad():
             for start in range(0, len(missing), self.CHUNK):
                 part = missing[start : start + self.CHUNK]
+                results = encode(part)
+                if len(results) != len(part):
+                    raise ValueError(f"an encoder of prompts gave {len(results)} rows for {len(part)} prompts")
                 # Clones: a view would keep its whole chunk alive.
-                rows.update((prompt, row.clone()) for prompt, row in zip(part, encode(part), strict=True))
+                rows.update((prompt, row.clone()) for prompt, row in zip(part, results, strict=True))
         for prompt, row in rows.items():
             assert row is not None
             self._known[prompt] = row
@@ -226,10 +236,17 @@ def load_qwen_tokenizer(path: str | Path) -> Any:
     return _from_pretrained(Qwen2Tokenizer, path)
 
 
+def load_t5_tokenizer(path: str | Path) -> Any:
+    """T5's tokenizer from a hub id or a folder."""
+    from transformers import T5Tokenizer
+
+    return _from_pretrained(T5Tokenizer, path)
+
+
 def _from_pretrained(kind: Any, path: str | Path) -> Any:
     try:
         tokenizer = kind.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigurationError(f"tokenizer: {path} gives no {kind.__name__}: {reason}") from error
     if len(tokenizer) < FEWEST_TOKENS:

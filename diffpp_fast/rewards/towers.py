@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from diffpp_fast import transforms
 
@@ -68,6 +69,21 @@ def recompute(layers: Iterable[nn.Module]) -> None:
         layer.__class__ = _recomputing(kind)
 
 
+def run_block(block: Callable[..., Tensor], *inputs: Any, checkpoint: bool) -> Tensor:
+    """Call a function of a block; with `checkpoint` autograd keeps its inputs alone, and calls it again in the backward
+    pass."""
+    if not (checkpoint and torch.is_grad_enabled()) or transforms.active():
+        return block(*inputs)
+    # No block draws random numbers.
+    result: Tensor = recomputed(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return result
+
+
+def rms_normed(norm: Any, x: Tensor) -> Tensor:
+    """Apply a T5's or Qwen2's norm; transformers' own keeps copies in float32, needlessly for the backward pass."""
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
 # transformers' own recomputation works in training mode only, in which a frozen tower never is.
 @lru_cache
 def _recomputing(kind: Any) -> Any:
@@ -75,7 +91,7 @@ def _recomputing(kind: Any) -> Any:
         if transforms.active():  # transforms know no recomputation
             return kind.forward(self, *inputs, **options)
         # No layer draws random numbers.
-        return checkpoint(
+        return recomputed(
             partial(kind.forward, self), *inputs, use_reentrant=False, preserve_rng_state=False, **options
         )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,12 +22,15 @@ from diffpp_fast.networks.quantization import stored_bytes
 from diffpp_fast.networks.text import check_tokenizer
 from diffpp_fast.rewards.base import ImageBatch, Preprocessing
 from diffpp_fast.rewards.clip_model import VIT_H_14, Clip
+from diffpp_fast.rewards.flan_t5 import known_sizes
 from diffpp_fast.rewards.hpsv3_model import AFTER, BEFORE, ENDING, SQUARES
 from diffpp_fast.rewards.mps_model import LAYERS, CrossLayer
 from diffpp_fast.rewards.qwen2vl import QWEN2_VL_7B, Qwen2VL, resized, smart_size
 from diffpp_fast.rewards.scores import IMAGEREWARD
 from diffpp_fast.rewards.text import need_ftfy
 from diffpp_fast.rewards.towers import SelfAttention, TextAttention, recompute
+from diffpp_fast.rewards.vqascore_model import BEFORE as VQASCORE_BEFORE
+from diffpp_fast.rewards.vqascore_model import QUESTION, ClipFlanT5, build_vqascore
 from diffpp_fast.schedule import NoiseSchedule
 from diffpp_fast.training.build.agreement import (
     TEXT_KEYS,
@@ -247,9 +251,12 @@ TOWERS = {
     "imagereward": "ImageReward's BLIP",
     "mps": "MPS's ViT-H/14 and cross attention",
     "hpsv3": "HPSv3's Qwen2-VL 7B",
+    "vqascore": "VQAScore's CLIP-FlanT5",
 }
 #: Tokens of HPSv3's instruction: five characters of English are about one.
 HPSV3_TOKENS = len(BEFORE + AFTER + ENDING) // 5
+#: Tokens around the prompt in VQAScore's question.
+VQASCORE_TOKENS = len(VQASCORE_BEFORE) // 5, len(QUESTION) // 5
 #: Tokens of a prompt that ImageReward reads.
 IMAGEREWARD_TOKENS = 35
 
@@ -260,17 +267,17 @@ class Towers:
 
     Attributes:
         names: of `TOWERS`; none where the reward's own network is not known.
-        dtype: of the weights, in which the towers compute, all but HPSv3's.
+        dtype: of the weights, in which the towers compute, all but those of `OWN`.
         checkpoint: the towers compute their layers again in the backward pass.
         unknown: rewards that can't be planned, for the plan to say so.
-        hpsv3: the arguments of HPSv3, which are its own, as its size is.
+        own: the arguments of the rewards of `OWN`, by name.
     """
 
     names: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
     checkpoint: bool = False
     unknown: tuple[str, ...] = ()
-    hpsv3: Mapping[str, Any] = field(default_factory=dict)
+    own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def towers_of(reward: RewardSection) -> Towers:
@@ -285,7 +292,7 @@ def towers_of(reward: RewardSection) -> Towers:
     if entries[0][0] == "mixture":
         mixed = arguments.get("rewards") or {}
         entries = [(entry.get("reward", key), entry.get("arguments") or {}) for key, entry in mixed.items()]
-    others = [given for kind, given in entries if kind != "hpsv3"]
+    others = [given for kind, given in entries if kind not in OWN]
     dtypes = {given.get("dtype", "float32") for given in others}
     return Towers(
         names=tuple(kind for kind, _ in entries if kind in TOWERS),
@@ -293,7 +300,7 @@ def towers_of(reward: RewardSection) -> Towers:
         dtype=torch.float32 if "float32" in dtypes else torch.bfloat16,
         checkpoint=all(given.get("checkpoint", False) for given in others),
         unknown=tuple(kind for kind, _ in entries if kind not in TOWERS),
-        hpsv3=next((given for kind, given in entries if kind == "hpsv3"), {}),
+        own={kind: given for kind, given in entries if kind in OWN},
     )
 
 
@@ -313,13 +320,12 @@ class Scorer(nn.Module):
         with torch.device("meta"):
             self.scores = nn.ModuleList(makers[kind](towers.checkpoint) for kind in kinds if kind in makers)
             self.to(towers.dtype)
-            if "hpsv3" in towers.names:
-                self.scores.append(_Hpsv3Score(towers.hpsv3))
+            self.scores.extend(OWN[name](given) for name, given in towers.own.items())
         self.eval().requires_grad_(False)
 
     def weight_bytes(self) -> int:
         """Return the bytes of all weights, as they are stored."""
-        saved = sum(score.saved_bytes for score in self.scores if isinstance(score, _Hpsv3Score))
+        saved = sum(score.saved_bytes for score in self.scores if isinstance(score, _Hpsv3Score | _VqaScore))
         return sum(parameter.nbytes for parameter in self.parameters()) - saved
 
     def forward(self, images: Tensor) -> Tensor:
@@ -417,11 +423,7 @@ class _Hpsv3Score(nn.Module):
         self.network = Qwen2VL(Qwen2VLModel(Qwen2VLConfig(**QWEN2_VL_7B)), given.get("checkpoint", True))
         self.network.to(torch.float32 if given.get("dtype") == "float32" else torch.bfloat16)
         self.tokens = HPSV3_TOKENS + given.get("length", 128)
-        self.saved_bytes, kind = 0, given.get("quantization")
-        if kind is not None:
-            for blocks in (self.network.visual.blocks, self.network.language_model.layers):
-                weights = [layer.weight for layer in linears_of(blocks).values()]
-                self.saved_bytes += sum(weight.nbytes - stored_bytes(weight.shape, kind) for weight in weights)
+        self.saved_bytes = _saved((self.network.visual.blocks, self.network.language_model.layers), given)
 
     def forward(self, batch: ImageBatch) -> Tensor:
         factor = self.network.patch * self.network.merge
@@ -431,3 +433,41 @@ class _Hpsv3Score(nn.Module):
         text = image.new_zeros(len(image), self.tokens, image.shape[2])
         place = torch.zeros(len(image), dtype=torch.int64, device=image.device)
         return self.network(torch.cat((image, text), 1), place).float().square().sum(1)
+
+
+class _VqaScore(nn.Module):
+    """CLIP's image tower and T5, with the arguments of `diffpp_fast.rewards.vqascore`; XXL where no name says XL.
+
+    Attributes:
+        saved_bytes: as of `_Hpsv3Score`.
+    """
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        super().__init__()
+        is_small = re.search(r"(?<!x)xl", Path(given.get("path", "")).name.lower()) is not None
+        whole: Any = build_vqascore(known_sizes("xl" if is_small else "xxl"))
+        whole["t5"].checkpoint = given.get("checkpoint", True)
+        self.network = ClipFlanT5(whole["vision"], whole["projector"], whole["t5"], whole["t5"].checkpoint)
+        self.network.to(torch.float32 if given.get("dtype") == "float32" else torch.bfloat16)
+        self.preprocessing = Preprocessing(whole["vision"].config.image_size)
+        before, after = VQASCORE_TOKENS
+        self.tokens = before, after + given.get("length", 128)
+        self.saved_bytes = _saved(self.network.blocks(), given)
+
+    def forward(self, batch: ImageBatch) -> Tensor:
+        image = self.network.image_tokens(batch.pixels(self.preprocessing, self.network.t5.dtype))
+        ids = (torch.zeros(len(image), count, dtype=torch.int64, device=image.device) for count in (*self.tokens, 2))
+        return self.network(image, *ids).exp()
+
+
+def _saved(lists: Iterable[nn.Module], given: Mapping[str, Any]) -> int:
+    """By how many bytes the linear layers of blocks are smaller with the arguments of their reward."""
+    kind = given.get("quantization")
+    if kind is None:
+        return 0
+    weights = [layer.weight for blocks in lists for layer in linears_of(blocks).values()]
+    return sum(weight.nbytes - stored_bytes(weight.shape, kind) for weight in weights)
+
+
+#: Rewards that have arguments and a size of their own.
+OWN: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {"hpsv3": _Hpsv3Score, "vqascore": _VqaScore}

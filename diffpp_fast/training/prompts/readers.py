@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.training.prompts.source import AROUND, DATASET, SPLITS, is_unicode, one_line
+from diffpp_fast.terminal import is_unicode
+from diffpp_fast.training.prompts.source import AROUND, DATASET, SPLITS, one_line
 
 Item = TypeVar("Item")
 

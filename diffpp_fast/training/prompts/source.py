@@ -138,15 +138,6 @@ def one_line(text: str) -> str:
     return text
 
 
-def is_unicode(text: str) -> bool:
-    """Return whether a text has bytes in UTF-8: halves of surrogate pairs, which JSON can name, have none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _expand_braces(path: str) -> Iterator[str]:
     braces = re.search(r"\{([^{}]*)\}", path)
     if braces is None:
