@@ -57,8 +57,8 @@ def load_checked_schedule(config: Config) -> NoiseSchedule:
     alpha or sigma is 0, say.
     """
     schedule = load_run_schedule(config)
-    make_generator(config, nn.Identity(), schedule)
-    make_method(config, nn.Identity(), nn.Identity(), nn.Identity(), schedule, nn.Identity())
+    generator = make_generator(config, nn.Identity(), schedule)
+    make_method(config, generator, nn.Identity(), nn.Identity(), schedule, nn.Identity())
     return schedule
 
 
