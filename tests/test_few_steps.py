@@ -14,7 +14,7 @@ from torch import nn
 from diffpp_fast import Noise, NoiseSchedule
 from diffpp_fast.methods import Batch, DiffInstructPP, base
 from diffpp_fast.methods.base import LATENT, TIMESTEP
-from diffpp_fast.methods.regularizers import KLToStart
+from diffpp_fast.methods.regularizers import KLToStart, StepImageDenoising
 from diffpp_fast.methods.times import LogNormal, StepTimes, TimeIntervals
 from diffpp_fast.networks import FewStepGenerator, OneStepGenerator
 from diffpp_fast.networks.few_step import MOST_STEPS, RENOISE, STEP, GradientStep
@@ -308,6 +308,25 @@ def test_every_loss_of_every_method_follows_the_steps(name: str) -> None:
 def test_intervals_without_times_are_refused(call: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         made("dmd2", few(**call), Convolution(1), Convolution(2), **options)
+
+
+def test_images_are_denoised_at_the_times_of_the_calls_that_learn() -> None:
+    generator, batch = few(), batch_of(8)
+    latents = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(7))
+    images = base.ImageData(latents, torch.full((8, 1, 1, 1), -0.25))
+    term = StepImageDenoising(0.7, SCHEDULES["epsilon"])
+    found = term(replace(batch, images=images), latents, lambda _: latents, generator)
+    network = network_of(generator)
+    times = torch.tensor(TIMES)[drawn_steps(generator, batch)]
+    assert network.calls == [(times.tolist(), True)] and len(set(times.tolist())) == 3
+    alpha, sigma = (each.view(-1, 1, 1, 1) for each in SCHEDULES["epsilon"].coefficients(times))
+    x_t = alpha * latents + sigma * batch.noise(base.IMAGE_DIFFUSION).normal(SHAPE)
+    denoised = (x_t - sigma * network(x_t, times, images.conditioning)) / alpha
+    expected = 0.35 * (denoised - latents).square().sum() / 8
+    assert found.loss is not None
+    torch.testing.assert_close(found.loss, expected, rtol=1e-5, atol=0)
+    gradients = [torch.autograd.grad(loss, [network.weight])[0] for loss in (found.loss, expected)]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
 
 
 class Linear(nn.Module):

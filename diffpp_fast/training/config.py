@@ -754,17 +754,6 @@ class Config(Section):
                 "training.capture records one number of calls, and models.generator.gradient_step=random_exit draws "
                 "another for each update: use gradient_step=random, or training.capture=false"
             )
-        if self.method.images is not None and len(self.models.generator.times) > 1:
-            raise ValueError(
-                "method.regularizers.images are denoised by a single call at the generator's time: use one of "
-                "models.generator.timesteps, or method.regularizers.images=null"
-            )
-        initial = self.models.generator.initial_lora
-        if self.method.pulled_to_start and initial is not None and initial.keep:
-            raise ValueError(
-                "method.regularizers.start needs the initial generator beside the trained one, whose adapter "
-                "initial_lora keeps and changes: merge it by models.generator.initial_lora.keep=false"
-            )
         if rewards.held_out is not None and self.training.grid_every is None:
             raise ValueError("rewards.held_out is evaluated on the sample grids: set training.grid_every")
         metric = "" if self.training.keep_best is None else self.training.keep_best.metric

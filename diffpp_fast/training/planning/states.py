@@ -181,6 +181,10 @@ def states_of(run: PlannedRun, counted: Counted) -> dict[str, NetworkState]:
         reference = states["reference"]
         copied = reference.weights + width * sizes["generator"].elements
         states["reference"] = replace(reference, weights=copied)
+    initial = config.models.generator.initial_lora
+    if config.method.pulled_to_start and initial is not None and initial.keep:
+        reference = states["reference"]
+        states["reference"] = replace(reference, weights=reference.weights + FLOAT32 * sum(sizes["generator"].trained))
     if config.prompts.embeddings is None:
         states["text encoder"] = NetworkState(weights=counted.text_bytes, kept=CAPACITY)
     if config.models.decoder is not None:
