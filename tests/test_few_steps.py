@@ -477,6 +477,8 @@ def test_two_calls_reach_the_optimum_of_a_gaussian(gradient_step: GradientStep) 
         x0 = generator(batch.noise(LATENT).normal(batch.shape), noise=batch.noise, for_loss=True)
     assert (x0.mean(0) - optimum).norm() < 0.01 * optimum.norm()
     assert float(x0.std(0).square().mean().sqrt()) == pytest.approx(spread, rel=0.01)
+    of_last = x0[generator.steps(batch.noise) == 1].mean(0)
+    assert ((of_last - optimum).norm() < 0.1 * optimum.norm()) == (gradient_step == "last")
 
 
 @pytest.mark.slow

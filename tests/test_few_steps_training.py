@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import tiny
 import torch
@@ -252,3 +253,32 @@ def test_a_plan_counts_every_call_and_the_memory_of_one(project: Path) -> None:
     gathered = [_sent(run_of(with_keys(run.config, spread), 2), counted[0], "fake") for run in (one, several)]
     # Two calls more gather all weights, of which each of the two GPUs sends half.
     assert gathered[1] - gathered[0] == sum(counted[0].sizes["generator"].trained) * one.dtype.itemsize
+
+
+@pytest.mark.slow
+def test_an_update_in_parts_and_on_two_processes_ends_its_calls_together(project: Path, tmp_path: Path) -> None:
+    """ZeRO 3 gathers the generator's weights in every call: processes that made another number of them would hang."""
+    optimizer = "{lr: 1e-2, betas: [0.5, 0.99], eps: 1e-2, clip: 0.5}"
+    common = [
+        f"{SECTION}={{path: null, timestep: null, timesteps: [900, 600, 200], gradient_step: random_exit}}",
+        "method={name: dmd2, fake_rounds: 2, share_samples: true, normalizer: batch, time_intervals: separate}",
+        "rewards={}",
+        "training.grid_every=null",
+        "training.steps=3",
+        "training.checkpoint_every=1",
+        "training.keep=9",
+        f"optimizers={{generator: {optimizer}, fake: {optimizer}}}",
+    ]
+    spread = ["distributed.generator.stage=3", "distributed.fake.stage=3"]
+    Trainer(load_config(project, [*common, f"output={tmp_path}/whole"])).run()
+    Trainer(load_config(project, [*common, f"output={tmp_path}/parts", "training.micro_batch=1"])).run()
+    processes.run(["-m", "diffpp_fast", "train", str(project), f"output={tmp_path}/spread", *common, *spread], 2)
+    start, whole, parts, two = (
+        torch.cat([tensor.flatten() for _, tensor in sorted(read_role(tmp_path / place, "generator").items())])
+        for place in (
+            f"{run}/checkpoints/step_00000{step}"
+            for run, step in (("whole", 1), ("whole", 3), ("parts", 3), ("spread", 3))
+        )
+    )
+    for other in (parts, two):
+        assert (other - whole).norm() <= 1e-3 * (whole - start).norm() > 0

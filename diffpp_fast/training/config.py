@@ -749,7 +749,8 @@ class Config(Section):
             raise ValueError(
                 "training.capture records no images: use training.capture=false, or method.regularizers.images=null"
             )
-        if self.training.capture and self.models.generator.gradient_step == "random_exit":
+        generator = self.models.generator
+        if self.training.capture and generator.gradient_step == "random_exit" and len(generator.times) > 1:
             raise ValueError(
                 "training.capture records one number of calls, and models.generator.gradient_step=random_exit draws "
                 "another for each update: use gradient_step=random, or training.capture=false"

@@ -132,6 +132,7 @@ def _sent(run: PlannedRun, counted: Counted, role: str) -> int:
             calls: float = 1 if other == role else int(other == "generator" or role == "generator")
             calls += run.normalizes_apart * (role == other == "generator")
             calls *= run.generator_calls if other == "generator" else 1
+            calls += run.config.method.images is not None and role == other == "generator"
             again = max(elements - REUSED // 2, 0) * run.dtype.itemsize if other == role else 0
             total += (weights * calls + again) * run.rounds
     if role == "generator" and run.config.distributed.reference != "replica":
