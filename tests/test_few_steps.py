@@ -367,8 +367,7 @@ def pull_of(low: int, high: int, spread: float) -> float:
     return float((sigmas / (alphas * spread**2 + sigmas)).mean())
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.5])
-@pytest.mark.parametrize("gradient_step", ["last", "random", "random_exit"])
+@pytest.mark.parametrize(("gradient_step", "kept"), [("last", 0.5), ("random", 0.5), ("random_exit", 0.0)])
 def test_the_gradient_is_zero_at_the_optimum_of_each_steps_interval(gradient_step: GradientStep, kept: float) -> None:
     """Samples of step k are N(m_k, S^2), and c_k (m_k - m) - reward_scale slope + kept (m_k - start_k) is 0.
 

@@ -233,7 +233,8 @@ def test_the_call_of_a_flow_names_its_sigmas_and_what_no_scheduler_serves_is_tol
 
 def test_a_plan_counts_every_call_and_the_memory_of_one(project: Path) -> None:
     config = load_config(project, [*QUICK, "training.micro_batch=4"])
-    one, several = (run_of(with_keys(config, {SECTION: section})) for section in ({}, {"timesteps": [900, 600, 200]}))
+    calls = {"timesteps": [900, 600, 200], "gradient_step": "last"}
+    one, several = (run_of(with_keys(config, {SECTION: section})) for section in ({}, calls))
     counted = [count_run(run) for run in (one, several)]
     for update in ("generator", "fake"):
         forward, more = (
