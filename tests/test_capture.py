@@ -280,7 +280,7 @@ def test_both_updates_are_traced_without_a_number_that_is_read(name: str, timest
         schedule._tables = {device: mode.from_tensor(table) for device, table in schedule._tables.items()}
         if isinstance(method.times, StepTimes):
             rows = method.times._rows
-            rows.update({device: tuple(map(mode.from_tensor, tables)) for device, tables in rows.items()})
+            rows.update({device: (mode.from_tensor(one), mode.from_tensor(two)) for device, (one, two) in rows.items()})
         for role, loss in ((fake, method.fake_loss), (generator, method.generator_loss)):
             loss(batch).loss.backward()
             assert all(weight.grad is not None for weight in role.parameters())
