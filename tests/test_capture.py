@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffpp_fast.methods import METHODS, Batch
+from diffpp_fast.methods.times import StepTimes
 from diffpp_fast.networks import Conditioning, Denoiser, FewStepGenerator, OneStepGenerator, freeze, fuse
 from diffpp_fast.training import Config, ConfigurationError, NonFiniteError, Trainer, load_config
 from diffpp_fast.training.batches import MicroBatch
@@ -127,6 +128,10 @@ RUNS = {
         *("models.generator.path=null", "models.generator.lora={rank: 2}", "models.fake.lora={rank: 2}"),
         *("method.name=didr", "method.t_range=[20, 980]", "method.denoising_steps=2"),
         "training.activation_checkpointing=true",
+    ),
+    "steps": (
+        *("method.name=dmd2", "rewards.optimised=null", "method.share_samples=true", "method.fake_rounds=2"),
+        *("models.generator={timestep: null, timesteps: [900, 600, 200]}", "method.time_intervals=separate"),
     ),
     "dropout": ("method.name=diff_instruct", "rewards.optimised=null", "method.prompt_dropout=0.3"),
     "decoupled_dmd": ("method.name=decoupled_dmd", "rewards.optimised=null", "method.fake_rounds=1"),
@@ -260,6 +265,7 @@ def test_both_updates_are_traced_without_a_number_that_is_read(name: str, timest
     drawing: Any = OneStepGenerator(generator, schedule)
     if len(timesteps) > 1:
         drawing = FewStepGenerator(generator, schedule, timesteps=timesteps)
+        options["time_intervals"] = "separate"
     method = kind(drawing, fake, reference, schedule, **options)
     text = torch.zeros(2, 8, tiny.TEXT_WIDTH)
     batch = Batch(torch.arange(2), text, seed=3, shape=tiny.LATENT, null_conditioning=text)
@@ -272,6 +278,9 @@ def test_both_updates_are_traced_without_a_number_that_is_read(name: str, timest
         text = mode.from_tensor(text)
         batch = replace(batch, samples=mode.from_tensor(batch.samples), conditioning=text, null_conditioning=text)
         schedule._tables = {device: mode.from_tensor(table) for device, table in schedule._tables.items()}
+        if isinstance(method.times, StepTimes):
+            rows = method.times._rows
+            rows.update({device: (mode.from_tensor(one), mode.from_tensor(two)) for device, (one, two) in rows.items()})
         for role, loss in ((fake, method.fake_loss), (generator, method.generator_loss)):
             loss(batch).loss.backward()
             assert all(weight.grad is not None for weight in role.parameters())

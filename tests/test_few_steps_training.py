@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import tiny
 import torch
@@ -44,9 +45,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """One step, on samples that generator and teaching assistant share."""
+    """One step, on samples that generator and teaching assistant share, at times of their steps."""
     output = tmp_path_factory.mktemp("runs") / "whole"
-    config = load_config(project, [STEPS, *QUICK, "training.steps=1", f"output={output}", "method.share_samples=true"])
+    method = ("method.share_samples=true", "method.time_intervals=separate")
+    config = load_config(project, [STEPS, *QUICK, "training.steps=1", f"output={output}", *method])
     Trainer(config).run()
     return config
 
@@ -89,7 +91,9 @@ def test_one_time_is_one_step_and_what_says_nothing_of_it_is_told(project: Path)
 
 
 def test_a_run_goes_on_from_a_checkpoint_to_the_bit(project: Path, tmp_path: Path) -> None:
-    config = load_config(project, [STEPS, *QUICK, f"output={tmp_path}"])
+    """With a step that is drawn for each update, at which the calls end, and in other micro-batches, too."""
+    steps = [STEPS, f"{SECTION}.gradient_step=random_exit", "method.time_intervals=nested"]
+    config = load_config(project, [*steps, *QUICK, f"output={tmp_path}"])
     Trainer(config).run()
     checkpoint = tmp_path / "checkpoints" / "step_000002"
     roles = ("generator", "fake")
@@ -101,8 +105,19 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_bit(project: Path, tmp_path: Pat
         again = read_role(checkpoint, role)
         assert all(torch.equal(tensor, whole[role, name]) for name, tensor in again.items())
         assert any(not torch.equal(tensor, whole[role, name]) for name, tensor in begun.items())
-    with pytest.raises(CheckpointError, match=r"models\.generator\.gradient_step was 'random', is 'last'"):
-        Trainer(with_keys(config, {f"{SECTION}.gradient_step": "last"}), resume="latest")
+    others = {
+        f"{SECTION}.gradient_step": "last",
+        f"{SECTION}.timesteps": [900, 600],
+        "method.time_intervals": "separate",
+    }
+    with pytest.raises(CheckpointError) as refused:
+        Trainer(with_keys(config, others), resume="latest")
+    for key, change in (
+        (f"{SECTION}.gradient_step", "was 'random_exit', is 'last'"),
+        (f"{SECTION}.timesteps", "was [900, 600, 200], is [900, 600]"),
+        ("method.time_intervals", "was 'nested', is 'separate'"),
+    ):
+        assert f"{key} {change}" in str(refused.value)
 
 
 def test_pictures_are_of_all_steps_wherever_they_are_drawn_from(run: Config, tmp_path: Path) -> None:
@@ -218,7 +233,8 @@ def test_the_call_of_a_flow_names_its_sigmas_and_what_no_scheduler_serves_is_tol
 
 def test_a_plan_counts_every_call_and_the_memory_of_one(project: Path) -> None:
     config = load_config(project, [*QUICK, "training.micro_batch=4"])
-    one, several = (run_of(with_keys(config, {SECTION: section})) for section in ({}, {"timesteps": [900, 600, 200]}))
+    calls = {"timesteps": [900, 600, 200], "gradient_step": "last"}
+    one, several = (run_of(with_keys(config, {SECTION: section})) for section in ({}, calls))
     counted = [count_run(run) for run in (one, several)]
     for update in ("generator", "fake"):
         forward, more = (
@@ -229,7 +245,41 @@ def test_a_plan_counts_every_call_and_the_memory_of_one(project: Path) -> None:
         # Beside the activations, latents between the calls.
         latents = 4 * 4 * 4 * 8 * 8
         assert forward.peak <= more.peak <= forward.peak + 8 * latents
+    # A drawn step ends the calls: 1, 2 or 3 of them, 2 on the average.
+    leaving = run_of(with_keys(several.config, {f"{SECTION}.gradient_step": "random_exit"}))
+    for phase, all_calls in zip(count_run(leaving).phases, counted[1].phases, strict=True):
+        share = 2 / 3 if phase.name == "generator" else 1
+        assert sum(phase.operations.values()) == pytest.approx(share * sum(all_calls.operations.values()))
     spread = {"distributed.generator.stage": 3}
     gathered = [_sent(run_of(with_keys(run.config, spread), 2), counted[0], "fake") for run in (one, several)]
     # Two calls more gather all weights, of which each of the two GPUs sends half.
     assert gathered[1] - gathered[0] == sum(counted[0].sizes["generator"].trained) * one.dtype.itemsize
+
+
+@pytest.mark.slow
+def test_an_update_in_parts_and_on_two_processes_ends_its_calls_together(project: Path, tmp_path: Path) -> None:
+    """ZeRO 3 gathers the generator's weights in every call: processes that made another number of them would hang."""
+    optimizer = "{lr: 1e-2, betas: [0.5, 0.99], eps: 1e-2, clip: 0.5}"
+    common = [
+        f"{SECTION}={{path: null, timestep: null, timesteps: [900, 600, 200], gradient_step: random_exit}}",
+        "method={name: dmd2, fake_rounds: 2, share_samples: true, normalizer: batch, time_intervals: separate}",
+        "rewards={}",
+        "training.grid_every=null",
+        "training.steps=3",
+        "training.checkpoint_every=1",
+        "training.keep=9",
+        f"optimizers={{generator: {optimizer}, fake: {optimizer}}}",
+    ]
+    spread = ["distributed.generator.stage=3", "distributed.fake.stage=3"]
+    Trainer(load_config(project, [*common, f"output={tmp_path}/whole"])).run()
+    Trainer(load_config(project, [*common, f"output={tmp_path}/parts", "training.micro_batch=1"])).run()
+    processes.run(["-m", "diffpp_fast", "train", str(project), f"output={tmp_path}/spread", *common, *spread], 2)
+    start, whole, parts, two = (
+        torch.cat([tensor.flatten() for _, tensor in sorted(read_role(tmp_path / place, "generator").items())])
+        for place in (
+            f"{run}/checkpoints/step_00000{step}"
+            for run, step in (("whole", 1), ("whole", 3), ("parts", 3), ("spread", 3))
+        )
+    )
+    for other in (parts, two):
+        assert (other - whole).norm() <= 1e-3 * (whole - start).norm() > 0

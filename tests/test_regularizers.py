@@ -27,6 +27,7 @@ from method_cases import (
     variance_preserving,
 )
 from PIL import Image
+from test_lora_formats import updates_of
 
 from diffpp_fast import Noise
 from diffpp_fast.errors import CheckpointError
@@ -34,7 +35,9 @@ from diffpp_fast.methods import DIDR, DiffInstruct, DiffInstructPP
 from diffpp_fast.methods.base import IMAGE_DIFFUSION, ImageData
 from diffpp_fast.methods.regularizers import ImageDenoising, KLToStart
 from diffpp_fast.networks import FrozenDecoder, ImageEncoder
+from diffpp_fast.networks.lora_formats import LoraTarget, write_lora
 from diffpp_fast.training import ConfigurationError, Trainer, load_config
+from diffpp_fast.training.build.networks import Networks
 from diffpp_fast.training.build.text import extra_prompts
 from diffpp_fast.training.checkpoint import read_role
 from diffpp_fast.training.config import PiecewiseSection, RampSection
@@ -270,9 +273,8 @@ def test_what_a_run_can_not_do_is_refused(project: Path) -> None:
     assert "weight should be greater than 0" in refusal("method.regularizers={start: {weight: 0}}")
     images = "method.regularizers={images: {path: pictures, weight: 1}}"
     assert "training.capture records no images" in refusal(images, "training.capture=true")
-    assert "single call at the generator's time" in refusal(
-        images, "models.generator.timestep=null", "models.generator.timesteps=[600, 300]"
-    )
+    drawn = "models.generator={timestep: null, timesteps: [600, 300], gradient_step: random_exit}"
+    assert "records one number of calls" in refusal(drawn, "training.capture=true")
     bare = ("models.decoder=null", "method.name=diff_instruct", "rewards={}", "training.grid_every=null")
     assert "models.decoder is missing: method.regularizers.images" in refusal(images, *bare)
     piecewise = "rewards.optimised.schedule={name: piecewise, points: [[5, 1], [5, 2]]}"
@@ -289,14 +291,60 @@ def test_a_plan_counts_the_start_where_it_is_a_copy(project: Path) -> None:
     assert sizes["no"] == sizes["shared"] and sizes["copy"] == 2 * sizes["no"]
 
 
+def write_small_lora(folder: Path) -> Path:
+    """A LoRA for a tiny UNet, of rank 2 and alpha 4."""
+    network = tiny.unet()
+    layers = {
+        layer: update._replace(alpha=4.0, down=update.down[:2], up=update.up[:, :2] / 4)
+        for layer, update in updates_of(network).items()
+        if layer.endswith(("attn1.to_q", "conv1"))
+    }
+    write_lora(folder, "comfyui", layers, LoraTarget.of(network), prediction_type="epsilon", name="small")
+    return folder / "small.safetensors"
+
+
+def test_the_start_of_a_kept_lora_is_the_network_with_the_file(project: Path, tmp_path: Path) -> None:
+    """A second adapter, which stays as the trained one began; the reference and the TA know nothing of it."""
+    kept = f"models.generator={{path: null, initial_lora: {{path: {write_small_lora(tmp_path)}, keep: true}}}}"
+    config = load_config(project, [kept, "method.regularizers={start: {weight: 1}}"])
+    networks = Networks(config, torch.device("cpu"))
+    generator, reference, start = networks.trained("generator"), networks.reference(), networks.start()
+    x, t, conditioning = torch.randn(2, *tiny.LATENT), torch.tensor([300, 900]), torch.randn(2, 5, tiny.TEXT_WIDTH)
+
+    def outputs() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [denoise(x, t, conditioning) for denoise in (generator.denoise, start, reference)]
+
+    before = outputs()
+    assert torch.equal(before[0], before[1]) and (before[1] - before[2]).norm() > 0.01 * before[2].norm()
+    with torch.no_grad():
+        for weight in generator.parameters.values():
+            weight.add_(0.1)
+    after = outputs()
+    assert not torch.equal(after[0], before[0]) and all(map(torch.equal, after[1:], before[1:]))
+    trained = {name for name, weight in generator.network.named_parameters() if weight.requires_grad}
+    assert trained == set(generator.parameters) and all(".generator." in name for name in trained)
+    run = run_of(config)
+    counted = count_run(run)
+    pulled, free = (
+        states_of(each, counted)["reference"].weights for each in (run, run_of(load_config(project, [kept])))
+    )
+    assert pulled - free == 4 * sum(weight.numel() for weight in generator.parameters.values())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_run_with_both_and_a_schedule_resumes_to_the_bit(project: Path, tmp_path: Path, lora: bool) -> None:
+@pytest.mark.parametrize("begins", ["whole", "lora", "kept", "steps"])
+def test_a_run_with_both_and_a_schedule_resumes_to_the_bit(project: Path, tmp_path: Path, begins: str) -> None:
     folder = write_pictures(tmp_path / "pictures")
-    adapters = "models.generator={path: null, lora: {rank: 2}}" if lora else "models.generator.input_scale=1.5"
+    adapters = {
+        "whole": "models.generator.input_scale=1.5",
+        "lora": "models.generator={path: null, lora: {rank: 2}}",
+        "kept": f"models.generator={{path: null, initial_lora: {{path: {write_small_lora(tmp_path)}, keep: true}}}}",
+        "steps": "models.generator={timestep: null, timesteps: [900, 600], gradient_step: random_exit}",
+    }
     common = (
         *QUIET,
-        adapters,
+        adapters[begins],
         f"method.regularizers={{start: {{weight: 0.5}}, images: {{path: {folder}, weight: 0.1}}}}",
         "rewards.optimised.schedule={name: linear, steps: 4}",
         "training.micro_batch=3",

@@ -24,7 +24,7 @@ PROMPT_DROPOUT = 9
 IMAGE_ORDER, IMAGE_DIFFUSION = 2**31 + 16, 2**31 + 17
 
 #: (z [B, *shape], conditioning) -> x0 [B, *shape]; one whose attribute `draws` is true also gets `noise`, a stream's
-#: number -> the `Noise` of these samples, and `for_loss=True`.
+#: number -> the `Noise` of these samples, and `for_loss=True`; where `draws_by_update` is true, also `update`.
 Generator = Callable[..., torch.Tensor]
 #: (x_t [B, *shape], t [B] int64, conditioning) -> the raw prediction [B, *shape]
 Denoiser = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
@@ -60,6 +60,9 @@ class Batch:
         x0: samples of the generator [B, *shape] that a step of its own has made of this conditioning; the TA's loss
             learns on them and calls no generator. None: it draws new ones.
         images: as many images with captions of their own, for the regulariser that takes them.
+        first: the first sample number of the update of which these samples are a part, for what is drawn once for all
+            of it; None: they are all of it, and the number is read off the device.
+        steps: of a generator of several, int64 [B]: whose samples `x0` are, where times follow steps.
     """
 
     samples: torch.Tensor
@@ -71,6 +74,8 @@ class Batch:
     normalizer: torch.Tensor | None = None
     x0: torch.Tensor | None = None
     images: ImageData | None = None
+    first: int | None = None
+    steps: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.samples.shape[0]
@@ -78,6 +83,11 @@ class Batch:
     def noise(self, stream: int) -> Noise:
         """The addressed randomness of these samples in one of the streams."""
         return Noise(self.seed, self.samples, stream=stream)
+
+    def update_noise(self, stream: int) -> Noise:
+        """The addressed randomness of the whole update: that of its first sample, on the CPU."""
+        first = int(self.samples[0]) if self.first is None else self.first
+        return Noise(self.seed, torch.tensor([first]), stream=stream)
 
 
 class RewardOutput(NamedTuple):
@@ -115,12 +125,14 @@ class StepOutput(NamedTuple):
         metrics: such scalars, by name.
         rewards: of the batch's samples, float32, in a generator's step of a method that has a reward; else None.
         x0: the generator's samples in a step of its own, without graph; else None.
+        steps: int64 [B], of the generator's several, whose samples they are, where times follow steps; else None.
     """
 
     loss: torch.Tensor
     metrics: Mapping[str, torch.Tensor]
     rewards: RewardOutput | None = None
     x0: torch.Tensor | None = None
+    steps: torch.Tensor | None = None
 
 
 class _InjectGradient(torch.autograd.Function):

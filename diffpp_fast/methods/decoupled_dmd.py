@@ -15,7 +15,6 @@ from diffpp_fast import ops
 from diffpp_fast.methods.base import SECOND_DIFFUSION, SECOND_TIMESTEP, Batch, SampleGradient
 from diffpp_fast.methods.method import Method, Noised, mean_abs_lengths
 from diffpp_fast.methods.passes import predict
-from diffpp_fast.methods.times import Times
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -39,9 +38,7 @@ class DecoupledDMD(Method):
             raise ValueError("guidance_rescale changes the guided output, which decoupled DMD never forms: leave it 0")
         self.guidance_times = self.times
         if self.guidance_t_range is not None:
-            self.guidance_times = Times(
-                "guidance_t_range", self.schedule, self.guidance_t_range, self.time_distribution
-            )
+            self.guidance_times = self._times("guidance_t_range", self.guidance_t_range, self.time_distribution)
             self._refuse_pure_noise(self.guidance_times)
         self.guidance_t_range = self.guidance_times.range
 

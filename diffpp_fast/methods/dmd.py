@@ -28,7 +28,6 @@ from diffpp_fast.methods.base import (
 from diffpp_fast.methods.method import Method, Noised, mean_abs_lengths
 from diffpp_fast.methods.outputs import check_differentiable, check_per_sample
 from diffpp_fast.methods.through_networks import gradient_through
-from diffpp_fast.methods.times import Times
 from diffpp_fast.precision import widen
 
 Normalizer = Literal["sample", "batch"]
@@ -71,7 +70,7 @@ class DMD2(Method):
             raise ValueError(f"normalizer_floor must be above 0, or None, got {self.normalizer_floor}")
         if self.normalizer_floor is None and self.normalizer == "batch":
             self.normalizer_floor = 1e-6
-        self.gan_times = Times("gan_t_range", self.schedule, self.gan_t_range or self.t_range)
+        self.gan_times = self._times("gan_t_range", self.gan_t_range or self.t_range)
         self.gan_t_range = self.gan_times.range
         if self.normalizer_floor is not None:  # else k cancels but for its sign
             self._refuse_large_gap_scale("the normalizer", self.times)

@@ -33,7 +33,7 @@ from diffpp_fast.methods.guidance import Guided, guide
 from diffpp_fast.methods.outputs import check_differentiable, check_output
 from diffpp_fast.methods.passes import Pass, predict
 from diffpp_fast.methods.regularizers import Regularizer
-from diffpp_fast.methods.times import TimeDistribution, Times
+from diffpp_fast.methods.times import StepTimes, TimeDistribution, TimeIntervals, Times
 from diffpp_fast.networks.few_step import draw_options
 from diffpp_fast.noise import Noise
 from diffpp_fast.prediction import MEAN_ABS_FLOOR
@@ -68,6 +68,7 @@ class Options(TypedDict, total=False):
     fake_t_range: tuple[int, int] | None
     time_distribution: TimeDistribution | None
     fake_time_distribution: TimeDistribution | None
+    time_intervals: TimeIntervals
     guidance_rescale: float
     prompt_dropout: float
     regularizers: Sequence[Regularizer] | None
@@ -100,6 +101,8 @@ class Method(ABC):
         fake_t_range: diffusion times of the TA's loss; None is `t_range`.
         time_distribution: how often each time of `t_range` is drawn, from `methods.times`; None is uniform.
         fake_time_distribution: the same of `fake_t_range`; None is `time_distribution`.
+        time_intervals: which times all losses draw for a sample of one of the generator's several steps, by the step:
+            see `methods.times.TimeIntervals`.
         guidance_rescale: in [0, 1]: how much the guided output's spread is brought back to that of the output with the
             prompt, see `methods.guidance.guide`.
         prompt_dropout: the share of the samples in the TA's loss that generator and TA see with
@@ -128,6 +131,7 @@ class Method(ABC):
     fake_t_range: tuple[int, int] | None = None
     time_distribution: TimeDistribution | None = None
     fake_time_distribution: TimeDistribution | None = None
+    time_intervals: TimeIntervals = "whole"
     guidance_rescale: float = 0.0
     prompt_dropout: float = 0.0
     regularizers: Sequence[Regularizer] | None = None
@@ -149,15 +153,22 @@ class Method(ABC):
                 f"prompt_dropout is {self.prompt_dropout}: it makes samples without their prompt, and those that "
                 "share_samples takes were made with it: leave one of them out"
             )
+        if self.time_intervals not in get_args(TimeIntervals):
+            known = ", ".join(get_args(TimeIntervals))
+            raise ValueError(f"time_intervals must be one of {known}, got {self.time_intervals!r}")
+        if self.time_intervals != "whole" and len(getattr(self.generator, "timesteps", ())) < 2:
+            raise ValueError(
+                f"time_intervals {self.time_intervals!r} are those of a generator's several timesteps, and this one "
+                "makes a single call: leave it 'whole'"
+            )
         #: (losses [B], x0) -> d sum of losses / dx0, through the networks; a trainer that times the pass wraps it.
         self.differentiate = input_gradient
-        self.times = Times("t_range", self.schedule, self.t_range, self.time_distribution)
+        self.times = self._times("t_range", self.t_range, self.time_distribution)
         self.fake_times = (
             self.times
             if self.fake_t_range is None and self.fake_time_distribution is None
-            else Times(
+            else self._times(
                 "t_range" if self.fake_t_range is None else "fake_t_range",
-                self.schedule,
                 self.t_range if self.fake_t_range is None else self.fake_t_range,
                 self.fake_time_distribution or self.time_distribution,
             )
@@ -198,7 +209,7 @@ class Method(ABC):
         samples = x0.detach()
         std, mean = torch.std_mean(samples, correction=0)
         about = {"loss": loss.detach(), "x0_mean": mean, "x0_std": std}
-        return StepOutput(loss, {**metrics, **about}, found.rewards, samples)
+        return StepOutput(loss, {**metrics, **about}, found.rewards, samples, self._steps(batch))
 
     @property
     def normalizes_update(self) -> bool:
@@ -226,8 +237,31 @@ class Method(ABC):
         """Return the samples of the generator, or of another one at the same latents and prompts."""
         z = batch.noise(LATENT).normal(batch.shape)
         generator = generator or self.generator
-        drawn = draw_options(generator, batch.noise, for_loss=True)
+        drawn = draw_options(generator, batch.noise, batch.update_noise, for_loss=True)
         return check_output("the generator", generator(z, batch.conditioning, **drawn), z)
+
+    def _times(self, name: str, t_range: tuple[int, int] | None, distribution: TimeDistribution | None = None) -> Times:
+        """Return the times that a loss draws."""
+        if self.time_intervals == "whole":
+            return Times(name, self.schedule, t_range, distribution)
+        of: Any = self.generator
+        nested = self.time_intervals == "nested"
+        return StepTimes(name, self.schedule, t_range, distribution, of.timesteps, of.loss_steps, nested=nested)
+
+    def _steps(self, batch: Batch) -> torch.Tensor | None:
+        """Return the generator's steps [B] whose samples the losses of a batch see, where times follow them."""
+        if self.time_intervals == "whole":
+            return None
+        if batch.x0 is None:
+            of: Any = self.generator
+            steps: torch.Tensor = of.steps(batch.noise, batch.update_noise)
+            return steps
+        if batch.steps is None:
+            raise ValueError(
+                f"time_intervals {self.time_intervals!r} needs Batch.steps beside Batch.x0: those of the StepOutput "
+                "that has given it"
+            )
+        return batch.steps
 
     def _noised(
         self,
@@ -239,7 +273,7 @@ class Method(ABC):
     ) -> Noised:
         """x0 at times (those of the generator's loss, if None), drawn with the noise from these two streams."""
         timestep, diffusion = streams
-        t = (times or self.times).draw(batch.noise(timestep))
+        t = (times or self.times).draw(batch.noise(timestep), self._steps(batch))
         alpha, sigma, k = self.schedule.lookup(t)
         noise = _kept_if_faster(batch.noise(diffusion), x0)
         return Noised(ops.add_noise(x0, alpha, sigma, noise), t, alpha, sigma, k, noise)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from diffpp_fast import ops
-from diffpp_fast.methods.base import IMAGE_DIFFUSION, Batch, Generator, norms
+from diffpp_fast.methods.base import IMAGE_DIFFUSION, Batch, Generator, ImageData, norms
 from diffpp_fast.methods.outputs import check_output
 from diffpp_fast.precision import widen
+from diffpp_fast.schedule import NoiseSchedule
 
 
 class Term(NamedTuple):
@@ -111,14 +112,40 @@ class ImageDenoising(Regularizer):
         if batch.images is None or batch.images.latents.shape != x0.shape:
             got = None if batch.images is None else tuple(batch.images.latents.shape)
             raise ValueError(f"ImageDenoising needs Batch.images, {tuple(x0.shape)} latents of images, got {got}")
-        latents, conditioning = batch.images
-        alpha, sigma = (latents.new_full((len(latents),), level, dtype=torch.float32) for level in self._levels)
-        x_t = ops.add_noise(latents, alpha, sigma, batch.noise(IMAGE_DIFFUSION))
-        denoised = check_output("the generator", generator(x_t / self.input_scale, conditioning), x_t)
+        latents = batch.images.latents
+        denoised = check_output("the generator", self._denoise(batch, batch.images, generator), latents)
         squares = (denoised - widen(latents)).square().flatten(1).sum(1)
         error = (squares.detach() / x0[0].numel()).sqrt().mean()
         return Term({"image_error": error}, loss=0.5 * self.weight * squares.mean())
 
-    @property
-    def _levels(self) -> tuple[float, float]:
-        return self.alpha, self.sigma
+    def _denoise(self, batch: Batch, images: ImageData, generator: Generator) -> torch.Tensor:
+        """Return X, [B, ...]."""
+        latents, conditioning = images
+        levels = (self.alpha, self.sigma)
+        alpha, sigma = (latents.new_full((len(latents),), level, dtype=torch.float32) for level in levels)
+        x_t = ops.add_noise(latents, alpha, sigma, batch.noise(IMAGE_DIFFUSION))
+        return generator(x_t / self.input_scale, conditioning)
+
+
+class StepImageDenoising(ImageDenoising):
+    """`ImageDenoising` for a generator of several steps: each image is noised to the time of one of its calls.
+
+    That is the call whose x0 the loss sees of the sample that the image comes with, so that those which learn stay
+    denoisers.
+
+    Args:
+        weight: above 0.
+        schedule: gives a and s at the calls' times.
+    """
+
+    def __init__(self, weight: float, schedule: NoiseSchedule) -> None:
+        Regularizer.__init__(self, weight)
+        self.schedule = schedule
+
+    def _denoise(self, batch: Batch, images: ImageData, generator: Any) -> torch.Tensor:
+        latents, conditioning = images
+        steps = generator.steps(batch.noise, batch.update_noise)
+        times = torch.tensor(generator.timesteps, device=steps.device)[steps]
+        x_t = ops.add_noise(latents, *self.schedule.coefficients(times), batch.noise(IMAGE_DIFFUSION))
+        denoised: torch.Tensor = generator(x_t, conditioning, times=times)
+        return denoised

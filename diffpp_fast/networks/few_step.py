@@ -17,14 +17,15 @@ from diffpp_fast.precision import widen
 from diffpp_fast.prediction import implied
 from diffpp_fast.schedule import NoiseSchedule
 
-#: Streams of what a generator draws itself, above the users' own: the step whose x0 a loss is of, and the noise after
-#: the first step; that after the next has the next number, and so on.
+#: Streams of what a generator draws itself, above the users' own: the step whose x0 a loss is of (a sample's, or that
+#: of an update by its first sample), and the noise after the first step; that after the next has the next number, and
+#: so on.
 STEP, RENOISE = 2**31, 2**31 + 1
 #: Of a generator's steps; each has a stream, and beyond it is no few-step generator.
 MOST_STEPS = 8
 
 Renoise = Literal["fresh", "ddim"]
-GradientStep = Literal["last", "random"]
+GradientStep = Literal["last", "random", "random_exit"]
 
 
 class FewStepGenerator(nn.Module):
@@ -34,7 +35,8 @@ class FewStepGenerator(nn.Module):
     alpha x0 + sigma eps at the next time. No gradient goes through calls before the one that gives the result, which
     run without a graph: memory is that of one call.
 
-    A method calls `generator(z, conditioning, noise=batch.noise, for_loss=True)` where `draws` is true, as it is here.
+    A method calls `generator(z, conditioning, noise=batch.noise, for_loss=True)` where `draws` is true, as it is here,
+    with `update=batch.update_noise` where `draws_by_update` is.
 
     Args:
         network: (x, t, conditioning) -> prediction, e.g. `networks.Denoiser(unet)`.
@@ -44,8 +46,9 @@ class FewStepGenerator(nn.Module):
         renoise: "fresh": eps is new noise, as in DMD2 and consistency models, with an address: a stream for each step.
             "ddim": the noise that the prediction implies, DDIM's step, or Euler's of a flow, as in TDM: one z gives one
             trajectory.
-        gradient_step: whose x0 a loss is of. "random": of a step that is drawn for each sample, as DMD2 trains: every
-            call learns. "last": of the last one.
+        gradient_step: whose x0 a loss is of. "random": of a step that is drawn for each sample, as in TDM: a batch has
+            all steps, so that all calls are made. "random_exit": of one that is drawn for the whole update, as in DMD2
+            and Self Forcing, at which the calls end: (K + 1) / 2 of K on the average. "last": of the last one.
 
     Raises ValueError for times that are none, too many, not falling or outside the schedule, for those at which the
     network's output would be no x0, and for an input without z.
@@ -79,13 +82,32 @@ class FewStepGenerator(nn.Module):
         self.renoise = renoise
         self.gradient_step = gradient_step
 
+    @property
+    def draws_by_update(self) -> bool:
+        """Whether a loss needs `update`."""
+        return self.gradient_step == "random_exit" and len(self.timesteps) > 1
+
+    @property
+    def loss_steps(self) -> range:
+        """The steps, counted from 0, whose x0 a loss may be of."""
+        count = len(self.timesteps)
+        return range(count - 1 if self.gradient_step == "last" else 0, count)
+
+    def steps(self, noise: Callable[[int], Noise] | None, update: Callable[[int], Noise] | None = None) -> torch.Tensor:
+        """Return the steps [B], int64, whose x0 a loss of these samples is of; arguments are those of `forward`."""
+        if self.gradient_step == "random" and len(self.timesteps) > 1:
+            return self._noise(noise, STEP).integers(0, len(self.timesteps))
+        return torch.full_like(self._noise(noise, STEP).samples, self._exit(update))
+
     def forward(
         self,
         z: torch.Tensor,
         conditioning: Any = None,
         *,
         noise: Callable[[int], Noise] | None = None,
+        update: Callable[[int], Noise] | None = None,
         for_loss: bool = False,
+        times: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """z [B, C, H, W], standard normal -> x0 [B, C, H, W], float32, or float64 where z or the prediction is.
 
@@ -93,47 +115,68 @@ class FewStepGenerator(nn.Module):
             z, conditioning: of B samples.
             noise: a stream's number -> the `Noise` of these samples, e.g. `Batch.noise`; not needed where nothing is
                 drawn.
+            update: the same for the update's one number, on the CPU, e.g. `Batch.update_noise`.
             for_loss: return the x0 of the step that `gradient_step` names, not the last one's.
+            times: int64 [B]: of single calls in place of the steps. In place of z they are fed what is noised so much.
 
-        Raises ValueError where there is something to draw and no `noise`.
+        Raises ValueError where there is something to draw and no `noise`, or no `update`.
         """
+        if times is not None:
+            return self._predict(widen(z), times, z.dtype, conditioning)[0]
         x = self.input_scale * widen(z)
         t = torch.full((len(z),), self.timesteps[0], dtype=torch.int64, device=z.device)
         if len(self.timesteps) > 1:
             with torch.no_grad():
-                x, t = self._input_of_result(x, t, z.dtype, conditioning, noise, for_loss)
+                if for_loss and self.gradient_step == "random":
+                    x, t = self._inputs_of_steps(x, t, z.dtype, conditioning, noise)
+                else:
+                    for number in range(self._exit(update) if for_loss else len(self.timesteps) - 1):
+                        x, t = self._next(number, x, t, z.dtype, conditioning, noise)
         return self._predict(x, t, z.dtype, conditioning)[0]
 
-    def _input_of_result(
+    def _exit(self, update: Callable[[int], Noise] | None) -> int:
+        """The step at which the calls of a whole update end, on the host: equal in all processes, which therefore call
+        a network whose weights they share equally often."""
+        if not self.draws_by_update:
+            return len(self.timesteps) - 1
+        return int(self._noise(update, STEP, "update").integers(0, len(self.timesteps)))
+
+    def _inputs_of_steps(
         self,
         x: torch.Tensor,
         t: torch.Tensor,
         dtype: torch.dtype,
         conditioning: Any,
         noise: Callable[[int], Noise] | None,
-        for_loss: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Input and time of the call that gives each sample's result. All calls are made, whatever step is drawn.
+        """Input and time of the call that gives each sample's result. All calls are made, whatever steps are drawn.
 
         So shapes are the same in every update, no number is read off the device, and processes that share the network's
         weights call it equally often.
         """
-        step = None
-        if for_loss and self.gradient_step == "random":
-            step = self._noise(noise, STEP).integers(0, len(self.timesteps))
-        kept, kept_t = x, t
-        for number, (_, following) in enumerate(pairwise(self.timesteps)):
-            x0, eps = self._predict(x, t, dtype, conditioning)
-            t = torch.full_like(t, following)
-            alpha, sigma = self.schedule.coefficients(t)
-            x = ops.add_noise(x0, alpha, sigma, eps if self.renoise == "ddim" else self._noise(noise, RENOISE + number))
-            if step is None:
-                kept, kept_t = x, t
-            else:
-                later = step > number
-                kept = torch.where(later.reshape(-1, *[1] * (x.dim() - 1)), x, kept)
-                kept_t = torch.where(later, t, kept_t)
+        steps, kept, kept_t = self.steps(noise), x, t
+        for number in range(len(self.timesteps) - 1):
+            x, t = self._next(number, x, t, dtype, conditioning, noise)
+            later = steps > number
+            kept = torch.where(later.reshape(-1, *[1] * (x.dim() - 1)), x, kept)
+            kept_t = torch.where(later, t, kept_t)
         return kept, kept_t
+
+    def _next(
+        self,
+        number: int,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        dtype: torch.dtype,
+        conditioning: Any,
+        noise: Callable[[int], Noise] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input and time of the call after step `number`."""
+        x0, eps = self._predict(x, t, dtype, conditioning)
+        t = torch.full_like(t, self.timesteps[number + 1])
+        alpha, sigma = self.schedule.coefficients(t)
+        renoised = eps if self.renoise == "ddim" else self._noise(noise, RENOISE + number)
+        return ops.add_noise(x0, alpha, sigma, renoised), t
 
     def _predict(
         self, x: torch.Tensor, t: torch.Tensor, dtype: torch.dtype, conditioning: Any
@@ -144,11 +187,11 @@ class FewStepGenerator(nn.Module):
         alpha, sigma = (per_sample(each, x) for each in self.schedule.coefficients(t))
         return implied(self.schedule.prediction_type, prediction, x, alpha, sigma)
 
-    def _noise(self, noise: Callable[[int], Noise] | None, stream: int) -> Noise:
+    def _noise(self, noise: Callable[[int], Noise] | None, stream: int, name: str = "noise") -> Noise:
         if noise is None:
             raise ValueError(
-                "FewStepGenerator draws noise after its steps, or the step of a loss: hand it noise, stream -> Noise, "
-                "such as Batch.noise"
+                f"FewStepGenerator draws noise after its steps, or the step of a loss: hand it {name}, stream -> "
+                f"Noise, such as Batch.{'noise' if name == 'noise' else 'update_noise'}"
             )
         return noise(stream)
 
@@ -161,6 +204,14 @@ def refuse_no_steps(timesteps: Sequence[int]) -> None:
         raise ValueError(f"timesteps must fall from each call to the next, got {list(timesteps)}")
 
 
-def draw_options(generator: Callable[..., Any], noise: Callable[[int], Noise], **options: Any) -> dict[str, Any]:
+def draw_options(
+    generator: Callable[..., Any],
+    noise: Callable[[int], Noise],
+    update: Callable[[int], Noise] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
     """Return the keywords that a generator is called with: `noise` and `options` where it draws, else none."""
-    return {"noise": noise, **options} if getattr(generator, "draws", False) else {}
+    if not getattr(generator, "draws", False):
+        return {}
+    by_update = {"update": update} if update is not None and getattr(generator, "draws_by_update", False) else {}
+    return {"noise": noise, **by_update, **options}

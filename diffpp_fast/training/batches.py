@@ -95,5 +95,6 @@ class Batches:
                 shape=self.shape,
                 null_conditioning=None if null is None else null.expand(len(mine)),
                 images=None if images is None else images(numbers[part], encode),
+                first=first,
             )
             yield MicroBatch(batch, len(mine) / len(numbers), start + self.micro_batch >= len(numbers))

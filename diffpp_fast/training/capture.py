@@ -28,6 +28,8 @@ T = TypeVar("T")
 Work = tuple[Callable[[Batch, float], Any], Callable[[Any], tuple[list[torch.Tensor], Callable[..., Any]]]]
 
 OFF = "use training.capture=false"
+#: Of a batch, besides sample numbers and conditioning: tensors, or None.
+CHANGING = ("normalizer", "x0", "steps")
 
 
 class Tape(Protocol):
@@ -112,7 +114,7 @@ class StaticInputs:
         parts = iter(held)
         samples = next(parts)
         conditioning = replace(batch.conditioning.map(lambda _: next(parts)), prompts=self._prompts)
-        rest: dict[str, Any] = {name: next(parts) for name in ("normalizer", "x0") if getattr(batch, name) is not None}
+        rest: dict[str, Any] = {name: next(parts) for name in CHANGING if getattr(batch, name) is not None}
         self.batch = replace(batch, samples=samples, conditioning=conditioning, **rest)
 
     def set(self, batch: Batch) -> None:
@@ -214,17 +216,18 @@ def of_step(output: StepOutput) -> tuple[list[torch.Tensor], Callable[[Sequence[
     """Take a step's output apart: few tensors, since each is copied after a replay."""
     names, rewards = list(output.metrics), output.rewards
     tensors = [torch.stack([output.metrics[name].detach() for name in names])]
-    tensors += [] if output.x0 is None else [output.x0]
+    tensors += [tensor for tensor in (output.x0, output.steps) if tensor is not None]
     tensors += [] if rewards is None else [rewards.values, *rewards.parts.values()]
     about = None if rewards is None else (list(rewards.parts), rewards.differentiable)
-    has_x0 = output.x0 is not None
+    has_x0, has_steps = output.x0 is not None, output.steps is not None
 
     def put_together(tensors: Sequence[torch.Tensor]) -> StepOutput:
         rest = iter(tensors)
         metrics = dict(zip(names, next(rest).unbind(), strict=True))
         x0 = next(rest) if has_x0 else None
+        steps = next(rest) if has_steps else None
         if about is None:
-            return StepOutput(metrics["loss"], metrics, None, x0)
+            return StepOutput(metrics["loss"], metrics, None, x0, steps)
         parts, differentiable = about
         values = next(rest)
         return StepOutput(
@@ -232,6 +235,7 @@ def of_step(output: StepOutput) -> tuple[list[torch.Tensor], Callable[[Sequence[
             metrics,
             RewardOutput(values, {name: next(rest) for name in parts}, differentiable),
             x0,
+            steps,
         )
 
     return tensors, put_together
@@ -251,7 +255,7 @@ def _tensors(batch: Batch) -> list[torch.Tensor]:
         return tensor
 
     batch.conditioning.map(note)
-    return found + [tensor for tensor in (batch.normalizer, batch.x0) if tensor is not None]
+    return found + [tensor for name in CHANGING if (tensor := getattr(batch, name)) is not None]
 
 
 def _key(name: str, part: MicroBatch) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from diffpp_fast.methods.dmd import Normalizer
 from diffpp_fast.methods.integral_kl import Weighting
 from diffpp_fast.methods.method import FakeWeighting
 from diffpp_fast.methods.sim import Guidance, ScoreWeighting
+from diffpp_fast.methods.times import TimeIntervals
 from diffpp_fast.networks.few_step import GradientStep, Renoise, refuse_no_steps
 
 #: Sample numbers, and whatever counts, are 64-bit integers.
@@ -152,7 +153,8 @@ class Generator(Fake):
     input_scale: Literal["sigma"] | float = "sigma"
     #: What an x0 is noised with for the next call: new noise, or the noise that the prediction implies.
     renoise: Renoise = "fresh"
-    #: Which call the losses see the x0 of, and the gradient goes through: one drawn for each sample, or the last.
+    #: Which call the losses see the x0 of, and the gradient goes through: one drawn for each sample, one drawn for each
+    #: update, with which the calls end, or the last.
     gradient_step: GradientStep = "random"
 
     @model_validator(mode="before")
@@ -297,6 +299,9 @@ class MethodSection(Section):
     #: Of the fake score's loss; null: those of the generator's.
     fake_t_range: TimeRange | None = None
     fake_time_distribution: TimesSection | None = None
+    #: Which times the losses draw for a sample of one of the generator's several steps: all, those from the next call's
+    #: time to this one's, or from the next call's time up.
+    time_intervals: TimeIntervals = "whole"
     fake_rounds: Positive = 1
     #: The last of the rounds learns on the samples of the generator's update, after it.
     share_samples: bool = False
@@ -746,16 +751,11 @@ class Config(Section):
             raise ValueError(
                 "training.capture records no images: use training.capture=false, or method.regularizers.images=null"
             )
-        if self.method.images is not None and len(self.models.generator.times) > 1:
+        generator = self.models.generator
+        if self.training.capture and generator.gradient_step == "random_exit" and len(generator.times) > 1:
             raise ValueError(
-                "method.regularizers.images are denoised by a single call at the generator's time: use one of "
-                "models.generator.timesteps, or method.regularizers.images=null"
-            )
-        initial = self.models.generator.initial_lora
-        if self.method.pulled_to_start and initial is not None and initial.keep:
-            raise ValueError(
-                "method.regularizers.start needs the initial generator beside the trained one, whose adapter "
-                "initial_lora keeps and changes: merge it by models.generator.initial_lora.keep=false"
+                "training.capture records one number of calls, and models.generator.gradient_step=random_exit draws "
+                "another for each update: use gradient_step=random, or training.capture=false"
             )
         if rewards.held_out is not None and self.training.grid_every is None:
             raise ValueError("rewards.held_out is evaluated on the sample grids: set training.grid_every")

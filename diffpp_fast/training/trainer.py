@@ -241,7 +241,7 @@ class Trainer:
                 if settings.fake_warmup > 0 or method.fake_rounds > method.share_samples:
                     captured.prepare("fake", replace(part, batch=replace(part.batch, normalizer=None)))
                 if method.share_samples:
-                    captured.prepare("fake", replace(part, batch=replace(part.batch, x0=made.x0)))
+                    captured.prepare("fake", replace(part, batch=replace(part.batch, x0=made.x0, steps=made.steps)))
             self._gradients = {engine.role: StaticGradients(engine) for engine in self._engines}
         return captured
 
@@ -355,7 +355,7 @@ class Trainer:
             else:
                 with self.phases("loss"):
                     output = loss_of(part.batch)
-            made.append(replace(part, batch=replace(part.batch, x0=output.x0)))
+            made.append(replace(part, batch=replace(part.batch, x0=output.x0, steps=output.steps)))
             loss = output.loss if part.weight == 1.0 else part.weight * output.loss
             if "reward_undefined" in output.metrics:
                 share = 1.0 - output.metrics["reward_undefined"]

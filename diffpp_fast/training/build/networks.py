@@ -122,6 +122,8 @@ logger = logging.getLogger(__name__)
 
 #: The addressed randomness that initialises a role's adapters.
 STREAMS = {"generator": GENERATOR_ADAPTER, "fake": FAKE_ADAPTER}
+#: The adapter of the generator as it was, where it began with one.
+START = "start"
 
 
 @dataclass(frozen=True)
@@ -338,6 +340,7 @@ class Networks:
         """(x_t, t, conditioning) -> prediction of the generator as it was at the start, in the frozen weights' dtype.
 
         Under adapters these are the weights without them, and the reference's own where they are equal; else a copy.
+        Where the generator goes on from a LoRA file's adapter, there is a second one, which stays as the file is.
         """
         models = self.config.models
         stored, dtype = stored_weights(models, "generator"), autocast_to(self._frozen_dtype)
@@ -348,19 +351,29 @@ class Networks:
             denoiser.network.requires_grad_(False)
             return Denoiser(denoiser.network, dtype=dtype, guidance=guidance)
         denoiser, adapters = self._backbone(stored)
-        return Denoiser(denoiser.network, dtype=dtype, adapters=adapters, guidance=guidance)
+        initial, lora = open_role_lora(models, "generator"), models.generator.lora
+        if initial is None or lora is None or not initial.section.keep:
+            return Denoiser(denoiser.network, dtype=dtype, adapters=adapters, guidance=guidance)
+        kept = self._add(adapters, START, lora, GENERATOR_ADAPTER)
+        _begin_with(kept, START, initial)
+        for weight in kept.values():
+            weight.requires_grad_(False)
+        return Denoiser(denoiser.network, dtype=dtype, adapters=adapters, adapter=START, guidance=guidance)
+
+    def _add(self, adapters: Adapters, name: str, lora: Lora, stream: int) -> dict[str, nn.Parameter]:
+        return adapters.add(
+            name,
+            rank=lora.rank,
+            alpha=lora.alpha or lora.rank,
+            targets=lora.targets,
+            seed=self.config.seed,
+            stream=stream,
+        )
 
     def _adapted(self, role: str, stored: Stored, lora: Lora, initial: Opened | None) -> Trained:
         denoiser, adapters = self._backbone(stored)
         with naming(f"models.{role}.lora"):
-            parameters = adapters.add(
-                role,
-                rank=lora.rank,
-                alpha=lora.alpha or lora.rank,
-                targets=lora.targets,
-                seed=self.config.seed,
-                stream=STREAMS[role],
-            )
+            parameters = self._add(adapters, role, lora, STREAMS[role])
         if initial is not None and initial.section.keep:
             _begin_with(parameters, role, initial)
         network, dtype = denoiser.network, autocast_to(self._frozen_dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from diffpp_fast.methods import METHODS, Method
-from diffpp_fast.methods.regularizers import ImageDenoising, KLToStart, Regularizer
+from diffpp_fast.methods.regularizers import ImageDenoising, KLToStart, Regularizer, StepImageDenoising
 from diffpp_fast.methods.through_networks import without_parameters
 from diffpp_fast.methods.times import DISTRIBUTIONS
 from diffpp_fast.networks import (
@@ -58,8 +58,8 @@ def load_checked_schedule(config: Config) -> NoiseSchedule:
     alpha or sigma is 0, say.
     """
     schedule = load_run_schedule(config)
-    make_generator(config, nn.Identity(), schedule)
-    make_method(config, nn.Identity(), nn.Identity(), nn.Identity(), schedule, nn.Identity())
+    generator = make_generator(config, nn.Identity(), schedule)
+    make_method(config, generator, nn.Identity(), nn.Identity(), schedule, nn.Identity())
     return schedule
 
 
@@ -95,12 +95,14 @@ def make_regularizers(
     if sections.start is not None and start is not None:
         made.append(KLToStart(start, sections.start.weight))
     if sections.images is not None:
-        call = make_generator(config, nn.Identity(), schedule)
-        assert isinstance(call, OneStepGenerator)  # the schema sees to it
-        made.append(
-            ImageDenoising(sections.images.weight, alpha=call.alpha, sigma=call.sigma, input_scale=call.input_scale)
-        )
+        made.append(_image_denoising(sections.images.weight, make_generator(config, nn.Identity(), schedule)))
     return made
+
+
+def _image_denoising(weight: float, call: OneStepGenerator | FewStepGenerator) -> ImageDenoising:
+    if isinstance(call, FewStepGenerator):
+        return StepImageDenoising(weight, call.schedule)
+    return ImageDenoising(weight, alpha=call.alpha, sigma=call.sigma, input_scale=call.input_scale)
 
 
 def make_method(

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from diffpp_fast.methods import METHODS, Batch, Method
 from diffpp_fast.methods.base import ImageData
-from diffpp_fast.networks import Denoiser, FrozenDecoder, fuse
+from diffpp_fast.networks import Denoiser, FewStepGenerator, FrozenDecoder, fuse
 from diffpp_fast.networks.last_layer import WideConv2d, WideLinear
 from diffpp_fast.networks.lora import Adapters, inject
 from diffpp_fast.networks.quantization import quantized_size
@@ -443,7 +443,9 @@ class _Book:
                 result.register_hook(differentiated)
             return result
 
-        called.draws = getattr(call, "draws", False)  # type: ignore[attr-defined]
+        if isinstance(call, FewStepGenerator):
+            for name in ("draws", "draws_by_update", "timesteps", "loss_steps", "steps"):
+                setattr(called, name, getattr(call, name))
         if isinstance(call, Denoiser):
             for name in ("adapters", "adapter", "dtype", "guidance", "joins"):
                 setattr(called, name, getattr(call, name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from diffpp_fast.errors import ConfigurationError
@@ -115,9 +115,31 @@ def count_run(run: PlannedRun) -> Counted:
         # They draw other times, at the same cost.
         "method.time_distribution": None,
         "method.fake_time_distribution": None,
+        "method.time_intervals": "whole",
     }
     low_weights = tuple(role for role in TRAINED if run.zero(role).stage > 0)
-    return _count(with_keys(run.config, defaults).model_dump_json(), run.architectures, low_weights)
+
+    def counted(**call: Any) -> Counted:
+        of_generator = {f"models.generator.{key}": value for key, value in call.items()}
+        config = with_keys(run.config, defaults | of_generator)
+        return _count(config.model_dump_json(), run.architectures, low_weights)
+
+    times = run.config.models.generator.times
+    if run.generator_calls == len(times):
+        return counted()
+    # Calls cost alike, so that the mean lies between what one takes and what all do; memory is that of all.
+    one, every = counted(timesteps=times[:1], gradient_step="last"), counted(gradient_step="last")
+    share = (run.generator_calls - 1) / (len(times) - 1)
+    return replace(every, phases=tuple(map(partial(_between, share), one.phases, every.phases)))
+
+
+def _between(share: float, one: Phase, every: Phase) -> Phase:
+    """Return the phase of all calls with the operations of some, at this share of the way from one to all."""
+    operations = {
+        dtype: round(one.operations.get(dtype, 0) * (1 - share) + count * share)
+        for dtype, count in every.operations.items()
+    }
+    return replace(every, operations=operations)
 
 
 @lru_cache(maxsize=64)

@@ -71,8 +71,15 @@ class PlannedRun:
         return in_parts and getattr(self.config.method, "normalizer", "sample") == "batch"
 
     @property
-    def reference_calls(self) -> int:
-        """Calls of the reference in a generator's update, for each micro-batch."""
+    def generator_calls(self) -> float:
+        """Calls of the generator's network that make a sample of a loss, on the average."""
+        generator = self.config.models.generator
+        count = len(generator.times)
+        return (count + 1) / 2 if generator.gradient_step == "random_exit" else count
+
+    @property
+    def reference_calls(self) -> float:
+        """Calls of the reference in a generator's update, for each micro-batch, on the average."""
         method = self.config.method
         # Decoupled DMD asks for the output with the prompt at both of its noise levels. A spread reference is asked for
         # both outputs of a level in one call.
@@ -81,7 +88,7 @@ class PlannedRun:
             guided -= 1
         models = self.config.models
         as_start = method.pulled_to_start and models.generator.lora is None and not start_is_copied(models)
-        return (1 + guided) * (1 + self.normalizes_apart) + as_start
+        return (1 + guided) * (1 + self.normalizes_apart) + as_start * self.generator_calls
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,6 +181,10 @@ def states_of(run: PlannedRun, counted: Counted) -> dict[str, NetworkState]:
         reference = states["reference"]
         copied = reference.weights + width * sizes["generator"].elements
         states["reference"] = replace(reference, weights=copied)
+    initial = config.models.generator.initial_lora
+    if config.method.pulled_to_start and initial is not None and initial.keep:
+        reference = states["reference"]
+        states["reference"] = replace(reference, weights=reference.weights + FLOAT32 * sum(sizes["generator"].trained))
     if config.prompts.embeddings is None:
         states["text encoder"] = NetworkState(weights=counted.text_bytes, kept=CAPACITY)
     if config.models.decoder is not None:

@@ -118,7 +118,7 @@ def _update_seconds(run: PlannedRun, counted: Counted, role: str, gpu: Gpu) -> f
 
 def _sent(run: PlannedRun, counted: Counted, role: str) -> int:
     """Bytes that a GPU sends to others in an update of `role`, with ring algorithms."""
-    total = 0
+    total = 0.0
     for other in ("generator", "fake"):
         stage, elements = run.zero(other).stage, sum(counted.sizes[other].trained)
         weights = elements * run.dtype.itemsize
@@ -129,9 +129,10 @@ def _sent(run: PlannedRun, counted: Counted, role: str) -> int:
             total += weights if stage in (1, 2) else 0
         if stage == 3:
             # Gathered for every forward pass, and in a backward pass those that were not used shortly before.
-            calls = 1 if other == role else int(other == "generator" or role == "generator")
+            calls: float = 1 if other == role else int(other == "generator" or role == "generator")
             calls += run.normalizes_apart * (role == other == "generator")
-            calls *= len(run.config.models.generator.times) if other == "generator" else 1
+            calls *= run.generator_calls if other == "generator" else 1
+            calls += run.config.method.images is not None and role == other == "generator"
             again = max(elements - REUSED // 2, 0) * run.dtype.itemsize if other == role else 0
             total += (weights * calls + again) * run.rounds
     if role == "generator" and run.config.distributed.reference != "replica":
@@ -141,7 +142,7 @@ def _sent(run: PlannedRun, counted: Counted, role: str) -> int:
 
 def _to_host(run: PlannedRun, counted: Counted, role: str) -> int:
     """Bytes that go between a GPU and the CPU in an update of `role`."""
-    total, zero = 0, run.zero(role)
+    total, zero = 0.0, run.zero(role)
     part = sum(counted.sizes[role].trained) // run.gpus
     if zero.offload_optimizer != "none":
         total += part * (4 * run.rounds + run.dtype.itemsize)  # gradients there, weights back
@@ -150,4 +151,4 @@ def _to_host(run: PlannedRun, counted: Counted, role: str) -> int:
     if role == "generator" and run.config.distributed.reference == "offload":
         part = counted.sizes["reference"].elements // run.gpus
         total += part * run.reference_width * run.reference_calls * run.rounds
-    return total
+    return int(total)
