@@ -56,7 +56,8 @@ def updates_of(network: nn.Module, kind: LoraFormat = "diffusers") -> dict[str, 
     torch.manual_seed(3)
     updates, target = {}, LoraTarget.of(network)
     for number, (name, layer) in enumerate(network.named_modules()):
-        if isinstance(layer, nn.Linear | nn.Conv2d) and is_carried(kind, name, target):
+        grouped = getattr(layer, "groups", 1) != 1
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not grouped and is_carried(kind, name, target):
             rank, alpha = (2, 3.0) if number % 3 else (3, 7.5)
             shape = layer.weight.shape
             ones = [1] * (len(shape) - 2)

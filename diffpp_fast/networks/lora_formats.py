@@ -49,7 +49,9 @@ TRANSFORMERS: dict[str, tuple[str, str | None]] = {
     "QwenImageTransformer2DModel": ("networks.lora_qwen_image", "qwen_image"),
     "ZImageTransformer2DModel": ("networks.lora_zimage", "z_image"),
 }
-#: Networks whose code in musubi-tuner is diffusers'.
+#: Those that musubi-tuner is for; sd-scripts are for the others.
+MUSUBI = ("Flux2Transformer2DModel", "QwenImageTransformer2DModel", "ZImageTransformer2DModel")
+#: Networks whose code there is diffusers'.
 UNCHANGED = ("QwenImageTransformer2DModel", "ZImageTransformer2DModel")
 #: How the names of the layers begin that a format carries, where not all are.
 CARRIED: dict[tuple[str, str], str] = {
@@ -150,12 +152,22 @@ def refuse_layers(kind: LoraFormat, layers: Iterable[str], target: LoraTarget) -
     """Raise ValueError for layers whose updates the program of a format does not read."""
     left = [layer for layer in layers if not is_carried(kind, layer, target)]
     if left:
-        module, _ = TRANSFORMERS.get(target.kind, ("", None))
-        program = "kohya's sd-scripts" if module in ("", "networks.lora_flux") else "kohya's musubi-tuner"
-        raise ValueError(
-            f"{', '.join(left[:4])} have adapters that {'ComfyUI does' if kind == 'comfyui' else f'{program} do'} not "
-            f"read: use the format {'diffusers' if kind == 'comfyui' else 'comfyui or diffusers'}"
+        who, others = (
+            ("ComfyUI does", "diffusers")
+            if kind == "comfyui"
+            else (f"{kohyas_program(target)} do", "comfyui or diffusers")
         )
+        raise ValueError(f"{', '.join(left[:4])} have adapters that {who} not read: use the format {others}")
+
+
+def kohyas_program(target: LoraTarget) -> str:
+    """Return which of kohya's programs reads LoRA files of a network."""
+    return f"kohya's {'musubi-tuner' if target.kind in MUSUBI else 'sd-scripts'}"
+
+
+def is_for_diffusers(kind: LoraFormat, target: LoraTarget) -> bool:
+    """Return whether a pipeline of diffusers loads a format's file."""
+    return target.loadable and (kind, target.kind) != ("kohya", "SD3Transformer2DModel")
 
 
 def names_of(layer: str, target: LoraTarget) -> list[str]:
