@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from diffpp_fast.networks.families import FAMILIES, family_of
 from diffpp_fast.networks.lora import inject
+from diffpp_fast.networks.lora_files import endings
 from diffpp_fast.networks.lora_formats import LoraFormat, LoraTarget, LowRank, is_carried, write_lora
 from diffpp_fast.training import ConfigurationError, load_config
 from diffpp_fast.training.build import build_sampler
@@ -242,6 +243,21 @@ def test_default_targets_are_all_projections(family: str) -> None:
     assert adapted == {name for name in names if not re.fullmatch(LEFT[family], name)} and len(adapted) > 15
     ends = [target.rpartition("*.")[2] for target in found.lora_targets]
     assert all(any(name.endswith(f".{end}") for name in adapted) for end in ends), "a target that nothing has"
+
+
+@pytest.mark.parametrize(
+    ("make", "end", "short"),
+    [
+        (tiny.flux, r".*\.to_q|single.*\.proj_out", ["single_transformer_blocks.*.proj_out", "to_q"]),
+        (tiny_flux.flux_2, r"single.*\.to_out", ["single_transformer_blocks.*.attn.to_out"]),
+    ],
+)
+def test_targets_of_all_blocks_are_short(make: Callable[[], Any], end: str, short: list[str]) -> None:
+    network = make()
+    modules = [name for name, _ in network.named_modules() if name]
+    chosen = {name for name in modules if re.fullmatch(end, name)}
+    assert endings(chosen, modules) == short
+    assert inject(network, "generator", rank=2, alpha=2, targets=endings(chosen, modules)).keys() == chosen
 
 
 def test_a_convolution_in_groups_gets_no_adapter() -> None:

@@ -187,7 +187,7 @@ def read_lora(
 
 
 def endings(chosen: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """Return the fewest short ends of names that match these layers and no other module of a network."""
+    """Return the fewest short ends of names that match these layers and no other module; `*` is a number."""
     wanted, names = set(chosen), set(modules)
     found: list[str] = []
     for layer in sorted(wanted):
@@ -198,7 +198,7 @@ def endings(chosen: Iterable[str], modules: Iterable[str]) -> list[str]:
             end = ".".join(parts[-length:])
             if not parts[-length].isdigit() and {name for name in names if _ends(name, end)} <= wanted:
                 break
-        found.append(end)
+        found.append(_of_all_blocks(end, wanted, names))
     return sorted(found)
 
 
@@ -445,5 +445,14 @@ def _with_alpha(update: LowRank, alpha: float) -> LowRank:
     return LowRank(update.down, up, alpha)
 
 
+def _of_all_blocks(end: str, wanted: set[str], names: set[str]) -> str:
+    """Return an end with `*` for the number of a block, where that matches more of the wanted names and no other."""
+    starred = re.sub(r"\.\d+\.", ".*.", end)
+    matched = {name for name in names if _ends(name, starred)}
+    return starred if matched <= wanted and sum(_ends(name, end) for name in matched) < len(matched) else end
+
+
 def _ends(name: str, end: str) -> bool:
+    if "*" in end:
+        return re.fullmatch(rf"(.*\.)?{re.escape(end)}".replace(r"\*", r"\d+"), name) is not None
     return name == end or name.endswith(f".{end}")
