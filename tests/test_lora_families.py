@@ -11,6 +11,7 @@ import pytest
 import tiny
 import tiny_flux
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_initial_lora import assert_changes, read
@@ -353,6 +354,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if family not in found:
             makes: Any = tiny_flux if family in tiny_flux.LATENTS else tiny
             found[family] = makes.write_base(tmp_path_factory.mktemp(family), PIPELINES.get(family, family))
+            data = yaml.safe_load(found[family].read_text())
+            data["models"].setdefault("latent_shape", list(tiny.LATENT))
+            found[family].write_text(yaml.safe_dump(data, sort_keys=False))
         return found[family]
 
     return base
