@@ -277,6 +277,16 @@ def kohyas(name: str) -> Edit:
     )
 
 
+def alone(edit: Edit) -> Edit:
+    """Lets an edit begin with nothing."""
+
+    def edited(tensors: dict[str, Tensor]) -> None:
+        tensors.clear()
+        edit(tensors)
+
+    return edited
+
+
 QKV = "lora_unet_double_blocks_0_img_attn_qkv"
 MISFITS: dict[str, tuple[Callable[[], Any], Edit, str]] = {
     "FLUX.1 on Z-Image": (
@@ -295,7 +305,7 @@ MISFITS: dict[str, tuple[Callable[[], Any], Edit, str]] = {
         "A of transformer_blocks.0.attn.to_q has rank . and B 7: the file is damaged",
     ),
     "two formats": (tiny.flux, kohyas(QKV), r"two updates of .*attn.to_[qkv].*: give a file of one adapter"),
-    "no alpha": (tiny.flux, lambda d: (d.clear(), kohyas(QKV)(d)), "says no alpha.*_qkv has none.*key alpha"),
+    "no alpha": (tiny.flux, alone(kohyas(QKV)), "says no alpha.*_qkv has none.*key alpha"),
     "half": (tiny.flux, lambda d: d.pop(f"{BLOCK}.lora_B.weight"), "not whole: .*attn.to_q lacks A or B.*Get it anew"),
     "another format's alpha": (
         tiny.flux, lambda d: d.update({"lora_unet_double_blocks_0_img_attn_proj.alpha": torch.tensor(1.0)}),
