@@ -415,15 +415,16 @@ def test_a_change_of_all_weights_is_extracted_in_every_format(
         for parameter in trained.parameters.values():
             parameter.add_(0.1 * torch.randn_like(parameter))
     after, target = network.state_dict(), LoraTarget.of(network)
+    rank = 16 if family in ("sd3", "sana") else 32  # of most of its layers
     exported = Exported(config, trained)
     for kind in own_formats(family):
-        source = LoraSource(exported, kind, rank=32)
+        source = LoraSource(exported, kind, rank=rank)
         extraction = export_lora(tmp_path / kind, config, trained, source)
-        assert extraction is not None and 0.3 < extraction.kept < 1.0
+        assert extraction is not None and 0.1 < extraction.kept < 1.0
         (file,) = (tmp_path / kind).glob("*.safetensors")
         layers = read(file, network).layers
         assert layers.keys() == {layer for layer in exported.linear if is_carried(kind, layer, target)}
-        whole = [layer for layer, update in layers.items() if min(after[f"{layer}.weight"].flatten(1).shape) <= 32]
+        whole = [layer for layer, update in layers.items() if min(after[f"{layer}.weight"].flatten(1).shape) <= rank]
         changes = {layer: after[f"{layer}.weight"] - before[f"{layer}.weight"] for layer in whole}
         assert len(whole) > 20
         assert_changes({layer: layers[layer] for layer in whole}, changes)
