@@ -348,11 +348,7 @@ def test_what_was_written_is_read_back(family: str, kind: LoraFormat, tmp_path: 
         assert torch.equal(update.down, written[layer].down), layer
 
 
-#: Of a run: true blocks need no true text.
-SLOW = [
-    "flux",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "flux_2", "z_image", "qwen_image", "sana")),
-]
+#: Names of pipelines, where they are not the families'.
 PIPELINES = {"sd3": "stable_diffusion_3"}
 
 
@@ -376,7 +372,8 @@ def own_formats(family: str) -> tuple[LoraFormat, ...]:
     return ("diffusers", *NETWORKS[family][2])
 
 
-@pytest.mark.parametrize("family", SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", NETWORKS)
 def test_a_run_goes_on_from_its_export_in_every_format(
     bases: Callable[[str], Path], family: str, tmp_path: Path
 ) -> None:
@@ -403,7 +400,8 @@ def test_a_run_goes_on_from_its_export_in_every_format(
                 torch.testing.assert_close(now.weight(name), weight, rtol=1e-4, atol=1e-5, msg=f"{kind} {name}")
 
 
-@pytest.mark.parametrize("family", SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", NETWORKS)
 def test_a_change_of_all_weights_is_extracted_in_every_format(
     bases: Callable[[str], Path], family: str, tmp_path: Path
 ) -> None:
