@@ -54,9 +54,10 @@ KOHYA_PARTS = {"Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2
 def updates_of(network: nn.Module, kind: LoraFormat = "diffusers") -> dict[str, LowRank]:
     """An update of every layer that a format carries: of other ranks in some, with an alpha that is not the rank."""
     torch.manual_seed(3)
-    updates = {}
+    updates, target = {}, LoraTarget.of(network)
     for number, (name, layer) in enumerate(network.named_modules()):
-        if isinstance(layer, nn.Linear | nn.Conv2d) and is_carried(kind, name):
+        grouped = getattr(layer, "groups", 1) != 1
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not grouped and is_carried(kind, name, target):
             rank, alpha = (2, 3.0) if number % 3 else (3, 7.5)
             shape = layer.weight.shape
             ones = [1] * (len(shape) - 2)
@@ -239,7 +240,8 @@ def test_metadata_for_diffusers_is_json(tmp_path: Path) -> None:
     [
         (tiny.pixart, "kohya", r"not of a PixArtTransformer2DModel: use the format comfyui or diffusers"),
         (tiny.unet, "kohya", r"this UNet has other blocks: use the format comfyui or diffusers"),
-        (tiny.sd3, "comfyui", r"no names of ComfyUI are known here for a SD3Transformer2DModel: use .* diffusers"),
+        (tiny.sana, "comfyui", r"no names of ComfyUI are known here for a SanaTransformer2DModel: use .* diffusers"),
+        (tiny.sana, "kohya", r"not of a SanaTransformer2DModel: use the format diffusers$"),
     ],
 )
 def test_formats_refuse_networks_that_their_programs_do_not_read(network: Any, kind: LoraFormat, said: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,9 @@ from diffpp_fast.noise import Noise
 
 
 def inject(network: nn.Module, name: str, *, rank: int, alpha: float, targets: Sequence[str]) -> dict[str, Any]:
-    """Put peft's LoRA layers into a network, in place.
+    """Put peft's LoRA layers into a network, in place: into the linear layers and convolutions whose names end so.
+
+    In a target `*` stands for the number of a block. Containers of such a name are passed over.
 
     Returns all of the network's LoRA layers by path. A network with half-precision weights must run under autocast:
     it casts what a matrix product takes, and peft's own cast of every adapted input to float32, a copy that autocast
@@ -24,7 +27,8 @@ def inject(network: nn.Module, name: str, *, rank: int, alpha: float, targets: S
     from peft import inject_adapter_in_model
     from peft.tuners.lora.layer import LoraLayer
 
-    settings = settings_of(rank, alpha, targets)
+    chosen = _chosen(network, targets)
+    settings = settings_of(rank, alpha, chosen or targets)
     with warnings.catch_warnings():
         # Several adapters on one network are what this is for.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
@@ -169,11 +173,31 @@ class Adapters:
                 layer._active_adapter, layer.part = active, rows
 
 
-def settings_of(rank: int, alpha: float, targets: Sequence[str]) -> Any:
-    """Return peft's settings of an adapter."""
+def settings_of(rank: int, alpha: float, targets: Sequence[str] | str) -> Any:
+    """Return peft's settings of an adapter, on layers whose names end so or match a pattern as a whole."""
     from peft import LoraConfig
 
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none")
+    modules = targets if isinstance(targets, str) else list(targets)
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, bias="none")
+
+
+def _chosen(network: nn.Module, targets: Sequence[str]) -> str:
+    """Return a pattern of the names of the modules that targets mean; empty where there is none.
+
+    Raises ValueError for a convolution in groups.
+    """
+    ends = "|".join(re.escape(target).replace(r"\*", r"\d+") for target in targets)
+    wanted = re.compile(rf"(.*\.)?({ends})")
+    containers = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+    found = []
+    for name, module in network.named_modules():
+        if wanted.fullmatch(name) and not isinstance(module, containers):
+            if getattr(module, "groups", 1) != 1:
+                raise ValueError(
+                    f"{name} is a convolution in groups, for which no product B A is the update: name others as targets"
+                )
+            found.append(re.escape(name))
+    return "|".join(found)
 
 
 def layers_of(names: Iterable[str], adapter: str) -> dict[str, tuple[str, str]]:

@@ -5,8 +5,10 @@ They are those of diffusers and peft, of kohya's sd-scripts (LCM-LoRAs are in it
 
 - beside A and B (`.alpha`): kohya's, ComfyUI's;
 - in the file's metadata (diffusers) or in `adapter_config.json` beside it (peft), with exceptions by layer;
-- nowhere: in diffusers' names it is the rank then, as diffusers and peft write updates that are scaled already. Of
-  other names it is unknown.
+- nowhere: in names with dots it is the rank then, as diffusers and peft write updates that are scaled already. Of other
+  names it is unknown.
+
+A module may hold several layers of diffusers (`networks.lora_modules`): its update is taken apart.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +26,32 @@ from torch import Tensor
 from diffpp_fast.networks.loading import exists, find_file, is_file, local_folder
 from diffpp_fast.networks.lora import merged_weight
 from diffpp_fast.networks.lora_formats import LoraTarget, LowRank, names_of
+from diffpp_fast.networks.lora_modules import AuthorsModule, module_of, swap_halves, taken_apart
 from diffpp_fast.networks.weight_files import LORA_FILES
 from diffpp_fast.tensor_files import first_not_finite, metadata_of, read_tensors
 
 #: In front of a layer's name, where it has dots.
 PREFIXES = ("", "unet.", "transformer.", "base_model.model.", "diffusion_model.")
+#: Names without dots begin so.
+DOTLESS = re.compile(r"lora_(unet|transformer)_")
 #: Tensors of text encoders, which are not trained here.
-TEXT = re.compile(r"(base_model\.model\.)?(text_encoder(_\d)?|lora_te\d?|te\d?|clip_[lg]|t5xxl|text_model)[._]")
+TEXT = re.compile(r"(base_model\.model\.)?(text_encoders?(_\d)?|lora_te\d?|te\d?|clip_[lg]|t5xxl|text_model)[._]")
+#: Projections that diffusers, too, can compute as one, by the name of that one.
+FUSED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+#: Whose LoRA a file is, by names in it.
+SIGNS = (
+    (r"(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)[._]", "a UNet of Stable Diffusion"),
+    (r"joint_blocks[._]|transformer_blocks[._]\d+[._]attn2[._]add_", "Stable Diffusion 3"),
+    (r"(to_qkv_mlp_proj|ff(_context)?[._]linear_(in|out)|(double|single)_stream_modulation)", "FLUX.2"),
+    (r"(single_transformer_blocks|single_blocks|double_blocks)[._]", "FLUX"),
+    (r"(noise_refiner|context_refiner)[._]|layers[._]\d+[._](attention|feed_forward)[._]", "Z-Image"),
+    (r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]", "Qwen-Image"),
+    (r"[._]ff[._]conv_(inverted|depth|point)", "Sana"),
+)
 #: Other kinds of adapters, by a name of theirs.
 OTHERS = (
     (r"\.(dora_scale|lora_magnitude_vector)", "DoRA, which also learns each output's magnitude"),
@@ -144,7 +165,8 @@ def read_lora(
     _refuse_settings(file, settings.values)
     text = [name for name in tensors if TEXT.match(name)]
     parts = {name: tensor for name, tensor in tensors.items() if name not in set(text)}
-    found, alphas = _group(parts, config, shapes)
+    modules = _modules(config, shapes)
+    found, alphas = _group(parts, modules, config)
     if not found:
         kind = (
             f"only {len(text)} tensors of text encoders" if text else f"no LoRA, e.g. {min(parts, default='nothing')}"
@@ -153,23 +175,19 @@ def read_lora(
     name = first_not_finite(parts)
     if name is not None:
         raise ValueError(f"{file}: {name} holds values that are NaN or infinite")
-    layers = {
-        layer: LowRank(*_shaped(file, layer, factors, shapes[f"{layer}.weight"]), 0.0)
-        for layer, factors in found.items()
-    }
-    known = {
-        layer: alphas.get(layer, settings.alpha(layer, update.rank, dotted=found[layer].dotted))
-        for layer, update in layers.items()
-    }
-    return LoraFile(
-        file,
-        {layer: update._replace(alpha=_alpha(file, layer, known[layer], alpha)) for layer, update in layers.items()},
-        len(text),
-    )
+    layers: dict[str, LowRank] = {}
+    for module, factors in found.items():
+        held = modules[module].layers
+        rows = [shapes[f"{layer}.weight"][0] for layer in held]
+        label = held[0] if len(held) == 1 else factors.name
+        whole = LowRank(*_shaped(file, label, factors, (sum(rows), *shapes[f"{held[0]}.weight"][1:])), 0.0)
+        known = alphas.get(module, settings.alpha(label, whole.rank, dotted=not DOTLESS.match(factors.name)))
+        layers |= _taken_apart(modules[module], whole._replace(alpha=_alpha(file, label, known, alpha)), rows)
+    return LoraFile(file, layers, len(text))
 
 
 def endings(chosen: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """Return the fewest short ends of names that match these layers and no other module of a network."""
+    """Return the fewest short ends of names that match these layers and no other module; `*` is a number."""
     wanted, names = set(chosen), set(modules)
     found: list[str] = []
     for layer in sorted(wanted):
@@ -180,7 +198,7 @@ def endings(chosen: Iterable[str], modules: Iterable[str]) -> list[str]:
             end = ".".join(parts[-length:])
             if not parts[-length].isdigit() and {name for name in names if _ends(name, end)} <= wanted:
                 break
-        found.append(end)
+        found.append(_of_all_blocks(end, wanted, names))
     return sorted(found)
 
 
@@ -191,11 +209,11 @@ def modules_of(shapes: Mapping[str, Any]) -> set[str]:
 
 
 class _Factors(NamedTuple):
-    """A and B of a layer as they are stored, and whether the file's names have dots."""
+    """A and B of a module as they are stored, and its name in the file."""
 
     down: Tensor
     up: Tensor
-    dotted: bool
+    name: str
 
 
 class _Settings(NamedTuple):
@@ -282,43 +300,88 @@ def _refuse_others(names: Iterable[str], settings: _Settings) -> None:
         )
 
 
-def _group(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, _Factors], dict[str, float]]:
-    """Return the stored factors, and alphas where they are stored, by layer."""
+def _modules(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, AuthorsModule]:
+    """Return what a file may hold updates of, by all names that files have for it: layers, and modules of several."""
     layers = [name.removesuffix(".weight") for name, shape in shapes.items() if _is_layer(name, shape)]
     target = LoraTarget.named(config)
-    known = {name: layer for layer in layers for name in names_of(layer, target)}
-    dotted = {prefix + layer: layer for layer in layers for prefix in PREFIXES}
+    found: dict[str, AuthorsModule] = {}
+    for layer in layers:
+        own = AuthorsModule(layer, (layer,), swapped=False)
+        found |= dict.fromkeys([*names_of(layer, target), *(prefix + layer for prefix in PREFIXES)], own)
+    for module in _several(layers, target):
+        dotless = f"lora_unet_{module.name.replace('.', '_')}"
+        for name in (dotless, *(prefix + module.name for prefix in PREFIXES)):
+            found.setdefault(name, module)
+    return found
+
+
+def _several(layers: Sequence[str], target: LoraTarget) -> Iterator[AuthorsModule]:
+    """The modules that hold several of a network's layers, or that have another name than theirs."""
+    own = set(layers)
+    for layer in layers:
+        stem, _, end = layer.rpartition(".")
+        for name, parts in FUSED.items():
+            held = tuple(f"{stem}.{part}" for part in parts)
+            if end == parts[0] and own.issuperset(held):
+                yield AuthorsModule(f"{stem}.{name}", held, swapped=False)
+        module = module_of(layer, target.kind, target.config)
+        if module is not None and layer == module.layers[0] and own.issuperset(module.layers):
+            yield module
+
+
+def _group(
+    tensors: Mapping[str, Tensor], modules: Mapping[str, AuthorsModule], config: Mapping[str, Any]
+) -> tuple[dict[str, _Factors], dict[str, float]]:
+    """Return the stored factors, and alphas where they are stored, by the module's name in the file."""
     halves: dict[str, dict[int, Tensor]] = {}
     alphas: dict[str, float] = {}
-    with_dots: set[str] = set()
+    of_layer: dict[str, str] = {}
     strange = []
     for name, tensor in tensors.items():
         module, half = _split(name)
-        layer = dotted.get(module) or known.get(module)
-        if layer is None or half is None:
+        if module not in modules or half is None:
             strange.append(name)
         elif half == 2:
             if tensor.numel() != 1:
                 raise ValueError(f"{name} has the shape {list(tensor.shape)}, and alpha is a number")
-            alphas[layer] = float(tensor)
-        elif half in halves.setdefault(layer, {}):
-            raise ValueError(f"it holds two updates of {layer}, {name} is of the second: give a file of one adapter")
+            alphas[module] = float(tensor)
         else:
-            halves[layer][half] = tensor
-            if module in dotted:
-                with_dots.add(layer)
+            for layer in modules[module].layers:
+                if of_layer.setdefault(layer, module) != module or half in halves.get(module, ()):
+                    raise ValueError(
+                        f"it holds two updates of {layer}, {name} is of the second: give a file of one adapter"
+                    )
+            halves.setdefault(module, {})[half] = tensor
     if strange and (len(strange) < len(tensors) or any(_split(name)[1] is not None for name in strange)):
         kind = config.get("_class_name")
         raise ValueError(
             f"it is of another network: {len(strange)} of its {len(tensors)} tensors are of layers that this {kind} "
-            f"does not have, e.g. {min(strange)}"
+            f"does not have, e.g. {min(strange)}{_whose(strange)}: give a LoRA of this network, or take its own as base"
         )
-    lonely = sorted(layer for layer, found in halves.items() if len(found) < 2) + sorted(alphas.keys() - halves.keys())
+    lonely = sorted(module for module, found in halves.items() if len(found) < 2) + sorted(
+        alphas.keys() - halves.keys()
+    )
     if lonely:
-        raise ValueError(f"it is not whole: {lonely[0]} lacks A or B")
-    return {layer: _Factors(found[0], found[1], layer in with_dots) for layer, found in halves.items()}, alphas
+        layers = modules[lonely[0]].layers
+        label = layers[0] if len(layers) == 1 else lonely[0]
+        raise ValueError(f"it is not whole: {label} lacks A or B: is the file cut off? Get it anew")
+    return {module: _Factors(found[0], found[1], module) for module, found in halves.items()}, alphas
+
+
+def _whose(names: Iterable[str]) -> str:
+    """Say whose names they are, where it is known."""
+    text = "\n".join(names)
+    found = next((whose for pattern, whose in SIGNS if re.search(pattern, text)), None)
+    return "" if found is None else f" (as in {found})"
+
+
+def _taken_apart(module: AuthorsModule, update: LowRank, rows: Sequence[int]) -> dict[str, LowRank]:
+    """Return the updates of the layers that a module holds."""
+    if len(rows) == 1:
+        return {module.layers[0]: update._replace(up=swap_halves(update.up)) if module.swapped else update}
+    parts = zip(module.layers, taken_apart(update.down, update.up, rows), strict=True)
+    alpha = update.alpha / update.rank
+    return {layer: LowRank(*part, alpha * len(part[0])) for layer, part in parts if part is not None}
 
 
 def _is_layer(name: str, shape: tuple[int, ...]) -> bool:
@@ -348,12 +411,16 @@ def _shaped(file: Path, layer: str, factors: _Factors, wanted: tuple[int, ...]) 
     if min((factors.down.shape or [0])[0], factors.up.numel()) == 0:
         raise ValueError(f"{file}: the factors of {layer} are empty: its rank is 0")
     rank, ones = len(factors.down), [1] * (len(wanted) - 2)
+    if factors.up.dim() > 1 and factors.up.shape[1] != rank and len(factors.up) == wanted[0]:
+        raise ValueError(
+            f"{file}: A of {layer} has rank {rank} and B {factors.up.shape[1]}: the file is damaged, get it anew"
+        )
     shapes = (rank, *wanted[1:]), (wanted[0], rank, *ones)
     for part, shape in zip(factors[:2], shapes, strict=True):
         if part.dim() not in (2, 4) or part.numel() != math.prod(shape) or part.shape[:2] != shape[:2]:
             raise ValueError(
                 f"{file}: it is of another network: {layer} has factors of shape {list(factors.down.shape)} and "
-                f"{list(factors.up.shape)}, and the network's weight {list(wanted)}"
+                f"{list(factors.up.shape)}, and the network's weight {list(wanted)}: give a LoRA of this one"
             )
     return factors.down.reshape(shapes[0]), factors.up.reshape(shapes[1])
 
@@ -378,5 +445,14 @@ def _with_alpha(update: LowRank, alpha: float) -> LowRank:
     return LowRank(update.down, up, alpha)
 
 
+def _of_all_blocks(end: str, wanted: set[str], names: set[str]) -> str:
+    """Return an end with `*` for the number of a block, where that matches more of the wanted names and no other."""
+    starred = re.sub(r"\.\d+\.", ".*.", end)
+    matched = {name for name in names if _ends(name, starred)}
+    return starred if matched <= wanted and sum(_ends(name, end) for name in matched) < len(matched) else end
+
+
 def _ends(name: str, end: str) -> bool:
+    if "*" in end:
+        return re.fullmatch(rf"(.*\.)?{re.escape(end)}".replace(r"\*", r"\d+"), name) is not None
     return name == end or name.endswith(f".{end}")

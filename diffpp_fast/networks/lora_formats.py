@@ -11,6 +11,10 @@ All of them compute weight + alpha / rank B A, and differ in the names of B and 
 
 In the last two all layers have one alpha, and what differs is multiplied into B: diffusers' converter finds no layer of
 an attention for an alpha of its own.
+
+Of other transformers (`TRANSFORMERS`) kohya's programs read files with the modules of `networks.lora_modules`, or with
+diffusers' layers where musubi-tuner's own code has them; every module has an alpha of its own. ComfyUI reads diffusers'
+files of them, under any name.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from diffpp_fast.networks.lora_modules import AuthorsModule, block_diagonal, module_of, swap_halves
+
 T = TypeVar("T")
 LoraFormat = Literal["diffusers", "kohya", "comfyui"]
 FORMATS: tuple[LoraFormat, ...] = get_args(LoraFormat)
@@ -33,6 +39,28 @@ FORMATS: tuple[LoraFormat, ...] = get_args(LoraFormat)
 KOHYA_NETWORKS = {
     "Stable Diffusion 1 and 2": (["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], 1),
     "Stable Diffusion XL": (["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2, [1, 2, 10]),
+}
+#: Other networks than UNets and PixArt that kohya's programs and ComfyUI read: the module of a kohya's program that
+#: does, and the base's name in its files, where a network has one alone.
+TRANSFORMERS: dict[str, tuple[str, str | None]] = {
+    "FluxTransformer2DModel": ("networks.lora_flux", "flux1"),
+    "SD3Transformer2DModel": ("networks.lora_sd3", None),
+    "Flux2Transformer2DModel": ("networks.lora_flux_2", None),
+    "QwenImageTransformer2DModel": ("networks.lora_qwen_image", "qwen_image"),
+    "ZImageTransformer2DModel": ("networks.lora_zimage", "z_image"),
+}
+#: Those that musubi-tuner is for; sd-scripts are for the others.
+MUSUBI = ("Flux2Transformer2DModel", "QwenImageTransformer2DModel", "ZImageTransformer2DModel")
+#: Networks whose code there is diffusers'.
+UNCHANGED = ("QwenImageTransformer2DModel", "ZImageTransformer2DModel")
+#: How the names of the layers begin that a format carries, where not all are.
+CARRIED: dict[tuple[str, str], str] = {
+    ("kohya", "UNet2DConditionModel"): r"(down_blocks|mid_block|up_blocks)\.",
+    ("kohya", "FluxTransformer2DModel"): r"(?!norm_out\.|proj_out$)",
+    ("kohya", "Flux2Transformer2DModel"): r"(single_)?transformer_blocks\.",
+    ("kohya", "QwenImageTransformer2DModel"): r"transformer_blocks\.",
+    ("kohya", "ZImageTransformer2DModel"): r"(layers|noise_refiner|context_refiner)\.",
+    ("comfyui", "Flux2Transformer2DModel"): r"(?!time_guidance_embed\.|(double|single)_stream_modulation)",
 }
 #: Layers in residual blocks by their names in the code of Stable Diffusion's authors.
 RESNET = {
@@ -99,37 +127,68 @@ class LoraTarget(NamedTuple):
 
 def refuse_format(kind: LoraFormat, target: LoraTarget) -> None:
     """Raise ValueError for a network whose LoRA the program of a format does not read."""
-    if kind == "kohya" and not target.is_unet:
+    comfyui = target.is_unet or target.kind in TRANSFORMERS or target.kind == "PixArtTransformer2DModel"
+    others = "comfyui or diffusers" if comfyui else "diffusers"
+    if kind == "kohya" and not target.is_unet and target.kind not in TRANSFORMERS:
         raise ValueError(
-            f"kohya's sd-scripts read LoRA files of Stable Diffusion's UNets, and not of a {target.kind}: "
-            "use the format comfyui or diffusers"
+            "kohya's sd-scripts read LoRA files of Stable Diffusion's networks and of FLUX.1, musubi-tuner of FLUX.2, "
+            f"Qwen-Image and Z-Image, and not of a {target.kind}: use the format {others}"
         )
-    if kind == "comfyui" and not target.is_unet and target.kind != "PixArtTransformer2DModel":
+    if kind == "comfyui" and not comfyui:
         raise ValueError(f"no names of ComfyUI are known here for a {target.kind}: use the format diffusers")
-    if kind == "kohya" and _kohya_network(target) is None:
+    if kind == "kohya" and target.is_unet and _kohya_network(target) is None:
         raise ValueError(
             f"kohya's sd-scripts read LoRA files of {' and of '.join(KOHYA_NETWORKS)}, and this UNet has other blocks: "
             "use the format comfyui or diffusers"
         )
 
 
-def is_carried(kind: LoraFormat, layer: str) -> bool:
+def is_carried(kind: LoraFormat, layer: str, target: LoraTarget) -> bool:
     """Return whether the program of a format reads a layer's update, in a network that `refuse_format` lets pass."""
-    return kind != "kohya" or re.match(r"(down_blocks|mid_block|up_blocks)\.", layer) is not None
+    return re.match(CARRIED.get((kind, target.kind), ""), layer) is not None
+
+
+def refuse_layers(kind: LoraFormat, layers: Iterable[str], target: LoraTarget) -> None:
+    """Raise ValueError for layers whose updates the program of a format does not read."""
+    left = [layer for layer in layers if not is_carried(kind, layer, target)]
+    if left:
+        who, others = (
+            ("ComfyUI does", "diffusers")
+            if kind == "comfyui"
+            else (f"{kohyas_program(target)} do", "comfyui or diffusers")
+        )
+        raise ValueError(f"{', '.join(left[:4])} have adapters that {who} not read: use the format {others}")
+
+
+def kohyas_program(target: LoraTarget) -> str:
+    """Return which of kohya's programs reads LoRA files of a network."""
+    return f"kohya's {'musubi-tuner' if target.kind in MUSUBI else 'sd-scripts'}"
+
+
+def is_for_diffusers(kind: LoraFormat, target: LoraTarget) -> bool:
+    """Return whether a pipeline of diffusers loads a format's file."""
+    return target.loadable and (kind, target.kind) != ("kohya", "SD3Transformer2DModel")
 
 
 def names_of(layer: str, target: LoraTarget) -> list[str]:
     """Return the names that programs have for a layer's module in their files, without dots: kohya's and ComfyUI's."""
     names = {_module_name("comfyui", layer, target)} if target.is_unet else set()
-    if target.is_unet and target.is_xl and _kohya_network(target) is not None and is_carried("kohya", layer):
+    if target.is_unet and target.is_xl and _kohya_network(target) is not None and is_carried("kohya", layer, target):
         names.add(_module_name("kohya", layer, target))
     plain = layer.replace(".", "_")
     return sorted(names | {f"lora_unet_{plain}", f"lora_transformer_{plain}"})
 
 
-def factors_of_up(kind: LoraFormat, layers: Mapping[str, LowRank]) -> dict[str, float]:
+def factors_of_up(kind: LoraFormat, layers: Mapping[str, LowRank], target: LoraTarget) -> dict[str, float]:
     """Return what each layer's B is multiplied by in a file of a format."""
-    common = None if kind == "diffusers" else _commonest(update.alpha for update in layers.values())
+    if kind == "kohya" and target.kind in TRANSFORMERS:
+        return {
+            layer: layers[layer].alpha / layers[layer].rank / _scale(module, layers)
+            for module in _modules_of(layers, target)
+            for layer in module.layers
+            if layer in layers
+        }
+    common = None if _is_diffusers(kind, target) else _commonest(update.alpha for update in layers.values())
     return {layer: update.alpha / (common or update.rank) for layer, update in layers.items()}
 
 
@@ -154,11 +213,14 @@ def write_lora(
         name: of the file, where the format leaves it open.
         dtype: of A and B; None: theirs. alpha is float32.
     """
-    if kind == "diffusers":
-        _write_diffusers(folder, layers, target, dtype)
+    if kind == "kohya" and target.kind in TRANSFORMERS:
+        _write_modules(folder / f"{name}.safetensors", layers, target, dtype)
+        return
+    if _is_diffusers(kind, target):
+        _write_diffusers(folder, layers, target, dtype, None if kind == "diffusers" else name)
         return
     ends = ("lora_down", "lora_up") if target.is_unet else ("lora_A", "lora_B")
-    factors = factors_of_up(kind, layers)
+    factors = factors_of_up(kind, layers, target)
     names = {layer: _module_name(kind, layer, target) for layer in layers}
     alpha = _commonest(update.alpha for update in layers.values())
     tensors = {}
@@ -188,10 +250,11 @@ def peft_settings(layers: Mapping[str, LowRank]) -> Any:
 
 
 def _write_diffusers(
-    folder: Path, layers: Mapping[str, LowRank], target: LoraTarget, dtype: torch.dtype | None
+    folder: Path, layers: Mapping[str, LowRank], target: LoraTarget, dtype: torch.dtype | None, name: str | None
 ) -> None:
+    """Write a file for diffusers, under the name that it looks for or another."""
     prefix = f"{target.part}." if target.loadable else "base_model.model."
-    factors = factors_of_up("diffusers", layers)
+    factors = factors_of_up("diffusers", layers, target)
     tensors = {}
     for layer, update in layers.items():
         tensors[f"{prefix}{layer}.lora_A.weight"] = _cast(update.down, dtype)
@@ -203,7 +266,67 @@ def _write_diffusers(
         return
     facts = {f"{target.part}.{key}": _plain(value) for key, value in settings.to_dict().items()}
     text = json.dumps(facts, indent=2, sort_keys=True)
-    _save(folder / "pytorch_lora_weights.safetensors", tensors, {"lora_adapter_metadata": text})
+    _save(folder / f"{name or 'pytorch_lora_weights'}.safetensors", tensors, {"lora_adapter_metadata": text})
+
+
+def _is_diffusers(kind: LoraFormat, target: LoraTarget) -> bool:
+    """Whether a format's file is as diffusers reads it."""
+    return kind == "diffusers" or (kind == "comfyui" and target.kind in TRANSFORMERS)
+
+
+def _write_modules(file: Path, layers: Mapping[str, LowRank], target: LoraTarget, dtype: torch.dtype | None) -> None:
+    """Write a file for one of kohya's programs, of a transformer: rank and alpha of every module are its own."""
+    factors = factors_of_up("kohya", layers, target)
+    tensors, ranks, alphas = {}, [], []
+    for module in _modules_of(layers, target):
+        down, up = _factors_of_module(module, layers, factors)
+        ranks.append(len(down))
+        alphas.append(_scale(module, layers) * len(down))
+        name = f"lora_unet_{module.name.replace('.', '_')}"
+        tensors[f"{name}.lora_down.weight"] = _cast(down, dtype)
+        tensors[f"{name}.lora_up.weight"] = _cast(swap_halves(up) if module.swapped else up, dtype)
+        tensors[f"{name}.alpha"] = torch.tensor(alphas[-1])
+    program, base = TRANSFORMERS[target.kind]
+    metadata = {
+        "ss_network_module": program,
+        "ss_network_dim": _uniform(ranks),
+        "ss_network_alpha": _uniform(alphas),
+        **({} if base is None else {"ss_base_model_version": base}),
+    }
+    _save(file, tensors, metadata)
+
+
+def _modules_of(layers: Mapping[str, LowRank], target: LoraTarget) -> list[AuthorsModule]:
+    """Return the modules of a kohya's program that hold layers, each once."""
+    found: dict[str, AuthorsModule] = {}
+    for layer in layers:
+        module = None if target.kind in UNCHANGED else module_of(layer, target.kind, target.config)
+        module = module or AuthorsModule(layer, (layer,), swapped=False)
+        found[module.name] = module
+    return list(found.values())
+
+
+def _scale(module: AuthorsModule, layers: Mapping[str, LowRank]) -> float:
+    """Return the largest alpha / rank of a module's layers."""
+    return max(layers[layer].alpha / layers[layer].rank for layer in module.layers if layer in layers)
+
+
+def _factors_of_module(
+    module: AuthorsModule, layers: Mapping[str, LowRank], factors: Mapping[str, float]
+) -> tuple[Tensor, Tensor]:
+    present = {
+        layer: (layers[layer].down, _scaled(layers[layer].up, factors[layer], None))
+        for layer in module.layers
+        if layer in layers
+    }
+    if len(module.layers) == 1:
+        return present[module.layers[0]]
+    rows = module.rows(next(iter(present.values()))[0].shape[1], {layer: len(up) for layer, (_, up) in present.items()})
+    return block_diagonal([present.get(layer) for layer in module.layers], rows)
+
+
+def _uniform(values: Sequence[float]) -> str:
+    return f"{values[0]:g}" if len(set(values)) == 1 else "Dynamic"
 
 
 def _plain(value: Any) -> Any:

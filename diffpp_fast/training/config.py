@@ -106,7 +106,8 @@ class Lora(Section):
     rank: Positive = 64
     #: Updates are alpha / rank B A; null: the rank.
     alpha: Annotated[float, Field(gt=0)] | None = None
-    #: The ends of the names of the layers that get one.
+    #: The ends of the names of the layers that get one; `*` in them is the number of a block. Families that are called
+    #: in a way of their own have a default of their own: all projections of attention and feed-forward layers.
     targets: Annotated[list[str], Field(min_length=1)] = ["to_q", "to_k", "to_v", "to_out.0"]
 
 

@@ -10,7 +10,14 @@ import torch
 
 from diffpp_fast.errors import CheckpointError, ConfigurationError
 from diffpp_fast.networks.loading import load_scheduler, read_config
-from diffpp_fast.networks.lora_formats import LoraFormat, LowRank, factors_of_up, is_carried, refuse_format, write_lora
+from diffpp_fast.networks.lora_formats import (
+    LoraFormat,
+    LowRank,
+    factors_of_up,
+    refuse_format,
+    refuse_layers,
+    write_lora,
+)
 from diffpp_fast.training.build import Sampler, Trained, build_sampler
 from diffpp_fast.training.build.agreement import naming
 from diffpp_fast.training.checkpoint import SavedGenerator, find_role, load_role, read_role, write_json
@@ -93,12 +100,8 @@ class LoraSource:
                 f"--format {kind} is of LoRA files, and the run trained all weights of its generator: add "
                 "--extract-lora RANK, or leave --format out for the network"
             )
-        left = [] if self.extractor else [each for each in exported.adapted if not is_carried(kind, each)]
-        if left:
-            raise ConfigurationError(
-                f"--format {kind}: {', '.join(left[:4])} have adapters that kohya's sd-scripts do not read: use the "
-                "format comfyui or diffusers"
-            )
+        with naming(f"--format {kind}"):
+            refuse_layers(kind, [] if self.extractor else exported.adapted, self.target)
 
     def make(
         self, dtype: torch.dtype | None, progress: Callable[[], None] | None = None
@@ -106,7 +109,7 @@ class LoraSource:
         """Return the updates by layer, and what was lost where they are extracted."""
         if self.extractor is None:
             layers = self._exported.adapters()
-            factors = factors_of_up(self.kind, layers)
+            factors = factors_of_up(self.kind, layers, self.target)
             refuse_overflow(layers, dtype, factors)
             return layers, None
         extraction = self.extractor.run(dtype, progress)

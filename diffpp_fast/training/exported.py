@@ -97,9 +97,14 @@ class Exported:
 
     @property
     def linear(self) -> list[str]:
-        """The names of its linear layers and convolutions, which adapters can be on."""
+        """The names of its linear layers and convolutions, which adapters can be on; not of those in groups (Sana's),
+        for which no product B A is the update."""
         kinds = torch.nn.Linear | torch.nn.Conv2d
-        return [name for name, layer in self._network.named_modules() if isinstance(layer, kinds)]
+        return [
+            name
+            for name, layer in self._network.named_modules()
+            if isinstance(layer, kinds) and getattr(layer, "groups", 1) == 1
+        ]
 
     @property
     def adapted(self) -> list[str]:

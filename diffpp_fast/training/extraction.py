@@ -118,7 +118,8 @@ class Extractor:
         self._base_name = "what the generator began as" if base is None else here.name if here and local else base
         self._base_id = None if base is None or local or base.startswith("package:") else split_hub_id(base)[0]
         self._from_begun = base is None
-        self._layers = [layer for layer in exported.linear if is_carried(kind, layer)]
+        target = exported.target
+        self._layers = [layer for layer in exported.linear if is_carried(kind, layer, target)]
         largest = max(self._layers, key=lambda layer: rank_of(exported.shapes[f"{layer}.weight"]))
         most = rank_of(exported.shapes[f"{largest}.weight"])
         if rank > most:

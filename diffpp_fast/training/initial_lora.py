@@ -1,4 +1,7 @@
-"""The LoRA file that a role begins with: folded into its weights, or kept as the adapter that is trained."""
+"""The LoRA file that a role begins with: folded into its weights, or kept as the adapter that is trained.
+
+And what a raw configuration leaves open of a role's adapters.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.networks.families import family_named
 from diffpp_fast.networks.loading import is_file, network_shapes, read_config
 from diffpp_fast.networks.lora_files import LoraFile, endings, modules_of, read_lora
 from diffpp_fast.training.config import Fake, InitialLora, Lora, Models
@@ -83,12 +87,12 @@ def fill_lora(data: dict[str, Any], source: Path) -> None:
 
     Raises ConfigurationError for a file that can't be read or does not fit.
     """
-    for role, section, reference in _kept(data):
-        if section.get("lora") is not None:
+    for role, section, reference in _sections(data):
+        initial = section.get("initial_lora")
+        if not isinstance(initial, dict) or initial.get("keep") is not True or section.get("lora") is not None:
             continue
         path = section.get("path")
         configuration = reference if path is None or is_file(path) else path
-        initial = section["initial_lora"]
         try:
             given = InitialLora.model_validate(initial)
         except ValidationError:
@@ -100,15 +104,32 @@ def fill_lora(data: dict[str, Any], source: Path) -> None:
         section["lora"] = adapter.model_dump(mode="json")
 
 
-def _kept(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+def fill_targets(data: dict[str, Any]) -> None:
+    """Fill in `lora.targets` of the roles whose network's family has targets of its own.
+
+    Args:
+        data: as for `fill_lora`. Networks that can't be read are left to whoever builds them.
+    """
+    for _, section, reference in _sections(data):
+        lora, path = section.get("lora"), section.get("path")
+        if not isinstance(lora, dict) or "targets" in lora:
+            continue
+        try:
+            kind = read_config(reference if path is None or is_file(path) else path).get("_class_name")
+        except (ValueError, OSError):
+            continue
+        family = family_named(kind)
+        if family is not None:
+            lora["targets"] = list(family.lora_targets)
+
+
+def _sections(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """The roles' sections, and the reference's path."""
     models = data.get("models")
     sections = models if isinstance(models, dict) else {}
     reference = sections.get("reference")
     path = reference.get("path") if isinstance(reference, dict) else None
     for role in ROLES:
         section = sections.get(role)
-        initial = section.get("initial_lora") if isinstance(section, dict) else None
-        if not isinstance(section, dict) or not isinstance(initial, dict) or not isinstance(path, str):
-            continue
-        if initial.get("keep") is True and isinstance(section.get("path"), str | None):
+        if isinstance(section, dict) and isinstance(path, str) and isinstance(section.get("path"), str | None):
             yield role, section, path

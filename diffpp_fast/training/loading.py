@@ -18,7 +18,7 @@ from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks.loading import exists
 from diffpp_fast.training.base_pipeline import fill_models
 from diffpp_fast.training.config import MAY_CHANGE, Config
-from diffpp_fast.training.initial_lora import fill_lora
+from diffpp_fast.training.initial_lora import fill_lora, fill_targets
 from diffpp_fast.training.yaml_files import YamlError, dump_yaml, is_quoted, parse_value, read_yaml
 from diffpp_fast.user_paths import real_path, user_path
 
@@ -50,6 +50,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         _insert(data, key, value, override)
     fill_models(data, file)
     fill_lora(data, file)
+    fill_targets(data)
     return make_config(data, str(file), given)
 
 

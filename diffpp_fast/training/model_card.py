@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks.loading import is_file, split_hub_id
-from diffpp_fast.networks.lora_formats import LoraFormat, LoraTarget
+from diffpp_fast.networks.lora_formats import LoraFormat, LoraTarget, is_for_diffusers, kohyas_program
 from diffpp_fast.training.build.networks import stored_weights
 from diffpp_fast.training.callbacks import read_sessions
 from diffpp_fast.training.checkpoint import SavedGenerator, read_scores
@@ -251,11 +251,11 @@ def _use(
     if kind == "comfyui":
         said += f" ComfyUI finds {_literal(file)} in its folder `models/loras`."
     if kind == "kohya":
-        said += f" {_literal(file)} is for kohya's sd-scripts and programs that read its files."
+        said += f" {_literal(file)} is for {kohyas_program(target)} and programs that read its files."
     if scheduler is None:
         steps = "that step" if one else "these steps"
         return f"{said} No scheduler of diffusers makes {steps}: use `diffpp_fast.networks.{adapter}`."
-    if kind == "comfyui" and not target.loadable:
+    if kind in ("comfyui", "kohya") and not is_for_diffusers(kind, target):
         return said
     lines = [
         "from diffusers import DiffusionPipeline" + ("" if form == "pipeline" else f", {scheduler}"),

@@ -16,6 +16,9 @@ from diffpp_fast.networks.tokens import tokenize
 POOLED = "pooled_projections"
 #: The argument for the guidance scale that a network is told, where it was distilled from guided predictions.
 GUIDANCE = "guidance"
+#: Projections of attention, and those of text that is attended to together with the picture.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+JOINT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
 class Inputs(NamedTuple):
@@ -73,6 +76,9 @@ class Family(ABC):
             the pipeline; None: no network of the family has one.
         unguided: the arguments of a pipeline's call without guidance.
         last_layer: the path of the layer that predicts; None: where `last_layer` finds it.
+        lora_targets: the ends of the names of the layers that get adapters where nothing else is said: all projections
+            of attention and feed-forward layers. What embeds, modulates and predicts is left: it serves all blocks, or
+            depends on the time alone.
     """
 
     kinds: tuple[str, ...]
@@ -85,6 +91,7 @@ class Family(ABC):
     guidance: float | None = None
     unguided: str = "guidance_scale=1.0"
     last_layer: str | None = None
+    lora_targets: tuple[str, ...] = (*ATTENTION, *JOINT_ATTENTION, "net.0.proj", "net.2")
 
     @abstractmethod
     def inputs(self, facts: Mapping[str, Any]) -> Inputs:

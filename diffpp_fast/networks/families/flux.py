@@ -33,6 +33,7 @@ class Flux(Family):
     unguided = "true_cfg_scale=1.0"
     sample_size = 128
     guidance = 3.5
+    lora_targets = (*Family.lora_targets, "proj_mlp", "single_transformer_blocks.*.proj_out")
 
     def inputs(self, facts: Mapping[str, Any]) -> Inputs:
         refuse_more(facts)

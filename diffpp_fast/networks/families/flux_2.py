@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from diffpp_fast.networks.conditioning import TEXT
-from diffpp_fast.networks.families.base import GUIDANCE, EncoderKind, Family, FamilyText, Inputs, times_of
+from diffpp_fast.networks.families.base import (
+    ATTENTION,
+    GUIDANCE,
+    JOINT_ATTENTION,
+    EncoderKind,
+    Family,
+    FamilyText,
+    Inputs,
+    times_of,
+)
 from diffpp_fast.networks.families.chat import ChatText
 from diffpp_fast.networks.families.flux import refuse_more
 from diffpp_fast.networks.families.packing import places
@@ -35,6 +44,7 @@ class Flux2Klein(Family):
     times = TIMES
     sample_size = 64
     guidance = 4.0
+    lora_targets = (*ATTENTION, *JOINT_ATTENTION, "linear_in", "linear_out", "to_qkv_mlp_proj", "to_out")
 
     def inputs(self, facts: Mapping[str, Any]) -> Inputs:
         refuse_more(facts)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpp_fast.networks.conditioning import TEXT, TEXT_MASK
-from diffpp_fast.networks.families.base import EncoderKind, Family, FamilyText, Inputs, device_of
+from diffpp_fast.networks.families.base import ATTENTION, EncoderKind, Family, FamilyText, Inputs, device_of
 from diffpp_fast.networks.tokens import tokenize
 
 
@@ -28,6 +28,7 @@ class Sana(Family):
     name = "Sana"
     encoders = (EncoderKind(("gemma2",), "AutoModel", 300),)
     masked = True
+    lora_targets = (*ATTENTION, "conv_inverted", "conv_point")
 
     def inputs(self, facts: Mapping[str, Any]) -> Inputs:
         if facts["guidance_embeds"]:

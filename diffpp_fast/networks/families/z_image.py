@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from diffpp_fast.networks.conditioning import TEXT, TEXT_MASK
-from diffpp_fast.networks.families.base import EncoderKind, Family, FamilyText, Inputs
+from diffpp_fast.networks.families.base import ATTENTION, EncoderKind, Family, FamilyText, Inputs
 from diffpp_fast.networks.families.chat import ChatText, in_front
 
 #: Text and picture are each filled up to a multiple of so many tokens, with learned ones that are attended to.
@@ -42,6 +42,7 @@ class ZImage(Family):
     sample_size = 128
     unguided = "guidance_scale=0.0"
     last_layer = f"all_final_layer.{PATCH}-1.linear"
+    lora_targets = (*ATTENTION, "w1", "w2", "w3")
 
     def inputs(self, facts: Mapping[str, Any]) -> Inputs:
         if facts["siglip_feat_dim"] is not None:

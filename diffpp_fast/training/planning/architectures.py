@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -236,7 +236,16 @@ def known_config(name: str, changes: Mapping[str, Any]) -> Config:
         "optimizers": {"generator": {"lr": 1e-6}, "fake": {"lr": 1e-6}},
         "training": {"steps": 1, "global_batch": 8},
     }
+    family = family_named(facts["denoiser"].get("_class_name"))
+    if family is not None:
+        changes = {key: _with_targets(key, value, family.lora_targets) for key, value in changes.items()}
     return with_keys(make_config(data, f"--model {name}"), changes)
+
+
+def _with_targets(key: str, value: Any, targets: Sequence[str]) -> Any:
+    """Return the value of a key, with a family's targets where it is adapters without."""
+    is_adapters = key.endswith(".lora") and isinstance(value, Mapping)
+    return {"targets": list(targets), **value} if is_adapters else value
 
 
 # Reward models, by the names of `diffpp_fast.rewards`.
