@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 #: Those that run nothing of an environment, or need what npm fetches.
 LEFT_OUT = {"help", "docs", "clean"}
-TARGETS = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+(TARGETS,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
 #: Notes how it was called; as `python -m venv` it makes an environment of its like.
 STAND_IN = """#!/bin/sh
 echo "$(basename "$0") $*" >> "$CALLS"
@@ -39,7 +39,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("target", [each for each in TARGETS if each not in LEFT_OUT])
+@pytest.mark.parametrize("target", [each for each in TARGETS.split() if each not in LEFT_OUT])
 def test_a_folder_may_have_spaces_in_its_name(tree: Path, target: str) -> None:
     python, calls = tree / "my tools/python", tree / f"{target}.calls"
     given = [f"{name}={python}" for name in ("PYTHON", "PYTHON_3_10", "PYTHON_3_12")]
