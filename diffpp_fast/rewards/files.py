@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffpp_fast import tensor_files
 from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.hub_files import hub_file
 
 #: Where the value of a network's key comes from: the key in the file, and how the tensor there becomes the value.
 Source = Callable[[str], tuple[str, Callable[[Tensor], Tensor]]]
@@ -50,11 +51,10 @@ def locate(path: str | Path, names: Sequence[str], what: str) -> Path:
 
 
 def _download(repository: str, name: str, what: str) -> Path:
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(hf_hub_download(repository, name))
+        return hub_file(repository, name)
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         command = f"hf download {repository}" + ("" if name == "config.json" else f" {name}")
