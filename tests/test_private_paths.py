@@ -77,8 +77,10 @@ def test_no_file_of_an_export_holds_a_path(config: Config, tmp_path: Path, form:
 def test_settings_without_paths_keep_every_byte(tmp_path: Path) -> None:
     content = b'{"_name_or_path": "openai/clip", "act":"gelu" , "template": "/a/b\\n", "_x": ""}'
     (tmp_path / "config.json").write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_bytes(b'{"damaged": \xff')
     remove_private_paths(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == content
+    assert (tmp_path / "tokenizer_config.json").read_bytes() == b'{"damaged": \xff'
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,10 @@ def remove_private_paths(folder: Path) -> None:
     """
     for pattern in CONFIGURATIONS:
         for file in folder.rglob(pattern):
-            settings = json.loads(file.read_text(encoding="utf-8"))
+            try:
+                settings = json.loads(file.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError):
+                continue  # damaged as it is in the base
             public = _without_paths(settings)
             if public != settings:
                 write_json(file, public)
