@@ -39,7 +39,7 @@ help:
 setup: $(LIBRARY)
 
 $(READY): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	DIFFPP_FAST_BUILD=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
 	touch $(READY)
@@ -89,20 +89,20 @@ OLDEST_310 := $(abspath $(VENV)-oldest-3.10/bin)
 PYTHON_3_12 ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python)),python3.12)
 PYTHON_3_10 ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)),python3.10)
 OLDEST_TESTS := test_noise.py test_dispatch.py test_native_*.py test_ops_*.py test_triton_*.py test_gpu_*.py
-OLDEST_RUN := cd $(OLDEST) && env -u TRITON_INTERPRET PYTHONPATH=$(abspath $(OLDEST))
+OLDEST_RUN := cd $(OLDEST) && env -u TRITON_INTERPRET PYTHONPATH="$(abspath $(OLDEST))"
 test-oldest:
-	test -x $(OLDEST_BIN)/python || $(PYTHON_3_12) -m venv $(VENV)-oldest
-	test -x $(OLDEST_310)/python || $(PYTHON_3_10) -m venv $(VENV)-oldest-3.10
-	for bin in $(OLDEST_BIN) $(OLDEST_310); do $$bin/python -m pip install --quiet --no-deps --requirement tests/oldest.txt || exit 1; done
+	test -x "$(OLDEST_BIN)/python" || "$(PYTHON_3_12)" -m venv $(VENV)-oldest
+	test -x "$(OLDEST_310)/python" || "$(PYTHON_3_10)" -m venv $(VENV)-oldest-3.10
+	for bin in "$(OLDEST_BIN)" "$(OLDEST_310)"; do "$$bin/python" -m pip install --quiet --no-deps --requirement tests/oldest.txt || exit 1; done
 	mkdir -p $(OLDEST) && find $(OLDEST) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
 	git ls-files -z --cached --others --exclude-standard | tar --create --null --files-from=- --ignore-failed-read | tar --extract --directory=$(OLDEST)
-	cd $(OLDEST) && env -u PYTHONPATH $(MAKE) gpu-check REHEARSE=1 PYTHON=$(OLDEST_BIN)/python
-	$(OLDEST_RUN) $(OLDEST_BIN)/python setup.py --quiet build_ext --inplace
-	$(OLDEST_RUN) $(OLDEST_BIN)/python -m pytest $(WORKERS) -m "not slow" $(addprefix tests/,$(OLDEST_TESTS))
-	$(OLDEST_RUN) $(OLDEST_BIN)/python -m benchmarks.gpu_build --no-count $(if $(shell command -v nvcc),,--no-csrc)
-	env -u PYTHONPATH $(OLDEST_BIN)/python -m pytest tests/test_packaging.py tests/test_build.py
-	DIFFPP_FAST_CUDA=0 $(OLDEST_310)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall ./$(OLDEST)
-	cd $(OLDEST)/tests && env -u PYTHONPATH $(OLDEST_310)/python installed.py && $(OLDEST_310)/diffpp-fast --help > /dev/null
+	cd $(OLDEST) && env -u PYTHONPATH $(MAKE) gpu-check REHEARSE=1 PYTHON="$(OLDEST_BIN)/python"
+	$(OLDEST_RUN) "$(OLDEST_BIN)/python" setup.py --quiet build_ext --inplace
+	$(OLDEST_RUN) "$(OLDEST_BIN)/python" -m pytest $(WORKERS) -m "not slow" $(addprefix tests/,$(OLDEST_TESTS))
+	$(OLDEST_RUN) "$(OLDEST_BIN)/python" -m benchmarks.gpu_build --no-count $(if $(shell command -v nvcc),,--no-csrc)
+	env -u PYTHONPATH "$(OLDEST_BIN)/python" -m pytest tests/test_packaging.py tests/test_build.py
+	DIFFPP_FAST_CUDA=0 "$(OLDEST_310)/python" -m pip install --quiet --no-deps --no-build-isolation --force-reinstall ./$(OLDEST)
+	cd $(OLDEST)/tests && env -u PYTHONPATH "$(OLDEST_310)/python" installed.py && "$(OLDEST_310)/diffpp-fast" --help > /dev/null
 
 # One wheel for each Python that is here, built with the oldest torch: its library serves every torch by the stable ABI, so the same
 # wheel is tested with each. The tests run on a copy without the package, so that they can't import the tree's. One cell of the
@@ -119,15 +119,15 @@ matrix-%: bin = $(abspath $(MATRIX_VENVS)/$*/bin)
 matrix-%: folder = build/matrix/$*
 matrix-%: FORCE
 	if test -z "$(python)"; then echo "no Python $*: left out"; exit 0; fi; set -e; \
-	test -x $(bin)/python || $(python) -m venv $(MATRIX_VENVS)/$*; \
+	test -x "$(bin)/python" || "$(python)" -m venv "$(MATRIX_VENVS)/$*"; \
 	rm -rf $(folder) && mkdir -p $(folder) && cp -R tests benchmarks examples docs pyproject.toml $(folder); \
 	for torch in $(MATRIX_TORCHES); do \
-	  $(bin)/python -m pip install --quiet $(MATRIX_PIP) torch==$$torch $(MATRIX_PACKAGES); \
-	  test -d $(folder)/wheel || DIFFPP_FAST_CUDA=0 $(bin)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(folder)/wheel .; \
-	  $(bin)/python -m pip install --quiet --no-deps --force-reinstall $(folder)/wheel/*.whl; \
+	  "$(bin)/python" -m pip install --quiet $(MATRIX_PIP) torch==$$torch $(MATRIX_PACKAGES); \
+	  test -d $(folder)/wheel || DIFFPP_FAST_CUDA=0 "$(bin)/python" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(folder)/wheel .; \
+	  "$(bin)/python" -m pip install --quiet --no-deps --force-reinstall $(folder)/wheel/*.whl; \
 	  echo "Python $*, torch $$torch:"; \
-	  (cd $(folder) && PYTHONPATH=. $(bin)/python tests/installed.py && \
-	    PYTHONPATH=. $(bin)/python -m pytest $(WORKERS) -m "not slow" -p no:cacheprovider $(MATRIX_TESTS)); \
+	  (cd $(folder) && PYTHONPATH=. "$(bin)/python" tests/installed.py && \
+	    PYTHONPATH=. "$(bin)/python" -m pytest $(WORKERS) -m "not slow" -p no:cacheprovider $(MATRIX_TESTS)); \
 	done
 
 # A copy of the package with an instrumented library; leaks are Python's own at exit.
@@ -141,18 +141,18 @@ sanitize: $(READY)
 	for isa in baseline avx512; do \
 	  (cd tests && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=../$(SANITIZED)/lib PYTHONSAFEPATH=1 DIFFPP_FAST_ISA=$$isa \
-	  $(abspath $(BIN))/pytest -m "not slow" -k "$(SANITIZE)" -p no:cacheprovider test_noise.py test_native_*.py test_ops_*.py) || exit 1; \
+	  "$(abspath $(BIN))/pytest" -m "not slow" -k "$(SANITIZE)" -p no:cacheprovider test_noise.py test_native_*.py test_ops_*.py) || exit 1; \
 	done
 
 # A copy of the package whose backend "cpu" runs csrc's GPU kernels, a fiber for each thread (tests/emulation/emulation.h). Left out:
 # statistics that the CPU's kernels round less, and their exponential of numbers below -87.
 # The emulated GPU has clusters of blocks; where a kernel is for them, the one for GPUs without them is tested as well.
 EMULATED := build/emulated
-EMULATE := PYTHONPATH=../$(EMULATED) PYTHONSAFEPATH=1 $(abspath $(BIN))/pytest -p no:cacheprovider \
+EMULATE := PYTHONPATH=../$(EMULATED) PYTHONSAFEPATH=1 "$(abspath $(BIN))/pytest" -p no:cacheprovider \
   -m "not slow" -k "not compiles and not reference and not far_apart and not every_magnitude"
 emulate: $(READY)
 	$(BIN)/python tests/emulation/build.py $(EMULATED)
-	cd tests && PYTHONPATH=../$(EMULATED):.. PYTHONSAFEPATH=1 $(abspath $(BIN))/python emulation/launches.py ../$(EMULATED)
+	cd tests && PYTHONPATH=../$(EMULATED):.. PYTHONSAFEPATH=1 "$(abspath $(BIN))/python" emulation/launches.py ../$(EMULATED)
 	cd tests && $(EMULATE) $(foreach op,add_noise denoising_loss score_gap reward_pixels group_norm_silu,test_native_$(op).py test_ops_$(op).py) test_noise.py
 	cd tests && DIFFPP_EMULATED_ARCH=80 $(EMULATE) test_native_group_norm_silu.py test_ops_group_norm_silu.py
 
@@ -170,7 +170,7 @@ gpu-build: $(LIBRARY)
 GPU_READY := import torch, triton, sys; sys.exit(not (torch.cuda.is_available() or "$(REHEARSE)"))
 GPU_RUN := -m benchmarks.gpu_check $(if $(REHEARSE),--rehearse) $(GPU_CHECK)
 gpu-check:
-	if $(PYTHON) -c '$(GPU_READY)' 2> /dev/null; then PYTHONPATH=.:$$PYTHONPATH $(PYTHON) $(GPU_RUN); \
+	if "$(PYTHON)" -c '$(GPU_READY)' 2> /dev/null; then PYTHONPATH=".:$$PYTHONPATH" "$(PYTHON)" $(GPU_RUN); \
 	else $(MAKE) setup && $(BIN)/python $(GPU_RUN); fi
 
 # Options: WHEELS_CHECK, those of csrc/wheels_check.py.

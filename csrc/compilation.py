@@ -146,7 +146,7 @@ class BuildExt(build_ext):
         """Return the objects of the library that torch loads, and how they are linked."""
         torch = find_torch()
         release = Path(torch, "version.py").read_text(encoding="utf-8")
-        flags = ["-O2", TORCH_TARGET, f"-I{torch / 'include'}", *(["-DDIFFPP_CUDA"] if self._nvcc else [])]
+        flags = ["-O2", *torch_flags(torch), *(["-DDIFFPP_CUDA"] if self._nvcc else [])]
         tasks = [Task(source, named(source), flags, release) for source in sorted(CSRC.glob("*/binding.cpp"))]
         link = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
         if self._nvcc is not None:
@@ -219,6 +219,11 @@ class BuildExt(build_ext):
             if not place.exists() or not filecmp.cmp(built, place, shallow=False):
                 with replacing(place) as unfinished:
                     shutil.copy2(built, unfinished)
+
+
+def torch_flags(torch):
+    """Return the flags for what includes torch's headers; the folder they lie in here is in no message of theirs."""
+    return [TORCH_TARGET, f"-I{torch / 'include'}", f"-ffile-prefix-map={torch}=torch"]
 
 
 def named(source):

@@ -165,6 +165,19 @@ def metadata_of(path: Path) -> dict[str, str]:
     return dict(header.get("__metadata__") or {})
 
 
+def drop_metadata(path: Path, unwanted: Callable[[str], bool]) -> None:
+    """Take values out of the metadata of a .safetensors file, in place; the tensors stay where they are."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        metadata = header.get("__metadata__") or {}
+        kept = {name: value for name, value in metadata.items() if not unwanted(value)}
+        if kept != metadata:
+            text = json.dumps({**header, "__metadata__": kept}, separators=(",", ":"), ensure_ascii=False)
+            file.seek(8)
+            file.write(text.encode().ljust(length))
+
+
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of tensors by name; those that are stored are not read."""
     if isinstance(tensors, Renamed):

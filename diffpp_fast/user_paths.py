@@ -28,6 +28,13 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def public_name(path: str | Path) -> str:
+    """Return the name of a file or folder for readers elsewhere; "" for a home folder, whose name is a person's."""
+    place = Path(path)
+    is_home = place.parent.name in ("home", "Users") or str(place) == os.path.expanduser("~")
+    return "" if is_home else place.name
+
+
 def refuse_no_folder(name: str, folder: Path, *, writable: bool = True) -> None:
     """Raise ConfigurationError where nothing can be written into a folder of this path, there or yet to be made.
 

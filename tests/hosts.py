@@ -50,14 +50,24 @@ class Host:
         )
 
     def torchrun(
-        self, first: Host, *arguments: str, nodes: str = "2", restarts: int = 0, extra: Mapping[str, str] | None = None
+        self,
+        first: Host,
+        *arguments: str,
+        nodes: str = "2",
+        restarts: int = 0,
+        limit: float | None = None,
+        extra: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[str]:
-        """Start one process there under torchrun, which meets the other's at the first host."""
+        """Start one process there under torchrun, which meets the other's at the first host.
+
+        With a `limit` torchrun waits no longer for the first host, by the package's own rendezvous.
+        """
+        backend, conf = ("c10d", "") if limit is None else ("diffpp_fast", f",peer_timeout={limit:g}")
         return self.start(
             [
                 sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", "1",
-                "--rdzv-backend", "c10d", "--rdzv-id", "hosts", "--rdzv-endpoint", f"{first.address}:{PORT}",
-                "--rdzv-conf", f"is_host={int(self == first)},last_call_timeout=2",
+                "--rdzv-backend", backend, "--rdzv-id", "hosts", "--rdzv-endpoint", f"{first.address}:{PORT}",
+                "--rdzv-conf", f"is_host={int(self == first)},last_call_timeout=2{conf}",
                 "--local-addr", self.address, "--max-restarts", str(restarts), *arguments,
             ],
             extra,

@@ -18,7 +18,7 @@ class Hub:
 
     Attributes:
         role: of the token that is known.
-        refuse: the status of the answer to whoever makes a repository; None: it is made.
+        refuse: the status of the answer to whoever makes a repository or asks to write into one; None: they may.
         repositories: what was said of each when it was made.
         files: of the last commit, by their paths; the content of large ones was uploaded beforehand.
         cards: that were sent to be looked at.
@@ -47,6 +47,9 @@ class Hub:
             return 401, {"error": "who are you"}
         if path == "/api/whoami-v2":
             return 200, {"name": "anna", "auth": {"accessToken": {"role": self.role}}}
+        if path.endswith("/auth-check/write"):
+            there = path.removeprefix("/api/models/").removesuffix("/auth-check/write") in self.repositories
+            return (self.refuse or 200, {}) if there else (404, {})
         if path == "/api/repos/create":
             if self.refuse is not None:
                 return self.refuse, {"error": "not for you"}

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "diffpp_fast"
 FLOORS = {
     "errors": 0,
+    "hub_files": 0,
     "install": 0,
     "library": 0,
     "availability": 0.05,
@@ -20,6 +21,7 @@ FLOORS = {
     "prediction": 0.3,
     "native": 0.4,
     "provenance": 0,
+    "rendezvous": 0,
     "noise": 1,
     "precision": 1,
     "selftest": 3,

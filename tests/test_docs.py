@@ -116,6 +116,8 @@ def test_titles_are_known() -> None:
             assert known or SCALED.fullmatch(block.title), f"{block.place}: {block.title}"
 
 
+# What torch says of `float(loss)` is the last that a newcomer should read.
+@pytest.mark.filterwarnings("error:Converting a tensor with requires_grad")
 @pytest.mark.parametrize("block", of("python", lambda block: block.title is None))
 def test_python_block(block: Block, as_in_the_root: Path) -> None:
     run_python(block, {"__name__": "__main__"})

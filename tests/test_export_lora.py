@@ -467,14 +467,15 @@ def test_a_hub_that_does_not_take_it_is_named_before_work(
     from huggingface_hub import constants
 
     def refused() -> str:
+        made = [*hub.repositories]
         command = ["export", runs["whole"].output, "--out", str(tmp_path / "out"), "--push", "anna/emoji"]
         with monkeypatch.context() as patch:
             patch.setattr("diffpp_fast.training.export.publish", None)
             assert main(command) == 2
-        assert not (tmp_path / "out").exists() and not hub.files
+        assert not (tmp_path / "out").exists() and not hub.files and [*hub.repositories] == made
         return capsys.readouterr().err
 
-    hub.refuse = 403
+    hub.refuse, hub.repositories["anna/emoji"] = 403, {}
     assert "--push anna/emoji: the hub refuses: the token may not write there (HTTP 403)" in refused()
     hub.role = "read"
     assert "the token of anna may only read: log in with one that may write" in refused()
@@ -490,7 +491,28 @@ def test_a_hub_that_does_not_take_it_is_named_before_work(
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     said = refused()
     assert "http://127.0.0.1:9 can't be reached" in said and "hf upload anna/emoji FOLDER ." in said
-    assert not hub.repositories
+
+
+def test_a_repository_is_made_for_a_whole_export(
+    runs: dict[str, Config],
+    tmp_path: Path,
+    hub: hub_stand_in.Hub,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where its owner may have none the export stays; for weights that turn out to be NaN none is made."""
+    out = tmp_path / "out"
+    command = ["export", runs["whole"].output, "--out", str(out), "--push", "anna/emoji"]
+    hub.refuse = 403
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "the token may not write there (HTTP 403)" in said and "hf upload anna/emoji" in said
+    assert find_damage(out) is None
+    hub.refuse = None
+    monkeypatch.setattr("diffpp_fast.training.exported.first_not_finite", lambda tensors: next(iter(tensors)))
+    assert main(command) == 2
+    assert "NaN or infinite" in capsys.readouterr().err
+    assert not hub.repositories and not hub.files
 
 
 def test_an_upload_that_fails_leaves_the_export(

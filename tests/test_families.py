@@ -296,7 +296,7 @@ def test_a_hub_id_may_hold_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     (tmp_path / "config.json").write_text('{"sample_size": 64}')
     asked = []
 
-    def download(repository: str, name: str, subfolder: str | None = None) -> str:
+    def download(repository: str, name: str, subfolder: str | None = None, **_: Any) -> str:
         asked.append((repository, name, subfolder))
         return str(tmp_path / "config.json")
 

@@ -135,3 +135,9 @@ def test_expanded_inputs(op: str, cpu_backend: Any) -> None:
             strict=True,
         ):
             assert torch.equal(actual, expected), case.name
+
+
+def test_the_library_tells_no_folder_of_the_machine_that_built_it() -> None:
+    """Messages of torch's headers name their files, which lie in somebody's environment."""
+    assert str(Path(torch.__file__).parent).encode() not in native.LIBRARY.read_bytes()
+    assert b"torch/include/torch/csrc/stable/" in native.LIBRARY.read_bytes()

@@ -132,7 +132,7 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
 def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    def offline(repository: str, name: str) -> str:
+    def offline(repository: str, name: str, **_: Any) -> str:
         raise huggingface_hub.errors.LocalEntryNotFoundError("outgoing traffic has been disabled")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)

@@ -16,7 +16,7 @@ from os import cpu_count
 from pathlib import Path
 
 import project
-from compilation import TORCH_TARGET, digest
+from compilation import digest, torch_flags
 from toolchain import DIALECT, cuda_release, find_static_runtime, find_toolchain, find_torch
 from wheels import foreign, stubs, too_new
 
@@ -121,7 +121,7 @@ def _library(folder, backend, namespace, place):
 def _commands(backend, namespace):
     """Yield how each file is compiled."""
     compiler, nvcc, archs = find_toolchain()
-    torch = [f"-DTORCH_EXTENSION_NAME={namespace}", TORCH_TARGET, f"-I{find_torch() / 'include'}"]
+    torch = [f"-DTORCH_EXTENSION_NAME={namespace}", *torch_flags(find_torch())]
     python = [LIMITED_API, f"-I{sysconfig.get_path('include')}"]
     yield [*compiler, *DIALECT, *torch, *python, "-c", "torch-ext/torch_binding.cpp"]
     # Machine code for each GPU, and PTX of the last for what comes after it.

@@ -59,10 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
     from diffpp_fast.training.controls import NAMES, check_control, controls_of
     from diffpp_fast.training.launch import find_place
     from diffpp_fast.training.loading import load_config
+    from diffpp_fast.training.local_inputs import check_local_inputs
     from diffpp_fast.training.prompts import open_prompts
 
     check_drawing()
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, check=check_local_inputs)
     controls = controls_of(config)
     if arguments.full is not None:
         controls[0] = controls[0].at(arguments.full)

@@ -72,12 +72,13 @@ def run(arguments: argparse.Namespace) -> int:
     from diffpp_fast.training.distributed import choose_device
     from diffpp_fast.training.launch import find_place
     from diffpp_fast.training.loading import load_config
+    from diffpp_fast.training.local_inputs import check_prompts
     from diffpp_fast.training.lock import LOCK, FolderLock
     from diffpp_fast.training.prompts import open_prompts
     from diffpp_fast.training.prompts.embed import EmbeddingWriter, one_by_one
     from diffpp_fast.training.prompts.embeddings import read_manifest
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, check=check_prompts)
     folder = arguments.out or (Path(config.prompts.embeddings) if config.prompts.embeddings else None)
     if folder is None:
         raise ConfigurationError("embed: name a folder with --out FOLDER or prompts.embeddings=FOLDER")

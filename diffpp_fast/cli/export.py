@@ -158,25 +158,18 @@ def _export(out: Path, arguments: argparse.Namespace, repository: HubRepository 
             exported = Exported(config, weights)
             source = LoraSource(exported, kind, rank=arguments.extract_lora, base=arguments.base)
             warn_of_changed_base(weights, config)
-            _make(repository)
             with _layers_done(0 if source.extractor is None else len(source.extractor)) as progress:
                 extraction = export_lora(out, config, weights, source, progress=progress, **shared)
             for sentence in [] if extraction is None else extraction.sentences():
                 say(sentence)
         else:
             warn_of_changed_base(weights, config)
-            _make(repository)
             (export_pipeline if arguments.pipeline else export_generator)(out, config, weights, **shared)
     say(f"exported: {arguments.out}")
     say(f"a call in diffusers: pipeline(prompt=prompt, {pipeline_call(config)})")
     if repository is not None:
         say(f"pushed: {repository.upload(out, f'Export of {weights.folder.name} by diffpp_fast')}")
     return 0
-
-
-def _make(repository: HubRepository | None) -> None:
-    if repository is not None:
-        repository.make()
 
 
 @contextmanager

@@ -34,7 +34,8 @@ class HubRepository:
         name: OWNER/NAME, which `refuse_name` has let pass.
         private: of a repository that is not there yet.
 
-    Raises ConfigurationError where the hub can't be reached or does not know who asks; nothing is made there.
+    Raises ConfigurationError where the hub can't be reached, does not know who asks, or has a repository of this name
+    that they may not write into; nothing is made there.
     """
 
     def __init__(self, name: str, *, private: bool) -> None:
@@ -60,20 +61,27 @@ class HubRepository:
             raise ConfigurationError(
                 f"{self._where}: the token of {who.get('name')} may only read: log in with one that may write"
             )
-
-    def make(self) -> None:
-        """Make the repository, where it is not there. Raises ConfigurationError where that is not allowed."""
         with self._asking():
-            self._api.create_repo(self.name, private=self.private, exist_ok=True)
+            self._refuse_others()
 
     def upload(self, folder: Path, message: str) -> str:
-        """Upload all files of an export as one commit; return the repository's address.
+        """Make the repository, where it is not there, and upload all files of an export as one commit.
 
-        Raises ConfigurationError where that fails; the export stays where it is.
+        Returns the repository's address. Raises ConfigurationError where that fails; the export stays where it is.
         """
         with self._asking(f" The export is whole in {folder}; to push it later: {_command(self.name, folder)}"):
+            self._api.create_repo(self.name, private=self.private, exist_ok=True)
             self._api.upload_folder(repo_id=self.name, folder_path=str(folder), commit_message=message)
         return f"{self._api.endpoint}/{self.name}"
+
+    def _refuse_others(self) -> None:
+        """Raise the hub's error for a repository that is there and not open to these changes; 404 is one to be made."""
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        place = f"{self._api.endpoint}/api/models/{self.name}/auth-check/write"
+        answer = get_session().get(place, headers=build_hf_headers())
+        if answer.status_code != 404:
+            hf_raise_for_status(answer)
 
     @contextmanager
     def _asking(self, then: str = "") -> Iterator[None]:

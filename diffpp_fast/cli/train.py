@@ -62,8 +62,10 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from diffpp_fast.training.loading import dump_config, load_config
+    from diffpp_fast.training.local_inputs import check_local_inputs
 
-    config = load_config(arguments.config, arguments.overrides)
+    planned = arguments.print_config or arguments.dry_run
+    config = load_config(arguments.config, arguments.overrides, check=None if planned else check_local_inputs)
     if arguments.print_config:
         written = dump_config(config)
         # On a terminal nothing is obeyed; a file gets every letter as it is.

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from diffpp_fast import tensor_files
+from diffpp_fast.hub_files import hub_file, hub_folder
 from diffpp_fast.networks.authors_names import Parts, from_authors
 from diffpp_fast.networks.decoder import FrozenDecoder
 from diffpp_fast.networks.denoiser import Denoiser
@@ -78,14 +79,12 @@ def local_folder(path: str, files: Sequence[str]) -> Path:
     found = resolve(path)
     if Path(found).is_dir():
         return Path(found)
-    from huggingface_hub import snapshot_download
-
     repository, inside = split_hub_id(found)
     with _asking_the_hub(found):
-        root = snapshot_download(repository, allow_patterns=[f"{inside}/{name}" if inside else name for name in files])
-    if not (Path(root) / inside).is_dir():
+        root = hub_folder(repository, [f"{inside}/{name}" if inside else name for name in files])
+    if not (root / inside).is_dir():
         raise FileNotFoundError(f"the hub's {repository} has no folder {inside}")
-    return Path(root) / inside
+    return root / inside
 
 
 def pretrained_arguments(path: str) -> dict[str, str]:
@@ -113,11 +112,9 @@ def read_config(path: str, name: str = "config.json") -> dict[str, Any]:
     found = resolve(path)
     file = Path(found) / name
     if not Path(found).is_dir():
-        from huggingface_hub import hf_hub_download
-
         repository, inside = split_hub_id(found)
         with _asking_the_hub(found):
-            file = Path(hf_hub_download(repository, name, subfolder=inside or None))
+            file = hub_file(repository, name, inside or None)
     elif not file.is_file():
         raise FileNotFoundError(f"{found} holds no {name}: {_instead(Path(found), name)}")
     try:
@@ -380,11 +377,9 @@ def _find_file(path: str) -> Path:
         return file
     if path.startswith((".", "/", "~")) or path.count("/") < 2:
         raise FileNotFoundError(absent(file, "file"))
-    from huggingface_hub import hf_hub_download
-
     repository, inside = split_hub_id(path)
     with _asking_the_hub(path):
-        return Path(hf_hub_download(repository, inside))
+        return hub_file(repository, inside)
 
 
 def _instead(folder: Path, name: str) -> str:

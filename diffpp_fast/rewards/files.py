@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffpp_fast import tensor_files
 from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.hub_files import hub_file
 
 #: Where the value of a network's key comes from: the key in the file, and how the tensor there becomes the value.
 Source = Callable[[str], tuple[str, Callable[[Tensor], Tensor]]]
@@ -54,12 +55,11 @@ def locate(path: str | Path, names: Sequence[str], what: str) -> Path:
 
 
 def _download(repository: str, names: Sequence[str], what: str) -> Path:
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, *others = names
     try:
-        return Path(hf_hub_download(repository, name))
+        return hub_file(repository, name)
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         # The repository is there, and has no such file.
         if others and isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):

@@ -28,6 +28,7 @@ from diffpp_fast.training.extraction import Extraction, Extractor
 from diffpp_fast.training.inputs import warn_of_changed_inputs
 from diffpp_fast.training.model_card import NOTHING_SAID, CardFacts, write_card
 from diffpp_fast.training.output import CALL, added_files, is_run
+from diffpp_fast.training.private_paths import remove_private_paths
 from diffpp_fast.training.publish import MANIFEST, publish
 from diffpp_fast.training.saved_config import load_saved_config, naming_moves
 from diffpp_fast.training.schedulers import generator_scheduler
@@ -72,7 +73,7 @@ def export_generator(
         scheduler = _write_schedulers(folder, config)
         write_card(folder, config, generator, "network", card, target=exported.target, scheduler=scheduler)
 
-    publish(folder, write, World.alone("cpu"))
+    _publish(folder, write)
 
 
 class LoraSource:
@@ -157,7 +158,7 @@ def export_lora(
             file=file.name, extraction=extraction,
         )  # fmt: skip
 
-    publish(folder, write, World.alone("cpu"))
+    _publish(folder, write)
     return extraction
 
 
@@ -198,7 +199,7 @@ def export_pipeline(
         _write_call(folder, config)
         write_card(folder, config, generator, "pipeline", card, target=exported.target, scheduler=name)
 
-    publish(folder, write, World.alone("cpu"))
+    _publish(folder, write)
 
 
 def find_weights(source: Path | None, which: Which = "latest", *, raw: bool = False) -> SavedGenerator:
@@ -272,6 +273,14 @@ def _last_run() -> Path:
     if not manifests:
         raise CheckpointError("no run under runs/ has a checkpoint: train one, or name one with --run FOLDER")
     return manifests[-1].parents[2]
+
+
+def _publish(folder: Path, write: Callable[[Path], None]) -> None:
+    def write_public(inside: Path) -> None:
+        write(inside)
+        remove_private_paths(inside)
+
+    publish(folder, write_public, World.alone("cpu"))
 
 
 def _write_schedulers(folder: Path, config: Config) -> str | None:

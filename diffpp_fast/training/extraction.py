@@ -17,7 +17,7 @@ from diffpp_fast.networks.low_rank import approximate, rank_of
 from diffpp_fast.tensor_files import first_not_finite, shapes_of
 from diffpp_fast.training.build.agreement import naming
 from diffpp_fast.training.exported import Exported
-from diffpp_fast.user_paths import real_path, user_path
+from diffpp_fast.user_paths import public_name, real_path, user_path
 
 
 class LayerShare(NamedTuple):
@@ -115,7 +115,9 @@ class Extractor:
         # Of a folder here the name alone: what is exported leaves this machine.
         here = None if base is None else real_path(user_path(base))
         local = here is not None and exists(here)
-        self._base_name = "what the generator began as" if base is None else here.name if here and local else base
+        self._base_name = "what the generator began as" if base is None else base
+        if here is not None and local:
+            self._base_name = public_name(here) or "a folder of the author's"
         self._base_id = None if base is None or local or base.startswith("package:") else split_hub_id(base)[0]
         self._from_begun = base is None
         target = exported.target

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -28,7 +28,9 @@ SHOWN = 200
 NULLS = ("", "~", "null", "Null", "NULL")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, check: Callable[[Mapping[str, Any]], None] | None = None
+) -> Config:
     """Read a run's configuration.
 
     Args:
@@ -36,6 +38,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             `extends` names another such file, relative to its folder too: its keys count where this one has none.
         overrides: `section.key=value`. A value for a key that holds text is that text, whatever it looks like; others
             are written as in YAML. Paths in them are relative to the working directory.
+        check: called with all that is given, before the hub may be asked for the rest.
 
     What `models` leaves open is filled in from `models.base` and from the reference, which may ask the hub.
 
@@ -48,6 +51,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         key, value = _parse_override(override)
         given[key] = override[:SHOWN]
         _insert(data, key, value, override)
+    _refuse_wrong(data, str(file), given)
+    if check is not None:
+        check(data)
     fill_models(data, file)
     fill_lora(data, file)
     fill_targets(data)
@@ -63,17 +69,39 @@ def make_config(data: dict[str, Any], source: str, given: Mapping[str, str] = ty
 
     Raises ConfigurationError for an unknown key, a wrong type and parts that don't fit together.
     """
-    _drop_null_keys_of_others(data, Config)
     try:
-        # Through JSON, where a strict schema takes a list for a tuple.
-        return Config.model_validate_json(json.dumps(data))
+        return _validated(data)
     except ValidationError as error:
-        found: dict[str, list[ErrorDetails]] = {}  # a union has a problem for each of its members
-        for details in error.errors(include_url=False):
-            found.setdefault(_key_of(details), []).append(details)
-        raise ConfigurationError(
-            "\n".join(_explain(key, problems, given, source) for key, problems in found.items())
-        ) from None
+        raise _explained(error.errors(include_url=False), source, given) from None
+
+
+def _refuse_wrong(data: dict[str, Any], source: str, given: Mapping[str, str]) -> None:
+    """Raise ConfigurationError for what stays wrong whatever a base fills in: unknown keys and wrong values."""
+    try:
+        _validated(data)
+    except ValidationError as error:
+        wrong = [details for details in error.errors(include_url=False) if not _may_be_filled_in(details)]
+        if wrong:
+            raise _explained(wrong, source, given) from None
+
+
+def _may_be_filled_in(details: ErrorDetails) -> bool:
+    """Return whether it is a key that is missing, or a sentence about several, of which some may be."""
+    of_models = not details["loc"] or details["loc"][0] == "models"
+    return details["type"] in ("missing", "union_tag_not_found") or (details["type"] == "value_error" and of_models)
+
+
+def _validated(data: dict[str, Any]) -> Config:
+    _drop_null_keys_of_others(data, Config)
+    # Through JSON, where a strict schema takes a list for a tuple.
+    return Config.model_validate_json(json.dumps(data))
+
+
+def _explained(errors: Sequence[ErrorDetails], source: str, given: Mapping[str, str]) -> ConfigurationError:
+    found: dict[str, list[ErrorDetails]] = {}  # a union has a problem for each of its members
+    for details in errors:
+        found.setdefault(_key_of(details), []).append(details)
+    return ConfigurationError("\n".join(_explain(key, problems, given, source) for key, problems in found.items()))
 
 
 def with_keys(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -1,6 +1,6 @@
 """The model card of an export: README.md with what the run knows of itself, and nothing else.
 
-Paths of this machine stay out of it: of a file or folder its name and that of the folder around it are told.
+Paths of this machine stay out of it: of a file or folder its name is told, and that of the pipeline that it is part of.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffpp_fast.errors import ConfigurationError
-from diffpp_fast.networks.loading import is_file, split_hub_id
+from diffpp_fast.networks.loading import exists, is_file, split_hub_id
 from diffpp_fast.networks.lora_formats import LoraFormat, LoraTarget, is_for_diffusers, kohyas_program
 from diffpp_fast.training.build.networks import stored_weights
 from diffpp_fast.training.callbacks import read_sessions
@@ -23,6 +23,7 @@ from diffpp_fast.training.extraction import Extraction
 from diffpp_fast.training.output import CARD
 from diffpp_fast.training.schedulers import pipeline_call
 from diffpp_fast.training.state import read_record
+from diffpp_fast.user_paths import public_name
 
 #: Scalars of a run that are figures of the generator.
 FIGURES = {
@@ -120,7 +121,7 @@ def write_card(
         extraction: what is lost, where the LoRA was extracted.
     """
     saved = generator if isinstance(generator, SavedGenerator) else None
-    title = facts.title or Path(config.output).resolve().name
+    title = facts.title or public_name(Path(config.output).resolve()) or "generator"
     sections = [
         f"# {_text(title)}",
         _about(config, form, kind),
@@ -173,7 +174,7 @@ def _metadata(config: Config, form: Form, facts: CardFacts, title: str, extracti
         optional["base_model_relation"] = "adapter" if form == "lora" else "finetune"
     results = []
     if facts.evaluation is not None:
-        prompts = Path(facts.evaluation["prompts"]["from"]).name
+        prompts = _prompts(facts.evaluation["prompts"]["from"])
         results = [
             EvalResult(
                 task_type="text-to-image",
@@ -300,7 +301,7 @@ def _put_in(form: Form, target: LoraTarget, kind: LoraFormat | None, file: str |
 def _training(config: Config, saved: SavedGenerator | None) -> str:
     training, method, rewards, lora = config.training, config.method, config.rewards, config.models.generator.lora
     record = {} if saved is None else read_record(saved.folder)
-    session, prompts = _session(saved), _literal(Path(config.prompts.path).name)
+    session, prompts = _session(saved), _literal(_prompts(config.prompts.path))
     began, reference = stored_weights(config.models, "generator").path, config.models.reference.path
     rows = {
         "method": f"{METHOD_NAMES[method.name]} (`{method.name}`), guidance scale {method.guidance_scale:g}",
@@ -373,7 +374,7 @@ def _figures(saved: SavedGenerator | None, evaluation: Mapping[str, Any] | None)
             for name, found in model["distances"].items()
         ]
         parts.append(
-            f"`diffpp-fast evaluate`: {prompts['count']} prompts of {_literal(Path(prompts['from']).name)}, "
+            f"`diffpp-fast evaluate`: {prompts['count']} prompts of {_literal(_prompts(prompts['from']))}, "
             f"{evaluation['images_per_prompt']} pictures each, seed {evaluation['seed']}; 95 % intervals over prompts."
         )
         parts.append(_table(("metric", "mean", "better"), rows))
@@ -418,13 +419,20 @@ def _licence(config: Config, licence: Licence | None) -> str:
 def _named(path: str) -> str:
     """A network for readers elsewhere."""
     if path.startswith("/"):
-        name = "/".join(Path(path).parts[-2:])
-        return f"{'a file' if is_file(path) else 'a folder'} of the author's, {_literal(name)}; its origin is unknown"
+        around = Path(path).parent
+        pipeline = public_name(around) if exists(around / "model_index.json") else ""
+        name = "/".join(filter(None, (pipeline, public_name(path))))
+        called = f", {_literal(name)}" if name else ""
+        return f"{'a file' if is_file(path) else 'a folder'} of the author's{called}; its origin is unknown"
     return _literal(path)
 
 
+def _prompts(path: str) -> str:
+    return public_name(path) or "a folder"
+
+
 def _factory(factory: str) -> str:
-    return re.sub(r"^/.*/", "", factory)
+    return re.sub(r"^.*/", "", factory)
 
 
 def _text(said: str) -> str:

@@ -35,7 +35,7 @@ from diffpp_fast.training.images import open_images
 from diffpp_fast.training.inputs import digest_of, digest_of_tokenizer, public
 from diffpp_fast.training.prompts import EmbeddingCache, PromptEncoder, PromptSource
 from diffpp_fast.training.prompts.embed import Seen, encoder_facts, refuse_other_cache
-from diffpp_fast.training.prompts.embeddings import read_manifest
+from diffpp_fast.training.prompts.embeddings import need_manifest, read_manifest
 from diffpp_fast.training.prompts.encoder import EncodedAhead
 
 AnyTextEncoder = TextEncoder | DualTextEncoder | FamilyText
@@ -220,9 +220,7 @@ def open_embeddings(config: Config, prompts: PromptSource, device: torch.device)
     if config.prompts.embeddings is None:
         return None
     folder = Path(config.prompts.embeddings)
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise ConfigurationError(f"prompts.embeddings: no embeddings in {folder}: write them with `diffpp-fast embed`")
+    manifest = need_manifest(folder)
     refuse_other_cache(folder, manifest, embedding_facts(config, prompts, manifest["seen"]))
     cache = EmbeddingCache(folder, manifest, device, prompts)
     for key, prompt in _prompts_besides(config):

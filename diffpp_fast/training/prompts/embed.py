@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpp_fast.errors import ConfigurationError
+from diffpp_fast.hub_files import hub_folder
 from diffpp_fast.networks import Conditioning
 from diffpp_fast.networks.loading import resolve, split_hub_id
 from diffpp_fast.training.config import TextEncoderSection
@@ -246,11 +247,9 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: st
 def _files(path: str, seen: Mapping[str, Any], reading: Seen) -> dict[str, str]:
     folder = Path(resolve(path))
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
         repository, inside = split_hub_id(path)
         patterns = [f"{inside}/{pattern}" if inside else pattern for pattern in FILES]
-        folder = Path(snapshot_download(repository, allow_patterns=patterns)) / inside
+        folder = hub_folder(repository, patterns) / inside
     files = sorted({file for pattern in FILES for file in folder.glob(pattern)})
     return {file.name: _digest(file.resolve(), seen, reading) for file in files}
 

@@ -194,6 +194,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def need_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a cache. Raises ConfigurationError like `read_manifest`, and where there is none."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ConfigurationError(f"prompts.embeddings: no embeddings in {folder}: write them with `diffpp-fast embed`")
+    return manifest
+
+
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     text = json.dumps(manifest, indent=2) + "\n"
     _publish(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
