@@ -26,7 +26,7 @@ from diffpp_fast.networks import (
 )
 from diffpp_fast.networks.families import FAMILIES
 from diffpp_fast.tensor_files import read_tensors
-from diffpp_fast.training import Config, ConfigurationError, Trainer, load_config
+from diffpp_fast.training import Config, ConfigurationError, Trainer, dump_config, load_config
 from diffpp_fast.training.build import build_run
 from diffpp_fast.training.build.agreement import refuse_misfits
 from diffpp_fast.training.build.text import load_text
@@ -133,6 +133,22 @@ def align(base: Path, output: Path, *overrides: str) -> Config:
             *overrides,
         ],
     )
+
+
+def test_a_flows_generator_begins_with_noise_alone(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Where nothing is said of its call; what a run has saved, or a user has written, stays."""
+    for given, call in (
+        ([], (999, 1.0)),
+        (["models.generator.lora.rank=2", "models.generator.input_scale=sigma"], (999, "sigma")),
+        (["models.generator.timestep=625"], (625, "sigma")),
+    ):
+        config = load_config(bases["z_image"], [*given, f"output={tmp_path}"])
+        generator = config.models.generator
+        assert (generator.timestep, generator.input_scale) == call
+        (tmp_path / "saved.yaml").write_text(dump_config(config))
+        assert load_config(tmp_path / "saved.yaml").models.generator == generator
+    several = load_config(bases["sana"], ["models.generator.timesteps=[999, 500]"]).models.generator
+    assert (several.times, several.input_scale) == ((999, 500), "sigma")
 
 
 @pytest.mark.slow
