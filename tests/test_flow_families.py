@@ -137,11 +137,12 @@ def align(base: Path, output: Path, *overrides: str) -> Config:
 
 def test_a_flows_generator_begins_with_noise_alone(bases: dict[str, Path], tmp_path: Path) -> None:
     """Where nothing is said of its call; what a run has saved, or a user has written, stays."""
-    for given, call in (
+    cases: tuple[tuple[list[str], tuple[int, Any]], ...] = (
         ([], (999, 1.0)),
         (["models.generator.lora.rank=2", "models.generator.input_scale=sigma"], (999, "sigma")),
         (["models.generator.timestep=625"], (625, "sigma")),
-    ):
+    )
+    for given, call in cases:
         config = load_config(bases["z_image"], [*given, f"output={tmp_path}"])
         generator = config.models.generator
         assert (generator.timestep, generator.input_scale) == call
