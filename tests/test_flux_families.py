@@ -48,6 +48,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "flux_2_dev": ("flux_2", {"guidance_embeds": True}, {"guidance_scale": 2.5, "max_sequence_length": 300}),
     "qwen_image": ("qwen_image", {}, {"true_cfg_scale": 3.0, "negative_prompt": ["", ""]}),
 }
+#: What their pipelines are called with for one step without guidance by two predictions.
+UNGUIDED = {
+    "flux": "true_cfg_scale=1.0",
+    "flux_guided": "guidance_scale=2.5, true_cfg_scale=1.0",
+    "flux_2": "guidance_scale=1.0",
+    "flux_2_dev": "guidance_scale=2.5",
+    "qwen_image": "true_cfg_scale=1.0",
+}
 PROMPTS = ("A red Apple", "a green frog and a yellow sun")
 LENGTHS = {
     "flux": ("models.text_encoder_2.max_length=24",),
@@ -91,6 +99,7 @@ def test_a_guided_step_is_the_pipelines(case: str, tmp_path: Path) -> None:
     lengths = ["models.text_encoder.max_length=300"] if case == "flux_2_dev" else LENGTHS[family]
     config = load_config(tiny_flux.write_base(tmp_path, family, **changes), [*lengths, *guidance])
     assert config.models.latent_shape == tiny_flux.LATENTS[family]
+    assert pipeline_call(config) == f"num_inference_steps=1, sigmas=[0.999], {UNGUIDED[case]}"
     latents = torch.randn(2, *tiny_flux.LATENTS[family])
     pipeline = tiny_flux.pipeline(family, **changes)
     calls, expected, made = guided_step(pipeline, packed(family, latents), **extra)
