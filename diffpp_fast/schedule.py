@@ -83,6 +83,11 @@ class NoiseSchedule:
                 raise ValueError(f"NoiseSchedule: {type(scheduler).__name__} has no num_train_timesteps")
             sigmas = torch.arange(count, dtype=torch.float64) / count
             return cls(1.0 - sigmas, sigmas, "flow_prediction")
+        if prediction_type == "trigflow":
+            raise ValueError(
+                f"NoiseSchedule: {type(scheduler).__name__} counts time in angles (TrigFlow, as Sana-Sprint does), and "
+                "no generator here is called by them: take scheduler and network of the flow that it was distilled from"
+            )
         if products is None:
             raise ValueError(
                 f"NoiseSchedule: {type(scheduler).__name__} has no alphas_cumprod and is not a flow-matching scheduler"

@@ -1,4 +1,4 @@
-"""FLUX.1-dev, FLUX.2 klein base 4B and Qwen-Image as their makers have published them: configurations, no weights."""
+"""FLUX.1-dev, FLUX.2 klein base 4B and dev, Qwen-Image as their makers have published them: configurations alone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,18 @@ QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728,
     "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 36, "head_dim": 128,
     "vocab_size": 151936, "max_position_embeddings": 40960,
+}  # fmt: skip
+MISTRAL = {
+    "architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3",
+    "text_config": {
+        "model_type": "mistral", "hidden_size": 5120, "intermediate_size": 32768, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "num_hidden_layers": 40, "head_dim": 128, "vocab_size": 131072,
+        "max_position_embeddings": 131072,
+    },
+    "vision_config": {
+        "model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+        "head_dim": 64, "num_attention_heads": 16, "image_size": 1540, "patch_size": 14,
+    },
 }  # fmt: skip
 QWEN_VL = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
@@ -58,6 +70,15 @@ SIZES: dict[str, tuple[str, dict[str, dict[str, Any]], int]] = {
             "text_encoder": QWEN3,
         },
         3_875_544_576,
+    ),
+    "flux_2_dev": (
+        "Flux2Pipeline",
+        {
+            "transformer": {"_class_name": "Flux2Transformer2DModel"},
+            "vae": {"_class_name": "AutoencoderKLFlux2"},
+            "text_encoder": MISTRAL,
+        },
+        32_223_281_152,
     ),
     "qwen_image": (
         "QwenImagePipeline",

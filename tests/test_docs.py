@@ -66,6 +66,7 @@ HUB: dict[str, tuple[str, tuple[str, ...], int]] = {
         128,
     ),
     "black-forest-labs/FLUX.2-klein-base-4B": ("Flux2KleinPipeline", (*TEXT_ENCODERS, "transformer"), 64),
+    "black-forest-labs/FLUX.2-dev": ("Flux2Pipeline", (*TEXT_ENCODERS, "transformer"), 64),
     "Qwen/Qwen-Image": ("QwenImagePipeline", (*TEXT_ENCODERS, "transformer"), 128),
     "Tongyi-MAI/Z-Image": ("ZImagePipeline", (*TEXT_ENCODERS, "transformer"), 128),
     "stabilityai/stable-diffusion-3.5-medium": (

@@ -13,6 +13,7 @@ import tiny
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -22,6 +23,7 @@ from benchmarks.__main__ import main
 from benchmarks.memory import saved_bytes
 from diffpp_fast import networks, ops
 from diffpp_fast.networks import fusion
+from diffpp_fast.networks.families.z_image import ZImage
 from diffpp_fast.networks.fused_blocks import FusedEntrance
 
 F64 = torch.float64
@@ -61,6 +63,24 @@ def flux_inputs() -> dict[str, Any]:
     return {**inputs, "timestep": inputs["timestep"] / 1000, "img_ids": ids, "txt_ids": torch.zeros(5, 3)}
 
 
+def z_image() -> nn.Module:
+    network = tiny.z_image()
+    ZImage().prepare(network)
+    return network
+
+
+def z_image_inputs() -> dict[str, Any]:
+    text, mask = torch.randn(2, 35, tiny.TEXT_WIDTH, dtype=F64), torch.ones(2, 35, dtype=torch.int64)
+    mask[1, 3:] = 0
+    times = torch.tensor([0.1, 0.9], dtype=F64)
+    return {"x": torch.randn(2, *tiny.LATENT, dtype=F64), "t": times, "cap_feats": text, "cap_mask": mask}
+
+
+def sana_inputs() -> dict[str, Any]:
+    inputs = pixart_inputs()
+    return {**inputs, "timestep": torch.tensor([3.0, 900.0], dtype=F64)}
+
+
 def vae_inputs() -> dict[str, Any]:
     return {"sample": torch.randn(2, 3, 16, 16, dtype=F64)}
 
@@ -97,8 +117,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]],
         flux_inputs,
         {"FluxTransformerBlock": 2, "FluxAttention": 4, "AdaLayerNormZeroSingle": 2},
     ),
+    "z_image": (z_image, z_image_inputs, {"ZImageTransformerBlock": 4, "Attention": 4, "FinalLayer": 1}),
+    "sana": (tiny.sana, sana_inputs, {"SanaTransformerBlock": 2, "SanaModulatedNorm": 1}),
     "vae": (tiny.vae, vae_inputs, {"ResnetBlock2D": 10, "GroupNorm": 2}),
 }
+#: Networks that normalise or rotate in float32, whatever their dtype.
+IN_FLOAT32 = ("flux", "z_image", "sana")
 every_network = pytest.mark.parametrize("name", NETWORKS)
 
 
@@ -123,7 +147,8 @@ def step(network: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
     inputs = cast(inputs, dtype)
     first = next(iter(inputs))
     inputs[first] = inputs[first].detach().requires_grad_()
-    output = network(**inputs, return_dict=False)[0]
+    output = network(**inputs, return_dict=False)
+    output = output if isinstance(output, Tensor) else output[0]
     probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=F64).to(dtype)
     named = {"input": inputs[first], **dict(network.named_parameters())}
     named = {name: leaf for name, leaf in named.items() if leaf.requires_grad}
@@ -152,8 +177,7 @@ def test_outputs_and_gradients_are_those_of_the_unfused_network(name: str) -> No
     assert networks.fuse(network) == networks.fuse(single) == count
     assert networks.fuse(network) == 0
     assert list(network.state_dict()) == keys
-    # diffusers rotates queries and keys in float32, whatever their dtype.
-    assert_same(step(network, inputs), oracle, 1e-6 if name == "flux" else 1e-11)
+    assert_same(step(network, inputs), oracle, 1e-6 if name in IN_FLOAT32 else 1e-11)
     fused = step(single, inputs)
     for key, value in oracle.items():
         # Twice the unfused network's rounding, and what is left where that happens to be next to nothing.
@@ -173,8 +197,6 @@ def test_flux_attention_with_another_processor_is_left() -> None:
 
 @pytest.mark.parametrize("name", ["sd15", "scale_shift", "pixart"])
 def test_tangents_are_those_of_the_unfused_network(name: str) -> None:
-    from diffusers.models.attention_processor import AttnProcessor
-
     network: Any = build(name).requires_grad_(False)
     network.set_attn_processor(AttnProcessor())  # torch's scaled_dot_product_attention has no tangents on the CPU
     inputs = NETWORKS[name][1]()
@@ -252,7 +274,7 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(loaded_step[key], fused[key]) for key in fused)
 
 
-@pytest.mark.parametrize("name", ["sd15", "pixart", "sd3", "flux", "vae"])
+@pytest.mark.parametrize("name", ["sd15", "pixart", "sd3", "flux", "z_image", "sana", "vae"])
 def test_gradient_checkpointing(name: str) -> None:
     network, inputs = build(name), NETWORKS[name][1]()
     networks.fuse(network)
@@ -293,7 +315,7 @@ def test_torch_compile_makes_one_graph(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd15", "scale_shift", "vae", "flux"])
+@pytest.mark.parametrize("name", ["sd15", "scale_shift", "vae", "flux", "z_image", "sana"])
 def test_torch_compile_makes_one_graph_of_large_networks(name: str) -> None:
     network = build(name).float()
     networks.fuse(network)
@@ -362,7 +384,7 @@ def test_a_unet_with_many_weights_keeps_the_layout_of_its_input(monkeypatch: pyt
         networks.unfuse(network)
 
 
-@pytest.mark.parametrize("name", ["scale_shift", "pixart", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["scale_shift", "pixart", "sd3", "flux", "z_image", "sana"])
 def test_low_precision_is_no_worse(name: str) -> None:
     network, inputs = build(name), NETWORKS[name][1]()
     oracle = step(network, inputs)
@@ -380,14 +402,55 @@ def test_low_precision_is_no_worse(name: str) -> None:
     assert total[0] <= 1.2 * total[1]
 
 
-def test_autocast_gives_the_dtypes_that_it_gave() -> None:
-    network, inputs = build("pixart").float(), cast(pixart_inputs(), torch.float32)
+@pytest.mark.parametrize("name", ["pixart", "z_image", "sana"])
+def test_autocast_gives_the_dtypes_that_it_gave(name: str) -> None:
+    network, inputs = build(name).float(), cast(NETWORKS[name][1](), torch.float32)
+    kinds: list[torch.dtype] = []
+    for part in network.modules():
+        if type(part).__name__.endswith("TransformerBlock"):
+            part.register_forward_hook(lambda part, given, output: kinds.append(output.dtype))
+
+    def output() -> tuple[Tensor, list[torch.dtype]]:
+        kinds.clear()
+        found = network(**inputs, return_dict=False)
+        found = found if isinstance(found, Tensor) else found[0]
+        return found, [found.dtype, *kinds]
+
     with torch.autocast("cpu", torch.bfloat16):
-        expected = network(**inputs).sample
+        expected, dtypes = output()
         networks.fuse(network)
-        actual = network(**inputs).sample
-    assert actual.dtype == expected.dtype
-    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
+        actual, fused_dtypes = output()
+    assert fused_dtypes == dtypes
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05 * float(expected.detach().abs().max()))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_z_images_rms_norms_return_the_dtypes_that_they_did(wide: bool) -> None:
+    """diffusers' round to weights of 16 bits, and return float32 where the weights are."""
+    block: Any = tiny.z_image().layers[0]
+    norm = block.attention_norm1.to(torch.float32 if wide else torch.bfloat16)
+    x = torch.randn(2, 3, 32).to(torch.bfloat16 if wide else torch.float32)
+    expected = norm(x)
+    networks.fuse(block)
+    assert norm(x).dtype == expected.dtype == norm.weight.dtype
+    torch.testing.assert_close(norm(x), expected, rtol=0.02, atol=0.01)
+    assert norm(norm(x), residual=x)[1].dtype == expected.dtype
+
+
+def test_z_images_lists_of_samples_go_the_way_of_diffusers() -> None:
+    network: Any = tiny.z_image()
+    samples = [torch.randn(4, 1, 8, 8), torch.randn(4, 1, 4, 8)]
+    text = [torch.randn(3, tiny.TEXT_WIDTH), torch.randn(35, tiny.TEXT_WIDTH)]
+    given = samples, torch.tensor([0.2, 0.8]), text
+    expected = network(*given, return_dict=False)[0]
+    networks.fuse(network)
+    torch.testing.assert_close(network(*given, return_dict=False)[0], expected)
+    network.layers[0].attention.processor = AttnProcessor()
+    network.layers[1].ffn_norm2.bias = nn.Parameter(torch.zeros(32))
+    networks.unfuse(network)
+    networks.fuse(network)
+    left = {row.name: row.reason for row in networks.fusion_report(network) if not row.fused}
+    assert left == {"layers.0.attention": "its processor is a AttnProcessor", "layers.1": "ffn_norm2 has a bias"}
 
 
 def test_chunked_feed_forward_falls_back() -> None:
@@ -416,10 +479,10 @@ def test_frozen_networks_and_hooks() -> None:
 
 def test_parameters_are_read_in_their_modules_forward_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """As under ZeRO-3, where they hold nothing at any other time."""
-    for name in ("sd15", "scale_shift", "pixart", "vae"):
+    for name in ("sd15", "scale_shift", "pixart", "z_image", "sana", "vae"):
         network, inputs = build(name), NETWORKS[name][1]()
-        expected = step(network, inputs)
         networks.fuse(network)
+        expected = step(network, inputs)
         whole: dict[str, Any] = {}
 
         def gather(part: nn.Module, args: Any, whole: dict[Any, Tensor] = whole) -> None:
@@ -437,7 +500,8 @@ def test_parameters_are_read_in_their_modules_forward_only(monkeypatch: pytest.M
                 whole[parameter] = parameter.data
                 parameter.data = parameter.data.new_empty(0)
         with torch.no_grad():
-            output = network(**inputs, return_dict=False)[0]
+            output = network(**inputs, return_dict=False)
+        output = output if isinstance(output, Tensor) else output[0]
         torch.testing.assert_close(output, expected["output"])
 
 

@@ -127,3 +127,30 @@ def test_the_authors_own_of_sdxl(inside: str, variant: str | None, tmp_path: Pat
         assert sampler.generator.timestep == 399
         for name, tensor in sampler.trained.network.state_dict().items():
             assert tensor.dtype == torch.float32 and torch.equal(tensor, released.state_dict()[name].float())
+
+
+def test_the_times_of_few_step_generators_are_those_of_their_schedulers() -> None:
+    """As docs/models.md has them: diffusers' sigmas, in thousandths, and 999 in place of 1."""
+    from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+    def times(steps: int, **settings: Any) -> list[int]:
+        lowest, mu, given = (settings.pop(key, None) for key in ("lowest", "mu", "given"))
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=mu is not None, **settings)
+        scheduler.sigma_min = scheduler.sigma_min if lowest is None else lowest
+        scheduler.set_timesteps(steps, sigmas=given, mu=mu)
+        return [min(round(1000 * float(sigma)), 999) for sigma in scheduler.sigmas]
+
+    quarters = [1.0, 0.75, 0.5, 0.25]
+    euler = EulerDiscreteScheduler(timestep_spacing="trailing")
+    euler.set_timesteps(4)
+    page = " ".join((Path(__file__).parents[1] / "docs" / "models.md").read_text().split())
+    for name, found in (
+        ("`sigma`)", [int(time) for time in euler.timesteps]),
+        ("FLUX.1-schnell", times(4, given=quarters)[:4]),
+        # Its pipeline's mu for 4 steps of 4096 tokens.
+        ("FLUX.2-klein-4B", times(4, given=quarters, mu=2.2912)[:4]),
+        ("3.5 large turbo", times(4, shift=3.0)[:4]),
+        # Its pipeline begins with sigma_min = 0, so that the last of nine calls changes nothing.
+        ("Z-Image-Turbo", times(9, shift=3.0, lowest=0.0)[:8]),
+    ):
+        assert f"{name} {', '.join(map(str, found))}" in page, (name, found)

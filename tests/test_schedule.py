@@ -113,6 +113,9 @@ def test_schedulers_are_duck_typed() -> None:
 
 
 def test_schedulers_that_are_refused() -> None:
+    angles = SimpleNamespace(config=SimpleNamespace(prediction_type="trigflow"))
+    with pytest.raises(ValueError, match="counts time in angles"):
+        NoiseSchedule.from_diffusers(angles)
     with pytest.raises(ValueError, match="SimpleNamespace has no alphas_cumprod"):
         NoiseSchedule.from_diffusers(SimpleNamespace(config=SimpleNamespace(prediction_type="epsilon")))
     upside_down = SimpleNamespace(shift=1.0, num_train_timesteps=1000, invert_sigmas=True)

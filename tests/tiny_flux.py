@@ -1,4 +1,4 @@
-"""Whole pipelines at random weights whose networks take packed latents: FLUX.1, FLUX.2 klein and Qwen-Image."""
+"""Whole pipelines at random weights whose networks take packed latents: FLUX.1, FLUX.2 and Qwen-Image."""
 
 from __future__ import annotations
 
@@ -99,6 +99,44 @@ def qwen3(seed: int = 0) -> torch.nn.Module:
     return tiny._seeded(lambda: Qwen3ForCausalLM(settings), seed).eval()
 
 
+def mistral3(seed: int = 0) -> torch.nn.Module:
+    """A Mistral of as many layers as FLUX.2 dev asks for, which also sees, with its head."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    text = {
+        "model_type": "mistral",
+        "vocab_size": 64,
+        "hidden_size": tiny.TEXT_WIDTH,
+        "intermediate_size": tiny.TEXT_WIDTH,
+        "num_hidden_layers": 31,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    sight = {
+        "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    settings = Mistral3Config(text_config=text, vision_config=sight, image_token_index=60)
+    return tiny._seeded(lambda: Mistral3ForConditionalGeneration(settings), seed).eval()
+
+
+def mistral_tokenizer() -> Any:
+    """That of Qwen with a first token, which it adds itself and its template writes, and padding in front."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny.qwen_tokenizer()
+    tokenizer.bos_token, tokenizer.padding_side = "<|im_start|>", "left"
+    tokenizer.init_kwargs["padding_side"] = "left"  # which alone is saved
+    first = [("<|im_start|>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=first)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for message in messages %}{{ message.role }} "
+        "{% for part in message.content %}{{ part.text }}{% endfor %}<|im_end|>{% endfor %}"
+    )
+    return tokenizer
+
+
 def qwen2_5_vl(seed: int = 0) -> torch.nn.Module:
     """A Qwen2.5-VL of two layers, which also sees."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -128,7 +166,13 @@ def pipeline(family: str, **changes: Any) -> Any:
         family: by the names of `diffpp_fast.networks.families`' files.
         changes: settings of the network.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, FluxPipeline, QwenImagePipeline
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Pipeline,
+        FluxPipeline,
+        QwenImagePipeline,
+    )
 
     scheduler = FlowMatchEulerDiscreteScheduler()
     if family == "flux":
@@ -142,6 +186,14 @@ def pipeline(family: str, **changes: Any) -> Any:
             text_encoder_2=tiny.t5(),
             tokenizer_2=tiny.t5_tokenizer(),
             transformer=tiny.flux(**settings | changes).eval(),
+        )
+    if family == "flux_2" and changes.get("guidance_embeds"):  # dev
+        return Flux2Pipeline(
+            scheduler=scheduler,
+            vae=flux_2_vae(),
+            text_encoder=mistral3(),
+            tokenizer=mistral_tokenizer(),
+            transformer=flux_2(**changes).eval(),
         )
     if family == "flux_2":
         return Flux2KleinPipeline(

@@ -272,8 +272,10 @@ class FusedRMSNorm(Fused, nn.RMSNorm):
         return ops.rms_norm_rope(x, cos, sin, self.weight, eps=eps)
 
 
-#: Processors of FLUX's attention that compute what the fused forwards do.
-PROCESSORS = ("FluxAttnProcessor", "Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor")
+#: Processors of FLUX's and Z-Image's attention that compute what the fused forwards do.
+PROCESSORS = (
+    "FluxAttnProcessor", "Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor", "ZSingleStreamAttnProcessor",
+)  # fmt: skip
 
 
 class FluxAttentionForward(Fused):

@@ -21,11 +21,6 @@ logger = logging.getLogger("diffpp_fast")
 MOST_IN_CHANNELS_LAST = 2**25
 #: Where a frozen module remembers what it was, in its `__dict__`: no parameter, no buffer, nothing that is saved.
 BEFORE = "_before_freezing"
-#: Blocks without a fused version, and why.
-NOT_FUSED = {
-    "ZImageTransformerBlock": "its norms are RMS norms behind attention and feed-forward, which no kernel here has",
-    "SanaTransformerBlock": "its attention is linear and its feed-forward a convolution: no kernel here has either",
-}
 
 
 class FusionRow(NamedTuple):
@@ -163,6 +158,7 @@ def _of(name: str, module: nn.Module) -> Iterator[_Block]:
     from diffusers.models.normalization import AdaLayerNormZeroSingle
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+    from diffusers.models.transformers.sana_transformer import SanaModulatedNorm, SanaTransformerBlock
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
     from diffusers.models.transformers.transformer_flux import FluxAttention, FluxTransformerBlock
     from diffusers.models.transformers.transformer_flux2 import (
@@ -172,6 +168,7 @@ def _of(name: str, module: nn.Module) -> Iterator[_Block]:
         Flux2TransformerBlock,
     )
     from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+    from diffusers.models.transformers.transformer_z_image import FinalLayer, ZImageTransformerBlock
 
     if isinstance(module, ResnetBlock2D):
         yield _resnet(name, module, ResnetBlock2D)
@@ -191,8 +188,18 @@ def _of(name: str, module: nn.Module) -> Iterator[_Block]:
         yield _flux_attention(name, module, Flux2Attention)
     elif isinstance(module, Flux2ParallelSelfAttention):
         yield _flux_attention(name, module, Flux2ParallelSelfAttention, flow_blocks.Flux2ParallelForward)
-    elif isinstance(module, (Flux2TransformerBlock, Flux2SingleTransformerBlock, QwenImageTransformerBlock)):
+    elif isinstance(
+        module,
+        Flux2TransformerBlock
+        | Flux2SingleTransformerBlock
+        | QwenImageTransformerBlock
+        | SanaTransformerBlock
+        | SanaModulatedNorm
+        | FinalLayer,
+    ):
         yield _of_plain_norms(name, module)
+    elif isinstance(module, ZImageTransformerBlock):
+        yield from _z_image(name, module, ZImageTransformerBlock)
     elif isinstance(module, AdaLayerNormZeroSingle):
         block = _Block(name, "AdaLayerNormZeroSingle")
         _ada_zero(block, "it", module)
@@ -202,10 +209,6 @@ def _of(name: str, module: nn.Module) -> Iterator[_Block]:
             block = _Block(_join(name, "norm"), "GroupNorm")
             block.add("it", norm, nn.GroupNorm, blocks.FusedGroupNorm)
             yield block
-    elif (
-        kind := next((each.__name__ for each in type(module).__mro__ if each.__name__ in NOT_FUSED), None)
-    ) is not None:
-        yield _Block(name, kind, reason=NOT_FUSED[kind])
     elif isinstance(module, PixArtTransformer2DModel):
         yield _Block(
             _join(name, "norm_out"), "LayerNorm", reason="its modulation is part of the network's forward, and is small"
@@ -255,11 +258,14 @@ PLAIN: dict[str, type[blocks.Fused]] = {
     "Flux2TransformerBlock": flow_blocks.Flux2Forward,
     "Flux2SingleTransformerBlock": flow_blocks.Flux2SingleForward,
     "QwenImageTransformerBlock": flow_blocks.QwenImageForward,
+    "SanaTransformerBlock": flow_blocks.SanaForward,
+    "SanaModulatedNorm": flow_blocks.SanaLastForward,
+    "FinalLayer": flow_blocks.ZImageLastForward,
 }
 
 
 def _of_plain_norms(name: str, module: Any) -> _Block:
-    """A block of FLUX.2 or Qwen-Image; what its attention does stays as it is."""
+    """A block of FLUX.2, Qwen-Image or Sana, or a last norm; what its attention does stays as it is."""
     base = next(kind for kind in type(module).__mro__ if kind.__name__ in PLAIN)
     block = _Block(name, base.__name__)
     block.add("it", module, base, blocks.fused_class(PLAIN[base.__name__], base))
@@ -280,6 +286,34 @@ def _flux_attention(
         if hasattr(module, role):
             block.add(role, getattr(module, role), nn.RMSNorm, blocks.FusedRMSNorm)
     return block
+
+
+def _z_image(name: str, module: Any, base: type[nn.Module]) -> Iterator[_Block]:
+    """A block of Z-Image, and its attention."""
+    from diffusers.models.attention_processor import Attention
+
+    block = _Block(name, base.__name__)
+    block.add("it", module, base, blocks.fused_class(flow_blocks.ZImageForward, base))
+    for role in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
+        _rms_norm(block, role, getattr(module, role), flow_blocks.RmsNormForward)
+    yield block
+    attention = module.attention
+    block = _Block(_join(name, "attention"), "Attention")
+    block.add("it", attention, Attention, blocks.fused_class(flow_blocks.ZImageAttentionForward, Attention))
+    if (processor := type(attention.processor).__name__) not in blocks.PROCESSORS:
+        block.leave(f"its processor is a {processor}")
+    for role in ("norm_q", "norm_k"):
+        _rms_norm(block, role, getattr(attention, role), flow_blocks.RotatedNormForward)
+    yield block
+
+
+def _rms_norm(block: _Block, role: str, norm: Any, forward: type[blocks.Fused]) -> None:
+    """One of diffusers' own."""
+    from diffusers.models.normalization import RMSNorm
+
+    if getattr(norm, "bias", None) is not None:
+        block.leave(f"{role} has a bias")
+    block.add(role, norm, RMSNorm, blocks.fused_class(forward, RMSNorm))
 
 
 def _ada_zero(block: _Block, role: str, norm: Any) -> None:

@@ -20,7 +20,7 @@ PIPELINES = (
 
 
 def fill_models(data: dict[str, Any], file: Path) -> None:
-    """Fills in the sections of a raw configuration's `models` from `models.base`, and the shape of a latent.
+    """Fills in the sections of a raw configuration's `models` from `models.base`, a latent's shape, and a flow's call.
 
     What is given wins, key by key; a section with a path of its own gets nothing of the base's.
 
@@ -46,6 +46,21 @@ def fill_models(data: dict[str, Any], file: Path) -> None:
     path = reference.get("path") if isinstance(reference, dict) else None
     if "latent_shape" not in models and isinstance(path, str) and path:
         models["latent_shape"] = _latent_shape(path, file)
+    generator = models.get("generator") or {}
+    if isinstance(path, str) and isinstance(generator, dict) and not {"timestep", "timesteps"} & generator.keys():
+        models["generator"] = {**_call_of_a_flow(path, models.get("scheduler")), **generator}
+
+
+def _call_of_a_flow(reference: str, scheduler: Any) -> dict[str, Any]:
+    """The last time and noise as it is, of which alone a flow's sampler begins; nothing for other networks."""
+    where = scheduler.get("path") if isinstance(scheduler, dict) else None
+    try:
+        if family_named(read_config(reference).get("_class_name")) is None or not isinstance(where, str):
+            return {}
+        times = read_config(where, "scheduler_config.json").get("num_train_timesteps", 1000)
+    except (OSError, ValueError):  # which is said where it is loaded
+        return {}
+    return {"timestep": times - 1, "input_scale": 1.0}
 
 
 def _is_complete(models: dict[str, Any]) -> bool:

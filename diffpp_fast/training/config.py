@@ -146,7 +146,8 @@ class Fake(Section):
 class Generator(Fake):
     """The generator's initial weights, and how one call of them, or a few, make a sample."""
 
-    #: Of the one call; null beside `timesteps`.
+    #: Of the one call; null beside `timesteps`. For flows of the families the default is the schedule's last time, with
+    #: an `input_scale` of 1: there a flow's input is noise alone.
     timestep: NotNegative | None = 625
     #: Of up to 8 calls, falling; null: one call, at `timestep`.
     timesteps: list[NotNegative] | None = None

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks.families import Family, family_named
-from diffpp_fast.networks.loading import load_scheduler, read_config
+from diffpp_fast.networks.inputs import with_defaults
+from diffpp_fast.networks.loading import diffusers_class, is_file, load_scheduler, read_config
 from diffpp_fast.schedule import NoiseSchedule
 from diffpp_fast.training.config import Config, Generator
 
@@ -124,7 +125,7 @@ def pipeline_call(config: Config) -> str:
     """Return the arguments, besides the prompt, by which a pipeline with `generator_scheduler` draws a picture."""
     call, schedule = config.models.generator, NoiseSchedule.from_diffusers(load_scheduler(config.models.scheduler.path))
     family = flow_family(config) if _is_flow(schedule) else None
-    guided = "guidance_scale=1.0" if family is None else family.unguided
+    guided = "guidance_scale=1.0" if family is None else _unguided(config, family)
     one = "num_inference_steps=1, " if len(call.times) == 1 else ""
     if one and family is None:
         return f"{one}{guided}{_latents(latents_scale(call.input_scale))}"
@@ -136,6 +137,18 @@ def pipeline_call(config: Config) -> str:
         steps = f"timesteps={list(call.times)}"
         scale = scale / sigma if call.renoise == "ddim" else scale
     return f"{one}{steps}, {guided}{_latents(scale)}"
+
+
+def _unguided(config: Config, family: Family) -> str:
+    """A pipeline's arguments without guidance by two predictions; networks that are told a scale are told theirs."""
+    section, reference = config.models.generator, config.models.reference.path
+    path = reference if section.path is None or is_file(section.path) else section.path
+    facts = read_config(path)
+    told = family.told(with_defaults(facts, diffusers_class(facts, path, "ModelMixin")))
+    if told is None:
+        return family.unguided
+    scale = f"guidance_scale={section.guidance_embedding or told:g}"
+    return scale if family.unguided.startswith("guidance_scale") else f"{scale}, {family.unguided}"
 
 
 def latents_scale(input_scale: float | Literal["sigma"]) -> float:

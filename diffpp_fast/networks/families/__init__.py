@@ -8,7 +8,7 @@ from torch import nn
 
 from diffpp_fast.networks.families.base import GUIDANCE, POOLED, EncoderKind, Family, FamilyText, Inputs
 from diffpp_fast.networks.families.flux import Flux
-from diffpp_fast.networks.families.flux_2 import Flux2Klein
+from diffpp_fast.networks.families.flux_2 import Flux2
 from diffpp_fast.networks.families.qwen_image import QwenImage
 from diffpp_fast.networks.families.sana import Sana
 from diffpp_fast.networks.families.stable_diffusion_3 import StableDiffusion3
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 #: All of them. A family that is new gets a file and a place here.
-FAMILIES: tuple[Family, ...] = (ZImage(), StableDiffusion3(), Sana(), Flux(), Flux2Klein(), QwenImage())
+FAMILIES: tuple[Family, ...] = (ZImage(), StableDiffusion3(), Sana(), Flux(), Flux2(), QwenImage())
 
 
 def family_named(kind: Any) -> Family | None:

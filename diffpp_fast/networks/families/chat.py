@@ -30,6 +30,16 @@ class ChatText(FamilyText):
         if not getattr(self.tokenizers[0], "chat_template", None):
             raise ValueError(f"its tokenizer, a {type(self.tokenizers[0]).__name__}, has no chat template")
 
+    def chat(self, prompt: str) -> str:
+        """Return what the model reads of a prompt."""
+        text: str = self.tokenizers[0].apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=self.thinks,
+        )
+        return text
+
     def read(self, prompts: list[str], *, padded: bool = True) -> tuple[Sequence[Tensor], Tensor]:
         """B prompts -> hidden states [B, N, C] after the embedding and after each layer, and their mask [B, N].
 
@@ -38,16 +48,11 @@ class ChatText(FamilyText):
             padded: False leaves out padding behind the longest prompt.
         """
         (model,), (tokenizer,), (length,) = self.models, self.tokenizers, self.lengths
-        chats = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=self.thinks,
-            )
-            for prompt in prompts
-        ]
-        tokens: Mapping[str, Tensor] = tokenize(tokenizer, chats, length)
+        chats = [self.chat(prompt) for prompt in prompts]
+        # A template may write the first token itself.
+        first = tokenizer.bos_token
+        options = {"add_special_tokens": False} if first and chats[0].startswith(first) else {}
+        tokens: Mapping[str, Tensor] = tokenize(tokenizer, chats, length, **options)
         if not padded:
             tokens = without_padding(tokens)
         ids, mask = (tokens[name].to(device_of(model)) for name in ("input_ids", "attention_mask"))

@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 from diffpp_fast.networks.conditioning import TEXT, TEXT_MASK
 from diffpp_fast.networks.families.base import ATTENTION, EncoderKind, Family, FamilyText, Inputs
 from diffpp_fast.networks.families.chat import ChatText, in_front
+from diffpp_fast.networks.fused_flow_blocks import Turns, ZImageForward, turns_of
 
 #: Text and picture are each filled up to a multiple of so many tokens, with learned ones that are attended to.
 LOT = 32
@@ -130,7 +131,7 @@ class _Batched(nn.Module):
             text = _run(self, layer, text, seen, text_turns)
 
         both = torch.cat([picture, text], dim=1)
-        turns = torch.cat([picture_turns, text_turns], dim=1)
+        turns = turns_of(torch.cat([picture_turns[0], text_turns[0]], dim=1))
         seen = pad(seen, (picture.shape[1], 0), value=True)
         for layer in self.layers:
             both = _run(self, layer, both, seen, turns, time)
@@ -138,10 +139,9 @@ class _Batched(nn.Module):
         made = made.view(batch, rows, columns, PATCH, PATCH, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return made.reshape(batch, self.out_channels, height, width)
 
-    def _turns(self: Any, places: Tensor) -> Tensor:
-        """Rotary factors [B, N, D / 2] of places [B, N, 3]."""
-        factors: Tensor = self.rope_embedder(places.flatten(0, 1)).unflatten(0, places.shape[:2])
-        return factors
+    def _turns(self: Any, places: Tensor) -> Turns:
+        """Rotary embedding of places [B, N, 3]."""
+        return turns_of(self.rope_embedder(places.flatten(0, 1)).unflatten(0, places.shape[:2]))
 
 
 def _places_of_picture(first: Tensor, rows: int, columns: int, missing: int) -> Tensor:
@@ -153,7 +153,8 @@ def _places_of_picture(first: Tensor, rows: int, columns: int, missing: int) -> 
     return pad(torch.cat([first[:, None, None].expand(-1, grid.shape[1], 1), grid], dim=2), (0, 0, 0, missing))
 
 
-def _run(network: Any, layer: nn.Module, *inputs: Any) -> Any:
+def _run(network: Any, layer: nn.Module, hidden: Tensor, seen: Tensor | None, turns: Turns, *time: Tensor) -> Any:
+    inputs = hidden, seen, turns if isinstance(layer, ZImageForward) else turns[0], *time
     if torch.is_grad_enabled() and network.gradient_checkpointing:
         return network._gradient_checkpointing_func(layer, *inputs)
     return layer(*inputs)
