@@ -24,7 +24,7 @@ logger = logging.getLogger("diffpp_fast")
 
 #: Kinds of stored weights, by the names that `quantize` takes.
 KINDS = ("int8", "nf4", "float8")
-#: Blocks whose linear layers are meant, by the lists that diffusers has them in, and those whose convolutions are.
+#: Blocks that are meant, by the lists that diffusers has them in; of residual ones the convolutions.
 TRANSFORMERS = ("transformer_blocks", "single_transformer_blocks", "layers", "noise_refiner", "context_refiner")
 RESNETS = "resnets"
 #: Float8's largest number.
@@ -44,7 +44,8 @@ class QuantizationRow(NamedTuple):
 def quantize(module: nn.Module, kind: str, device: torch.device | str | None = None) -> int:
     """Store the weights of a frozen network in fewer bits, in place; they can't be had back.
 
-    Meant are the linear layers of transformer blocks and, with "float8", the convolutions of residual blocks as well.
+    Meant are the linear layers of transformer blocks and, with "float8", the convolutions of these and of residual
+    blocks.
     All else stays: norms and their modulation, embeddings of time, text and position, first and last layers, and layers
     of fewer than 4096 weights. The same weights always give the same bits on one kind of device. Quantise before
     adapters are added and before the network is frozen; `quantization_report` says what was left and why.
@@ -101,18 +102,19 @@ def reason_against(name: str, layer: nn.Module, kind: str) -> str | None:
     places = name.split(".")
     if is_quantized(layer):
         return "it is already"
+    in_transformer = any(place in TRANSFORMERS for place in places)
     if type(layer) is nn.Conv2d:
-        if RESNETS not in places:
-            return "it is in no residual block"
+        if RESNETS not in places and not in_transformer:
+            return "it is in no block"
         if kind != "float8":
             return f"{kind} has no convolutions"
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return f"its padding is {layer.padding_mode!r}, {layer.padding!r}"
     elif type(layer) is not nn.Linear:
         return f"it is a {type(layer).__name__}"
-    elif not any(place in TRANSFORMERS for place in places):
+    elif not in_transformer:
         return "it is in no transformer block"
-    elif any("norm" in place or place.startswith("adaLN") for place in places):
+    elif any("norm" in place or place.startswith("adaLN") or place.endswith("_mod") for place in places):
         return "it modulates a norm"
     if layer.weight.numel() < SMALLEST:
         return f"it has fewer than {SMALLEST} weights"

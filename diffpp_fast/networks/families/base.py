@@ -199,6 +199,13 @@ class FamilyText(nn.Module, ABC):
         return found
 
 
+def run_block(network: Any, block: nn.Module, *inputs: Any) -> Any:
+    """Call a block of a network as diffusers' networks do: by their checkpointing, where that is on."""
+    if torch.is_grad_enabled() and network.gradient_checkpointing:
+        return network._gradient_checkpointing_func(block, *inputs)
+    return block(*inputs)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return where a model is."""
     return next(model.parameters()).device

@@ -4,17 +4,29 @@ As `QwenImagePipeline` of diffusers computes it: the network is told t / 1000. T
 asks for a description, are dropped. Attention leaves padding out. The empty prompt is a chat like any other. The
 pipeline scales a guided prediction to the norm of that with the prompt, token by token; here guidance is what
 `method.guidance_scale` and `guidance_rescale` say.
+
+Where text has a mask, diffusers' network counts each prompt's tokens, in vain, by a number that it copies to the
+device: a CUDA graph can't hold that, and every call would wait for it. Here the mask goes to the blocks alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
 from diffpp_fast.networks.conditioning import TEXT, TEXT_MASK
-from diffpp_fast.networks.families.base import EncoderKind, Family, FamilyText, Inputs, device_of, times_of
+from diffpp_fast.networks.families.base import (
+    EncoderKind,
+    Family,
+    FamilyText,
+    Inputs,
+    device_of,
+    run_block,
+    times_of,
+)
 from diffpp_fast.networks.families.chat import in_front
 from diffpp_fast.networks.families.packing import PATCH, pack, unpack
 from diffpp_fast.networks.tokens import tokenize, without_padding
@@ -26,6 +38,8 @@ CHAT = (
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 BEFORE = 34
+#: The arguments that the network is handed.
+HANDED = {"hidden_states", "timestep", TEXT, f"{TEXT}_mask", "img_shapes", "return_dict"}
 #: Settings of networks that take more than latents, a time and text, with what it is.
 MORE = {
     "guidance_embeds": "a guidance scale, which diffusers' own network has no layer for",
@@ -71,6 +85,11 @@ class QwenImage(Family):
         assert config is not None
         return config.hidden_size, None
 
+    def prepare(self, network: nn.Module) -> None:
+        kind: Any = type(network)
+        if not issubclass(kind, _Masked):
+            network.__class__ = _masked(kind)
+
     def call(self, network: nn.Module, x: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
         height, width = x.shape[2:]
         tokens: Tensor = network(
@@ -95,3 +114,29 @@ class QwenImageText(FamilyText):
         hidden = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         made = in_front(hidden.float(), mask, length + BEFORE)
         return {name: tensor[:, BEFORE:] for name, tensor in made.items()}
+
+
+class _Masked(nn.Module):
+    """Qwen-Image's network, called with a mask that its blocks alone see; all else goes the way of diffusers."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return a tuple of the tokens that are predicted, for what the family hands over."""
+        if args or kwargs.keys() != HANDED or kwargs["return_dict"]:
+            return super().forward(*args, **kwargs)
+        picture, text = (
+            self.img_in(kwargs["hidden_states"]),
+            self.txt_in(self.txt_norm(kwargs["encoder_hidden_states"])),
+        )
+        mask = kwargs["encoder_hidden_states_mask"]
+        mask = None if mask is None else mask.bool()
+        time = self.time_text_embed(kwargs["timestep"].to(picture.dtype), picture, None)
+        turns = self.pos_embed(kwargs["img_shapes"], max_txt_seq_len=text.shape[1], device=picture.device)
+        for block in self.transformer_blocks:
+            text, picture = run_block(self, block, picture, text, mask, time, turns, None, None)
+        return (self.proj_out(self.norm_out(picture, time)),)
+
+
+@cache
+def _masked(kind: Any) -> type:
+    """Return the class of a network with the masked call."""
+    return type(kind.__name__, (_Masked, kind), {"__module__": kind.__module__})

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from diffpp_fast.networks.conditioning import TEXT, TEXT_MASK
-from diffpp_fast.networks.families.base import ATTENTION, EncoderKind, Family, FamilyText, Inputs
+from diffpp_fast.networks.families.base import ATTENTION, EncoderKind, Family, FamilyText, Inputs, run_block
 from diffpp_fast.networks.families.chat import ChatText, in_front
 from diffpp_fast.networks.fused_flow_blocks import Turns, ZImageForward, turns_of
 
@@ -154,10 +154,7 @@ def _places_of_picture(first: Tensor, rows: int, columns: int, missing: int) -> 
 
 
 def _run(network: Any, layer: nn.Module, hidden: Tensor, seen: Tensor | None, turns: Turns, *time: Tensor) -> Any:
-    inputs = hidden, seen, turns if isinstance(layer, ZImageForward) else turns[0], *time
-    if torch.is_grad_enabled() and network.gradient_checkpointing:
-        return network._gradient_checkpointing_func(layer, *inputs)
-    return layer(*inputs)
+    return run_block(network, layer, hidden, seen, turns if isinstance(layer, ZImageForward) else turns[0], *time)
 
 
 @cache

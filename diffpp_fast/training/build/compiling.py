@@ -14,6 +14,9 @@ REPEATED = {
     "JointTransformerBlock",
     "FluxTransformerBlock",
     "FluxSingleTransformerBlock",
+    "Flux2TransformerBlock",
+    "Flux2SingleTransformerBlock",
+    "QwenImageTransformerBlock",
     "SanaTransformerBlock",
     "ZImageTransformerBlock",
 }
