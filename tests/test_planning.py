@@ -91,6 +91,13 @@ def operations(counted: Counted, update: str, *names: str) -> float:
         ("zimage", 6_154_908_736, [4_022_468_096]),
         ("sd35", 2_243_171_520, [123_650_304, 694_659_840, 4_762_310_656]),
         ("sana", 1_604_462_752, [2_614_341_888]),
+        ("sd3", 2_028_328_000, [123_650_304, 694_659_840, 4_762_310_656]),
+        ("sd35-large", 8_056_627_520, [123_650_304, 694_659_840, 4_762_310_656]),
+        ("sana-600m", 591_747_872, [2_614_341_888]),
+        ("flux", 11_901_408_320, [123_060_480, 4_762_310_656]),
+        ("flux2-klein", 3_875_544_576, [4_022_468_096]),
+        ("flux2-klein-9b", 9_078_581_248, [7_568_405_504]),
+        ("qwen-image", 20_430_401_088, [7_747_169_280]),
     ],
 )
 def test_known_models_have_their_true_sizes(name: str, denoiser: int, text: list[int]) -> None:
@@ -98,8 +105,15 @@ def test_known_models_have_their_true_sizes(name: str, denoiser: int, text: list
     assert parameters_of(on_meta(models.reference)) == denoiser
     assert [parameters_of(on_meta(recipe)) for recipe, _ in models.text_encoders] == text
     assert models.decoder is not None
-    decoders = {"zimage": 83_819_683, "sd35": 83_819_683, "sana": 312_250_275}
-    assert parameters_of(on_meta(models.decoder)) == decoders.get(name, 83_653_863)
+    decoders = {"sana": 312_250_275, "flux2": 84_046_115, "qwen": 126_892_531}
+    decoders |= dict.fromkeys(("zimage", "sd3", "sd35", "flux"), 83_819_683)
+    assert parameters_of(on_meta(models.decoder)) == decoders.get(name.partition("-")[0], 83_653_863)
+
+
+def test_a_network_that_is_told_its_guidance_is_called_once() -> None:
+    guided = {name: known_config(name, {}, side=8) for name in ("flux", "flux2-klein", "sana")}
+    assert [config.method.guided for config in guided.values()] == [False, True, True]
+    assert [config.models.latent_shape for config in guided.values()] == [(16, 8, 8), (128, 8, 8), (32, 8, 8)]
 
 
 def test_rewards_have_their_true_sizes(sd15: Counted) -> None:
@@ -522,6 +536,25 @@ def test_a_plan_is_read_by_people(project: Path, capsys: pytest.CaptureFixture[s
     for text in ("generator", "master weights", "an estimate", "fits in 24 GiB (RTX 4090): yes"):
         assert text in said
     assert "\x1b" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in KNOWN if name not in ("sd15", "sdxl", "pixart")])
+def test_every_family_is_planned(name: str) -> None:
+    """With a decoder's and a network's blocks computed again, and adapters on one network for all roles."""
+    adapters = {f"models__{role}__lora": {"rank": 8} for role in ROLES}
+    keys = {"training__activation_checkpointing": True, "models__decoder__checkpoint": True}
+    plan = make_plan(known(name, training__global_batch=1, **keys, **adapters), GPUS["h200"])
+    assert plan.spare > 0 and plan.memory["reference"]["weights"] == 2 * plan.counted.sizes["reference"].elements
+    # Every weight meets a token of the picture or of the prompt at least once, but for embeddings' and modulations'.
+    shape = plan.run.config.models.latent_shape
+    tokens = shape[1] * shape[2] / (1 if "flux2" in name or "sana" in name else 4)
+    assert operations(plan.counted, "generator", "generator") * 1e12 > tokens * sum_of_matrices(name)
+
+
+def sum_of_matrices(name: str) -> int:
+    """Half of a network's parameters in two operations each: a part of them meets the prompt alone."""
+    return parameters_of(on_meta(KNOWN[name].reference))
 
 
 @pytest.mark.parametrize(

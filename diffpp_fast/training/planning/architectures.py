@@ -205,17 +205,21 @@ def _build_schedule(facts: Mapping[str, Any]) -> NoiseSchedule:
 KNOWN = {name: _known(facts) for name, facts in _STORED["models"].items()}
 
 
-def known_config(name: str, changes: Mapping[str, Any]) -> Config:
+def known_config(name: str, changes: Mapping[str, Any], *, side: int | None = None) -> Config:
     """Return the configuration of Diff-Instruct++ on a known model, which is nowhere on the disk.
 
     Args:
         changes: values of other keys than its own, by dotted key.
+        side: of the latents; None: the model's.
 
     Raises ConfigurationError for another name, and like `make_config`.
     """
     if name not in KNOWN:
         raise ConfigurationError(f"--model: there is no {name!r}; known: {', '.join(KNOWN)}, or give a configuration")
     facts = _STORED["models"][name]
+    side = side or facts["side"]
+    # What a network is told takes the place of guidance.
+    guided = not facts["denoiser"].get("guidance_embeds")
     folders = {key: {"path": f"{name}/{key}"} for key in ("text_encoder", "scheduler", "reference", "decoder")}
     data = {
         "output": "runs/plan",
@@ -223,11 +227,11 @@ def known_config(name: str, changes: Mapping[str, Any]) -> Config:
         "prompts": {"path": "prompts.txt"},
         "models": {
             **folders,
-            "latent_shape": (facts.get("channels", 4), facts["side"], facts["side"]),
+            "latent_shape": (facts.get("channels", 4), side, side),
             "generator": {"timestep": facts["timestep"]},
         },
         # Of the weightings one that no schedule can make infinite: all cost the same.
-        "method": {"name": "diff_instruct_pp", "guidance_scale": 2.0, "weighting": "unit"},
+        "method": {"name": "diff_instruct_pp", "guidance_scale": 2.0 if guided else 1.0, "weighting": "unit"},
         "rewards": {"optimised": {"factory": "diffpp_fast.rewards:hpsv2", "scale": 1.0}},
         "optimizers": {"generator": {"lr": 1e-6}, "fake": {"lr": 1e-6}},
         "training": {"steps": 1, "global_batch": 8},
