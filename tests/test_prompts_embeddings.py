@@ -6,6 +6,9 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,8 @@ import torch
 from prompt_files import opened, write_csv, write_text
 
 from diffpp_fast.cli.main import main
-from diffpp_fast.networks import Conditioning
+from diffpp_fast.evaluation.pictures import read_picture
+from diffpp_fast.networks import Conditioning, streaming
 from diffpp_fast.training import Config, ConfigurationError, Trainer, load_config
 from diffpp_fast.training.build import text
 from diffpp_fast.training.build.text import TextFacts, load_text, open_embeddings
@@ -110,9 +114,8 @@ def test_a_run_with_embeddings_ends_with_the_same_weights_and_loads_no_encoder(
     assert main(["sample", *arguments]) == 0
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion_xl", "pixart"])
-def test_whatever_a_familys_conditioning_holds_is_kept(tmp_path: Path, family: str) -> None:
-    file = tiny.write_base(tmp_path, family)
+def test_whatever_a_familys_conditioning_holds_is_kept(tmp_path: Path) -> None:
+    file = tiny.write_base(tmp_path, "stable_diffusion_xl")
     quiet = ("training.grid_every=null", *QUIET)
     assert main(["embed", str(file), f"--out={tmp_path / 'embeddings'}", *quiet]) == 0
     config = cached(file)
@@ -120,11 +123,10 @@ def test_whatever_a_familys_conditioning_holds_is_kept(tmp_path: Path, family: s
     assert_equal(cache(tiny.PROMPTS).tensors, encoder(tiny.PROMPTS).tensors)
     assert_equal(cache.null().tensors, encoder.null().tensors)
     assert TextFacts.of(cache.null()) == facts
-    if family == "stable_diffusion_xl":
-        with pytest.raises(ConfigurationError, match=r"models\.size_conditions\.crop"):
-            cache_of(cached(file, "models.size_conditions.crop=[8, 8]"))
-        with pytest.raises(ConfigurationError, match=r"models\.empty_prompt"):
-            cache_of(cached(file, "models.empty_prompt=encoded"))
+    with pytest.raises(ConfigurationError, match=r"models\.size_conditions\.crop"):
+        cache_of(cached(file, "models.size_conditions.crop=[8, 8]"))
+    with pytest.raises(ConfigurationError, match=r"models\.empty_prompt"):
+        cache_of(cached(file, "models.empty_prompt=encoded"))
 
 
 @pytest.mark.parametrize(
@@ -336,7 +338,7 @@ def test_writing_goes_on_where_it_was_stopped(tmp_path: Path, writer: Callable[.
     assert sum(name.startswith("shard") for name in before) == 2
     with pytest.raises(ConfigurationError, match="4 of 6 shards are missing"):
         whole(folder)
-    (folder / ".shard-00002-of-00006.safetensors.partial").write_bytes(b"killed in the middle")
+    (folder / ".shard-00002-of-00006.safetensors.0.partial").write_bytes(b"killed in the middle")
     os.truncate(folder / "shard-00001-of-00006.safetensors", 40)
     encoder = Encoder()
     assert list(writer(encoder, batch=1).write()) == [4, 4, 4, 4, 3]
@@ -358,7 +360,7 @@ def test_processes_split_the_shards_and_need_nothing_of_each_other(
     calls = [call for encoder in encoders for call in encoder.calls[1:]]
     assert sorted(calls) == sorted([tuple(PROMPTS[start : start + 4]) for start in range(0, 23, 4)] + [("extra",)])
     assert_equal(whole(folder)([*PROMPTS, "extra"]).tensors, Encoder()([*PROMPTS, "extra"]).tensors)
-    list(writer(Encoder(), "alone").write(["extra"]))
+    list(writer(Encoder(), "alone", batch=4).write(["extra"]))
     assert sorted(state(folder)) == sorted(state(tmp_path / "alone"))
     for file in folder.iterdir():
         assert file.read_bytes() == (tmp_path / "alone" / file.name).read_bytes(), file.name
@@ -395,19 +397,22 @@ def test_a_shard_of_another_cache_is_refused(tmp_path: Path, writer: Callable[..
         whole(tmp_path / "embeddings")
 
 
-def test_launched_processes_write_one_cache(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("launched", [True, False])
+def test_processes_write_one_cache(
+    launched: bool, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(embed, "SHARD_ROWS", 2)
-    monkeypatch.setenv("WORLD_SIZE", "2")
     folder, said = tmp_path / "embeddings", []
-    for rank in ("1", "0"):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        assert main(["embed", str(project), f"--out={folder}", *QUIET]) == 0
+    for rank in (1, 0):
+        if launched:
+            for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}.items():
+                monkeypatch.setenv(name, str(value))
+        part = [] if launched else [f"--shard={rank + 1}/2"]
+        assert main(["embed", str(project), f"--out={folder}", *part, *QUIET]) == 0
         said.append(capsys.readouterr().out)
     assert "process 1 of 2: 5 prompts; 0 of 1 shards" in said[0]
     assert "process 0 of 2: 5 prompts; 0 of 2 shards" in said[1]
+    assert "2 shards are left to other processes" in said[0] and "Train with" in said[1]
     cache = cache_of(load_config(project, [*QUIET, f"prompts.embeddings={folder}"]))
     assert_equal(cache(tiny.PROMPTS).tensors, cache_of(cached(project))(tiny.PROMPTS).tensors)
 
@@ -419,3 +424,159 @@ def test_half_a_launch_is_refused(
     monkeypatch.delenv("RANK", raising=False)
     assert main(["embed", str(project), f"--out={tmp_path}"]) == 2
     assert "WORLD_SIZE is set, but not RANK" in capsys.readouterr().err
+
+
+def test_shards_in_each_others_places_are_named_and_written_anew(
+    tmp_path: Path, writer: Callable[..., embed.EmbeddingWriter], source: PromptSource
+) -> None:
+    folder = tmp_path / "embeddings"
+    list(writer(Encoder()).write())
+    sound = {path.name: path.read_bytes() for path in folder.iterdir()}
+    first, second, last = (folder / f"shard-0000{number}-of-00006.safetensors" for number in (0, 1, 5))
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    for victim, other, said in ((second, first, "other prompts than its name"), (first, last, "3 rows in place of 4")):
+        shutil.copy(other, victim)
+        with pytest.raises(ConfigurationError, match=rf"{victim.name} h.*{said}.*Remove it, and `diffpp-fast embed`"):
+            EmbeddingCache(folder, manifest, CPU, source)
+        again = writer(Encoder())
+        assert again.missing == [*again.damaged] and said in again.damaged[again.missing[0]]
+        list(again.write())
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == sound
+
+
+def test_all_that_is_there_is_read_where_it_is_asked_for(
+    tmp_path: Path, writer: Callable[..., embed.EmbeddingWriter]
+) -> None:
+    list(writer(Encoder(), batch=2).write())
+    path = tmp_path / "embeddings" / "shard-00003-of-00006.safetensors"
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    assert not writer(Encoder()).missing
+    again = writer(Encoder(), check=True)
+    assert again.missing == [3] and "its checksum has changed" in again.damaged[3]
+    assert again.batch == 2, "as the folder was begun"
+    list(again.write())
+    assert path.read_bytes() == sound
+
+
+#: A process that writes embeddings into a folder, slowly, with the project's own encoder.
+SLOW = """
+import sys, time
+from diffpp_fast.cli.main import main
+from diffpp_fast.training.prompts import embed, embeddings
+embed.SHARD_ROWS = 2
+save = embeddings.save_file
+def slow(tensors, path, about):
+    save(tensors, path, about)
+    whole = path.read_bytes()
+    with path.open("wb") as file:
+        for start in range(0, len(whole), 64):
+            file.write(whole[start : start + 64])
+            file.flush()
+            time.sleep(0.002)
+embeddings.save_file = slow
+sys.exit(main(["embed", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_to_the_same_shards(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed, "SHARD_ROWS", 2)
+    write_text(tmp_path / "prompts.txt", [f"a red {word}" for word in ("apple", "frog", "whale", "sun", "cat")] * 4)
+    arguments = [str(project), *QUIET, f"prompts.path={tmp_path / 'prompts.txt'}"]
+    assert main(["embed", *arguments, f"--out={tmp_path / 'whole'}", "--batch=2"]) == 0
+    sound = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    folder, draw, partial = tmp_path / "killed", random.Random(0), 0
+    for _ in range(4):
+        command = [sys.executable, "-u", "-c", SLOW, *arguments, f"--out={folder}", "--batch=2"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            while "are there already" not in process.stdout.readline():
+                assert process.poll() is None
+            time.sleep(draw.uniform(0.0, 0.5))
+            process.kill()
+        partial += any(folder.glob("*.partial"))
+        for path in folder.glob("*.safetensors"):
+            assert path.read_bytes() == sound[path.name], "never a part of one"
+    assert partial, "it was killed while it wrote"
+    # The batch is known to the folder.
+    assert main(["embed", *arguments, f"--out={folder}"]) == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == sound
+
+
+def test_samples_and_scores_do_without_the_whole_encoder(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, pictures = project.parent / "embeddings", {}
+    loaded: list[bool] = []
+    load = text.load_text
+
+    def noted(models: Any) -> Any:
+        loaded.append(streaming.is_asked_for())
+        return load(models)
+
+    monkeypatch.setattr(text, "load_text", noted)
+    for name, options in (("whole", []), ("streamed", ["--stream"]), ("embedded", [f"--embeddings={folder}"])):
+        out = tmp_path / f"{name}.png"
+        assert main(["sample", *GRID, "--run", str(project), "--count=2", f"--out={out}", *options]) == 0
+        pictures[name] = read_picture(out).int()
+    assert loaded == [False, True]
+    assert torch.equal(pictures["streamed"], pictures["embedded"]), "prompts are encoded together"
+    # Whole, each is encoded with the pictures that are drawn with it.
+    assert (pictures["whole"] - pictures["embedded"]).abs().max() <= 1
+    assert main(["sample", "a blue frog", "--run", str(project), f"--embeddings={folder}"]) == 2
+    assert "holds no embedding of 'a blue frog'" in capsys.readouterr().err
+    with pytest.raises(ConfigurationError, match=r"made from other inputs: models\.negative_prompt"):
+        text.embeddings_by(load_config(project, ["models.negative_prompt=no"]), folder, CPU)
+    write_text(tmp_path / "prompts.txt", GRID)
+    scores = []
+    for name, options in (("streamed", ["--stream"]), ("embedded", [f"--embeddings={folder}"])):
+        arguments = [str(project), f"--prompts={tmp_path / 'prompts.txt'}", f"--output={tmp_path / name}", *options]
+        metric = f"{project.parent / 'rewards.py'}:Brightness"
+        assert main(["evaluate", *arguments, f"--metrics={metric}", "--no-images"]) == 0
+        scores.append((tmp_path / name / "pictures.csv").read_text())
+    assert scores[0] == scores[1] and len(loaded) == 3
+
+
+def test_padding_of_zeros_is_not_stored(tmp_path: Path, source: PromptSource) -> None:
+    """Rows of any number of tokens, none among them, and of a -0 behind the last one."""
+
+    def encode(prompts: Sequence[str]) -> Conditioning:
+        states, zero = torch.zeros(len(prompts), 40, 8), torch.tensor(-0.0)
+        for place, prompt in enumerate(prompts):
+            length = sum(prompt.encode()) % 7
+            states[place, :length] = torch.arange(1.0, 9.0) * (place + 1) / 3
+            states[place, length] = zero
+        return Conditioning(tuple(prompts), {"text": states, "mask": (states[..., 0] != 0).long()})
+
+    facts = {"encoder": {}, "prompts": {"sha256": source.digest(), "count": len(source)}, "seen": {}}
+    made = embed.EmbeddingWriter(tmp_path / "e", facts, source, encode, Conditioning(("",), {
+        "text": torch.zeros(1, 40, 8), "mask": torch.zeros(1, 40).long()}))  # fmt: skip
+    assert list(made.write()) == [4, 4, 4, 4, 4, 3]
+    cache, manifest = whole(tmp_path / "e"), read_manifest(tmp_path / "e")
+    assert manifest is not None
+    EmbeddingCache(tmp_path / "e", manifest, CPU, source)
+    for first in range(0, len(PROMPTS), 4):
+        part = PROMPTS[first : first + 4]
+        for name, tensor in encode(part).tensors.items():
+            found = cache(part).tensors[name]
+            assert found.dtype == tensor.dtype and torch.equal(found, tensor)
+            if name == "text":
+                assert torch.equal(found.view(torch.int32), tensor.view(torch.int32)), "to the bit"
+    assert not cache.null().tensors["text"].any() and cache.null().tensors["text"].shape == (1, 40, 8)
+    path = tmp_path / "e" / "shard-00000-of-00006.safetensors"
+    assert path.stat().st_size < 4 * 40 * 8 * 4 // 2
+    sound = path.read_bytes()
+    found_out = 0
+    for bit in random.Random(1).sample(range(8 * len(sound)), 60):
+        damaged = bytearray(sound)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            assert_equal(whole(tmp_path / "e")(PROMPTS[:4]).tensors, encode(PROMPTS[:4]).tensors)
+        except ConfigurationError:
+            found_out += 1
+    assert found_out > 40

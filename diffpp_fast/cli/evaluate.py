@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     from diffpp_fast.training.lock import FolderLock
 
     refuse_used_folder(arguments.output)
-    with FolderLock(arguments.output):
+    with FolderLock(arguments.output, unlock=None, other="--output FOLDER"):
         refuse_used_folder(arguments.output)
         return _evaluate(arguments)
 
@@ -109,6 +109,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         batch=arguments.batch,
         device=device,
         keep_images=arguments.images,
+        stream=arguments.stream,
+        embeddings=arguments.embeddings,
     )
     judge = Scores(wanted, device) if wanted else None
     reference = _distances(distances, arguments, device) if distances else None

@@ -67,6 +67,13 @@ def add_generator(parser: argparse.ArgumentParser, dtype: str) -> None:
     add_override(parser)
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--dtype", choices=["float32", "bfloat16"], help=dtype)
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument(
+        "--stream", action="store_true", help="encode all prompts first, with one block of a text encoder in memory"
+    )
+    text.add_argument(
+        "--embeddings", type=user_path, metavar="FOLDER", help="that `embed` wrote, in place of text encoders"
+    )
 
 
 def find_generator(path: Path | None, arguments: argparse.Namespace, name: str | None = None) -> ModelSource:

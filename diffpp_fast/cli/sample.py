@@ -88,7 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
     refuse_idle_options([source], arguments)
     say(f"weights: {source.origin}")
     hide_loading_bars()
-    model = source.load(choose_device(arguments.device))
+    ahead = prompts if arguments.stream else None
+    model = source.load(choose_device(arguments.device), ahead=ahead, embeddings=arguments.embeddings)
     drawn = _draw(model, prompts, cells, arguments, keep=grid is not None)
     if arguments.images is not None:
         say(f"pictures: {arguments.images}")

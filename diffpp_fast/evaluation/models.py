@@ -68,10 +68,14 @@ class ModelSource:
     weights: SavedGenerator | None = None
     takes: tuple[str, ...] = ()
 
-    def load(self, device: torch.device) -> LoadedModel:
-        """Load it. Raises ConfigurationError and CheckpointError for what can't be loaded or does not fit together."""
+    def load(
+        self, device: torch.device, *, ahead: Sequence[str] | None = None, embeddings: Path | None = None
+    ) -> LoadedModel:
+        """Load it; `ahead` and `embeddings` are those of `build_sampler`.
+
+        Raises ConfigurationError and CheckpointError for what can't be loaded or does not fit together."""
         with nullcontext() if self.weights is None else naming_moves(self.weights.folder):
-            sampler = build_sampler(self.config, device)
+            sampler = build_sampler(self.config, device, ahead=ahead, embeddings=embeddings)
         if self.weights is not None:
             folder = self.weights.folder
             load_role(sampler.trained, read_role(*self.weights), folder)

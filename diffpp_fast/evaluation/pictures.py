@@ -45,6 +45,8 @@ class EvaluationPlan:
         seed, first_sample: the latents' address.
         batch: pictures that are drawn and scored at a time.
         keep_images: write the pictures.
+        stream: encode all prompts ahead, by streamed text encoders.
+        embeddings: of the prompts, in place of text encoders.
     """
 
     sources: Sequence[ModelSource]
@@ -56,6 +58,13 @@ class EvaluationPlan:
     first_sample: int = 0
     batch: int = 8
     keep_images: bool = True
+    stream: bool = False
+    embeddings: Path | None = None
+
+    def load(self, source: ModelSource) -> LoadedModel:
+        """Load one of the models."""
+        ahead = [prompt.text for prompt in self.prompts] if self.stream else None
+        return source.load(self.device, ahead=ahead, embeddings=self.embeddings)
 
     def batches(self) -> Iterator[list[PictureAddress]]:
         """Yield the addresses of a model's pictures, prompt by prompt."""

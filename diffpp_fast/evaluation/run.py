@@ -70,9 +70,7 @@ def evaluate(
     """
     refuse_equal_names(plan.sources)
     folder = EvaluationFolder(output, plan, [] if scores is None else scores.names)
-    results = [
-        _evaluate_model(source.load(plan.device), plan, scores, distances, folder, progress) for source in plan.sources
-    ]
+    results = [_evaluate_model(plan.load(source), plan, scores, distances, folder, progress) for source in plan.sources]
     folder.write_grid()
     metrics = {name: fact for part in (scores, distances) if part is not None for name, fact in part.facts().items()}
     summary = _summarise(plan, results, metrics)

@@ -68,7 +68,7 @@ def quantize(module: nn.Module, kind: str, device: torch.device | str | None = N
     for name, layer in list(module.named_modules()):
         if reason_against(name, layer, kind) is None:
             parent, _, own = name.rpartition(".")
-            setattr(module.get_submodule(parent), own, _quantized(layer, kind, device))
+            setattr(module.get_submodule(parent), own, quantized_layer(layer, kind, device))
             count += 1
     for sentence in _in_words(quantization_report(module, kind)):
         logger.info("quantize %s: %s", type(module).__name__, sentence)
@@ -182,8 +182,8 @@ def _scaled(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return y * scale if bias is None else torch.addcmul(bias.to(y.dtype), y, scale)
 
 
-def _quantized(layer: Any, kind: str, device: torch.device | str | None) -> nn.Module:
-    """The layer with a weight in fewer bits, and the layer's own bias."""
+def quantized_layer(layer: Any, kind: str, device: torch.device | str | None = None) -> nn.Module:
+    """Return the layer with a weight in fewer bits, and the layer's own bias."""
     device = layer.weight.device if device is None else torch.device(device)
     weight = layer.weight.detach()
     new = _float8(layer, weight.to(device)) if kind == "float8" else bitsandbytes_layer(layer, kind)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -20,6 +20,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from diffpp_fast.few_bits import SMALLEST
+from diffpp_fast.networks.conditioning import Conditioning
+from diffpp_fast.networks.quantization import quantized_layer
+from diffpp_fast.networks.quantized_text import few_bit_layers
 from diffpp_fast.tensor_files import first_not_finite, shapes_of
 
 T = TypeVar("T")
@@ -62,13 +66,21 @@ def without_weights() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def load_streamed(folder: Path, loader: Any, stored: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+def load_streamed(
+    folder: Path,
+    loader: Any,
+    stored: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    *,
+    keep: bool = False,
+) -> nn.Module:
     """Return a model of transformers whose blocks are read when they are called; raises like `stream`.
 
     Args:
         folder: with its `config.json`.
         loader: a class of transformers, or one of its `Auto...` classes.
-        stored, dtype: as in `stream`.
+        stored, dtype, quantization, keep: as in `stream`.
     """
     from transformers import AutoConfig
 
@@ -77,37 +89,55 @@ def load_streamed(folder: Path, loader: Any, stored: Mapping[str, Tensor], dtype
         # Of a class of its own, `from_config` is a private name.
         build = loader.from_config if hasattr(loader, "from_config") else loader._from_config
         model: nn.Module = build(config, dtype=dtype)
-    stream(model.eval(), stored, dtype)
+    stream(model.eval(), stored, dtype, quantization, keep=keep)
     return model
 
 
-def stream(model: nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+def stream(
+    model: nn.Module,
+    stored: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    *,
+    keep: bool = False,
+) -> int:
     """Make a model read its blocks when they are called; return how many blocks it has.
 
     Args:
         model: built inside of `without_weights`.
         stored: its tensors, each read when it is asked for; they may be named from a larger model on.
         dtype: of the weights.
+        quantization: kind of the weights of the blocks' linear layers in fewer bits, made anew whenever a block is
+            read; None: as `dtype` says.
+        keep: read all blocks now, one after the other, and keep them.
 
-    Raises ValueError for weights that are missing, misshapen or not finite, and for a model without repeated blocks.
+    Raises ValueError for weights that are missing, misshapen or not finite, and for a model without repeated blocks, or
+    without layers for few bits.
     """
-    blocks = repeated_blocks(model)
+    _forget_other_towers(model, dtype)
+    blocks = [block for block in repeated_blocks(model) if any(each.is_meta for each in block.parameters())]
     if not blocks:
         raise ValueError(f"a {type(model).__name__} has no repeated blocks: it can't be streamed")
+    if quantization is not None and not any(map(few_bit_layers, blocks)):
+        raise ValueError(f"has no linear layer of {SMALLEST} weights and more for {quantization}")
     places = _places(model, stored)
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     for name, parameter in list(model.named_parameters()):
-        if id(parameter) not in inside:
+        if parameter.is_meta and id(parameter) not in inside:
             value = nn.Parameter(_read(stored, places[name], dtype), requires_grad=False)
             _replace(model, parameter, value)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for block in blocks:
         held = {places[names[id(parameter)]]: parameter for parameter in block.parameters()}
         shapes = {place: tuple(parameter.shape) for place, parameter in held.items()}
+        few_bits = {} if quantization is None else few_bit_layers(block)
         empty = {id(each): nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False) for each in held.values()}
         for parameter in held.values():
             _replace(block, parameter, empty[id(parameter)])
-        _StreamedBlock(block, stored, {place: empty[id(each)] for place, each in held.items()}, shapes, dtype)
+        parameters = {place: empty[id(each)] for place, each in held.items()}
+        streamed = _StreamedBlock(block, stored, parameters, shapes, dtype, few_bits, quantization)
+        if keep:
+            streamed.load()
     return len(blocks)
 
 
@@ -149,6 +179,23 @@ def in_step(calls: Sequence[Callable[[], T]]) -> list[T]:
     return [each.result() for each in threads]
 
 
+def encode_in_step(
+    encode: Callable[[Sequence[str]], Conditioning], prompts: Sequence[str], *, batch: int = 16, at_once: int = 256
+) -> Iterator[Conditioning]:
+    """Yield the conditioning of prompts on the CPU, batch by batch, by encoders that may be streamed.
+
+    Args:
+        encode: B prompts -> their conditioning.
+        prompts: any number of them.
+        batch: prompts that are encoded together.
+        at_once: prompts for which blocks are read once; so many encodings are in memory.
+    """
+    for start in range(0, len(prompts), at_once):
+        part = prompts[start : start + at_once]
+        batches = [part[first : first + batch] for first in range(0, len(part), batch)]
+        yield from in_step([lambda texts=texts: encode(texts).to("cpu") for texts in batches])  # type: ignore[misc]
+
+
 class _StreamedBlock:
     """A module whose weights are in memory while it is called."""
 
@@ -159,8 +206,13 @@ class _StreamedBlock:
         parameters: Mapping[str, nn.Parameter],
         shapes: Mapping[str, tuple[int, ...]],
         dtype: torch.dtype,
+        few_bits: Mapping[str, nn.Linear],
+        quantization: str | None,
     ) -> None:
+        self.module = module
         self.stored, self.parameters, self.shapes, self.dtype = stored, parameters, shapes, dtype
+        #: Layers whose weights are stored in fewer bits, by path, and as which kind.
+        self.few_bits, self.quantization = few_bits, quantization
         self.kept = False
         self.checked = False
         module.register_forward_pre_hook(self._before)
@@ -173,6 +225,8 @@ class _StreamedBlock:
 
     def drop(self) -> None:
         """Forget the weights."""
+        for name, layer in self.few_bits.items():
+            _put(self.module, name, layer)
         for parameter in self.parameters.values():
             parameter.data = torch.empty(0, dtype=self.dtype, device=parameter.device)
         self.kept = False
@@ -184,6 +238,10 @@ class _StreamedBlock:
                 _refuse_not_finite(name, tensor)
             parameter.data = tensor.to(parameter.device)
         self.checked = True
+        for name, layer in self.few_bits.items():
+            assert self.quantization is not None
+            _put(self.module, name, quantized_layer(layer, self.quantization))
+            layer.weight.data = torch.empty(0, dtype=self.dtype, device=layer.weight.device)
 
     def _before(self, module: nn.Module, inputs: Any) -> None:
         turn = getattr(_turn, "mine", None)
@@ -252,7 +310,7 @@ class _Turn:
 
 
 def _places(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, str]:
-    """The names in the files of all parameters; tied ones have several names, of which the files have one."""
+    """The names in the files of all parameters on meta; tied ones have several names, of which the files have one."""
     shapes = shapes_of(stored)
     known = [name for name in shapes if not OTHER_TOWERS.search(name)]
     ends: dict[str, list[str]] = {}
@@ -263,9 +321,16 @@ def _places(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, str]:
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
+    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.is_meta}
+    found = {
+        name: next((place for alias in aliases[id(parameter)] if (place := _place(alias, shapes, ends))), None)
+        for name, parameter in wanted.items()
+    }
+    if not any(found.values()):
+        found |= _moved(wanted, ends)
     places, missing = {}, []
-    for name, parameter in model.named_parameters():
-        place = next((found for alias in aliases[id(parameter)] if (found := _place(alias, shapes, ends))), None)
+    for name, parameter in wanted.items():
+        place = found[name]
         if place is None:
             missing.append(name)
         elif shapes[place] != tuple(parameter.shape):
@@ -292,6 +357,27 @@ def _place(name: str, shapes: Mapping[str, Any], ends: Mapping[str, Sequence[str
     return None
 
 
+def _moved(names: Iterable[str], ends: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The file's names where all have another beginning there, as "model." for "language_model."; {} if not."""
+    beginnings: set[tuple[str, str]] | None = None
+    for name in names:
+        parts = name.split(".")
+        tails = [".".join(parts[start:]) for start in range(1, len(parts))]
+        pairs = {(name.removesuffix(end), place.removesuffix(end)) for end in tails for place in ends.get(end, ())}
+        beginnings = pairs if beginnings is None else beginnings & pairs
+    if beginnings is None or len(beginnings) != 1:
+        return {}
+    ((ours, theirs),) = beginnings
+    return {name: theirs + name.removeprefix(ours) for name in names}
+
+
+def _forget_other_towers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Empty the parameters that a prompt does not pass, as those that see pictures."""
+    for name, parameter in list(model.named_parameters()):
+        if OTHER_TOWERS.search(name):
+            _replace(model, parameter, nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
+
+
 def _read(stored: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
     tensor = stored[name].to(dtype)
     _refuse_not_finite(name, tensor)
@@ -301,6 +387,12 @@ def _read(stored: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor
 def _refuse_not_finite(name: str, tensor: Tensor) -> None:
     if first_not_finite({name: tensor}) is not None:
         raise ValueError(f"{name} holds values that are NaN or infinite")
+
+
+def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
+    """Make a layer the submodule at a path."""
+    parent, _, own = name.rpartition(".")
+    setattr(module.get_submodule(parent), own, layer)
 
 
 def _replace(model: nn.Module, old: Tensor, new: nn.Parameter) -> None:

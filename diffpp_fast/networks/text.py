@@ -14,14 +14,14 @@ from torch import nn
 from diffpp_fast import install
 from diffpp_fast.networks.conditioning import Conditioning
 from diffpp_fast.networks.loading import local_folder, refuse_not_finite, resolve
+from diffpp_fast.networks.quantization import refuse_kind
+from diffpp_fast.networks.quantized_text import OVERFLOWING, refuse_text_kind
 from diffpp_fast.networks.streaming import is_asked_for, load_streamed
 from diffpp_fast.networks.tokens import tokenize
 from diffpp_fast.networks.weight_files import TRANSFORMERS, open_weights, patterns
 
 logger = logging.getLogger("diffpp_fast")
 
-#: Overflow in float16; bfloat16 has the range of float32.
-OVERFLOWING = ("gemma2", "mt5", "t5", "umt5")
 #: Tensors that a text encoder's hidden states do not depend on: heads, other towers, and buffers that are counted anew.
 SPARE = re.compile(
     r"(^|\.)position_ids$|(^|\.)pooler\.|^(text_projection|visual_projection|logit_scale|vision_model|cls|lm_head|decoder)\b"
@@ -192,6 +192,7 @@ def load_text_model(
     projection: bool = False,
     variant: str | None = None,
     loader: str | None = None,
+    quantization: str | None = None,
 ) -> nn.Module:
     """Return a text encoder from safetensors; with `projection` a CLIP that also gives `text_embeds`.
 
@@ -199,10 +200,12 @@ def load_text_model(
         path, dtype, variant: as in `TextEncoder.from_pretrained`.
         projection: see above.
         loader: the class of transformers that it is loaded with; None: what encodes text of its type.
+        quantization: "int8", "nf4" or "float8", the weights of its blocks' linear layers; None: as `dtype` says.
 
     Raises:
         FileNotFoundError: the folder, or its weights, are not there.
-        ValueError: they are damaged, are not those of the encoder, or are not finite; or float16, where it overflows.
+        ValueError: they are damaged, are not those of the encoder, or are not finite; float16, where it overflows; a
+            `quantization` that does not serve.
     """
     import transformers
     from transformers import AutoConfig
@@ -214,9 +217,14 @@ def load_text_model(
     name = loader or ("CLIPTextModelWithProjection" if projection else "AutoModelForTextEncoding")
     projection = name == "CLIPTextModelWithProjection"
     stored = open_weights(folder, TRANSFORMERS, variant, f"transformers.{name}")
-    if is_asked_for():
+    if quantization is not None:
+        refuse_kind(quantization)
+        refuse_text_kind(path, quantization, kind, str(dtype).removeprefix("torch."))
+    if is_asked_for() or quantization is not None:
         try:
-            return load_streamed(folder, getattr(transformers, name), stored, dtype)
+            return load_streamed(
+                folder, getattr(transformers, name), stored, dtype, quantization, keep=not is_asked_for()
+            )
         except ValueError as error:
             raise ValueError(f"{path} {error}") from None
     model, found = getattr(transformers, name).from_pretrained(

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 logger = logging.getLogger("diffpp_fast")
+
+
+def without_padding(tokens: Mapping[str, Any]) -> dict[str, Any]:
+    """Cut tokens [B, N] behind the longest prompt; where padding stands in front, nothing is cut.
+
+    Whoever masks padding makes the same of the others, up to rounding, in less time.
+    """
+    mask = tokens["attention_mask"]
+    longest = int(mask.sum(1).max())
+    if mask[:, longest:].any():
+        return dict(tokens)
+    return {name: tensor[:, :longest] for name, tensor in tokens.items()}
 
 
 def tokenize(tokenizer: Any, prompts: list[str], max_length: int) -> Any:

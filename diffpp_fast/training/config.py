@@ -82,6 +82,8 @@ class TextEncoderSection(WeightsSection):
     mask_padding: bool | None = None
     #: Of the weights; "auto" is float32.
     dtype: Dtype = "auto"
+    #: The weights of its blocks in 8 or 4 bits; null: as `dtype` says.
+    quantization: Literal["int8", "nf4", "float8"] | None = None
 
 
 class Frozen(WeightsSection):

@@ -391,10 +391,11 @@ def _suggest(key: str) -> str:
     known = list(known_keys())
     siblings = [other for other in known if other.rpartition(".")[0] == parent]
     for candidates in (siblings, known):
-        names = {other.rpartition(".")[2]: other for other in reversed(candidates)}
-        close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+        names = {other.rpartition(".")[2] for other in candidates}
+        close = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.6)
         if close:
-            return f": did you mean {names[close[0]]}?"
+            same = [other for other in candidates if other.rpartition(".")[2] == close[0]]
+            return f": did you mean {difflib.get_close_matches(key, same, n=1, cutoff=0.0)[0]}?"
     return f": known here are {', '.join(other.rpartition('.')[2] for other in siblings)}" if siblings else ""
 
 

@@ -47,21 +47,25 @@ class FolderLock:
     Args:
         folder: is made.
         name: of the lock's file in it.
-        unlock: replace a lock whose holder may be alive elsewhere.
+        unlock: replace a lock whose holder may be alive elsewhere; None: the command has no such option.
+        other: how another folder is chosen.
 
     Raises ConfigurationError where another process holds it, or may hold it, and where the folder can't be written to.
     """
 
-    def __init__(self, folder: Path, *, name: str = LOCK, unlock: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, name: str = LOCK, unlock: bool | None = False, other: str = "output=FOLDER"
+    ) -> None:
         refuse_no_folder("folder", folder)
         self.folder = folder
         self.path = folder / name
+        self._other = other
         self._record = {**_identity(), "token": secrets.token_hex(8), "beat": 0}
         self._made = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             while not self._create():
-                self._clear(unlock)
+                self._clear(bool(unlock), "start again with --unlock, or " if unlock is not None else "")
         except OSError as error:
             raise ConfigurationError(f"can't write to {folder}: {error.strerror or error}") from None
         stop = threading.Event()
@@ -105,7 +109,7 @@ class FolderLock:
             os.close(descriptor)
         return True
 
-    def _clear(self, unlock: bool) -> None:
+    def _clear(self, unlock: bool, option: str) -> None:
         """Remove the lock that is there, or raise ConfigurationError."""
         holder = _read(self.path) or _patient_read(self.path)
         if holder is None:
@@ -120,15 +124,17 @@ class FolderLock:
             pass  # of this process
         elif _same_kernel(holder, self._record):
             if _start_of(holder["pid"]) in (holder["start"], ""):
-                raise ConfigurationError(f"{self.folder} is being written by {_describe(holder)}. {_remedy(holder)}")
+                raise ConfigurationError(
+                    f"{self.folder} is being written by {_describe(holder)}. {self._remedy(holder)}"
+                )
             logger.warning("%s: taking over from %s, which is gone", self.folder, _describe(holder))
         elif not unlock:
-            self._clear_elsewhere(holder)
+            self._clear_elsewhere(holder, option)
         else:
             logger.warning("%s: taking over from %s, as asked for", self.folder, _describe(holder))
         self._remove(holder)
 
-    def _clear_elsewhere(self, holder: dict[str, Any]) -> None:
+    def _clear_elsewhere(self, holder: dict[str, Any], option: str) -> None:
         """Return where a holder that the process table here does not show is known to be gone."""
         known = holder["host"] == self._record["host"] or (holder["job"] and holder["job"] == self._record["job"])
         if known and _is_silent(self.path, holder):
@@ -137,8 +143,17 @@ class FolderLock:
         alive = "it is alive" if known else f"whether it is alive can't be told from {self._record['host']}"
         raise ConfigurationError(
             f"{self.folder} is being written by {_describe(holder)}; {alive}. Wait for it or stop it there, or "
-            f"choose another output=FOLDER. If it is gone, start again with --unlock, or remove {self.path}"
+            f"choose another {self._other}. If it is gone, {option}remove {self.path}"
         )
+
+    def _remedy(self, holder: dict[str, Any]) -> str:
+        stop = f"kill {holder['pid']}"
+        if holder["launcher"] is not None and _parent_of(holder["pid"]) != holder["launcher"]:
+            return (
+                "Its launcher is gone: it is left over from an earlier start. "
+                f"Stop it ({stop}) and the processes beside it"
+            )
+        return f"Wait for it or stop it ({stop}), or choose another {self._other}"
 
     def _remove(self, holder: dict[str, Any] | None) -> None:
         # Another process may have found the same lock, removed it and made its own: that one must stay.
@@ -246,15 +261,6 @@ def _is_silent(path: Path, holder: dict[str, Any]) -> bool:
 
 def _describe(holder: dict[str, Any]) -> str:
     return f"process {holder['pid']} on {holder['host']} (`{holder['command']}`, since {holder['began']})"
-
-
-def _remedy(holder: dict[str, Any]) -> str:
-    stop = f"kill {holder['pid']}"
-    if holder["launcher"] is not None and _parent_of(holder["pid"]) != holder["launcher"]:
-        return (
-            f"Its launcher is gone: it is left over from an earlier start. Stop it ({stop}) and the processes beside it"
-        )
-    return f"Wait for it or stop it ({stop}), or choose another output=FOLDER"
 
 
 def _start_of(pid: int) -> str | None:

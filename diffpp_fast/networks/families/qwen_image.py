@@ -17,7 +17,7 @@ from diffpp_fast.networks.conditioning import TEXT, TEXT_MASK
 from diffpp_fast.networks.families.base import EncoderKind, Family, FamilyText, Inputs, device_of, times_of
 from diffpp_fast.networks.families.chat import in_front
 from diffpp_fast.networks.families.packing import PATCH, pack, unpack
-from diffpp_fast.networks.tokens import tokenize
+from diffpp_fast.networks.tokens import tokenize, without_padding
 
 TIMES = 1000
 #: What surrounds a prompt, and how many of its tokens come before the prompt.
@@ -90,8 +90,8 @@ class QwenImageText(FamilyText):
     def encode(self, prompts: list[str], *, empty: bool = False) -> dict[str, Any]:
         (model,), (tokenizer,), (length,) = self.models, self.tokenizers, self.lengths
         chats = [CHAT.format(prompt) for prompt in prompts]
-        tokens = tokenize(tokenizer, chats, length + BEFORE).to(device_of(model))
-        mask = tokens["attention_mask"]
-        hidden = model(input_ids=tokens["input_ids"], attention_mask=mask, use_cache=False).last_hidden_state
-        made = in_front(hidden.float(), mask)
+        tokens = without_padding(tokenize(tokenizer, chats, length + BEFORE))
+        ids, mask = (tokens[name].to(device_of(model)) for name in ("input_ids", "attention_mask"))
+        hidden = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        made = in_front(hidden.float(), mask, length + BEFORE)
         return {name: tensor[:, BEFORE:] for name, tensor in made.items()}

@@ -90,8 +90,8 @@ class ZImageText(ChatText):
     thinks = True
 
     def encode(self, prompts: list[str], *, empty: bool = False) -> dict[str, Any]:
-        states, mask = self.read(prompts)
-        return in_front(states[-2].float(), mask)
+        states, mask = self.read(prompts, padded=False)
+        return in_front(states[-2].float(), mask, self.lengths[0])
 
 
 class _Batched(nn.Module):

@@ -15,6 +15,7 @@ from diffpp_fast.networks.decoder.latents import NORMED, PATCHED, channels_of
 from diffpp_fast.networks.families import POOLED, Family, family_named
 from diffpp_fast.networks.inputs import FLOW, Inputs, inputs_of, is_pixart, wants_sizes, with_defaults
 from diffpp_fast.networks.loading import diffusers_class, is_file, load_schedule, local_folder, read_config
+from diffpp_fast.networks.quantized_text import refuse_text_kind
 from diffpp_fast.training.config import Config, Models, SizeConditions, TextEncoderSection
 
 
@@ -252,7 +253,10 @@ def text_config(key: str, section: TextEncoderSection) -> Any:
             raise ValueError(
                 f"it is no text encoder of transformers but a {facts.get('_class_name', 'file of others')}"
             )
-        return AutoConfig.from_pretrained(local_folder(section.path, ["config.json"]), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(local_folder(section.path, ["config.json"]), trust_remote_code=False)
+        if section.quantization is not None:
+            refuse_text_kind(section.path, section.quantization, config.model_type, section.dtype)
+        return config
 
 
 def _check_latents(key: str, inputs: Inputs, latent_shape: tuple[int, int, int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from diffpp_fast.training.build.networks import (
     refuse_quantization,
     refuse_weights,
 )
-from diffpp_fast.training.build.text import Text, open_text, picture_size
+from diffpp_fast.training.build.text import Text, embeddings_by, encode_ahead, open_text, picture_size
 from diffpp_fast.training.config import Config, Decoder, RewardSection
 from diffpp_fast.training.distributed import World
 from diffpp_fast.training.images import ImageBatches, digest_of_images, open_images
@@ -136,6 +137,10 @@ logger = logging.getLogger(__name__)
 ENCODING = ("vae.encoder.", "vae.quant_conv.")
 
 
+#: B prompts -> their conditioning, on the device.
+Encode = Callable[[Sequence[str]], Conditioning]
+
+
 @dataclass(frozen=True)
 class Sampler:
     """The parts that turn prompts and latents into pictures.
@@ -149,7 +154,7 @@ class Sampler:
     """
 
     schedule: NoiseSchedule
-    encode: Callable[[Sequence[str]], Conditioning]
+    encode: Encode
     trained: Trained
     generator: OneStepGenerator | FewStepGenerator
     decoder: Callable[[torch.Tensor], torch.Tensor] | None
@@ -191,15 +196,35 @@ class Run:
         return sum(weight.nbytes for weight in weights.values())
 
 
-def build_sampler(config: Config, device: torch.device) -> Sampler:
+def build_sampler(
+    config: Config,
+    device: torch.device,
+    *,
+    ahead: Sequence[str] | None = None,
+    embeddings: Path | None = None,
+) -> Sampler:
     """Load the generator, the text encoders and the decoder.
+
+    Args:
+        config: that names them.
+        device: where they compute.
+        ahead: all prompts that will be asked for, which are encoded now by streamed encoders; None: any prompts.
+        embeddings: a folder that takes the place of text encoders.
 
     Raises ConfigurationError for what can't be loaded and for networks whose shapes don't agree.
     """
     refuse_misfits(config)
     refuse_weights(config)
-    text = open_text(config.models, device)
-    return _build_sampler(config, device, load_run_schedule(config), text, Networks(config, device))
+    encode: Encode
+    inputs: Mapping[str, str | None] = {}
+    if ahead is not None:
+        encode = encode_ahead(config.models, ahead, device)
+    elif embeddings is not None:
+        encode = embeddings_by(config, embeddings, device)
+    else:
+        text = open_text(config.models, device)
+        encode, inputs = text.encode, text.inputs
+    return _build_sampler(config, device, load_run_schedule(config), encode, inputs, Networks(config, device))
 
 
 def build_run(
@@ -230,7 +255,7 @@ def build_run(
     pictures = open_images(config.method.images, picture_size(config.models))
     text = open_text(config.models, device, embeddings, prompts)
     networks = Networks(config, device)
-    sampler = _build_sampler(config, device, schedule, text, networks)
+    sampler = _build_sampler(config, device, schedule, text.encode, text.inputs, networks)
     reference, fake = networks.reference(), networks.trained("fake")
     start = None
     if config.method.pulled_to_start:
@@ -278,13 +303,18 @@ def build_trained(config: Config, role: str, device: torch.device) -> Trained:
 
 
 def _build_sampler(
-    config: Config, device: torch.device, schedule: NoiseSchedule, text: Text, networks: Networks
+    config: Config,
+    device: torch.device,
+    schedule: NoiseSchedule,
+    encode: Encode,
+    inputs_of_text: Mapping[str, str | None],
+    networks: Networks,
 ) -> Sampler:
     trained = networks.trained("generator")
     generator = make_generator(config, trained.denoise, schedule)
     models = config.models
     tables = {"alphas": schedule.alphas, "sigmas": schedule.sigmas}
-    inputs = {**text.inputs, **networks.inputs, "scheduler": digest_of(schedule.prediction_type, tables)}
+    inputs = {**inputs_of_text, **networks.inputs, "scheduler": digest_of(schedule.prediction_type, tables)}
     decoder = None
     if models.decoder is not None:
         decoder = _load_decoder(config, models.decoder, device)
@@ -298,7 +328,7 @@ def _build_sampler(
         inputs["decoder"] = digest_of(public(read_config(models.decoder.path)), decoding)
     return Sampler(
         schedule=schedule,
-        encode=text.encode,
+        encode=encode,
         trained=trained,
         generator=generator,
         decoder=decoder,

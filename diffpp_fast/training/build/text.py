@@ -16,6 +16,7 @@ from diffpp_fast.networks.decoder.latents import pixels_of
 from diffpp_fast.networks.families import Family, FamilyText, family_named
 from diffpp_fast.networks.inputs import is_pixart, wants_sizes, with_defaults
 from diffpp_fast.networks.loading import diffusers_class, read_config
+from diffpp_fast.networks.streaming import encode_in_step, streaming
 from diffpp_fast.networks.text import load_text_model, load_tokenizer
 from diffpp_fast.training import config
 from diffpp_fast.training.build.agreement import (
@@ -35,6 +36,7 @@ from diffpp_fast.training.inputs import digest_of, digest_of_tokenizer, public
 from diffpp_fast.training.prompts import EmbeddingCache, PromptEncoder, PromptSource
 from diffpp_fast.training.prompts.embed import Seen, encoder_facts, refuse_other_cache
 from diffpp_fast.training.prompts.embeddings import read_manifest
+from diffpp_fast.training.prompts.encoder import EncodedAhead
 
 AnyTextEncoder = TextEncoder | DualTextEncoder | FamilyText
 
@@ -67,6 +69,13 @@ def open_text(
     inputs = _digests(models, encoder)
     encoder.to(device)
     return Text(PromptEncoder(encoder, prompts), encoder.null, inputs)
+
+
+def encode_ahead(models: config.Models, prompts: Sequence[str], device: torch.device) -> EncodedAhead:
+    """Encode prompts by streamed text encoders, which are then forgotten; raises like `load_text`."""
+    with streaming():
+        encoder = load_text(models)[0].to(device)
+    return EncodedAhead(encode_in_step(encoder, list(dict.fromkeys(prompts))), device)
 
 
 def load_text(models: config.Models) -> tuple[AnyTextEncoder, TextFacts]:
@@ -137,8 +146,9 @@ def _load_encoder(
 ) -> tuple[nn.Module, Any]:
     with naming(key, section.path):
         model = load_text_model(
-            section.path, _dtype(section), projection=projection, variant=section.variant, loader=loader
-        )
+            section.path, _dtype(section), projection=projection, variant=section.variant, loader=loader,
+            quantization=section.quantization,
+        )  # fmt: skip
     where = section.tokenizer or section.path
     with naming(key if section.tokenizer is None else f"{key}.tokenizer", where):
         return model, load_tokenizer(where, model)
@@ -214,13 +224,27 @@ def open_embeddings(config: Config, prompts: PromptSource, device: torch.device)
     if manifest is None:
         raise ConfigurationError(f"prompts.embeddings: no embeddings in {folder}: write them with `diffpp-fast embed`")
     refuse_other_cache(folder, manifest, embedding_facts(config, prompts, manifest["seen"]))
-    cache = EmbeddingCache(folder, manifest, device)
+    cache = EmbeddingCache(folder, manifest, device, prompts)
     for key, prompt in _prompts_besides(config):
         if not cache.holds(prompt):
             raise ConfigurationError(
                 f"{key}: {folder} holds no embedding of {prompt!r}: run `diffpp-fast embed` again, which adds it"
             )
     return cache
+
+
+def embeddings_by(config: Config, folder: Path, device: torch.device) -> EmbeddingCache:
+    """Open embeddings of any prompts by a configuration's text encoders.
+
+    Raises ConfigurationError for those of other encoders, and for a folder that holds none or not all.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ConfigurationError(f"--embeddings: no embeddings in {folder}: write them with `diffpp-fast embed`")
+    seen: Seen = {}
+    facts = {"encoder": _encoder_facts(config, manifest["seen"], seen), "prompts": manifest["prompts"]}
+    refuse_other_cache(folder, manifest, facts)
+    return EmbeddingCache(folder, manifest, device)
 
 
 def embedding_facts(config: Config, prompts: PromptSource, seen: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,16 +256,20 @@ def embedding_facts(config: Config, prompts: PromptSource, seen: Mapping[str, An
         seen: from another manifest, what is known of files that may have stayed the same; they aren't read again.
     """
     reading: Seen = {}
+    return {
+        "encoder": _encoder_facts(config, seen, reading),
+        "prompts": {"sha256": prompts.digest(), "count": len(prompts)},
+        "seen": reading,
+    }
+
+
+def _encoder_facts(config: Config, seen: Mapping[str, Any], reading: Seen) -> dict[str, Any]:
     encoder = conditioning_facts(config.models)
     for name, section in config.models:
         if isinstance(section, TextEncoderSection):
             with naming(f"models.{name}", section.path):
                 encoder[name] = encoder_facts(section, seen, reading)
-    return {
-        "encoder": encoder,
-        "prompts": {"sha256": prompts.digest(), "count": len(prompts)},
-        "seen": reading,
-    }
+    return encoder
 
 
 def extra_prompts(config: Config) -> list[str]:

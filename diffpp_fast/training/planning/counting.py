@@ -20,6 +20,8 @@ from diffpp_fast.networks import Denoiser, FrozenDecoder, fuse
 from diffpp_fast.networks.last_layer import WideConv2d, WideLinear
 from diffpp_fast.networks.lora import Adapters, inject
 from diffpp_fast.networks.quantization import quantized_size
+from diffpp_fast.networks.quantized_text import saved_bytes
+from diffpp_fast.networks.streaming import repeated_blocks
 from diffpp_fast.schedule import NoiseSchedule
 from diffpp_fast.training.build.agreement import naming
 from diffpp_fast.training.build.networks import compute_dtype, stored_weights
@@ -541,7 +543,14 @@ class _MetaNetworks:
         return sizes
 
     def text_bytes(self) -> int:
-        return sum(width * parameters_of(network) for network, width in self.text)
+        models = self.config.models
+        encoders = filter(None, (models.text_encoder, models.text_encoder_2, models.text_encoder_3))
+        total = sum(width * parameters_of(network) for network, width in self.text)
+        # A known model has encoders that its configuration does not list.
+        for encoder, (network, width) in zip(encoders, self.text, strict=False):
+            if encoder.quantization is not None:
+                total -= saved_bytes(repeated_blocks(network), encoder.quantization, width)
+        return total
 
     def reward_bytes(self) -> int:
         scorers = [scorer for scorer in (self.scorer, self.held_out) if scorer is not None]

@@ -17,8 +17,11 @@ from diffpp_fast.training.prompts.embeddings import (
     EXTRA,
     NULL,
     EmbeddingRows,
+    RowEnds,
+    ends_of,
     identity,
     read_manifest,
+    remove_partial_files,
     shard_name,
     stored_bytes,
     write_manifest,
@@ -58,9 +61,10 @@ class EmbeddingWriter:
         prompts: all of them.
         encode: B prompts -> their conditioning.
         null: the conditioning that guidance leads away from, of one prompt.
-        batch: prompts that are encoded together. The last bits of an embedding depend on its neighbours; by default
-            they are those of a run that encodes its prompts itself, as long as it keeps them.
+        batch: prompts that are encoded together. The last bits of an embedding depend on its neighbours. None: as the
+            folder was begun; a new one as a run that encodes its prompts itself does it, as long as it keeps them.
         rank, size: of this process, and how many there are.
+        check: read all rows of the shards that are there, and write those anew that are damaged.
         run_all: calls the encoder for all batches of a shard: one by one, or `networks.streaming.in_step`.
 
     Raises ConfigurationError for a folder with other embeddings, and where the disk is too small.
@@ -74,9 +78,10 @@ class EmbeddingWriter:
         encode: Callable[[Sequence[str]], Conditioning],
         null: Conditioning,
         *,
-        batch: int = BATCH,
+        batch: int | None = None,
         rank: int = 0,
         size: int = 1,
+        check: bool = False,
         run_all: RunAll = one_by_one,
     ) -> None:
         self.run_all = run_all
@@ -84,16 +89,18 @@ class EmbeddingWriter:
         self.prompts = prompts
         self.encode = encode
         self.null = null
-        self.batch = batch
         self.rank = rank
-        self._prompt_bytes = stored_bytes(encode(prompts[[0]]))
+        self.check = check
+        in_memory, self._prompt_bytes = stored_bytes(encode(prompts[[0]]))
         manifest = read_manifest(folder)
         begun = manifest is not None
+        self.batch = batch or (manifest or {}).get("batch", BATCH)
+        batch = self.batch
         if manifest is None:
-            rows = max(1, min(SHARD_BYTES // self._prompt_bytes, SHARD_ROWS))
+            rows = max(1, min(SHARD_BYTES // in_memory, SHARD_ROWS))
             # Whole batches, so that prompts have the neighbours that they have in a run.
             rows -= rows % batch if rows > batch else 0
-            manifest = {**facts, "rows": rows, "shards": -(-len(prompts) // rows)}
+            manifest = {**facts, "rows": rows, "shards": -(-len(prompts) // rows), "batch": batch}
         else:
             refuse_other_cache(folder, manifest, facts)
             manifest = manifest | {"seen": facts["seen"]}
@@ -102,7 +109,13 @@ class EmbeddingWriter:
         self.shards = range(rank, manifest["shards"], size)
         if not begun:
             self._refuse_foreign_files()
-        self.missing = [number for number in self.shards if not self._is_whole(self._path(number), self._rows(number))]
+        there = [number for number in self.shards if self._path(number).is_file()]
+        ends = ends_of(manifest, prompts, there)
+        #: What is wrong with files that are there, by the shard's number.
+        self.damaged = {
+            number: said for number, end in zip(there, ends, strict=True) if (said := self._fault_of(number, end))
+        }
+        self.missing = sorted({*self.shards} - {*there} | self.damaged.keys())
 
     def write(self, extra: Sequence[str] = ()) -> Iterator[int]:
         """Writes what is missing; yields how many prompts each new shard holds.
@@ -112,6 +125,7 @@ class EmbeddingWriter:
         """
         if self.missing:
             self._refuse_small_disk()
+        remove_partial_files(self.folder, self.rank)
         if self.rank == 0:
             # Other processes know all that stands in it: it is the same facts and the same sizes.
             write_manifest(self.folder, self.manifest)
@@ -120,8 +134,12 @@ class EmbeddingWriter:
                 write_rows(self.folder / EXTRA, self._encode(extra), self.identity)
         for number in self.missing:
             prompts = self.prompts[self._rows(number)]
-            write_rows(self._path(number), self._encode(prompts), self.identity)
+            write_rows(self._path(number), self._encode(prompts), self.identity, self.rank)
             yield len(prompts)
+
+    def left(self) -> int:
+        """Return how many shards are not there, of all processes."""
+        return sum(not self._path(number).is_file() for number in range(self.manifest["shards"]))
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         batches = [prompts[start : start + self.batch] for start in range(0, len(prompts), self.batch)]
@@ -138,14 +156,18 @@ class EmbeddingWriter:
     def _path(self, number: int) -> Path:
         return self.folder / shard_name(number, self.manifest["shards"])
 
-    def _is_whole(self, path: Path, rows: range) -> bool:
-        if not path.is_file():
-            return False
+    def _fault_of(self, number: int, ends: RowEnds) -> str | None:
+        """Return what keeps a shard's file from being one of this cache; None: nothing."""
         try:
-            with EmbeddingRows(path) as shard:
-                return shard.identity == self.identity and len(shard.keys()) == len(rows)
-        except ConfigurationError:
-            return False
+            with EmbeddingRows(self._path(number)) as rows:
+                if rows.identity != self.identity:
+                    return f"{rows.path} belongs to other embeddings"
+                rows.refuse_other_rows(rows.keys(), ends)
+                if self.check:
+                    rows.check()
+        except ConfigurationError as error:
+            return str(error)
+        return None
 
     def _refuse_foreign_files(self) -> None:
         """Raises ConfigurationError where there is no manifest, but a file that this cache would replace."""

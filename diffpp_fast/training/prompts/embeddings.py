@@ -6,7 +6,8 @@
     shard-00000-of-00012.safetensors     those of the prompts, in their order
 
 A row has a key made of the prompt's text, by which it is found, all tensors of its conditioning, and a checksum of them
-that is compared whenever the row is read. Files of earlier versions have no checksums.
+that is compared whenever the row is read. Files of earlier versions have no checksums. Where padding is zeros, a row is
+stored without it, behind the row before.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import hashlib
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,16 +29,32 @@ from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.networks import Conditioning
 from diffpp_fast.training.durable import allow, move, open_tensors, sync
 from diffpp_fast.training.prompts.encoder import concatenate
+from diffpp_fast.training.prompts.source import PromptSource
 
 logger = logging.getLogger(__name__)
 
 MANIFEST, NULL, EXTRA = "manifest.json", "null.safetensors", "extra.safetensors"
 #: Tensors of keys and checksums in every file; those of a conditioning have their path as a name, after the prefix.
 KEYS, SUMS, PREFIX = "keys", "checksums", "conditioning/"
+#: Tokens of each row, of tensors without their padding.
+LENGTHS = "lengths/"
+#: Padding is left out where it is more than this share of a tensor.
+PADDED = 0.1
 #: The entry of a file's metadata: which cache it belongs to, and the dtypes that its tensors had.
 ABOUT = "embeddings"
+#: The end of a file's name while it is written.
+PARTIAL = ".partial"
+#: For a file that can't be used.
+REMEDY = "Remove it, and `diffpp-fast embed` writes it again"
 #: Tensors that one of these holds without loss are stored in it: encoders of half precision give float32, too.
 NARROW = (torch.bfloat16, torch.float16)
+
+
+class RowEnds(NamedTuple):
+    """How many rows a shard has, and the keys of its first and its last one, int64 [2, 2]."""
+
+    rows: int
+    keys: np.ndarray
 
 
 class EmbeddingCache:
@@ -49,31 +66,44 @@ class EmbeddingCache:
         folder: of a complete cache.
         manifest: its.
         device: where the conditioning goes.
+        prompts: of which it was made, to compare shards with; None: they are not compared.
 
     Attributes:
         digest: of all that it holds, made of the checksums; None where an earlier version wrote files without.
 
-    Raises ConfigurationError for a cache that isn't complete.
+    Raises ConfigurationError for a cache that isn't complete, and for a file that is damaged or has no place in it.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, manifest: dict[str, Any], device: torch.device, prompts: PromptSource | None = None
+    ) -> None:
         self.folder = folder
         self.device = device
         count = manifest["shards"]
         shards = [folder / shard_name(number, count) for number in range(count)]
-        missing = [path for path in shards if not path.is_file()]
+        missing = [path.name for path in shards if not path.is_file()]
         if missing or not (folder / NULL).is_file():
+            said = f"{len(missing)} of {count} shards are missing in {folder}, {missing[0]} first" if missing else ""
             raise ConfigurationError(
-                f"prompts.embeddings: {len(missing)} of {count} shards are missing in {folder}: "
+                f"prompts.embeddings: {said or f'{folder / NULL} is missing'}: "
                 "run `diffpp-fast embed` again, which goes on where it stopped"
             )
         self._files = [*shards, *([folder / EXTRA] if (folder / EXTRA).is_file() else [])]
         keys, digest, unchecked = [], hashlib.sha256(), []
-        for path in [*self._files, folder / NULL]:
+        ends = None if prompts is None else ends_of(manifest, prompts)
+        form: dict[str, Any] = {}
+        for number, path in enumerate([*self._files, folder / NULL]):
             with EmbeddingRows(path) as rows:
                 if rows.identity != identity(manifest):
-                    raise ConfigurationError(f"prompts.embeddings: {path} belongs to another cache: remove it")
+                    raise ConfigurationError(
+                        f"prompts.embeddings: {path} belongs to another cache: it was made by another encoder or of "
+                        f"other prompts. {REMEDY}"
+                    )
                 keys.append(rows.keys())
+                if number < count:
+                    form = form or rows.form()
+                    if ends is not None:
+                        rows.refuse_other_rows(keys[-1], ends[number], form)
                 digest.update(keys[-1].tobytes())
                 if rows.is_checked:
                     digest.update(rows.checksums().tobytes())
@@ -156,9 +186,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise ConfigurationError(f"prompts.embeddings: can't read {folder / MANIFEST}: {error.strerror}") from None
     except (ValueError, AttributeError) as error:
-        raise ConfigurationError(f"prompts.embeddings: {folder / MANIFEST} is damaged: {error}") from None
+        raise ConfigurationError(f"prompts.embeddings: {folder / MANIFEST} is damaged: {error}. {REMEDY}") from None
     if missing:
-        raise ConfigurationError(f"prompts.embeddings: {folder / MANIFEST} is damaged: it has no {min(missing)}")
+        raise ConfigurationError(
+            f"prompts.embeddings: {folder / MANIFEST} is damaged: it has no {min(missing)}. {REMEDY}"
+        )
     return manifest
 
 
@@ -167,26 +199,52 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     _publish(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def write_rows(path: Path, conditioning: Conditioning, identity: str) -> None:
+def remove_partial_files(folder: Path, rank: int) -> None:
+    """Remove what a killed process of this rank has begun to write."""
+    for path in folder.glob(f".*.{rank}{PARTIAL}"):
+        path.unlink(missing_ok=True)
+
+
+def write_rows(path: Path, conditioning: Conditioning, identity: str, rank: int = 0) -> None:
     """B prompts' conditioning, in one rename, when every byte is on the disk."""
-    keys, stored, dtypes = keys_of(conditioning.prompts), {}, {}
+    keys, tensors, dtypes = keys_of(conditioning.prompts), {}, {}
+    rows: list[dict[str, torch.Tensor]] = [{} for _ in keys]
+    padded: dict[str, int] = {}
     for name, tensor in _flat(conditioning.tensors):
-        stored[name] = _narrowed(tensor.cpu()).contiguous()
+        stored = _narrowed(tensor.cpu()).contiguous()
         dtypes[name] = str(tensor.dtype).removeprefix("torch.")
-    sums = [
-        _checksum(keys[row], dtypes, {name: tensor[row : row + 1] for name, tensor in stored.items()})
-        for row in range(len(keys))
-    ]
-    tensors = {PREFIX + name: tensor for name, tensor in stored.items()}
+        lengths = _lengths(stored)
+        for row, place in zip(rows, range(len(stored)), strict=True):
+            row[name] = stored[place : place + 1] if lengths is None else stored[place : place + 1, : lengths[place]]
+        if lengths is None:
+            tensors[PREFIX + name] = stored
+        else:
+            padded[name] = stored.shape[1]
+            tensors[PREFIX + name] = torch.cat([row[name][0] for row in rows])
+            tensors[LENGTHS + name] = torch.tensor(lengths, dtype=torch.int64)
+    sums = [_checksum(key, dtypes, row) for key, row in zip(keys, rows, strict=True)]
     tensors |= {KEYS: torch.from_numpy(keys.copy()), SUMS: torch.tensor(sums, dtype=torch.int64)}
     # In one entry, for several would come in any order: the same embeddings are the same file.
-    about = json.dumps({"identity": identity, "dtypes": dtypes})
-    _publish(path, lambda partial: save_file(tensors, partial, {ABOUT: about}))
+    about = json.dumps({"identity": identity, "dtypes": dtypes} | ({"padded": padded} if padded else {}))
+    _publish(path, lambda partial: save_file(tensors, partial, {ABOUT: about}), rank)
 
 
-def stored_bytes(conditioning: Conditioning) -> int:
-    """Return the bytes that these prompts take on the disk."""
-    return sum(_narrowed(tensor).nbytes for _, tensor in _flat(conditioning.tensors))
+def stored_bytes(conditioning: Conditioning) -> tuple[int, int]:
+    """Return the bytes that one prompt takes: with padding, and on the disk."""
+    stored = [_narrowed(tensor) for _, tensor in _flat(conditioning.tensors)]
+    kept = [tensor if (lengths := _lengths(tensor)) is None else tensor[:, : lengths[0]] for tensor in stored]
+    return sum(tensor.nbytes for tensor in stored), sum(tensor.nbytes for tensor in kept)
+
+
+def ends_of(manifest: Mapping[str, Any], prompts: PromptSource, shards: Iterable[int] | None = None) -> list[RowEnds]:
+    """Return how many rows each shard has, and the keys of the first and the last; of all of them, or of `shards`."""
+    starts = [number * manifest["rows"] for number in (range(manifest["shards"]) if shards is None else shards)]
+    lasts = [min(start + manifest["rows"], len(prompts)) - 1 for start in starts]
+    keys = keys_of(prompts[[place for pair in zip(starts, lasts, strict=True) for place in pair]])
+    return [
+        RowEnds(last - start + 1, keys[2 * number : 2 * number + 2])
+        for number, (start, last) in enumerate(zip(starts, lasts, strict=True))
+    ]
 
 
 class EmbeddingRows:
@@ -201,8 +259,15 @@ class EmbeddingRows:
             about = json.loads((self._file.metadata() or {})[ABOUT])
             self.identity: str = about["identity"]
             self._dtypes: dict[str, str] = about["dtypes"]
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise ConfigurationError(f"prompts.embeddings: {self.path} is damaged: {error}") from None
+            #: Tokens of a row with its padding, by the names of tensors that are stored without.
+            self._padded: dict[str, int] = about.get("padded", {})
+            self._ends: dict[str, list[int]] = {}
+            names = {*(PREFIX + name for name in self._dtypes), *(LENGTHS + name for name in self._padded)}
+            strange = {KEYS, SUMS, *names} ^ {*self._file.keys()}
+            if strange - {SUMS}:
+                raise ValueError(f"it has or lacks {min(strange)}")
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise ConfigurationError(f"prompts.embeddings: {self.path} is damaged: {error}. {REMEDY}") from None
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -221,19 +286,50 @@ class EmbeddingRows:
         """int64 [N]"""
         return self._slice(SUMS, slice(None)).numpy()
 
+    def form(self) -> dict[str, Any]:
+        """Return dtype and shape of a row's tensors, as the encoder gave them."""
+        shapes = {name: self._file.get_slice(PREFIX + name).get_shape() for name in self._dtypes}
+        tokens = {name: [self._padded[name]] if name in self._padded else [] for name in shapes}
+        return {name: (self._dtypes[name], [*tokens[name], *shape[1:]]) for name, shape in shapes.items()}
+
+    def refuse_other_rows(self, keys: np.ndarray, ends: RowEnds, form: Mapping[str, Any] | None = None) -> None:
+        """Raise ConfigurationError where these are not the prompts, or tensors, that the file should hold.
+
+        Args:
+            keys: of all rows, int64 [N, 2].
+            ends: of the file that should lie here.
+            form: of the rows of other files; None: any.
+        """
+        if len(keys) != ends.rows:
+            said = f"has {len(keys)} rows in place of {ends.rows}"
+        elif not np.array_equal(keys[[0, -1]], ends.keys):
+            said = "holds other prompts than its name says"
+        elif form is not None and (mine := self.form()) != form:
+            said = f"has rows of {mine}, others of {form}"
+        else:
+            return
+        raise ConfigurationError(f"prompts.embeddings: {self.path} {said}. {REMEDY}")
+
+    def check(self) -> None:
+        """Read all rows; raise ConfigurationError where one is not what was written."""
+        for row in range(len(self.keys())):
+            self.read(row, torch.device("cpu"))
+
     def read(self, row: int, device: torch.device) -> dict[str, Any]:
         """Return the tensors of one prompt's conditioning, [1, ...] each, as the encoder gave them.
 
         Raises ConfigurationError where they are not what was written.
         """
         place = slice(row, row + 1)
-        stored = {name: self._slice(PREFIX + name, place) for name in self._dtypes}
+        stored = {
+            name: self._tokens(name, row) if name in self._padded else self._slice(PREFIX + name, place)
+            for name in self._dtypes
+        }
         if self.is_checked and int(self._slice(SUMS, place)) != _checksum(
             self._slice(KEYS, place).numpy(), self._dtypes, stored
         ):
             raise ConfigurationError(
-                f"prompts.embeddings: row {row} of {self.path} is damaged: its checksum has changed. Remove that file, "
-                "and `diffpp-fast embed` writes it again"
+                f"prompts.embeddings: row {row} of {self.path} is damaged: its checksum has changed. {REMEDY}"
             )
         tensors: dict[str, Any] = {}
         for name, dtype in self._dtypes.items():
@@ -241,15 +337,29 @@ class EmbeddingRows:
             inner = tensors
             for section in sections:
                 inner = inner.setdefault(section, {})
-            inner[last] = stored[name].to(device).to(getattr(torch, dtype))
+            inner[last] = self._with_padding(name, stored[name]).to(device).to(getattr(torch, dtype))
         return tensors
+
+    def _tokens(self, name: str, row: int) -> torch.Tensor:
+        """A row of a tensor that is stored without padding."""
+        if name not in self._ends:
+            self._ends[name] = [0, *self._slice(LENGTHS + name, slice(None)).cumsum(0).tolist()]
+        start, end = self._ends[name][row : row + 2]
+        return self._slice(PREFIX + name, slice(start, end))[None]
+
+    def _with_padding(self, name: str, row: torch.Tensor) -> torch.Tensor:
+        if name not in self._padded:
+            return row
+        whole = row.new_zeros(1, self._padded[name], *row.shape[2:])
+        whole[:, : row.shape[1]] = row
+        return whole
 
     def _slice(self, name: str, rows: slice) -> torch.Tensor:
         try:
             # A copy: a slice maps the file and dies with it.
             rows_of_it: torch.Tensor = self._file.get_slice(name)[rows].clone()
         except SafetensorError as error:
-            raise ConfigurationError(f"prompts.embeddings: {self.path} is damaged: {error}") from None
+            raise ConfigurationError(f"prompts.embeddings: {self.path} is damaged: {error}. {REMEDY}") from None
         return rows_of_it
 
 
@@ -270,6 +380,19 @@ def _flat(tensors: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, t
             yield prefix + name, value
 
 
+def _lengths(tensor: torch.Tensor) -> list[int] | None:
+    """Tokens up to the last one that is not all zeros, of each row [L, ...]; None where there is little behind them."""
+    if tensor.dim() < 3 or not tensor.is_floating_point() or not tensor.numel():
+        return None
+    # As integers, for -0 is no padding.
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+    lengths = []
+    for row in tensor:
+        used = row.contiguous().flatten(1).view(bits).any(1).nonzero()
+        lengths.append(int(used[-1]) + 1 if len(used) else 0)
+    return lengths if sum(lengths) < (1 - PADDED) * tensor.shape[0] * tensor.shape[1] else None
+
+
 def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype == torch.float32:
         for dtype in NARROW:
@@ -279,9 +402,9 @@ def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _publish(path: Path, write: Any) -> None:
-    """Writes a file beside its place, brings it to the disk and renames it."""
-    partial = path.with_name(f".{path.name}.partial")
+def _publish(path: Path, write: Any, rank: int = 0) -> None:
+    """Writes a file beside its place, by a name that no process of another rank has, and renames it on the disk."""
+    partial = path.with_name(f".{path.name}.{rank}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
@@ -292,4 +415,6 @@ def _publish(path: Path, write: Any) -> None:
         sync(path.parent)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        raise ConfigurationError(f"can't write {path}: {error}. Shards that are complete stay.") from None
+        raise ConfigurationError(
+            f"can't write {path}: {error}. Shards that are complete stay: clear that away and start again"
+        ) from None

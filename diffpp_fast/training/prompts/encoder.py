@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,26 @@ class PromptEncoder:
     def _encode(self, prompts: Sequence[str]) -> dict[str, Mapping[str, Any]]:
         tensors = self.encoder(prompts).tensors
         return {prompt: _row(tensors, place) for place, prompt in enumerate(prompts)}
+
+
+class EncodedAhead:
+    """Encodings of prompts that were made before they are asked for.
+
+    Args:
+        encodings: of all prompts that will be asked for.
+        device: where they go then.
+    """
+
+    def __init__(self, encodings: Iterable[Conditioning], device: torch.device) -> None:
+        self.device = device
+        self._rows = {
+            prompt: _row(part.tensors, place) for part in encodings for place, prompt in enumerate(part.prompts)
+        }
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        """B prompts -> their conditioning, on the device."""
+        tensors = concatenate([self._rows[prompt] for prompt in prompts])
+        return Conditioning(tuple(prompts), tensors).to(self.device)
 
 
 def _row(tensors: Mapping[str, Any], place: int) -> dict[str, Any]:
