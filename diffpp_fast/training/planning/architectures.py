@@ -15,7 +15,7 @@ from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.few_bits import linears_of
 from diffpp_fast.networks.conditioning import Conditioning
 from diffpp_fast.networks.families import family_named, family_of
-from diffpp_fast.networks.inputs import is_pixart, with_defaults
+from diffpp_fast.networks.inputs import inputs_of, is_pixart, with_defaults
 from diffpp_fast.networks.loading import build_network, is_file
 from diffpp_fast.networks.quantization import stored_bytes
 from diffpp_fast.networks.text import check_tokenizer
@@ -30,6 +30,7 @@ from diffpp_fast.rewards.towers import SelfAttention, TextAttention, recompute
 from diffpp_fast.schedule import NoiseSchedule
 from diffpp_fast.training.build.agreement import (
     TEXT_KEYS,
+    check_latents,
     facts_of,
     family_lengths,
     naming,
@@ -212,12 +213,13 @@ def known_config(name: str, changes: Mapping[str, Any], *, side: int | None = No
         changes: values of other keys than its own, by dotted key.
         side: of the latents; None: the model's.
 
-    Raises ConfigurationError for another name, and like `make_config`.
+    Raises ConfigurationError for another name, for latents that the model does not take, and like `make_config`.
     """
     if name not in KNOWN:
         raise ConfigurationError(f"--model: there is no {name!r}; known: {', '.join(KNOWN)}, or give a configuration")
     facts = _STORED["models"][name]
-    side = side or facts["side"]
+    shape = facts.get("channels", 4), side or facts["side"], side or facts["side"]
+    check_latents(f"--model {name}", inputs_of(facts["denoiser"], name), shape)
     # What a network is told takes the place of guidance.
     guided = not facts["denoiser"].get("guidance_embeds")
     folders = {key: {"path": f"{name}/{key}"} for key in ("text_encoder", "scheduler", "reference", "decoder")}
@@ -227,7 +229,7 @@ def known_config(name: str, changes: Mapping[str, Any], *, side: int | None = No
         "prompts": {"path": "prompts.txt"},
         "models": {
             **folders,
-            "latent_shape": (facts.get("channels", 4), side, side),
+            "latent_shape": shape,
             "generator": {"timestep": facts["timestep"]},
         },
         # Of the weightings one that no schedule can make infinite: all cost the same.
