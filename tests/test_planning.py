@@ -565,6 +565,14 @@ def test_every_family_is_planned(name: str) -> None:
         assert called == pytest.approx(blocks * by_hand / 1e12, rel=0.005)
 
 
+@pytest.mark.slow
+def test_a_decoder_that_knows_no_rows_is_advised_otherwise() -> None:
+    crowded = Gpu("small", 4, 1, 1, 1, 1, "none")
+    run = PlannedRun(known_config("sana-600m", {}, side=8), KNOWN["sana-600m"])
+    found = savings(make_plan(run, crowded))
+    assert found and not any("rows" in change.keys for change in found)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -573,6 +581,7 @@ def test_every_family_is_planned(name: str) -> None:
         (["--model", "sd15", "--gpu", "tpu"], "a100-40"),
         (["--model", "flux", "--latent", "3"], "--model flux cuts latents into patches of 2: take a multiple, 2 or 4"),
         (["--model", "sd3", "--latent", "1000"], "at most 384"),
+        (["--model", "sana", "--optimizer", "sgd"], "error: --model sana: optimizers.generator.name should be 'adamw'"),
         (["CONFIG", "--batch", "4"], "--batch belongs to --model"),
         (["CONFIG", "--model", "sd15"], "either"),
     ],

@@ -238,7 +238,7 @@ def known_config(name: str, changes: Mapping[str, Any], *, side: int | None = No
         "optimizers": {"generator": {"lr": 1e-6}, "fake": {"lr": 1e-6}},
         "training": {"steps": 1, "global_batch": 8},
     }
-    return with_keys(make_config(data, f"--model {name}"), changes)
+    return with_keys(make_config(data, f"--model {name}"), changes, f"--model {name}")
 
 
 # Reward models, by the names of `diffpp_fast.rewards`.
