@@ -318,7 +318,9 @@ def _is_room(model: str, folder: Path) -> bool:
         free = 1024 * int(next(line.split()[1] for line in file if line.startswith("MemAvailable")))
     # The weights, without encoders that are streamed, and what a step takes with its process.
     resident = sizes[0] if model in STREAMED else sum(sizes)
-    memory, disk = 2 * resident + 3 * GIB, 2 * sum(sizes) + GIB
+    memory = 2 * resident + 3 * GIB
+    # The pipeline, and the generator that the run exports in float32.
+    disk = 2 * sum(sizes) + 4 * sizes[0] + GIB
     if memory > free or disk > shutil.disk_usage(folder).free:
         say(f"{model} is left out: it takes {memory / GIB:.1f} GiB of memory and {disk / GIB:.1f} GiB of disk")
         return False
