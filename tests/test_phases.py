@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -233,3 +235,23 @@ def test_memory_on_cuda_peaks_since_the_last_taking(monkeypatch: pytest.MonkeyPa
     first, second = memory.take(), memory.take()
     assert (first["memory/allocated"], first["memory/reserved"], first["memory/peak"]) == (1.0, 4.0, 3.0)
     assert second["memory/peak"] == 1.0
+
+
+def test_freed_memory_is_given_back_where_a_phase_begins() -> None:
+    """Blocks between others that stay: glibc keeps them otherwise."""
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("needs glibc")
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    phases, held = Phases(torch.device("cpu")), list[int]()
+    for gives_back in (False, True):
+        blocks = [torch.ones(2**14) for _ in range(512)]  # 32 MiB, each too small for a mapping of its own
+        kept = blocks[::64]
+        del blocks
+        phases.gives_back, before = gives_back, resident()
+        with phases("part"):
+            held.append(before - resident())
+        del kept
+    assert held[0] < 2**23 < 2**24 < held[1]

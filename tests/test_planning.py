@@ -91,6 +91,13 @@ def operations(counted: Counted, update: str, *names: str) -> float:
         ("zimage", 6_154_908_736, [4_022_468_096]),
         ("sd35", 2_243_171_520, [123_650_304, 694_659_840, 4_762_310_656]),
         ("sana", 1_604_462_752, [2_614_341_888]),
+        ("sd3", 2_028_328_000, [123_650_304, 694_659_840, 4_762_310_656]),
+        ("sd35-large", 8_056_627_520, [123_650_304, 694_659_840, 4_762_310_656]),
+        ("sana-600m", 591_747_872, [2_614_341_888]),
+        ("flux", 11_901_408_320, [123_060_480, 4_762_310_656]),
+        ("flux2-klein", 3_875_544_576, [4_022_468_096]),
+        ("flux2-klein-9b", 9_078_581_248, [7_568_405_504]),
+        ("qwen-image", 20_430_401_088, [7_747_169_280]),
     ],
 )
 def test_known_models_have_their_true_sizes(name: str, denoiser: int, text: list[int]) -> None:
@@ -98,8 +105,15 @@ def test_known_models_have_their_true_sizes(name: str, denoiser: int, text: list
     assert parameters_of(on_meta(models.reference)) == denoiser
     assert [parameters_of(on_meta(recipe)) for recipe, _ in models.text_encoders] == text
     assert models.decoder is not None
-    decoders = {"zimage": 83_819_683, "sd35": 83_819_683, "sana": 312_250_275}
-    assert parameters_of(on_meta(models.decoder)) == decoders.get(name, 83_653_863)
+    decoders = {"sana": 312_250_275, "flux2": 84_046_115, "qwen": 126_892_531}
+    decoders |= dict.fromkeys(("zimage", "sd3", "sd35", "flux"), 83_819_683)
+    assert parameters_of(on_meta(models.decoder)) == decoders.get(name.partition("-")[0], 83_653_863)
+
+
+def test_a_network_that_is_told_its_guidance_is_called_once() -> None:
+    guided = {name: known_config(name, {}, side=8) for name in ("flux", "flux2-klein", "sana")}
+    assert [config.method.guided for config in guided.values()] == [False, True, True]
+    assert [config.models.latent_shape for config in guided.values()] == [(16, 8, 8), (128, 8, 8), (32, 8, 8)]
 
 
 def test_rewards_have_their_true_sizes(sd15: Counted) -> None:
@@ -524,12 +538,50 @@ def test_a_plan_is_read_by_people(project: Path, capsys: pytest.CaptureFixture[s
     assert "\x1b" not in said
 
 
+#: Of transformers whose blocks are alike: how many, their width, the weights of one in squares of it, and the tokens of
+#: picture and prompt that meet them all.
+BLOCKS = {
+    "sd3": (24, 1536, 12, 4096 + 333),
+    "sd35-large": (38, 2432, 12, 4096 + 333),
+    "flux": (19 + 38, 3072, 12, 4096 + 512),
+    "flux2-klein": (5 + 20, 3072, 13, 4096 + 512),
+    "flux2-klein-9b": (8 + 24, 4096, 13, 4096 + 512),
+    "qwen-image": (60, 3072, 12, 4096 + 1024),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*BLOCKS, "sd35", "sana", "sana-600m", "zimage"])
+def test_every_family_is_planned(name: str) -> None:
+    """Adapters on one network for all roles, blocks computed again: weights once, and a call's operations by hand."""
+    adapters = {f"models__{role}__lora": {"rank": 1} for role in ROLES}
+    keys = {"training__activation_checkpointing": True, "models__decoder__checkpoint": True}
+    plan = make_plan(known(name, training__global_batch=1, **keys, **adapters), GPUS["h200"])
+    assert plan.spare > 0 and plan.memory["reference"]["weights"] >= 2 * plan.counted.sizes["reference"].elements
+    called = operations(plan.counted, "generator", "generator")
+    if name in BLOCKS:
+        blocks, width, squares, tokens = BLOCKS[name]
+        by_hand = 2 * tokens * squares * width**2 + 4 * tokens**2 * width
+        assert called == pytest.approx(blocks * by_hand / 1e12, rel=0.005)
+
+
+@pytest.mark.slow
+def test_a_decoder_that_knows_no_rows_is_advised_otherwise() -> None:
+    crowded = Gpu("small", 4, 1, 1, 1, 1, "none")
+    run = PlannedRun(known_config("sana-600m", {}, side=8), KNOWN["sana-600m"])
+    found = savings(make_plan(run, crowded))
+    assert found and not any("rows" in change.keys for change in found)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ([], "CONFIG.yaml, or --model"),
         (["--model", "sd9"], "sd15, sdxl, pixart"),
         (["--model", "sd15", "--gpu", "tpu"], "a100-40"),
+        (["--model", "flux", "--latent", "3"], "--model flux cuts latents into patches of 2: take a multiple, 2 or 4"),
+        (["--model", "sd3", "--latent", "1000"], "at most 384"),
+        (["--model", "sana", "--optimizer", "sgd"], "error: --model sana: optimizers.generator.name should be 'adamw'"),
         (["CONFIG", "--batch", "4"], "--batch belongs to --model"),
         (["CONFIG", "--model", "sd15"], "either"),
     ],

@@ -68,7 +68,12 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     add_machine(parser)
     known = parser.add_argument_group("a run without a configuration")
-    known.add_argument("--model", metavar="NAME", help="sd15, sdxl, pixart, zimage, sd35 or sana")
+    known.add_argument(
+        "--model",
+        metavar="NAME",
+        help="sd15, sdxl, pixart, sd3, sd35, sd35-large, sana, sana-600m, "
+        "zimage, flux, flux2-klein, flux2-klein-9b or qwen-image",
+    )
     add = known.add_argument
     add("--batch", type=positive, metavar="N", help="samples of an update, on all GPUs (8)")
     add("--micro-batch", type=positive, metavar="N", help="samples that a GPU computes at a time (all of its own)")
@@ -119,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     given = {name: value for name in DEFAULTS if (value := getattr(arguments, name)) is not None}
     if arguments.model is None:
         if arguments.config is None:
-            raise ConfigurationError("plan what? Give a CONFIG.yaml, or --model sd15, sdxl or pixart")
+            raise ConfigurationError("plan what? Give a CONFIG.yaml, or --model NAME")
         if given:
             option = next(iter(given)).replace("_", "-")
             raise ConfigurationError(f"--{option} belongs to --model: of a configuration override the key instead")
@@ -148,9 +153,7 @@ def _known_run(model: str, gpus: int, chosen: Mapping[str, Any]) -> PlannedRun:
         changes[f"distributed.{role}.stage"] = stage
         changes[f"optimizers.{role}.name"] = chosen["optimizer"]
         changes[f"models.{role}.lora"] = None if chosen["lora"] is None else {"rank": chosen["lora"]}
-    if chosen["latent"] is not None:
-        changes["models.latent_shape"] = (4, chosen["latent"], chosen["latent"])
-    return PlannedRun(known_config(model, changes), KNOWN[model], gpus)
+    return PlannedRun(known_config(model, changes, side=chosen["latent"]), KNOWN[model], gpus)
 
 
 def _reward(names: str) -> dict[str, object]:

@@ -104,12 +104,16 @@ def _explained(errors: Sequence[ErrorDetails], source: str, given: Mapping[str, 
     return ConfigurationError("\n".join(_explain(key, problems, given, source) for key, problems in found.items()))
 
 
-def with_keys(config: Config, changes: Mapping[str, Any]) -> Config:
-    """Return a configuration with other values for some dotted keys; raises like `make_config`."""
+def with_keys(config: Config, changes: Mapping[str, Any], name: str | None = None) -> Config:
+    """Return a configuration with other values for some dotted keys; raises like `make_config`.
+
+    Args:
+        name: of it, for messages; None: the keys.
+    """
     data = config.model_dump(mode="json")
     for key, value in changes.items():
         _insert(data, key, value, key)
-    return make_config(data, ", ".join(changes))
+    return make_config(data, name or ", ".join(changes))
 
 
 def may_change(key: str) -> bool:

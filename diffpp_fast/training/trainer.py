@@ -33,7 +33,7 @@ from diffpp_fast.training.inputs import refuse_changed_inputs, refuse_unequal_in
 from diffpp_fast.training.interrupt import Interrupt
 from diffpp_fast.training.metrics import Means
 from diffpp_fast.training.output import claim_output, write_config
-from diffpp_fast.training.phases import Memory, Phases
+from diffpp_fast.training.phases import LARGE, Memory, Phases
 from diffpp_fast.training.prompts import open_prompts
 from diffpp_fast.training.reward_scale import RewardScale
 from diffpp_fast.training.state import Position, find_checkpoint, read_record, read_state, write_state
@@ -111,6 +111,7 @@ class Trainer:
         self.phases = Phases(self.world.device)
         embeddings = open_embeddings(config, self.prompts, self.world.device)
         self.parts = build_run(config, self.world, self.phases, embeddings, self.prompts)
+        self.phases.gives_back = self.world.device.type == "cpu" and self.parts.weight_bytes() >= LARGE
         refuse_unequal_inputs(self.parts.inputs, self.world)
         before: dict[str, Any] = {} if checkpoint is None else read_record(checkpoint)
         if checkpoint is not None:

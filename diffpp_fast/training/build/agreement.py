@@ -162,7 +162,7 @@ def refuse_denoisers(config: Config) -> dict[str, Inputs]:
         if path is not None and not is_file(path):
             with naming(key, path):
                 inputs[key] = inputs_of(read_config(path), path)
-            _check_latents(key, inputs[key], models.latent_shape)
+            check_latents(key, inputs[key], models.latent_shape)
     kinds = {key: facts_of(key, str(paths[key]))["_class_name"] for key in inputs}
     for key, found in inputs.items():
         if family_named(kinds[key]) is not family_named(kinds["models.reference"]):
@@ -259,7 +259,8 @@ def text_config(key: str, section: TextEncoderSection) -> Any:
         return config
 
 
-def _check_latents(key: str, inputs: Inputs, latent_shape: tuple[int, int, int]) -> None:
+def check_latents(key: str, inputs: Inputs, latent_shape: tuple[int, int, int]) -> None:
+    """Raise ConfigurationError, naming the network by `key`, for latents that it does not take."""
     channels, height, width = latent_shape
     agree(key, "input channels", inputs.channels, "models.latent_shape", channels)
     if inputs.predicted != 2 * channels:  # else it predicts a variance too, which is cut off

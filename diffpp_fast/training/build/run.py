@@ -191,6 +191,12 @@ class Run:
         """The generator or the fake score."""
         return self.fake if role == "fake" else self.sampler.trained
 
+    def weight_bytes(self) -> int:
+        """Return the bytes of the denoisers' weights; what roles share counts once."""
+        networks = self.sampler.trained.network, self.fake.network, self.reference
+        weights = {id(weight): weight for network in networks for weight in network.parameters()}
+        return sum(weight.nbytes for weight in weights.values())
+
 
 def build_sampler(
     config: Config,

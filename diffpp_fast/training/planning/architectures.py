@@ -16,7 +16,7 @@ from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.few_bits import linears_of
 from diffpp_fast.networks.conditioning import Conditioning
 from diffpp_fast.networks.families import family_named, family_of
-from diffpp_fast.networks.inputs import is_pixart, with_defaults
+from diffpp_fast.networks.inputs import inputs_of, is_pixart, with_defaults
 from diffpp_fast.networks.loading import build_network, is_file
 from diffpp_fast.networks.quantization import stored_bytes
 from diffpp_fast.networks.text import check_tokenizer
@@ -34,6 +34,7 @@ from diffpp_fast.rewards.vqascore_model import QUESTION, ClipFlanT5, build_vqasc
 from diffpp_fast.schedule import NoiseSchedule
 from diffpp_fast.training.build.agreement import (
     TEXT_KEYS,
+    check_latents,
     facts_of,
     family_lengths,
     naming,
@@ -209,17 +210,22 @@ def _build_schedule(facts: Mapping[str, Any]) -> NoiseSchedule:
 KNOWN = {name: _known(facts) for name, facts in _STORED["models"].items()}
 
 
-def known_config(name: str, changes: Mapping[str, Any]) -> Config:
+def known_config(name: str, changes: Mapping[str, Any], *, side: int | None = None) -> Config:
     """Return the configuration of Diff-Instruct++ on a known model, which is nowhere on the disk.
 
     Args:
         changes: values of other keys than its own, by dotted key.
+        side: of the latents; None: the model's.
 
-    Raises ConfigurationError for another name, and like `make_config`.
+    Raises ConfigurationError for another name, for latents that the model does not take, and like `make_config`.
     """
     if name not in KNOWN:
         raise ConfigurationError(f"--model: there is no {name!r}; known: {', '.join(KNOWN)}, or give a configuration")
     facts = _STORED["models"][name]
+    shape = facts.get("channels", 4), side or facts["side"], side or facts["side"]
+    check_latents(f"--model {name}", inputs_of(facts["denoiser"], name), shape)
+    # What a network is told takes the place of guidance.
+    guided = not facts["denoiser"].get("guidance_embeds")
     folders = {key: {"path": f"{name}/{key}"} for key in ("text_encoder", "scheduler", "reference", "decoder")}
     data = {
         "output": "runs/plan",
@@ -227,11 +233,11 @@ def known_config(name: str, changes: Mapping[str, Any]) -> Config:
         "prompts": {"path": "prompts.txt"},
         "models": {
             **folders,
-            "latent_shape": (facts.get("channels", 4), facts["side"], facts["side"]),
+            "latent_shape": shape,
             "generator": {"timestep": facts["timestep"]},
         },
         # Of the weightings one that no schedule can make infinite: all cost the same.
-        "method": {"name": "diff_instruct_pp", "guidance_scale": 2.0, "weighting": "unit"},
+        "method": {"name": "diff_instruct_pp", "guidance_scale": 2.0 if guided else 1.0, "weighting": "unit"},
         "rewards": {"optimised": {"factory": "diffpp_fast.rewards:hpsv2", "scale": 1.0}},
         "optimizers": {"generator": {"lr": 1e-6}, "fake": {"lr": 1e-6}},
         "training": {"steps": 1, "global_batch": 8},
@@ -239,7 +245,7 @@ def known_config(name: str, changes: Mapping[str, Any]) -> Config:
     family = family_named(facts["denoiser"].get("_class_name"))
     if family is not None:
         changes = {key: _with_targets(key, value, family.lora_targets) for key, value in changes.items()}
-    return with_keys(make_config(data, f"--model {name}"), changes)
+    return with_keys(make_config(data, f"--model {name}"), changes, f"--model {name}")
 
 
 def _with_targets(key: str, value: Any, targets: Sequence[str]) -> Any:

@@ -467,7 +467,7 @@ class _MetaNetworks:
         self.decoder: FrozenDecoder | None = None
         if architectures.decoder is not None and models.decoder is not None:
             vae = _cast(on_meta(architectures.decoder), _counted(compute_dtype(models.decoder.dtype, config)))
-            with naming("models.decoder", models.decoder.path):
+            with naming("models.decoder"):
                 self.decoder = FrozenDecoder(vae, checkpoint=models.decoder.checkpoint, rows=models.decoder.rows)
         self.text = [(on_meta(recipe), width) for recipe, width in architectures.text_encoders]
         rewards = config.rewards.optimised, config.rewards.held_out

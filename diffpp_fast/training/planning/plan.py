@@ -193,9 +193,9 @@ def savings(plan: RunPlan) -> list[Saving]:
     for said, keys in _candidates(plan.run):
         try:
             run = replace(plan.run, config=with_keys(plan.run.config, keys))
-        except ConfigurationError:  # the method, say, does not do with it
+            other = make_plan(run, plan.gpu, efficiency=plan.efficiency, network=plan.network)
+        except ConfigurationError:  # the method or the decoder, say, does not do with it
             continue
-        other = make_plan(run, plan.gpu, efficiency=plan.efficiency, network=plan.network)
         if plan.total > other.total:
             found.append(Saving(said, plan.total - other.total, run))
     return sorted(found, key=lambda saving: saving.saves, reverse=True)[:MOST_CHANGES]
