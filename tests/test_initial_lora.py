@@ -440,7 +440,6 @@ def test_a_kept_lora_is_not_needed_for_what_comes_after(
         (["models.generator.initial_lora.path=./nowhere.safetensors"], r"initial_lora \(/.*no such file"),
         (["models.generator.initial_lora.alpha=2"], "remove the key alpha"),
         (["models.generator.initial_lora.scale=0"], "scale should be greater than 0"),
-        ([KEPT, "method.regularizers={start: {weight: 1}}"], "needs the initial generator beside the trained one"),
     ],
 )
 def test_configurations_that_can_not_begin(small: tuple[Path, Path], overrides: list[str], said: str) -> None:

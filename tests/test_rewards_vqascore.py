@@ -155,26 +155,34 @@ def test_four_bits_store_all_blocks_and_pass_the_gradient(load: Callable[..., VQ
         torch.testing.assert_close(values, expected, rtol=1e-3, atol=1e-4 * float(expected.detach().abs().max()))
 
 
-@pytest.mark.parametrize("parts", [True, False], ids=["an index", "one file"])
+@pytest.mark.parametrize(
+    ("parts", "offline"), [(True, False), (False, False), (False, True)], ids=["an index", "one file", "its cache"]
+)
 def test_a_repository_of_the_hub_has_an_index_or_one_file(
-    parts: bool, folder: Path, load: Callable[..., VQAScore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parts: bool,
+    offline: bool,
+    folder: Path,
+    load: Callable[..., VQAScore],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
     if not parts:
         (folder / INDEX).unlink()
         torch.save(STATE, folder / "pytorch_model.bin")
     asked = []
 
-    def download(repository: str, name: str) -> str:
+    def download(repository: str, name: str, **_: object) -> str:
         asked.append(name)
         if not (folder / name).is_file():
-            raise RemoteEntryNotFoundError(name, response=Mock())
+            raise LocalEntryNotFoundError(name) if offline else RemoteEntryNotFoundError(name, response=Mock())
         # One by one, as the hub's cache would have them beside each other.
         (tmp_path / "cache").mkdir(exist_ok=True)
         return str(shutil.copy(str(folder / name), str(tmp_path / "cache")))
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("diffpp_fast.hub_files._silence", lambda endpoint: "no network" if offline else None)
     reward = load(path="zhiqiulin/clip-flant5-xl")
     torch.testing.assert_close(reward.network.t5.lm_head.weight, STATE["lm_head.weight"])
     parted = {f"pytorch_model-0000{part}-of-00003.bin" for part in (1, 2, 3)}

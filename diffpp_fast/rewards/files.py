@@ -55,21 +55,24 @@ def locate(path: str | Path, names: Sequence[str], what: str) -> Path:
 
 
 def _download(repository: str, names: Sequence[str], what: str) -> Path:
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
-    name, *others = names
-    try:
-        return hub_file(repository, name)
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        # The repository is there, and has no such file.
-        if others and isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return _download(repository, others, what)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        command = f"hf download {repository}" + ("" if name == "config.json" else f" {name}")
-        raise ConfigurationError(
-            f"{what}: there is no folder {repository}, and the hub gave no {name} of that repository ({reason}). "
-            f"Where there is a network: {command}; then give the path."
-        ) from error
+    failures: list[Exception] = []
+    for name in names:
+        try:
+            return hub_file(repository, name)
+        except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+            failures.append(error)
+            # The repository, or the cache, is there and has no such file: it may have the next.
+            if not isinstance(error, EntryNotFoundError | FileNotFoundError):
+                break
+    first, name = failures[0], names[0]
+    reason = str(first).strip().splitlines()[0] if str(first).strip() else type(first).__name__
+    command = f"hf download {repository}" + ("" if name == "config.json" else f" {name}")
+    raise ConfigurationError(
+        f"{what}: there is no folder {repository}, and the hub gave no {name} of that repository ({reason}). "
+        f"Where there is a network: {command}; then give the path."
+    ) from first
 
 
 def read_tensors(path: Path, what: str) -> Mapping[str, Tensor]:
