@@ -72,7 +72,7 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
         "--model",
         metavar="NAME",
         help="sd15, sdxl, pixart, sd3, sd35, sd35-large, sana, sana-600m, "
-        "zimage, flux, flux2-klein, flux2-klein-9b or qwen-image",
+        "zimage, flux, flux2-klein, flux2-klein-9b, flux2-dev or qwen-image",
     )
     add = known.add_argument
     add("--batch", type=positive, metavar="N", help="samples of an update, on all GPUs (8)")
