@@ -269,11 +269,7 @@ def _use(
         *(["from peft import PeftModel"] if form == "lora" and not target.loadable else []),
         "",
         f'pipeline = DiffusionPipeline.from_pretrained("{_pipeline(config, form, extraction)}")',
-        *(
-            []
-            if begun is None
-            else [f"# first load the weights that the LoRA is a change of into pipeline.{target.part}"]
-        ),
+        *([] if begun is None else [f"# first load what the LoRA is a change of into pipeline.{target.part}"]),
         *_put_in(form, target, kind, file),
         *(
             []
