@@ -91,7 +91,12 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     add("--checkpointing", action="store_true", default=None, help="compute blocks again in the backward pass")
     add("--decoder-checkpoint", action="store_true", default=None, help="compute the decode again, too")
     add("--decoder-rows", type=positive, metavar="N", help="decode so many rows at a time (all)")
-    add("--fake-rounds", type=positive, metavar="N", help="updates of the fake score for each of the generator (1)")
+    add(
+        "--fake-rounds",
+        type=positive,
+        metavar="N",
+        help="updates of the teaching assistant for each of the generator (1)",
+    )
 
 
 def add_machine(parser: argparse._ActionsContainer) -> None:
