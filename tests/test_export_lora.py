@@ -340,10 +340,22 @@ def test_the_code_of_a_card_draws_a_picture(runs: dict[str, Config], base: Path,
     ):
         out = export(runs[run], tmp_path / f"{run}{len(options)}{options[-1:]}", *options)
         (code,) = [part for part in card_of(out)[1].split("```") if part.startswith("python\n")]
+        assert "a change of" not in code
         code = code.removeprefix("python\n").replace('"BASE"', repr(str(base.parent / "base")))
         scope: dict[str, Any] = {"FOLDER": str(out), "PROMPT": PROMPT}
         exec(code, scope)
         assert scope["image"].size == (16, 16), options
+
+
+def test_a_card_names_the_weights_that_a_lora_is_a_change_of(
+    runs: dict[str, Config], base: Path, tmp_path: Path
+) -> None:
+    """A pipeline's own network is no place for a LoRA that was trained on a released generator."""
+    shutil.copy(base.parent / "base" / "unet" / "diffusion_pytorch_model.safetensors", tmp_path / "one.safetensors")
+    moved = ("--override", f"models.generator.path={tmp_path / 'one.safetensors'}")
+    text = card_of(export(runs["lora"], tmp_path / "out", "--format", "kohya", *moved))[1]
+    assert "a change of a file of the author's, `one.safetensors`: load that into the pipeline first" in text
+    assert "# first load what the LoRA is a change of into pipeline.unet\n" in text
 
 
 def test_a_card_quotes_whatever_names_hold(runs: dict[str, Config], tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def operations(counted: Counted, update: str, *names: str) -> float:
         ("flux", 11_901_408_320, [123_060_480, 4_762_310_656]),
         ("flux2-klein", 3_875_544_576, [4_022_468_096]),
         ("flux2-klein-9b", 9_078_581_248, [7_568_405_504]),
+        ("flux2-dev", 32_223_281_152, [23_340_272_640]),
         ("qwen-image", 20_430_401_088, [7_747_169_280]),
     ],
 )
@@ -546,6 +547,7 @@ BLOCKS = {
     "flux": (19 + 38, 3072, 12, 4096 + 512),
     "flux2-klein": (5 + 20, 3072, 13, 4096 + 512),
     "flux2-klein-9b": (8 + 24, 4096, 13, 4096 + 512),
+    "flux2-dev": (8 + 48, 6144, 13, 4096 + 512),
     "qwen-image": (60, 3072, 12, 4096 + 1024),
 }
 
@@ -608,6 +610,22 @@ def test_rewards_of_the_package_are_known(project: Path) -> None:
     reward = load_config(project, overrides).rewards.optimised
     assert reward is not None
     assert towers_of(reward) == Towers(("clip",), unknown=("mine.py:score",))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["rewards.optimised.factory=diffpp_fast.rewards:vqascor"],
+        [
+            "rewards.optimised.factory=diffpp_fast.rewards:mixture",
+            "rewards.optimised.arguments={rewards: {vqascor: {weight: 1}}}",
+        ],
+        ["rewards.optimised.factory=diffpp_fast.rewards:load", "rewards.optimised.arguments={name: vqascor}"],
+    ],
+)
+def test_a_misspelt_reward_is_refused_by_the_plan(wrong: list[str], project: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"there is no reward 'vqascor'; known: .*vqascore"):
+        run_of(load_config(project, wrong))
 
 
 @pytest.mark.slow

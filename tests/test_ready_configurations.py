@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from diffpp_fast.training import load_config
+from diffpp_fast.training.build.networks import stored_weights
 from diffpp_fast.training.planning import GPUS, KNOWN, make_plan, run_of
 from diffpp_fast.training.planning.architectures import on_meta
 
@@ -90,6 +91,8 @@ def test_it_loads(name: str, bases: dict[str, Path]) -> None:
     assert per_process % config.training.micro_batch == 0
     assert config.output == f"runs/{name}"
     assert (config.models.generator.lora is not None) == (gpus == 1) == (config.models.fake.lora is not None)
+    if "on one copy" in (CONFIGS / f"{name}.yaml").read_text():
+        assert stored_weights(config.models, "generator") == stored_weights(config.models, "reference")
 
 
 @pytest.mark.parametrize("model", PIPELINES)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from diffpp_fast.cli.main import main
 from diffpp_fast.networks import load_decoder, load_denoiser
-from diffpp_fast.networks.loading import load_scheduler, read_file
+from diffpp_fast.networks.loading import find_file, load_scheduler, read_file
 from diffpp_fast.networks.text import load_text_model, load_tokenizer
 from diffpp_fast.rewards.text import load_clip_tokenizer
 from diffpp_fast.tensor_files import Planned, StoredTensors, read_tensors, write_tensors
@@ -449,8 +449,12 @@ def test_a_hub_that_gives_nothing_is_a_sentence(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     for load in (load_denoiser, load_text_model, load_tokenizer):
-        with pytest.raises(FileNotFoundError, match=r"the hub gave no a/b \(no route to host\).*hf download a/b"):
+        said = r"no folder a/b/unet here.* gave no a/b \(no route to host\).*hf download a/b --include 'unet/\*';"
+        with pytest.raises(FileNotFoundError, match=said):
             load("a/b/unet")
+    monkeypatch.setattr("diffpp_fast.networks.loading.hub_file", fail)
+    with pytest.raises(FileNotFoundError, match=r"no file a/b/c\.bin.*hf download a/b c\.bin; .* the file's path"):
+        find_file("a/b/c.bin")
 
 
 def test_a_bad_reference_is_blamed_on_itself(

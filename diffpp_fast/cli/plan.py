@@ -72,7 +72,7 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
         "--model",
         metavar="NAME",
         help="sd15, sdxl, pixart, sd3, sd35, sd35-large, sana, sana-600m, "
-        "zimage, flux, flux2-klein, flux2-klein-9b or qwen-image",
+        "zimage, flux, flux2-klein, flux2-klein-9b, flux2-dev or qwen-image",
     )
     add = known.add_argument
     add("--batch", type=positive, metavar="N", help="samples of an update, on all GPUs (8)")
@@ -91,7 +91,12 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     add("--checkpointing", action="store_true", default=None, help="compute blocks again in the backward pass")
     add("--decoder-checkpoint", action="store_true", default=None, help="compute the decode again, too")
     add("--decoder-rows", type=positive, metavar="N", help="decode so many rows at a time (all)")
-    add("--fake-rounds", type=positive, metavar="N", help="updates of the fake score for each of the generator (1)")
+    add(
+        "--fake-rounds",
+        type=positive,
+        metavar="N",
+        help="updates of the teaching assistant for each of the generator (1)",
+    )
 
 
 def add_machine(parser: argparse._ActionsContainer) -> None:

@@ -399,9 +399,12 @@ def _asking_the_hub(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        repository = split_hub_id(path)[0]
+        repository, inside = split_hub_id(path)
+        kind = "file" if inside and is_file(path) else "folder"
+        # A repository may hold many networks: the command takes what is missing alone.
+        part = "" if not inside else f" {inside}" if kind == "file" else f" --include '{inside}/*'"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
-            f"there is no folder {path} here, and the hub gave no {repository} ({reason}). Where there is a network: "
-            f"hf download {repository}; then it is found in the cache, or by the folder's path"
+            f"there is no {kind} {path} here, and the hub gave no {repository} ({reason}). Where there is a network: "
+            f"hf download {repository}{part}; then it is found in the cache, or by the {kind}'s path"
         ) from error

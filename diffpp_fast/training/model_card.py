@@ -251,6 +251,12 @@ def _use(
     said = f"## Use\n\n{made}{', '.join(map(str, call.times))}, from noise times {scale}."
     if kind == "comfyui":
         said += f" ComfyUI finds {_literal(file)} in its folder `models/loras`."
+    begun = _other_weights(config, extraction) if form == "lora" else None
+    if begun is not None:
+        said += (
+            f" The LoRA is a change of {begun}: load that into the pipeline first. One of the pipeline's own network "
+        )
+        said += "is made by `diffpp-fast export RUN --extract-lora RANK --base PIPELINE`."
     if kind == "kohya":
         said += f" {_literal(file)} is for {kohyas_program(target)} and programs that read its files."
     if scheduler is None:
@@ -263,6 +269,7 @@ def _use(
         *(["from peft import PeftModel"] if form == "lora" and not target.loadable else []),
         "",
         f'pipeline = DiffusionPipeline.from_pretrained("{_pipeline(config, form, extraction)}")',
+        *([] if begun is None else [f"# first load what the LoRA is a change of into pipeline.{target.part}"]),
         *_put_in(form, target, kind, file),
         *(
             []
@@ -273,6 +280,19 @@ def _use(
     ]
     code = "\n".join(lines).replace('"FOLDER"', "FOLDER")
     return f"{said} In diffusers, FOLDER being where these files are:\n\n```python\n{code}\n```"
+
+
+def _other_weights(config: Config, extraction: Extraction | None) -> str | None:
+    """Name the weights that a LoRA is a change of where they are not the reference's, as a released generator's."""
+    if extraction is not None and not extraction.from_begun:
+        return None
+    stored = stored_weights(config.models, "generator")
+    # Adapters are written with a LoRA that was merged before them; what is extracted is the change after it.
+    merged = None if extraction is None else stored.lora
+    if stored.path == config.models.reference.path and merged is None:
+        return None
+    names = [_named(path).partition("; its origin")[0] for path in (stored.path, *([merged.path] if merged else []))]
+    return ", with the LoRA ".join(names) + (" merged into it" if merged else "")
 
 
 def _pipeline(config: Config, form: Form, extraction: Extraction | None) -> str:

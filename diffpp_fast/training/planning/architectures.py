@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffpp_fast import rewards
 from diffpp_fast.errors import ConfigurationError
 from diffpp_fast.few_bits import linears_of
 from diffpp_fast.networks.conditioning import Conditioning
@@ -22,6 +23,7 @@ from diffpp_fast.networks.quantization import stored_bytes
 from diffpp_fast.networks.text import check_tokenizer
 from diffpp_fast.rewards.base import ImageBatch, Preprocessing
 from diffpp_fast.rewards.clip_model import VIT_H_14, Clip
+from diffpp_fast.rewards.factories import FACTORIES
 from diffpp_fast.rewards.flan_t5 import known_sizes
 from diffpp_fast.rewards.hpsv3_model import AFTER, BEFORE, ENDING, SQUARES
 from diffpp_fast.rewards.mps_model import LAYERS, CrossLayer
@@ -296,7 +298,10 @@ class Towers:
 
 
 def towers_of(reward: RewardSection) -> Towers:
-    """Return what a reward computes with, if it is one of the package's; others are told of and left out."""
+    """Return what a reward computes with, if it is one of the package's; others are told of and left out.
+
+    Raises ConfigurationError for a name that the package does not have.
+    """
     source, _, name = reward.factory.rpartition(":")
     arguments: Mapping[str, Any] = reward.arguments
     if source not in ("diffpp_fast.rewards", "diffpp_fast.rewards.factories"):
@@ -307,6 +312,9 @@ def towers_of(reward: RewardSection) -> Towers:
     if entries[0][0] == "mixture":
         mixed = arguments.get("rewards") or {}
         entries = [(entry.get("reward", key), entry.get("arguments") or {}) for key, entry in mixed.items()]
+    for kind, _ in entries:
+        if ":" not in kind and kind not in FACTORIES and not hasattr(rewards, kind):
+            raise ConfigurationError(f"{reward.factory}: there is no reward {kind!r}; known: {', '.join(FACTORIES)}")
     others = [given for kind, given in entries if kind not in OWN]
     dtypes = {given.get("dtype", "float32") for given in others}
     return Towers(
