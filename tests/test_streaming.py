@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import tiny
 import tiny_flux
-import tiny_flux
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
