@@ -122,7 +122,7 @@ def mistral3(seed: int = 0) -> torch.nn.Module:
 
 
 def mistral_tokenizer() -> Any:
-    """That of Qwen with a first token, which it adds itself and its template writes, and padding in front."""
+    """Qwen's tokenizer with a first token, which it adds itself and its template writes, and padding in front."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tiny.qwen_tokenizer()
