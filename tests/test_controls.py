@@ -122,6 +122,7 @@ def test_a_complete_run_may_serve_as_the_full_one(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == "full: complete, in runs/all/full\nreport: runs/again/report.html\n"
     said = refusal(capsys, "output=runs/again", "--full", "runs/all/no-reward")
     assert "belongs to another run" in said and "rewards.optimised.scale was 0.0, is 2.0" in said
+    assert "may have had another default when the run began: write the old value there" in said
     said = refusal(capsys, "output=runs/again", "training.steps=3", "--full", "runs/all/full")
     assert "--full runs/all/full: it is no complete run, which ended at step 2 of this configuration's 3" in said
     assert said.rstrip().endswith("or say training.steps=2")

@@ -70,6 +70,22 @@ def outputs_of(model: nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
     return [tensor for tensor in (*output.hidden_states, output.last_hidden_state) if tensor is not None]
 
 
+@pytest.mark.parametrize("build", [tiny_flux.mistral3, tiny_flux.qwen2_5_vl])
+def test_encoders_that_also_see_are_streamed_without_their_sight(build: Callable[[], Any], tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    build().save_pretrained(tmp_path)
+    whole = AutoModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    stored = StoredTensors([tmp_path / "model.safetensors"])
+    streamed = load_streamed(tmp_path, AutoModel, stored, torch.float32)
+    ids = torch.arange(3, 21).reshape(2, 9)
+    for ours, theirs in zip(outputs_of(streamed, ids), outputs_of(whole, ids), strict=True):
+        assert torch.equal(ours, theirs)
+    embeddings = whole.get_input_embeddings().weight.numel()
+    held = sum(parameter.numel() for parameter in streamed.parameters())
+    assert embeddings < held < embeddings + 100, "the last norm, besides, and nothing that sees"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_block_by_block_it_gives_the_same_bits(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from diffpp_fast.tensor_files import first_not_finite, shapes_of
 T = TypeVar("T")
 
 #: Towers and heads in an encoder's files that are none of its hidden states'.
-OTHER_TOWERS = re.compile(r"(^|\.)(vision_\w+|visual|decoder|lm_head|audio_\w+)\.")
+OTHER_TOWERS = re.compile(r"(^|\.)(vision_\w+|visual|multi_modal_\w+|decoder|lm_head|audio_\w+)\.")
 _asked: ContextVar[bool] = ContextVar("streaming", default=False)
 _turn = threading.local()
 

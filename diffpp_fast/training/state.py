@@ -92,7 +92,8 @@ def refuse_other_run(folder: Path, config: Config, prompts: PromptSource) -> Non
     if changes:
         raise CheckpointError(
             f"{folder} belongs to another run:\n  " + "\n  ".join(changes) + "\n"
-            "Take these changes back, or start a new run with another output."
+            "Take these changes back, or start a new run with another output. A key that the configuration leaves out "
+            "may have had another default when the run began: write the old value there."
         )
 
 
